@@ -1,0 +1,88 @@
+"""The forward process: which sub-tokens are hidden, as a pure function of (seed, step, row).
+
+Keys are folded per sequence of the global batch, so the same run hides the same sub-tokens on any
+mesh, host count or micro-batch split.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prime_jax import schedule
+from prime_jax.config import ObjectiveConfig
+
+
+class Corruption(NamedTuple):
+    """What the forward process did to B sequences of L tokens with S sub-tokens each.
+
+    Attributes:
+        masked_BxLxS: hidden sub-tokens; only target positions are ever hidden.
+        weight_B: w(t) of each sequence (1 with the flat weight).
+        whole_B: sequences whose masks cover whole tokens (granularity mixing).
+        length_B: positions kept by random-length training (L otherwise).
+    """
+
+    masked_BxLxS: jax.Array
+    weight_B: jax.Array
+    whole_B: jax.Array
+    length_B: jax.Array
+
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
+
+
+def hide(uniform_BxLxS: jax.Array, alpha_B: jax.Array, whole_B: jax.Array) -> jax.Array:
+    """Hide each sub-token with probability 1 - alpha, or whole tokens where `whole_B` says so.
+
+    A token-level mask reuses the first sub-token's draw, so that both branches share keys.
+    """
+    u_BxLxS = jnp.where(whole_B[:, None, None], uniform_BxLxS[..., :1], uniform_BxLxS)
+    return u_BxLxS >= alpha_B[:, None, None]
+
+
+def corrupt(
+    config: ObjectiveConfig,
+    key: jax.Array,
+    row_B: jax.Array,
+    count: int,
+    target_BxL: jax.Array,
+    length: int,
+) -> Corruption:
+    """Sample times and masks for some rows of a global batch.
+
+    Args:
+        key: `step_key(seed, step)`, shared by all hosts.
+        row_B: the rows of the global batch held here.
+        count: rows of the global batch (the strata of the times).
+        target_BxL: positions that are charged for; others stay visible.
+        length: sub-tokens per token, S.
+    """
+    n_tokens = target_BxL.shape[1]
+    time_key, rows_key = jax.random.split(key)
+    offset = jax.random.uniform(time_key)
+    t_B = schedule.times(config, offset, row_B, count)
+
+    def per_row(row_key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mask_key, whole_key, length_key = jax.random.split(row_key, 3)
+        uniform = jax.random.uniform(mask_key, (n_tokens, length))
+        whole = jax.random.uniform(whole_key) < config.token_mask_rho
+        cut, size = jax.random.split(length_key)
+        kept = jnp.where(
+            jax.random.uniform(cut) < config.random_length,
+            jax.random.randint(size, (), 1, n_tokens + 1),
+            n_tokens,
+        )
+        return uniform, whole, kept
+
+    uniform_BxLxS, whole_B, length_B = jax.vmap(per_row)(row_keys(rows_key, row_B))
+    masked_BxLxS = hide(uniform_BxLxS, schedule.alpha(config, t_B), whole_B)
+    inside_BxL = target_BxL & (jnp.arange(n_tokens) < length_B[:, None])
+    flat = config.weight == "flat"
+    weight_B = jnp.ones_like(t_B) if flat else schedule.weight(config, t_B)
+    return Corruption(masked_BxLxS & inside_BxL[..., None], weight_B, whole_B, length_B)

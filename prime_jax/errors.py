@@ -1,0 +1,8 @@
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+
+
+class UserError(Exception):
+    """Bad input or environment, told in one line: what is wrong, where, and what would be right.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

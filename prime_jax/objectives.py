@@ -1,0 +1,152 @@
+"""ARM, MDM and MDM-Prime behind one signature: a batch of tokens in, loss sums out.
+
+The network is any function from digits to (hidden states, head rows): the transformer in training,
+a probability table in the enumeration tests. ARM reads BOS, x_1 .. x_{L-1} and is charged for
+x_1 .. x_L; a diffusion model is charged for its hidden sub-tokens, weighted by w(t). Every family
+is charged for the same targets (math.md sections 1-3).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prime_jax.config import RunConfig
+from prime_jax.corrupt import corrupt, row_keys
+from prime_jax.kernels.subtoken_head import Head, HeadLoss, subtoken_loss
+from prime_jax.subtokens import Codebook
+
+Network = Callable[..., tuple[jax.Array, jax.Array]]  # digits, segment ids, dropout keys
+
+
+class Inputs(NamedTuple):
+    """What the network sees and what it is charged for.
+
+    Attributes:
+        digits_BxLxS: network input; the digit b stands for "masked" (ARM: BOS).
+        token_BxL: the truth.
+        masked_BxLxS: sub-tokens to predict (all of them for ARM).
+        weight_BxL: weight of each position's loss; 0 where it is not a target.
+        target_BxL: positions that count in the denominator.
+        segment_ids_BxL: attention segments, or None where everything sees everything.
+        whole_BxL: positions revealed token by token (granularity mixing), or None.
+    """
+
+    digits_BxLxS: jax.Array
+    token_BxL: jax.Array
+    masked_BxLxS: jax.Array
+    weight_BxL: jax.Array
+    target_BxL: jax.Array
+    segment_ids_BxL: jax.Array | None
+    whole_BxL: jax.Array | None = None
+
+
+def make_head(config: RunConfig, codebook: Codebook) -> Head:
+    o = config.objective
+    return Head(codebook, carry_over=o.carry_over, loss=o.loss)
+
+
+def segments(config: RunConfig, token_BxL: jax.Array, eos_id: int) -> jax.Array | None:
+    """Document index of every position if the run keeps attention inside documents, else None."""
+    if not config.data.segment_ids:
+        return None
+    ends_BxL = (token_BxL == eos_id).astype(jnp.int32)
+    return jnp.cumsum(ends_BxL, axis=1) - ends_BxL  # an EOS belongs to the document it ends
+
+
+def targets(config: RunConfig, token_BxL: jax.Array, eos_id: int) -> jax.Array:
+    """Positions charged for: all, or all but EOS where segment ids give the lengths away."""
+    if config.data.segment_ids:
+        return token_BxL != eos_id
+    return jnp.ones(token_BxL.shape, bool)
+
+
+def autoregressive_inputs(config: RunConfig, book: Codebook, token_BxL, eos_id) -> Inputs:
+    """ARM: shift right behind a BOS, which also opens every segment."""
+    segment_BxL = segments(config, token_BxL, eos_id)
+    shifted_BxL = jnp.pad(token_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=book.base)
+    if segment_BxL is not None:
+        first_BxL = jnp.diff(segment_BxL, axis=1, prepend=-1) != 0
+        shifted_BxL = jnp.where(first_BxL, book.base, shifted_BxL)
+    target_BxL = targets(config, token_BxL, eos_id)
+    return Inputs(
+        digits_BxLxS=shifted_BxL[..., None],
+        token_BxL=token_BxL,
+        masked_BxLxS=target_BxL[..., None],
+        weight_BxL=target_BxL.astype(jnp.float32),
+        target_BxL=target_BxL,
+        segment_ids_BxL=segment_BxL,
+    )
+
+
+def masked_inputs(
+    config: RunConfig, book: Codebook, token_BxL, masked_BxLxS, weight_BxL, eos_id
+) -> Inputs:
+    """Diffusion: the given sub-tokens hidden, the others visible."""
+    digits_BxLxS = jnp.asarray(book.digits)[token_BxL]
+    target_BxL = targets(config, token_BxL, eos_id)
+    return Inputs(
+        digits_BxLxS=jnp.where(masked_BxLxS, book.base, digits_BxLxS),
+        token_BxL=token_BxL,
+        masked_BxLxS=masked_BxLxS & target_BxL[..., None],
+        weight_BxL=weight_BxL * target_BxL,
+        target_BxL=target_BxL,
+        segment_ids_BxL=segments(config, token_BxL, eos_id),
+    )
+
+
+def training_inputs(
+    config: RunConfig, book: Codebook, token_BxL, row_B, key, eos_id: int
+) -> Inputs:
+    """Inputs of one training step for the rows `row_B` of the global batch.
+
+    Args:
+        key: `corrupt.step_key(seed, step)`.
+        eos_id: the document separator (read only with segment ids).
+    """
+    if config.family == "arm":
+        return autoregressive_inputs(config, book, token_BxL, eos_id)
+    target_BxL = targets(config, token_BxL, eos_id)
+    hidden = corrupt(config.objective, key, row_B, config.batch_size, target_BxL, book.length)
+    weight_BxL = jnp.broadcast_to(hidden.weight_B[:, None], token_BxL.shape)
+    inputs = masked_inputs(config, book, token_BxL, hidden.masked_BxLxS, weight_BxL, eos_id)
+    if config.objective.token_mask_rho > 0 and book.length > 1:
+        inputs = inputs._replace(
+            whole_BxL=jnp.broadcast_to(hidden.whole_B[:, None], token_BxL.shape)
+        )
+    if config.objective.random_length > 0:
+        inputs = cut(inputs, hidden.length_B)
+    return inputs
+
+
+def cut(inputs: Inputs, length_B: jax.Array) -> Inputs:
+    """Random-length training: positions from `length_B` on are padding, in a segment of their own."""
+    kept_BxL = jnp.arange(inputs.token_BxL.shape[1]) < length_B[:, None]
+    segment_BxL = inputs.segment_ids_BxL
+    segment_BxL = jnp.zeros_like(inputs.token_BxL) if segment_BxL is None else segment_BxL
+    return inputs._replace(
+        weight_BxL=inputs.weight_BxL * kept_BxL,
+        target_BxL=inputs.target_BxL & kept_BxL,
+        segment_ids_BxL=jnp.where(kept_BxL, segment_BxL, -1),
+    )
+
+
+def loss_sums(
+    head: Head, network: Network, inputs: Inputs, dropout_key=None, row_B=None
+) -> HeadLoss:
+    """Weighted sums of the marginal and the joint loss over the batch, in nats.
+
+    Divide by `inputs.target_BxL.sum()` of the whole batch for nats per token.
+    """
+    keys_B = None if dropout_key is None else row_keys(dropout_key, row_B)
+    h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, keys_B)
+    return subtoken_loss(
+        head,
+        h_BxLxD.reshape(-1, h_BxLxD.shape[-1]),
+        head_VxD,
+        inputs.token_BxL.reshape(-1),
+        inputs.masked_BxLxS.reshape(-1, inputs.masked_BxLxS.shape[-1]),
+        inputs.weight_BxL.reshape(-1),
+        None if inputs.whole_BxL is None else inputs.whole_BxL.reshape(-1),
+    )

@@ -1,0 +1,84 @@
+"""Masking schedules: alpha_t, the NELBO weight w(t), and stratified training times.
+
+math.md section 1. `alpha` is the probability that a sub-token is still visible at time t. Any
+schedule gives the same bound if 1 - alpha covers [0, 1]; `check` refuses those that do not.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prime_jax.config import ObjectiveConfig
+from prime_jax.errors import UserError
+
+LOG_LINEAR_FLOOR = 1e-3  # MDLM's eps: alpha_1
+EDGE = 1e-3  # alpha must reach within this of 1 and of 0
+
+
+def alpha(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
+    """Probability that a sub-token is visible at time t, elementwise."""
+    match config.schedule:
+        case "linear":
+            return 1 - t
+        case "log-linear":
+            return 1 - (1 - LOG_LINEAR_FLOOR) * t
+        case "cosine":
+            return 1 - jnp.cos(jnp.pi / 2 * (1 - t))
+        case "poly":
+            return 1 - t**config.power
+        case "geometric":
+            return jnp.exp(-_sigma(config, t))
+
+
+def weight(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
+    """w(t) = -alpha'_t / (1 - alpha_t), the rate at which masked sub-tokens are revealed."""
+    match config.schedule:
+        case "linear" | "log-linear":
+            return 1 / t
+        case "cosine":
+            return jnp.pi / 2 * jnp.tan(jnp.pi / 2 * (1 - t))
+        case "poly":
+            return config.power / t
+        case "geometric":
+            sigma = _sigma(config, t)
+            return sigma * np.log(config.sigma_max / config.sigma_min) / jnp.expm1(sigma)
+
+
+def _sigma(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
+    return config.sigma_min ** (1 - t) * config.sigma_max**t
+
+
+def check(config: ObjectiveConfig) -> None:
+    """Refuse a schedule whose mask probability does not cover [0, 1].
+
+    Raises:
+        UserError: alpha_0 below 1 - 1e-3 or alpha_1 above 1e-3, with the values.
+    """
+    start, end = (float(alpha(config, jnp.float32(t))) for t in (0.0, 1.0))
+    if start < 1 - EDGE - 1e-7 or end > EDGE + 1e-7:
+        raise UserError(
+            f"objective.schedule = {config.schedule}: alpha runs from {start:.4f} to {end:.4f} and "
+            "must reach 0.999 at t = 0 and 0.001 at t = 1 (geometric: sigma_min <= 1e-4, "
+            "sigma_max >= 10)"
+        )
+
+
+def stratum(index: jax.Array, count: int) -> jax.Array:
+    """Interleaved strata: a permutation of range(count) in which every contiguous run of indices
+    spreads over the whole range, so that each device and micro-batch sees all noise levels."""
+    stride = max(1, round(count * 0.6180339887))
+    while np.gcd(stride, count) != 1:
+        stride += 1
+    return index * stride % count
+
+
+def times(config: ObjectiveConfig, offset: jax.Array, row: jax.Array, count: int) -> jax.Array:
+    """Stratified training times t in [eps, 1), one per sequence of the *global* batch.
+
+    Args:
+        offset: [] in [0, 1), shared by all hosts (drawn from seed and step).
+        row: int [B], the rows of the global batch that live here.
+        count: rows in the global batch.
+    """
+    u = (offset + stratum(row, count) / count) % 1.0
+    return config.time_eps + (1 - config.time_eps) * u
