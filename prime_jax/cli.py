@@ -1,0 +1,44 @@
+"""The `prime-jax` command. Only the standard library is imported until a command runs."""
+
+import argparse
+import sys
+
+from prime_jax import __version__
+from prime_jax.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    from prime_jax import commands
+    from prime_jax.data import commands as data_commands
+    from prime_jax.scaling import commands as scaling_commands
+    from prime_jax.sweep import commands as sweep_commands
+
+    top = argparse.ArgumentParser(
+        prog="prime-jax",
+        description="Scale masked diffusion language models over sub-tokens, with valid numbers.",
+        epilog="prime-jax COMMAND --help says more. Start with: make quickstart",
+    )
+    top.add_argument("--version", action="version", version=f"prime-jax {__version__}")
+    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for package in (commands, data_commands, sweep_commands, scaling_commands):
+        package.register(subparsers)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; bad input ends in one line on stderr and exit code 2."""
+    top = parser()
+    args, args.rest = top.parse_known_args(argv)
+    if args.rest and not getattr(args, "overridable", False):
+        top.error(f"no such option: {' '.join(args.rest)}")
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"prime-jax: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

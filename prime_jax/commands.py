@@ -1,0 +1,144 @@
+"""`prime-jax train` and `prime-jax doctor`."""
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+from prime_jax.errors import UserError
+
+
+def register(subparsers: Any) -> None:
+    train = subparsers.add_parser(
+        "train",
+        help="train and evaluate one run",
+        description="Train and evaluate one run: EXPERIMENT is a Python file with a function "
+        "config() -> RunConfig. Any setting can be overridden by its dotted name, for example "
+        "--model.width 256 --optim.peak-lr 3e-4; --settings lists them all. A run that was "
+        "interrupted continues when the same command is given again.",
+    )
+    train.add_argument("experiment", type=Path, help="Python file with config() -> RunConfig")
+    train.add_argument("--out", type=Path, help="run directory (default runs/<run id>)")
+    train.add_argument("--settings", action="store_true", help="list all settings and stop")
+    train.set_defaults(run=run_train, overridable=True)
+
+    doctor = subparsers.add_parser(
+        "doctor",
+        help="what this machine has, what is missing and how to get it",
+        description="Versions, devices, memory, compilers and optional packages.",
+    )
+    doctor.set_defaults(run=run_doctor)
+
+
+def override(config: Any, arguments: list[str]) -> Any:
+    """Apply typed dotted overrides (tyro) to a config.
+
+    Raises:
+        UserError: an unknown or ill-typed setting, with the nearest valid one or its type.
+    """
+    from prime_jax.config import nearest, to_dict
+
+    known = flatten(to_dict(config))
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        bare = name.rpartition(".")[0] + "." + name.rpartition(".")[2].removeprefix("no_")
+        if argument.startswith("--") and name not in known and bare.strip(".") not in known:
+            hint = nearest(name, known) if "." in name or len(known) < 9 else ""
+            raise UserError(f"--{name}: no such setting{hint}")
+    try:
+        return _tyro(config, arguments)
+    except SystemExit:
+        for start, name in enumerate(arguments):
+            if not name.startswith("--"):
+                continue
+            stop = next(
+                (i for i in range(start + 1, len(arguments)) if arguments[i].startswith("--")),
+                len(arguments),
+            )
+            try:
+                _tyro(config, arguments[start:stop])
+            except SystemExit:
+                shown = known.get(name.partition("=")[0].removeprefix("--").replace("-", "_"))
+                given = " ".join(arguments[start:stop])
+                raise UserError(
+                    f"{given}: not a valid value; it is {shown!r} now ({type(shown).__name__})"
+                ) from None
+        raise UserError(f"cannot read the settings {' '.join(arguments)}") from None
+
+
+def _tyro(config: Any, arguments: list[str]) -> Any:
+    import tyro
+
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        return tyro.cli(type(config), default=config, args=arguments)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.width": 128, ...} of a nested dict."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        out |= inner if inner is not None else {prefix + key: value}
+    return out
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from prime_jax.config import run_id, to_dict
+    from prime_jax.experiment import load_config
+
+    config = override(load_config(args.experiment), args.rest)
+    if args.settings:
+        for name, value in flatten(to_dict(config)).items():
+            print(f"--{name} {value}")
+        return 0
+    from prime_jax.data import manifest
+    from prime_jax.progress import RunProgress
+    from prime_jax.train import Interrupted, Preempted, fill_fingerprint, train
+
+    config = fill_fingerprint(config, manifest.load(config.data.path))
+    out = args.out or Path("runs") / run_id(config)
+    with RunProgress() as progress:
+        try:
+            result = train(config, out, beat=progress.beat, say=progress.say)
+        except Interrupted as stop:
+            progress.say(f"{stop}; the same command continues it")
+            return 85 if isinstance(stop, Preempted) else 1
+    return report(result, out)
+
+
+def report(result: dict[str, Any], out: Path) -> int:
+    """Print what a finished run is worth; 1 if it diverged."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if result["status"] == "diverged":
+        console.print(f"diverged: {result['reason']}; see {out / 'metrics.jsonl'}")
+        return 1
+    table = Table("estimator", "kind", "nats/token", "se (MC)", "se (data)", "bits/byte")
+    for loss in result["losses"]:
+        bits = result["bits_per_byte"].get(loss["estimator"])
+        table.add_row(
+            loss["estimator"],
+            loss["kind"],
+            f"{loss['value']:.4f}",
+            f"{loss['se_mc']:.4f}",
+            f"{loss['se_data']:.4f}",
+            "" if bits is None else f"{bits:.4f}",
+        )
+    console.print(table)
+    seconds = result["seconds"]
+    console.print(
+        f"{result['family']} N={result['params']['nonembedding']:,} D={result['tokens']:,} "
+        f"C={result['flops']['matmul']:.3g} FLOPs (matmul), {result['tokens_per_second']:,.0f} "
+        f"tokens/s, {seconds['total']:.1f} s of which {seconds['compile']:.1f} s compiling"
+    )
+    console.print(f"record: {out / 'result.json'}")
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from prime_jax import doctor
+
+    return doctor.run()

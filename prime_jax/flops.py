@@ -1,0 +1,92 @@
+"""Exact parameter counts and training FLOPs of a run, in two named conventions (math.md section 7).
+
+* `reference`: what the authors report, `6 * 12 width^2 layers` per token, whatever the model is.
+* `matmul`: every matrix product of one training step, forward and backward, for the model as built.
+"""
+
+from typing import Literal, get_args
+
+from prime_jax import subtokens
+from prime_jax.config import ModelConfig, RunConfig, nearest
+from prime_jax.errors import UserError
+
+Convention = Literal["matmul", "reference"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
+BACKWARD = 3  # forward, plus a product for each of the two factors' gradients
+
+
+def param_counts(config: RunConfig) -> dict[str, int]:
+    """Numbers of parameters under the four names that every result carries.
+
+    Returns:
+        `total`: all trained numbers (a tied head counts once).
+        `nonembedding`: without the embedding tables and the head.
+        `nonembedding_plus_head`: with the head `[V, width]`, tied or not, since it computes either way.
+        `reference`: the published convention, `12 width^2 layers`.
+    """
+    m = config.model
+    head_size = m.width // m.heads
+    scales = 2 * m.width + 2 * head_size * m.qk_norm
+    nonembedding = m.layers * (_layer_matrices(m) + scales) + m.width
+    head = m.vocab_size * m.width
+    return {
+        "total": nonembedding + _embedding(config) + (0 if m.tied_head else head),
+        "nonembedding": nonembedding,
+        "nonembedding_plus_head": nonembedding + head,
+        "reference": 12 * m.width**2 * m.layers,
+    }
+
+
+def flops_per_token(config: RunConfig, convention: Convention) -> float:
+    """Training FLOPs per token, a multiply-add being two.
+
+    `matmul` counts attention scores and values (half of them under the causal mask of ARM), the
+    head, and the marginal columns `P @ onehot(C)` of the marginal loss (forward and one backward
+    product: the codebook has no gradient). The embedding is a lookup, hence 0; recomputation is
+    not counted.
+
+    Raises:
+        UserError: no such convention.
+    """
+    if convention not in CONVENTIONS:
+        raise UserError(
+            f"FLOPs convention {convention!r}: no such name{nearest(convention, CONVENTIONS)}"
+        )
+    m = config.model
+    if convention == "reference":
+        return 6.0 * 12 * m.width**2 * m.layers
+    keys_seen = config.data.seq_len * (0.5 if config.family == "arm" else 1.0)
+    attention = 2 * keys_seen * m.width * 2  # scores, then values
+    layers = m.layers * (2 * _layer_matrices(m) + attention)
+    head = 2 * m.width * m.vocab_size
+    return BACKWARD * (layers + head) + 2 * 2 * m.vocab_size * _marginal_columns(config)
+
+
+def train_flops(config: RunConfig, convention: Convention) -> float:
+    """FLOPs of the whole run: `flops_per_token` times D."""
+    return flops_per_token(config, convention) * config.tokens
+
+
+def _layer_matrices(m: ModelConfig) -> int:
+    """Weights of one layer that take part in matrix products."""
+    kv_width = m.width // m.heads * (m.kv_heads or m.heads)
+    attention = 2 * m.width * m.width + 2 * m.width * kv_width  # q, output; k, v
+    return attention + 3 * m.width * (m.ffn_multiple * m.width)
+
+
+def _embedding(config: RunConfig) -> int:
+    m, length = config.model, config.subtokens.length
+    rows = subtokens.base(m.vocab_size, length) + 1  # one more: the mask, or BOS for ARM
+    if m.embedding == "cat_shared":
+        return rows * (m.width // length)
+    if m.embedding == "cat":
+        return length * rows * (m.width // length)
+    return length * rows * m.width
+
+
+def _marginal_columns(config: RunConfig) -> int:
+    """Columns `l * b` of the codebook; none where a token is one sub-token or the loss is joint."""
+    length = config.subtokens.length
+    if config.family != "prime" or length == 1 or config.objective.loss == "joint":
+        return 0
+    return length * subtokens.base(config.model.vocab_size, length)

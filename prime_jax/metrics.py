@@ -1,0 +1,96 @@
+"""What a run measures of itself: a clock of exclusive phases, and the training log."""
+
+import collections
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prime_jax.config import LogConfig
+from prime_jax.errors import UserError
+
+
+class Clock:
+    """Seconds per phase; a phase inside another one is not counted in the outer one."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self._inside = [0.0]
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._inside.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[phase] += elapsed - self._inside.pop()
+            self._inside[-1] += elapsed
+
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+
+class MetricsLog:
+    """metrics.jsonl always, TensorBoard and W&B when asked.
+
+    Appends rows to metrics.jsonl rows; on a resume, those beyond the restored step are dropped first.
+    """
+
+    def __init__(self, config: LogConfig, run_dir: Path, run: str, resumed_at: int):
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            rows = [
+                line for line in self.path.read_text().splitlines() if _step(line) <= resumed_at
+            ]
+            self.path.write_text("".join(line + "\n" for line in rows))
+        self._stream = self.path.open("a")
+        self._writers = []
+        if config.tensorboard:
+            self._writers.append(_tensorboard(run_dir))
+        if config.wandb:
+            self._writers.append(_wandb(config.wandb, run))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """`row` holds `step` and numbers, or a nested `eval` list in the form of result.json."""
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        for write in self._writers:
+            write({k: v for k, v in row.items() if isinstance(v, int | float)})
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a half-written last line
+
+
+def _tensorboard(run_dir: Path):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError("log.tensorboard: install prime_jax[tensorboard]") from error
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(row: dict[str, float]) -> None:
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["step"])
+
+    return write
+
+
+def _wandb(project: str, run: str):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log.wandb: install prime_jax[wandb]") from error
+    wandb.init(project=project, id=run, resume="allow")
+    return lambda row: wandb.log(row, step=row["step"])

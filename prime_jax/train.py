@@ -1,0 +1,346 @@
+"""One run from config to result.json: data -> step -> checkpoints -> evaluation -> record.
+
+A run directory can be stopped at any moment and continued: the state comes from the newest
+undamaged checkpoint, the data order and all randomness from (seed, step).
+"""
+
+import dataclasses
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from prime_jax import __version__, checkpoint, flops, hardware, optim, schedule, sharding
+from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
+from prime_jax.data import loader, manifest
+from prime_jax.errors import UserError
+from prime_jax.evaluate import likelihood
+from prime_jax.metrics import Clock, MetricsLog
+from prime_jax.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
+from prime_jax.step import Metrics, Program, State, program
+
+BEAT_SECONDS = 1.0
+PHASES = ("train", "input", "compile", "eval", "checkpoint")
+Beat = Callable[[dict[str, Any]], bool]
+
+
+class Interrupted(Exception):
+    """The run stopped early after saving a checkpoint; running it again continues it."""
+
+
+class Preempted(Interrupted):
+    """A signal (SIGTERM, SIGINT) asked the process to stop."""
+
+
+class Stopped(Interrupted):
+    """`beat` returned False: somebody else owns this run now."""
+
+
+class Diverged(Exception):
+    """A loss or gradient was not finite."""
+
+
+def train(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    earlier: Sequence[Path] = (),
+    beat: Beat = lambda _: True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train to the end, evaluate, write result.json and return it.
+
+    Args:
+        earlier: directories of other attempts at this run; the newest step of any is continued.
+        beat: called about once a second with step, steps, loss, tokens_per_second, mfu and phase.
+        say: told, in one line each, about resumption and damaged checkpoints.
+    Returns:
+        The record (records.py); status `diverged` after a non-finite loss.
+    Raises:
+        UserError: bad config, data, checkpoint or disk.
+        Preempted, Stopped: interrupted after saving.
+    """
+    return Run(config, run_dir, earlier, beat, say).complete()
+
+
+def prepare_directory(config: RunConfig, run_dir: Path) -> dict[str, Any] | None:
+    """Create or check a run directory; returns the result of a run that is finished already."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {run_dir}: {error.strerror}") from error
+    existing = run_dir / "config.json"
+    if existing.exists():
+        other = run_id(from_dict(RunConfig, read_json(existing), str(existing)))
+        if other != run_id(config):
+            raise UserError(
+                f"{run_dir} holds run {other}, not {run_id(config)}: use another directory"
+            )
+    write_json_atomic(existing, to_dict(config))
+    finished = run_dir / "result.json"
+    return read_json(finished) if finished.exists() else None
+
+
+def fill_fingerprint(config: RunConfig, data: manifest.Manifest) -> RunConfig:
+    """`config` with the identity of the dataset that it names by path."""
+    known = dataclasses.replace(config.data, fingerprint=data.fingerprint)
+    return dataclasses.replace(config, data=known)
+
+
+class Run:
+    """The state of one execution of a run; `complete` is its only public method."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, earlier, beat: Beat, say):
+        self.clock = Clock()
+        validate(config)
+        schedule.check(config.objective)
+        self.data = manifest.load(config.data.path)
+        manifest.check(self.data, config)
+        self.config = fill_fingerprint(config, self.data)
+        self.run_dir, self.earlier = Path(run_dir), earlier
+        self.beat, self.say = beat, say
+        self.id = run_id(self.config)
+        self.program: Program = program(self.config, self.data.eos_id)
+        self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
+        self.signal: int | None = None
+        self.last_beat = self.last_save = time.monotonic()
+        self.speed = 0.0
+        self.loss = float("nan")
+
+    def complete(self) -> dict[str, Any]:
+        finished = prepare_directory(self.config, self.run_dir)
+        if finished is not None:
+            return finished
+        np.save(self.run_dir / "codebook.npy", self.program.codebook.codes)
+        state = self._restore()
+        self.first_step = int(state.step)
+        self.log = MetricsLog(self.config.log, self.run_dir, self.id, self.first_step)
+        with self._signals():
+            try:
+                with self.clock.measure("train"):
+                    state = self._train(state)
+                losses = self._evaluate(state, final=True)
+                result = self._result("done", losses)
+            except Diverged as error:
+                result = self._result("diverged", [], str(error))
+            finally:
+                self.log.close()
+        write_json_atomic(self.run_dir / "result.json", result)
+        return result
+
+    # --- training
+
+    def _train(self, state: State) -> State:
+        c, steps = self.config, self.config.steps
+        horizon = optim.horizon(c)
+        seed = np.uint32(c.seed)
+        batches = loader.train_batches(
+            self.data,
+            seed=c.seed,
+            batch_size=c.batch_size,
+            start=self.first_step,
+            stop=steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        pending: Metrics | None = None
+        mark, marked_step = time.perf_counter(), self.first_step
+        for step in range(self.first_step, steps):
+            with self.clock.measure("input"):
+                tokens, example = next(batches)
+                row = (example - step * c.batch_size).astype(np.int32)
+                placed = sharding.share_batch(self.program.mesh, (tokens, row))
+            state, metrics = self.program.train(self.clock, state, *placed, seed, horizon)
+            # Read the previous step's numbers only now: the device already has work.
+            if pending is not None:
+                self._check(step, pending)
+            pending = metrics
+            now = time.perf_counter()
+            if now - mark >= BEAT_SECONDS:
+                self.speed = (step - marked_step) * c.batch_size * c.data.seq_len / (now - mark)
+                mark, marked_step = now, step
+            if self._due(step + 1):
+                self._check(step + 1, pending)
+                pending = None
+                self._save(step + 1, state)
+            if c.eval.every and (step + 1) % c.eval.every == 0 and step + 1 < steps:
+                self._evaluate(state, final=False)
+            self._attend(step + 1, state, "train")
+        if pending is not None:
+            self._check(steps, pending)
+        if self.first_step < steps:
+            self._save(steps, state)
+        return state
+
+    def _check(self, step: int, metrics: Metrics) -> None:
+        """Log the metrics of step number `step` (1 is the first) and stop if they are not finite."""
+        values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
+        self.loss = values["loss"]
+        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+        if step % self.config.log.every == 0 or step in (1, self.config.steps) or not finite:
+            named = {k: v if np.isfinite(v) else None for k, v in values.items()}
+            self.log.write({"step": step, **named, "seconds": round(self.clock.total(), 3)})
+        if not finite:
+            raise Diverged(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
+                f"learning rate {values['lr']:.3g}"
+            )
+
+    def _due(self, step: int) -> bool:
+        every, minutes = self.config.checkpoint.every, self.config.checkpoint.minutes
+        if step == self.config.steps:
+            return False  # saved by the caller
+        by_time = minutes and time.monotonic() - self.last_save > 60 * minutes
+        return bool((every and step % every == 0) or by_time)
+
+    def _about(self) -> dict[str, str]:
+        return {
+            "run": self.id,
+            "codebook": self.program.codebook.hash,
+            "data": self.data.fingerprint,
+        }
+
+    def _save(self, step: int, state: State) -> None:
+        with self.clock.measure("checkpoint"):
+            directory = self.run_dir / "checkpoints"
+            checkpoint.save(directory, step, state, self._about(), self.config.checkpoint.keep)
+            self.last_save = time.monotonic()
+
+    def _restore(self) -> State:
+        with self.clock.measure("checkpoint"):
+            directories = [d / "checkpoints" for d in (self.run_dir, *self.earlier)]
+            fresh = self.program.init(self.config.seed)
+            about = self._about()
+            state = checkpoint.restore(directories, fresh, self.program.mesh, about, self.say)
+        if state is None:
+            return fresh
+        self.say(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")
+        return state
+
+    # --- interruption
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGTERM and SIGINT for the next step; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+        def note(number: int, _frame: Any) -> None:
+            self.signal = number
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+        for s in previous:
+            signal.signal(s, note)
+        try:
+            yield
+        finally:
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def _attend(self, step: int, state: State, phase: str) -> None:
+        """Between two units of work: tell `beat`, and stop if a signal or `beat` says so."""
+        now = time.monotonic()
+        wanted = True
+        if now - self.last_beat >= BEAT_SECONDS:
+            self.last_beat = now
+            wanted = self.beat(
+                {
+                    "step": step,
+                    "steps": self.config.steps,
+                    "loss": self.loss,
+                    "tokens_per_second": self.speed,
+                    "mfu": self._mfu(self.speed, "matmul"),
+                    "phase": phase,
+                }
+            )
+        if self.signal is None and wanted:
+            return
+        directory = self.run_dir / "checkpoints"
+        if step not in checkpoint.steps(directory):
+            self._save(step, state)
+        if not wanted:
+            raise Stopped(f"another attempt owns run {self.id}; saved step {step}")
+        raise Preempted(f"signal {self.signal}: saved step {step} of run {self.id}")
+
+    # --- evaluation and record
+
+    def _evaluate(self, state: State, *, final: bool) -> list[Loss]:
+        params = state.ema if self.config.optim.ema else state.params
+        step = int(state.step)
+        with self.clock.measure("eval"):
+            losses = likelihood.evaluate(
+                self.config,
+                self.program.codebook,
+                lambda name, row: self.program.draw(
+                    self.clock, name, params, self.blocks.tokens[row.example], row
+                ),
+                self.blocks.tokens,
+                self.blocks.doc,
+                self.data.eos_id,
+                tick=lambda: self._attend(step, state, "evaluate"),
+            )
+        self.log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
+        if not final:
+            shown = ", ".join(f"{x.estimator} {x.kind} {x.value:.4f}" for x in losses)
+            self.say(f"step {step}: {shown} nats/token")
+        return losses
+
+    def _mfu(self, tokens_per_second: float, convention: flops.Convention) -> float | None:
+        devices = self.program.mesh.devices.reshape(-1)
+        peak = hardware.peak_flops(devices[0].device_kind)
+        if peak is None:
+            return None
+        rate = flops.flops_per_token(self.config, convention) * tokens_per_second
+        return rate / (peak * len(devices))
+
+    def _result(self, status: str, losses: list[Loss], reason: str = "") -> dict[str, Any]:
+        c, seconds = self.config, self.clock.seconds
+        tokens_here = (c.steps - self.first_step) * c.batch_size * c.data.seq_len
+        speed = tokens_here / max(seconds["train"] + seconds["input"], 1e-9)
+        n_bytes = int(self.blocks.n_bytes.sum())
+        return {
+            "schema": SCHEMA,
+            "run": self.id,
+            "status": status,
+            "reason": reason,
+            "family": c.family,
+            "seed": c.seed,
+            "steps": c.steps,
+            "batch_size": c.batch_size,
+            "tokens": c.tokens,
+            "epochs": c.tokens / (self.data.train.blocks * c.data.seq_len),
+            "lr": c.optim.peak_lr,
+            "shape": {"layers": c.model.layers, "width": c.model.width, "heads": c.model.heads},
+            "params": flops.param_counts(c),
+            "flops": {name: flops.train_flops(c, name) for name in flops.CONVENTIONS},
+            "losses": [as_dict(loss) for loss in losses],
+            "bits_per_byte": {x.estimator: likelihood.bits_per_byte(x, n_bytes) for x in losses},
+            "hashes": {
+                "data": self.data.fingerprint,
+                "tokenizer": self.data.tokenizer_hash,
+                "permutation": self.program.codebook.hash,
+                "eval_set": self.blocks.hash,
+            },
+            "versions": {
+                "prime_jax": __version__,
+                "jax": jax.__version__,
+                "flax": flax.__version__,
+                "python": platform.python_version(),
+            },
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "seconds": {"total": self.clock.total(), **{k: seconds[k] for k in PHASES}},
+            "first_step": self.first_step,
+            "tokens_per_second": speed,
+            "mfu": {name: self._mfu(speed, name) for name in flops.CONVENTIONS},
+        }
