@@ -215,16 +215,20 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"{where}: expected {name}, got {value!r}")
 
 
-def set_path(config: T, path: str, value: Any) -> T:
+def set_path(config: T, path: str, value: Any, prefix: str = "") -> T:
     """`config` with one dotted field replaced, e.g. `set_path(run, "model.width", 256)`."""
     head, _, rest = path.partition(".")
     hints = typing.get_type_hints(type(config))
+    where = prefix + head
     if head not in hints:
-        raise UserError(f"{path}: no such setting{nearest(head, hints)}")
+        raise UserError(f"{where}: no such setting{nearest(head, hints)}")
     inner = getattr(config, head)
-    if rest and not dataclasses.is_dataclass(inner):
-        raise UserError(f"{path}: {head} has no fields")
-    new = set_path(inner, rest, value) if rest else _typed(hints[head], value, path)
+    if not rest:
+        new = _typed(hints[head], value, where)
+    elif dataclasses.is_dataclass(inner):
+        new = set_path(inner, rest, value, f"{where}.")
+    else:
+        raise UserError(f"{where}.{rest}: {where} is one value, without settings inside")
     return dataclasses.replace(config, **{head: new})
 
 
@@ -279,6 +283,8 @@ def validate(config: RunConfig) -> RunConfig:
     _require(
         not m.tied_head or s.length == 1, "model.tied_head", m.tied_head, "needs subtokens.length 1"
     )
+    fits = m.embedding == "sum" or s.length <= m.width
+    _require(fits, "subtokens.length", s.length, f"{m.embedding} needs a width of at least that")
     per_step = config.batch_size % config.mesh.accumulate == 0
     _require(
         per_step,

@@ -64,7 +64,7 @@ class Program:
     config: RunConfig
     codebook: Codebook
     mesh: Mesh
-    init: Any  # seed -> State
+    init: Any  # (clock, seed) -> State
     train: Compiled  # (clock, state, tokens, rows, seed, horizon) -> (state, Metrics)
     draw: Any  # (clock, estimator, params, tokens, row) -> {label: nats [B]}
 
@@ -117,7 +117,8 @@ def _make_init(config, codebook, network: Transformer, tx, mesh):
         ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
         return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
 
-    return lambda seed: sharding.replicate(mesh, init(np.uint32(seed)))
+    compiled = Compiled(init)
+    return lambda clock, seed: sharding.replicate(mesh, compiled(clock, np.uint32(seed)))
 
 
 def _make_train(config, codebook, network: Transformer, tx, mesh, eos_id):

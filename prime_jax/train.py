@@ -111,6 +111,7 @@ class Run:
         self.program: Program = program(self.config, self.data.eos_id)
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
         self.signal: int | None = None
+        self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread
         self.last_beat = self.last_save = time.monotonic()
         self.speed = 0.0
         self.loss = float("nan")
@@ -151,7 +152,6 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        pending: Metrics | None = None
         mark, marked_step = time.perf_counter(), self.first_step
         for step in range(self.first_step, steps):
             with self.clock.measure("input"):
@@ -159,29 +159,27 @@ class Run:
                 row = (example - step * c.batch_size).astype(np.int32)
                 placed = sharding.share_batch(self.program.mesh, (tokens, row))
             state, metrics = self.program.train(self.clock, state, *placed, seed, horizon)
-            # Read the previous step's numbers only now: the device already has work.
-            if pending is not None:
-                self._check(step, pending)
-            pending = metrics
+            self._read_pending()  # only now: the device already has work
+            self.pending = (step + 1, metrics)
             now = time.perf_counter()
             if now - mark >= BEAT_SECONDS:
                 self.speed = (step - marked_step) * c.batch_size * c.data.seq_len / (now - mark)
                 mark, marked_step = now, step
             if self._due(step + 1):
-                self._check(step + 1, pending)
-                pending = None
                 self._save(step + 1, state)
             if c.eval.every and (step + 1) % c.eval.every == 0 and step + 1 < steps:
                 self._evaluate(state, final=False)
             self._attend(step + 1, state, "train")
-        if pending is not None:
-            self._check(steps, pending)
+        self._read_pending()
         if self.first_step < steps:
             self._save(steps, state)
         return state
 
-    def _check(self, step: int, metrics: Metrics) -> None:
-        """Log the metrics of step number `step` (1 is the first) and stop if they are not finite."""
+    def _read_pending(self) -> None:
+        """Log the newest step's metrics (1 is the first step) and stop if they are not finite."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
         values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
         self.loss = values["loss"]
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
@@ -209,6 +207,7 @@ class Run:
         }
 
     def _save(self, step: int, state: State) -> None:
+        self._read_pending()  # a diverged state is never saved
         with self.clock.measure("checkpoint"):
             directory = self.run_dir / "checkpoints"
             checkpoint.save(directory, step, state, self._about(), self.config.checkpoint.keep)
@@ -217,7 +216,7 @@ class Run:
     def _restore(self) -> State:
         with self.clock.measure("checkpoint"):
             directories = [d / "checkpoints" for d in (self.run_dir, *self.earlier)]
-            fresh = self.program.init(self.config.seed)
+            fresh = self.program.init(self.clock, self.config.seed)
             about = self._about()
             state = checkpoint.restore(directories, fresh, self.program.mesh, about, self.say)
         if state is None:

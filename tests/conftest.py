@@ -1,6 +1,22 @@
-"""Shared set-up: eight virtual CPU devices, strict rank promotion, no leaking 64-bit mode."""
+"""Shared set-up: eight virtual CPU devices, a small prepared dataset, tiny runs."""
 
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("prime_jax", deadline=None)  # speed is not what tests are for
+settings.load_profile("prime_jax")
+
+
+@pytest.fixture(scope="session")
+def markov_data(tmp_path_factory):
+    """A prepared order-one Markov source, V = 16, blocks of 16 tokens."""
+    from prime_jax.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("data") / "markov"
+    prepare("markov:V=16,order=1,seed=0,tokens=40000", "synthetic:16", out, seq_len=16, workers=1)
+    return out

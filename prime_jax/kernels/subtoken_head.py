@@ -22,6 +22,9 @@ import numpy as np
 from prime_jax.subtokens import Codebook, pack, unpack
 
 NEG = -1e30  # finite stand-in for -inf: no NaN from inf - inf
+# Mass, relative to the likeliest token, below which a slot's sum has underflowed. As P_j >= p_x,
+# the slot is then charged -log p_x, which is exact in log space: still a bound, and finite.
+TINY = 1e-30
 ONE_HOT_BASE = 8  # up to this base marginals are a matmul; above it digits are compared
 CHUNK_ELEMENTS = 1 << 20  # logits of a chunk: stays in a CPU's cache, large enough for its cores
 
@@ -190,18 +193,23 @@ def _chunk(head, head_VxD, row, gradients):
     joint_c = jnp.log(mass_c) + top_cx1[:, 0] - true_c
     joint = (pays_c * joint_c).sum()
 
-    def joint_gradient():
-        scale_c = pays_c / mass_c
+    def at_truth(value_c):
         columns = jax.lax.broadcasted_iota(jnp.int32, z_cxV.shape, 1)
-        return e_cxV * scale_c[:, None] - jnp.where(columns == token_c[:, None], pays_c[:, None], 0)
+        return jnp.where(columns == token_c[:, None], value_c[:, None], 0)
+
+    def joint_gradient():
+        return e_cxV * (pays_c / mass_c)[:, None] - at_truth(pays_c)
 
     if head.plain:
         return HeadLoss(joint, joint), joint_gradient() if gradients else None
 
     mass_cxS = _slot_mass(head, e_cxV, digits_cxS)
+    lost_cxS = masked_cxS & (mass_cxS < TINY)
+    usable_cxS = masked_cxS & ~lost_cxS
     # The inner `where` comes before the log: visible slots must not see log(0).
-    ratio_cxS = jnp.where(masked_cxS, mass_cxS / mass_c[:, None], 1.0)
-    marginal_c = -jnp.log(ratio_cxS).sum(axis=1)
+    ratio_cxS = jnp.where(usable_cxS, mass_cxS / mass_c[:, None], 1.0)
+    lost_c = lost_cxS.sum(axis=1).astype(z_cxV.dtype)
+    marginal_c = lost_c * joint_c - jnp.log(ratio_cxS).sum(axis=1)
     if whole_c is not None:
         marginal_c = jnp.where(whole_c & masked_cxS.any(axis=1), joint_c, marginal_c)
     losses = HeadLoss((weight_c * marginal_c).sum(), joint)
@@ -210,11 +218,12 @@ def _chunk(head, head_VxD, row, gradients):
     if head.loss == "joint":
         return losses, joint_gradient()
     # d/dz_v sum_j -log P_j = p_v (k - sum_j [C_vj = y_j] / P_j), k masked sub-tokens.
-    inverse_cxS = jnp.where(masked_cxS, 1.0 / ratio_cxS, 0.0)
+    inverse_cxS = jnp.where(usable_cxS, 1.0 / ratio_cxS, 0.0)
     share_cxV = _slot_spread(head, inverse_cxS, digits_cxS)
     count_c = masked_cxS.sum(axis=1).astype(z_cxV.dtype)
     scale_c = weight_c / mass_c
     dz_cxV = e_cxV * scale_c[:, None] * (count_c[:, None] - share_cxV)
+    dz_cxV -= at_truth(weight_c * lost_c)
     if whole_c is not None:
         dz_cxV = jnp.where(whole_c[:, None], joint_gradient(), dz_cxV)
     return losses, dz_cxV
@@ -289,15 +298,28 @@ def subtoken_log_masses(
         h_cxD, token_c, masked_cxS, later_cxS = row
         digits_cxS = jnp.asarray(book.digits)[token_c]
         z_cxV = _logits(head, h_cxD, head_VxD, digits_cxS, masked_cxS)
-        e_cxV = jnp.exp(z_cxV - z_cxV.max(axis=1, keepdims=True))
+        top_cx1 = z_cxV.max(axis=1, keepdims=True)
+        e_cxV = jnp.exp(z_cxV - top_cx1)
         mass_c = e_cxV.sum(axis=1)
+        true_c = jnp.take_along_axis(z_cxV, token_c[:, None], axis=1)[:, 0]
+        log_p_c = true_c - top_cx1[:, 0] - jnp.log(mass_c)
+        if head.plain:
+            charged_c = jnp.where(masked_cxS[:, 0] & ~later_cxS[:, 0], log_p_c, 0.0)
+            return charged_c, charged_c
         revealed_cxS = masked_cxS & ~later_cxS
         # Tokens that agree on the revealed slots; agreement on the visible ones is in z already.
         agree_cxV = consistent(book, digits_cxS, ~revealed_cxS)
         kept_c = jnp.where(agree_cxV, e_cxV, 0.0).sum(axis=1)
-        mass_cxS = kept_c[:, None] if head.plain else _slot_mass(head, e_cxV, digits_cxS)
-        ratio_cxS = jnp.where(masked_cxS, mass_cxS / mass_c[:, None], 1.0)
-        return jnp.log(ratio_cxS).sum(axis=1), jnp.log(kept_c / mass_c)
+
+        def log_share(mass, floor):
+            safe = mass >= TINY
+            return jnp.where(safe, jnp.log(jnp.where(safe, mass, 1.0)), floor)
+
+        log_mass_c = jnp.log(mass_c)
+        slots_cxS = log_share(_slot_mass(head, e_cxV, digits_cxS), (log_p_c + log_mass_c)[:, None])
+        marginal_cxS = jnp.where(masked_cxS, slots_cxS - log_mass_c[:, None], 0.0)
+        joint_c = log_share(kept_c, log_p_c + log_mass_c) - log_mass_c
+        return marginal_cxS.sum(axis=1), joint_c
 
     marginal, joint = jax.lax.map(one, rows)
     return marginal.reshape(-1), joint.reshape(-1)

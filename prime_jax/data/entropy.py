@@ -1,0 +1,90 @@
+"""How evenly sub-tokens are used: entropies and mutual information for a codebook and a corpus.
+
+All numbers are in bits and come from the token frequencies alone (math.md section 5), so they cost
+nothing and guide the choice of the granularity before any training.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from prime_jax.config import SubtokenConfig
+from prime_jax.errors import UserError
+from prime_jax.subtokens import Codebook
+
+SHUFFLES = (0.0, 0.25, 1.0)  # the columns of the table: identity, a quarter, full
+
+
+@dataclass(frozen=True)
+class Entropies:
+    """Sub-tokens of one token drawn from the corpus, in bits.
+
+    Attributes:
+        length, base, shuffle: the codebook.
+        slots: entropy of each sub-token, most significant first.
+        mean: their mean.
+        maximum: log2 of the base, which no slot can exceed.
+        token: entropy of the token itself.
+        total_correlation: sum of the slots less `token`; 0 where sub-tokens are independent.
+        mutual_information: mean over the pairs of slots; 0 if there is one slot only.
+    """
+
+    length: int
+    base: int
+    shuffle: float
+    slots: tuple[float, ...]
+    mean: float
+    maximum: float
+    token: float
+    total_correlation: float
+    mutual_information: float
+
+
+def entropy_bits(weights: np.ndarray) -> float:
+    """Entropy in bits of the distribution proportional to non-negative weights."""
+    p = weights[weights > 0] / weights.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+def entropies(counts: np.ndarray, config: SubtokenConfig) -> Entropies:
+    """Entropies of the sub-tokens that `config` makes of tokens with these counts.
+
+    Args:
+        counts: int64 [V], occurrences of each id.
+    Raises:
+        UserError: a length outside 1..32, or no tokens.
+    """
+    vocab_size = len(counts)
+    if not 1 <= config.length <= 32:
+        raise UserError(f"length {config.length}: must be between 1 and 32")
+    if not counts.sum():
+        raise UserError("the train split holds no tokens")
+    book = Codebook.create(vocab_size, config)
+    b, digits_VxS = book.base, book.digits.astype(np.int64)
+    weights = counts.astype(np.float64)
+    slots = [entropy_bits(np.bincount(column, weights, b)) for column in digits_VxS.T]
+    pairs = list(combinations(range(config.length), 2))
+    shared = [
+        slots[i] + slots[j] - entropy_bits(_joint(digits_VxS[:, i] * b + digits_VxS[:, j], weights))
+        for i, j in pairs
+    ]
+    token = entropy_bits(weights)
+    return Entropies(
+        length=config.length,
+        base=b,
+        shuffle=config.shuffle,
+        slots=tuple(slots),
+        mean=sum(slots) / len(slots),
+        maximum=math.log2(b),
+        token=token,
+        total_correlation=sum(slots) - token,
+        mutual_information=sum(shared) / len(pairs) if pairs else 0.0,
+    )
+
+
+def _joint(pair_V: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weight of each pair of digits that occurs (b**2 cells would be too many for l = 1, 2)."""
+    _, cell = np.unique(pair_V, return_inverse=True)
+    return np.bincount(cell, weights)

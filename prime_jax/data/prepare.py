@@ -1,0 +1,311 @@
+"""Prepare a dataset: tokenize in parallel, then cut the stream of each split into blocks.
+
+Two passes over files in OUT/parts (encode.py, assemble.py). Each file appears whole and each task
+ends with a `.json`, so an interruption, even kill -9, loses the tasks in work and no more. The
+result does not depend on the number of workers. The manifest comes last and OUT/parts goes.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from prime_jax.data import assemble, encode, parallel, shards, sources
+from prime_jax.data import manifest as manifests
+from prime_jax.data import tokenizer as tokenizers
+from prime_jax.data.manifest import SPLITS, Manifest, Request
+from prime_jax.errors import UserError
+from prime_jax.records import read_json, write_json_atomic
+
+
+def prepare(
+    source: str,
+    tokenizer: str,
+    out: str | Path,
+    seq_len: int = 128,
+    *,
+    workers: int = 0,
+    **options: float,
+) -> Manifest:
+    """Make the dataset in `out`, go on where an earlier call stopped, or return the finished one.
+
+    Args:
+        source: see sources.py.
+        tokenizer: see tokenizer.py.
+        seq_len: tokens of a block.
+        workers: processes; 0 for one per core. They start afresh and import the calling script,
+            which must keep its work under `if __name__ == "__main__"`, or pass 1.
+        options: `valid_fraction` and `test_fraction` of the documents, chosen by the hash of their
+            text and `seed` (of an endless stream: at its end); `max_documents` and `max_bytes`,
+            the beginning of each source to use.
+    Raises:
+        UserError: wrong or empty input, a tokenizer that loses text, a directory that holds
+            something else, nowhere to write.
+    """
+    request = Request(source, tokenizer, seq_len, **options)
+    _validate(request)
+    if "://" in str(out):
+        raise UserError(f"--out {out}: prepare into a local folder, then copy it")
+    directory = Path(out)
+    if (directory / manifests.FILE).exists():
+        return _finished(directory, request)
+    try:
+        (directory / "parts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror}") from error
+    with _alone(directory):
+        try:
+            return _prepare(request, directory, workers or os.cpu_count() or 1)
+        except UserError:
+            if not _finished_parts(directory):
+                _forget(directory)
+            raise
+
+
+def _validate(request: Request) -> None:
+    if request.seq_len < 2:
+        raise UserError(f"seq_len = {request.seq_len}: must be at least 2")
+    fractions = (request.valid_fraction, request.test_fraction)
+    if min(fractions) < 0 or sum(fractions) >= 1:
+        raise UserError(
+            f"valid_fraction = {fractions[0]}, test_fraction = {fractions[1]}: must not be below 0 "
+            "and must leave something to train on"
+        )
+
+
+def _finished(directory: Path, request: Request) -> Manifest:
+    manifest = manifests.load(directory)
+    if manifest.request != request:
+        raise UserError(
+            f"{directory} holds another dataset, made by: {manifest.request.command(directory)}; "
+            "choose another --out, or remove it"
+        )
+    shutil.rmtree(directory / "parts", ignore_errors=True)
+    return manifest
+
+
+def _finished_parts(directory: Path) -> bool:
+    return any((directory / "parts").glob("[0-9]*.json"))
+
+
+def _forget(directory: Path) -> None:
+    """Leave nothing that would stand in the way of another request."""
+    shutil.rmtree(directory / "parts", ignore_errors=True)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (directory / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One preparation per directory; the lock goes with the process, however it ends."""
+    try:
+        with (directory / "parts" / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is preparing {directory}") from error
+            yield
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror}") from error
+
+
+def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
+    corpus = sources.parse(request.source)
+    _check_plan(request, directory, corpus)
+    tokenizer = _tokenizer(request, directory, corpus)
+    endless = corpus[0].endless
+    if not endless and tokenizer.eos_id == tokenizers.NO_EOS:
+        raise UserError(
+            f"source {request.source} has documents and tokenizer {request.tokenizer} no EOS to "
+            f"end them; use {request.tokenizer}+eos"
+        )
+    started = time.monotonic()
+    parts, encoded = _encode_all(request, directory, corpus, tokenizer.hash, workers)
+    pieces = assemble.streams(assemble.mix(parts, [s.weight for s in corpus]) if parts else [])
+    _check_enough(request, directory, pieces)
+    dtype = encode.stored_dtype(tokenizer.vocab_size)
+    tasks = [
+        task
+        for split, stream in enumerate(pieces)
+        for task in assemble.shard_tasks(
+            split, stream, request.seq_len, dtype, tokenizer.vocab_size, directory
+        )
+    ]
+    todo = [t for t in tasks if not (Path(f"{t.stem}.json").exists() and t.shard.exists())]
+    with _bar("writing blocks", len(tasks), len(tasks) - len(todo)) as advance:
+        for _ in parallel.run(assemble.assemble_shard, todo, min(workers, len(todo))):
+            advance(1)
+
+    splits = [
+        assemble.summary(stream, [t for t in tasks if t.split == i], tokenizer.token_bytes)
+        for i, stream in enumerate(pieces)
+    ]
+    unigram = assemble.counts([t for t in tasks if t.split == 0], tokenizer.vocab_size)
+    tables = (
+        _table(directory, manifests.UNIGRAM, unigram),
+        _table(directory, manifests.TOKEN_BYTES, tokenizer.token_bytes),
+    )
+    for leftover in directory.glob(".*.[0-9]*"):  # of a killed process
+        leftover.unlink(missing_ok=True)
+    eos_policy = "none" if endless else "append"
+    identity = (tokenizer.hash, request.seq_len, eos_policy, splits)
+    left_out = [read_json(Path(f"{part.stem}.json")) for kept in parts for part in kept]
+    manifests.save(
+        Manifest(
+            schema=manifests.SCHEMA,
+            request=request,
+            fingerprint=manifests.fingerprint(*identity),
+            tokenizer_hash=tokenizer.hash,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            eos_policy=eos_policy,
+            seq_len=request.seq_len,
+            dtype=dtype,
+            skipped=sum(counts["skipped"] for counts in left_out),
+            empty=sum(counts["empty"] for counts in left_out),
+            train=splits[0],
+            valid=splits[1],
+            test=splits[2],
+            tables=tables,
+            tokens_per_second=round(encoded / max(time.monotonic() - started, 1e-9), 1),
+        ),
+        directory,
+    )
+    shutil.rmtree(directory / "parts", ignore_errors=True)
+    return manifests.load(directory)
+
+
+def _table(directory: Path, name: str, array: np.ndarray) -> manifests.Table:
+    return manifests.Table(name, shards.write_array(directory / name, array))
+
+
+def _check_plan(request: Request, directory: Path, corpus: list[sources.Source]) -> None:
+    """Finished parts are reused only for the same request on the same files."""
+    inputs = repr([(part.args, part.size) for source in corpus for part in source.parts])
+    plan = {
+        "schema": manifests.SCHEMA,
+        "request": dataclasses.asdict(request),
+        "inputs": hashlib.sha256(inputs.encode()).hexdigest(),
+    }
+    path = directory / "parts" / "plan.json"
+    changed = path.exists() and read_json(path) != plan
+    if changed and not _finished_parts(directory):
+        (directory / "tokenizer.json").unlink(missing_ok=True)
+    elif changed:
+        raise UserError(
+            f"{directory} holds an unfinished preparation of something else, or its input files "
+            "changed; remove it or choose another --out"
+        )
+    write_json_atomic(path, plan)
+
+
+def _tokenizer(
+    request: Request, directory: Path, corpus: list[sources.Source]
+) -> tokenizers.Tokenizer:
+    if (directory / "tokenizer.json").exists():
+        return tokenizers.load(directory)
+
+    def sample(n_bytes: int) -> Iterator[str]:
+        share = sum(source.weight for source in corpus)
+        for source in corpus:
+            yield from sources.sample(source, round(n_bytes * source.weight / share))
+
+    tokenizer = tokenizers.make(request.tokenizer, sample)
+    tokenizer.save(directory)
+    return tokenizer
+
+
+def _encode_all(
+    request: Request,
+    directory: Path,
+    corpus: list[sources.Source],
+    tokenizer_hash: str,
+    workers: int,
+) -> tuple[list[list[assemble.Kept]], int]:
+    """First pass: the parts of each source, within the limits, and the tokens made by this call."""
+    stems = [
+        [directory / "parts" / f"{i:02d}-{k:06d}" for k in range(len(source.parts))]
+        for i, source in enumerate(corpus)
+    ]
+
+    def needed() -> Iterator[encode.Encode]:
+        for source, row in zip(corpus, stems, strict=True):
+            for part, stem in zip(source.parts, row, strict=True):
+                if _reached(request, row):
+                    break
+                if not _done(stem):
+                    yield encode.Encode(
+                        part, stem, directory, tokenizer_hash, request, source.endless
+                    )
+
+    sizes = [part.size for source in corpus for part in source.parts]
+    done = [_done(stem) for row in stems for stem in row]
+    earlier = sum(size for size, d in zip(sizes, done, strict=True) if d)
+    processes = min(workers, sum(not d for d in done))
+    encoded = 0
+    with _bar("tokenizing", sum(sizes), earlier) as advance:
+        for task in parallel.run(encode.encode_part, needed(), processes):
+            encoded += read_json(Path(f"{task.stem}.json"))["tokens"]
+            advance(task.part.size)
+    return [_within(request, row) for row in stems], encoded
+
+
+def _done(stem: Path) -> bool:
+    return Path(f"{stem}.json").exists()
+
+
+def _prefix(stems: list[Path]) -> Iterator[tuple[Path, dict]]:
+    """The finished parts before the first unfinished one."""
+    for stem in stems:
+        if not _done(stem):
+            return
+        yield stem, read_json(Path(f"{stem}.json"))
+
+
+def _reached(request: Request, stems: list[Path]) -> bool:
+    """Whether the finished beginning of a source already meets its limits."""
+    limits = {"documents": request.max_documents, "bytes": request.max_bytes}
+    if not any(limits.values()):
+        return False
+    counts = [counts for _, counts in _prefix(stems)]
+    return any(limit and sum(c[k] for c in counts) >= limit for k, limit in limits.items())
+
+
+def _within(request: Request, stems: list[Path]) -> list[assemble.Kept]:
+    kept = [assemble.Kept(stem, counts["documents"]) for stem, counts in _prefix(stems)]
+    for what, limit in (("documents", request.max_documents), ("bytes", request.max_bytes)):
+        if limit:
+            kept = assemble.keep_first(kept, what, limit)
+    return kept
+
+
+def _check_enough(request: Request, directory: Path, pieces: list[list[assemble.Piece]]) -> None:
+    asked = (True, request.valid_fraction > 0, request.test_fraction > 0)
+    documents = sum(piece.documents for stream in pieces for piece in stream)
+    for name, stream, wanted in zip(SPLITS, pieces, asked, strict=True):
+        tokens = sum(piece.tokens for piece in stream)
+        if wanted and tokens < request.seq_len:
+            _forget(directory)
+            what = f"only {tokens} tokens" if documents else "no text"
+            raise UserError(
+                f"source {request.source}: {what} in the {name} split, less than one block of "
+                f"{request.seq_len} ({documents} documents in all); give more text, other "
+                f"fractions, or cut one long text by position with stream:PATH"
+            )
+
+
+@contextmanager
+def _bar(what: str, total: int, done: int) -> Iterator:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task(what, total=total, completed=done)
+        yield lambda n: progress.advance(bar, n)

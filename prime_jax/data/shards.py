@@ -1,0 +1,115 @@
+"""ArrayRecord files of fixed-length blocks, with errors that name the file."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from prime_jax.errors import UserError
+
+OPTIONS = "group_size:1,uncompressed"  # random access to single records, the same bytes each time
+BATCH = 1024
+
+
+class Reader:
+    """Random access to the records of one file; safe to share between threads."""
+
+    def __init__(self, path: Path, records: int, advice: str):
+        from array_record.python import array_record_module
+
+        self.path, self.records, self.advice = path, records, advice
+        try:
+            self._reader = array_record_module.ArrayRecordReader(
+                str(path), options="readahead_buffer_size:0"
+            )
+            found = self._reader.num_records()
+        except (RuntimeError, ValueError) as error:
+            raise self._damaged(error) from error
+        if found != records:
+            raise self._damaged(f"{found} records instead of {records}")
+
+    def read(self, positions: list[int]) -> bytes:
+        """The records at these positions, joined.
+
+        Raises:
+            UserError: one of them is damaged (checksums are part of the format).
+        """
+        try:
+            return b"".join(self._reader.read(positions))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, reason: object) -> UserError:
+        first_line = str(reason).partition("\n")[0]
+        return UserError(f"{self.path} is damaged ({first_line}){self.advice}")
+
+
+def digest(path: Path, records: int, advice: str) -> str:
+    """SHA-256 of the records of a file, in order; raises UserError where one is damaged."""
+    reader, sha = Reader(path, records, advice), hashlib.sha256()
+    for begin in range(0, records, BATCH):
+        sha.update(reader.read(list(range(begin, min(begin + BATCH, records)))))
+    return sha.hexdigest()
+
+
+def write(path: Path, records_NxR: np.ndarray) -> str:
+    """Write rows uint8 [N, R] as records; returns the digest. Appears whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    temporary = _temporary(path)
+    try:
+        writer = _writer(temporary)
+        for row in records_NxR:
+            writer.write(row.tobytes())
+        writer.close()
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from error
+    return hashlib.sha256(records_NxR).hexdigest()
+
+
+def _writer(path: Path) -> Any:
+    from array_record.python import array_record_module
+
+    return array_record_module.ArrayRecordWriter(str(path), OPTIONS)
+
+
+def write_array(path: Path, array: np.ndarray) -> str:
+    """Write a .npy file, whole or not at all; returns the SHA-256 of the file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with whole_files([path]) as [file]:
+        file.write(buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+@contextmanager
+def whole_files(paths: Sequence[str | Path]) -> Iterator[list[BinaryIO]]:
+    """Files open for writing that take their names only when the block ends well.
+
+    Raises:
+        UserError: a place cannot be written to.
+    """
+    temporary = [_temporary(Path(path)) for path in paths]
+    try:
+        with ExitStack() as stack:
+            yield [stack.enter_context(t.open("wb")) for t in temporary]
+        for path, t in zip(paths, temporary, strict=True):
+            os.replace(t, path)
+    except OSError as error:
+        raise UserError(f"cannot write {paths[0]}: {error.strerror}") from error
+    finally:
+        for t in temporary:
+            t.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,0 +1,191 @@
+"""Where text comes from: parts that can be read independently, in a fixed order.
+
+Specs:
+    pysource                 the Python standard library's own sources, one document per file
+    text:GLOB                one document per file
+    stream:GLOB              files joined into one endless text, split by position (text8)
+    jsonl:GLOB               one document per line, key `text`
+    parquet:GLOB             one document per row, column `text`
+    tfds:NAME                a prepared TensorFlow dataset, feature `text`, its own splits if any
+    markov:V=16,order=1,...  synthetic, entropies known exactly (markov.py)
+    A*0.7+B*0.3              a mixture: shares of the tokens, as many as fit without repetition;
+                             each source contributes its first documents
+GLOB is local or remote (`gs://...`, through fsspec); .gz, .zst, .bz2 and .xz are read as they are.
+"""
+
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prime_jax.data import markov, readers
+from prime_jax.errors import UserError
+
+PART_BYTES = 1 << 20  # small files are grouped into parts of at least about this size
+ROWS_PER_PART = 10_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a source that one worker reads; equal parts give equal documents.
+
+    Attributes:
+        read: yields documents, and None for one that is not valid text and is left out.
+        args: its arguments.
+        size: bytes on disk, for progress.
+    """
+
+    read: Callable[..., Iterator[readers.Document | None]]
+    args: tuple[Any, ...]
+    size: int
+
+    def documents(self) -> Iterator[readers.Document | None]:
+        return self.read(*self.args)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus.
+
+    Attributes:
+        spec: what the user wrote.
+        parts: in the order of the stream.
+        weight: share of the tokens in a mixture.
+        endless: one text without documents, so without EOS.
+    """
+
+    spec: str
+    parts: list[Part]
+    weight: float = 1.0
+    endless: bool = False
+
+
+def parse(spec: str) -> list[Source]:
+    """The sources of a spec; more than one for a mixture.
+
+    Raises:
+        UserError: unknown kind, no matching file, or a mixture that cannot be read.
+    """
+    terms = re.findall(r"(?:^|\+)(.+?)\*(\d+(?:\.\d+)?)(?=\+|$)", spec)
+    if len(terms) < 2 or "+".join(f"{s}*{w}" for s, w in terms) != spec:
+        return [_parse_one(spec, 1.0)]
+    sources = [_parse_one(part, float(weight)) for part, weight in terms]
+    if any(source.weight <= 0 for source in sources):
+        raise UserError(f"source {spec}: weights must be above 0")
+    if len({source.endless for source in sources}) > 1:
+        raise UserError(f"source {spec}: an endless stream cannot be mixed with documents")
+    return sources
+
+
+def _parse_one(spec: str, weight: float) -> Source:
+    kind, _, value = spec.partition(":")
+    of_files = {"text": readers.texts, "jsonl": readers.jsonl, "parquet": readers.parquet}
+    if spec == "pysource":
+        return Source(spec, _pysource_parts(), weight)
+    if kind in of_files and value:
+        return Source(spec, _group(_files(spec, value), of_files[kind]), weight)
+    if kind == "stream" and value:
+        return Source(spec, _stream_parts(_files(spec, value)), weight, endless=True)
+    if kind == "tfds" and value:
+        return Source(spec, _tfds_parts(value), weight)
+    if kind == "markov":
+        chain = markov.parse(value)
+        part = Part(readers.markov, (chain,), 4 * chain.tokens)
+        return Source(spec, [part], weight, endless=not chain.doc_mean)
+    raise UserError(
+        f"source {spec!r} is unknown; use pysource, text:GLOB, stream:GLOB, jsonl:GLOB, "
+        "parquet:GLOB, tfds:NAME or markov:V=16,..."
+    )
+
+
+def _files(spec: str, glob: str) -> list[tuple[str, int]]:
+    """(path, bytes) of the files that match, sorted by path."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.url_to_fs(glob)
+        found = fs.glob(path, detail=True)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"source {spec}: {error}") from error
+    files = [(p, info.get("size") or 0) for p, info in found.items() if info["type"] == "file"]
+    if not files:
+        raise UserError(f"source {spec}: no file matches {glob}")
+    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+    return sorted((p if local else fs.unstrip_protocol(p), size) for p, size in files)
+
+
+def _group(
+    files: list[tuple[str, int]], read: Callable[..., Iterator[readers.Document | None]]
+) -> list[Part]:
+    """Parts of whole files: small ones together, a large one alone."""
+    largest = max(PART_BYTES, sum(n for _, n in files) // 1000)  # never too many parts
+    parts: list[Part] = []
+    paths: list[str] = []
+    size = 0
+    for path, n in files:
+        if paths and size + n > largest:
+            parts.append(Part(read, (tuple(paths),), size))
+            paths, size = [], 0
+        paths.append(path)
+        size += n
+    return [*parts, Part(read, (tuple(paths),), size)]
+
+
+def _pysource_parts() -> list[Part]:
+    root = sysconfig.get_paths()["stdlib"]
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        outside = {"site-packages", "dist-packages", "__pycache__"}
+        subfolders[:] = [name for name in subfolders if name not in outside]
+        files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise UserError(f"pysource: this Python's library at {root} has no .py files")
+    return _group([(path, os.path.getsize(path)) for path in sorted(files)], readers.python_files)
+
+
+def _stream_parts(files: list[tuple[str, int]]) -> list[Part]:
+    compressed = [p for p, _ in files if p.endswith((".gz", ".zst", ".bz2", ".xz", ".zip"))]
+    if compressed:
+        raise UserError(f"stream: {compressed[0]} is compressed; positions need it unpacked")
+    total = sum(size for _, size in files)
+    chunk = max(-(-total // readers.STREAM_CHUNKS), 1)
+    parts, start = [], 0
+    for path, size in files:
+        for begin in range(0, size, chunk * 10):
+            end = min(begin + chunk * 10, size)
+            parts.append(Part(readers.stream, (path, begin, end, chunk, start, total), end - begin))
+        start += size
+    if not parts:
+        raise UserError(f"stream: {files[0][0]} is empty")
+    return parts
+
+
+def _tfds_parts(name: str) -> list[Part]:
+    """Ranges of rows; `validation` and `test` splits stay what they are, the rest is hashed."""
+    known = readers.tfds_splits(name)
+    pins = {"train": "train" if "validation" in known else ""}
+    pins |= {"validation": "valid", "test": "test"}
+    parts = []
+    for split, pin in pins.items():
+        rows = known.get(split, 0)
+        for begin in range(0, rows, ROWS_PER_PART):
+            end = min(begin + ROWS_PER_PART, rows)
+            parts.append(Part(readers.tfds, (name, split, pin, begin, end), (end - begin) << 10))
+    if not parts:
+        raise UserError(f"tfds:{name} has no split named train, validation or test")
+    return parts
+
+
+def sample(source: Source, n_bytes: int) -> Iterator[str]:
+    """About `n_bytes` of text from the beginnings of parts spread evenly over a source."""
+    count = min(len(source.parts), 64)
+    for k in range(count):
+        left = -(-n_bytes // count)
+        for document in source.parts[k * len(source.parts) // count].documents():
+            if document is not None:
+                yield document.text[:left]
+                left -= len(document.text)
+            if left <= 0:
+                break

@@ -1,0 +1,187 @@
+"""`prime-jax fit`: from runs to numbers, figures and a report."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prime_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+DESCRIPTION = """\
+Fit scaling laws to finished runs: approach 2 (IsoFLOP parabolas) and approach 3
+(L = E + A/N^alpha + B/D^beta) for each family, with intervals, figures and a report.
+
+RUNS_OR_CSV is a sweep directory, or any CSV with the columns family, loss and two of
+flops, params, tokens (the third is then C = 6 N D), and optionally kind (nll, nelbo,
+train_loss), loss_se, budget, run, seed, status, reason, step, epochs, given, tokenizer, eval_set.
+
+Exit code: 0 fitted, 3 fitted but something was refused (fit.json and the report say
+what and why), 2 bad input.
+"""
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "fit",
+        help="fit scaling laws to a sweep or a CSV: table, fit.json, figures, report.html",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, metavar="RUNS_OR_CSV")
+    parser.add_argument(
+        "--metric",
+        default="best-valid",
+        help="best-valid (exact NLL of arm, sub-token NELBO otherwise) or an estimator of the runs",
+    )
+    parser.add_argument("--flops", choices=("matmul", "reference"), help="how FLOPs are counted")
+    parser.add_argument(
+        "--params",
+        choices=("total", "nonembedding", "nonembedding_plus_head", "reference"),
+        help="which parameters N counts",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: RUNS/fit, or CSV's name + -fit"
+    )
+    parser.add_argument("--bootstrap", type=_replicates, default=1000, help="replicates (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument(
+        "--allow-mixed-kinds",
+        action="store_true",
+        help="fit and draw losses of different kinds together; every figure says so",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from prime_jax.records import write_json_atomic
+    from prime_jax.scaling import fit, points, record, table
+    from prime_jax.scaling.columns import Choice
+
+    console = Console()
+    choice = Choice(args.metric, args.flops, args.params, args.allow_mixed_kinds)
+    runs = points.select(table.read(args.runs), choice)
+    settings = fit.Settings(replicates=args.bootstrap, seed=args.seed)
+    with console.status("fitting") as status:
+        fitted = fit.fit_runs(runs, settings, lambda name: status.update(f"fitting {name}"))
+        result = record.as_dict(fitted)
+        out = _make(args.out or default_out(args.runs))
+        write_json_atomic(out / "fit.json", result)
+        status.update("drawing")
+        pictures = _draw(fitted, result, out)
+    _print(console, result)
+    for path in pictures:
+        console.print(f"figure  {path}", soft_wrap=True, highlight=False)
+    console.print(f"report  {out / 'report.html'}", soft_wrap=True, highlight=False)
+    return 3 if fitted.refused else 0
+
+
+def default_out(source: Path) -> Path:
+    """RUNS/fit for a sweep; beside a CSV, its name and `-fit`."""
+    return source / "fit" if source.is_dir() else source.with_name(f"{source.stem}-fit")
+
+
+def _draw(fitted: Any, result: dict[str, Any], out: Path) -> list[Path]:
+    """Write figures and report; returns the PNG files."""
+    from prime_jax.scaling import plots, report
+
+    try:
+        paths = plots.save(plots.draw_all(fitted), out)
+        pictures = {
+            n: report.inline(path) for (n, suffix), path in paths.items() if suffix == "svg"
+        }
+        (out / "report.html").write_text(report.render(result, pictures), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    return [path for (_, suffix), path in paths.items() if suffix == "png"]
+
+
+def _make(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {out}: {error.strerror}") from error
+    return out
+
+
+def _replicates(value: str) -> int:
+    """Percentile intervals of 95 % need some replicates in their tails."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 100:
+        raise argparse.ArgumentTypeError(f"{value!r}: a whole number, 100 or more")
+    return number
+
+
+def _print(console: "Console", result: dict[str, Any]) -> None:
+    from prime_jax.scaling import labels
+
+    conventions = result["conventions"]
+    console.print(
+        f"{result['source']['name']}: {result['metric']}; N {labels.convention(conventions['params'])}, "
+        f"FLOPs {labels.convention(conventions['flops'])}; {result['method']['level']:.0%} intervals",
+        highlight=False,
+    )
+    console.print(_summary(result))
+    groups = {"": result["warnings"]}
+    groups |= {f"{name}: ": family["warnings"] for name, family in result["families"].items()}
+    for where, warnings in groups.items():
+        for item in warnings:
+            colour, word = ("red", "refused") if item["refusal"] else ("yellow", "warning")
+            console.print(f"[{colour}]{word}[/] {where}{item['message']}", highlight=False)
+    if result["excluded"]:
+        console.print(f"left out: {len(result['excluded'])}; the report says why", highlight=False)
+
+
+def _summary(result: dict[str, Any]) -> "Table":
+    """A column for each family."""
+    from rich import box
+    from rich.table import Table
+
+    families = result["families"]
+    summary = Table("", *families, box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [_cells(family) for family in families.values()]
+    for name in columns[0]:
+        summary.add_row(name, *(column[name] for column in columns))
+    return summary
+
+
+def _cells(family: dict[str, Any]) -> dict[str, str]:
+    from prime_jax.scaling import labels
+
+    three, two = family["approach3"], family["approach2"]
+    out = {"kind of loss": labels.kind(family["kind"]), "runs": str(family["runs"])}
+    names = ("E", "alpha", "beta", "a, approach 3")
+    if three["params"] is None:
+        out |= dict.fromkeys(names, "refused")
+    else:
+        values = {**three["params"], "a": three["a"]}
+        for name in names:
+            key = name.split(",")[0]
+            out[name] = _with(values[key], three["intervals"][key], labels.value)
+    refused = two["a"] is None
+    out["a, approach 2"] = (
+        "refused" if refused else _with(two["a"], two["intervals"]["a"], labels.value)
+    )
+    best = three["optima"][-1] if three["params"] else None
+    out["largest C"] = labels.flops(family["budgets"][-1])
+    for quantity, name, show, digits in (
+        ("params", "N* there", labels.count, 2),
+        ("tokens", "D* there", labels.count, 2),
+        ("loss", "loss there", labels.value, 3),
+    ):
+        ends = best["intervals"][quantity] if best else None
+        out[name] = _with(best[quantity], ends, show, digits) if best else "refused"
+    out["warnings"] = str(len(family["warnings"]))
+    return out
+
+
+def _with(value: float, ends: list[float] | None, show: Any, digits: int = 2) -> str:
+    between = f" ({show(ends[0], digits)}–{show(ends[1], digits)})" if ends else " (no interval)"
+    return f"{show(value, 3)}{between}"

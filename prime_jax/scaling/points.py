@@ -1,0 +1,256 @@
+"""The runs that a fit uses, checked and grouped by family."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prime_jax.errors import UserError
+from prime_jax.scaling import budgets, labels
+from prime_jax.scaling.columns import Choice, Columns, choose
+from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.table import Table, number, require, text
+
+Array = NDArray[np.float64]
+
+KINDS = ("nll", "nelbo", "train_loss")
+LEAST_COUNT = 1000  # fewer parameters or tokens than this are counted in another unit
+UNIT_RATIO = 100  # no convention moves C / (6 N D) this far from one; a wrong unit does
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a loss is. Losses may be compared, or share an axis, if their `group` is the same."""
+
+    kind: str  # nll, nelbo, train_loss, "" (not stated), or several joined by "+"
+    given: str = ""
+    tokenizer: str = ""
+    eval_set: str = ""
+
+    @property
+    def group(self) -> tuple[str, str, str, str]:
+        kinds = {"valid" if k in ("nll", "nelbo") else k for k in self.kind.split("+")}
+        return "+".join(sorted(kinds)), self.given, self.tokenizer, self.eval_set
+
+    @property
+    def label(self) -> str:
+        kind = labels.kind(self.kind)
+        return f"{kind}, given {self.given}" if self.given else kind
+
+
+@dataclass(frozen=True)
+class Points:
+    """The finished runs of one family: arrays [n], N and D in units of one."""
+
+    family: str
+    measure: Measure
+    flops: Array
+    params: Array
+    tokens: Array
+    loss: Array
+    loss_se: Array  # NaN where not known
+    budget: Array
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def budgets(self) -> Array:
+        return np.unique(self.budget)
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A run that is no point of the fit, and why."""
+
+    run: str
+    family: str
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Everything read from one source, and the conventions it was read in."""
+
+    families: dict[str, Points]
+    excluded: tuple[Excluded, ...]
+    choice: Choice
+    columns: Columns
+    source: str
+    sha256: str
+
+
+def select(table: Table, choice: Choice | None = None) -> Runs:
+    """Check a table and take the columns of `choice`.
+
+    Raises:
+        UserError: a missing column, or impossible values (with their rows).
+    """
+    choice = choice or Choice()
+    columns = choose(table, choice)
+    reasons = [_why_not(row, columns.loss) for row in table.rows]
+    excluded = tuple(
+        Excluded(
+            text(row, "run", name), text(row, "family", "?"), text(row, "status", "done"), reason
+        )
+        for row, name, reason in zip(table.rows, table.names, reasons, strict=True)
+        if reason
+    )
+    used = _subset(table, [reason is None for reason in reasons])
+    if not used.rows:
+        raise UserError(f"{table.source}: none of its {len(excluded)} runs is done; nothing to fit")
+    _refuse_duplicates(used, columns)
+    arrays = _arrays(used, columns)
+    labels = [text(row, "family") for row in used.rows]
+    require(used, "family", [bool(label) for label in labels], "family is empty")
+    families = {}
+    for label in dict.fromkeys(labels):
+        mine = np.array([other == label for other in labels])
+        lost = [run for run in excluded if run.family == label]
+        part = {name: values[mine] for name, values in arrays.items()}
+        families[label] = _family(label, _subset(used, mine), part, columns, choice, lost)
+    return Runs(families, excluded, choice, columns, table.source, table.sha256)
+
+
+def _subset(table: Table, keep: Any) -> Table:
+    rows = [row for row, kept in zip(table.rows, keep, strict=True) if kept]
+    names = [name for name, kept in zip(table.names, keep, strict=True) if kept]
+    return Table(rows, names, table.columns, table.source, table.sha256)
+
+
+def _why_not(row: dict[str, Any], loss: str) -> str | None:
+    status = text(row, "status")
+    if status not in ("", "done"):
+        return text(row, "reason", status)
+    if status == "done" and not text(row, loss):
+        return f"no value in column {loss}"
+    return None
+
+
+def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
+    """The numbers [n] of all runs; the one of C, N, D that is not in the table is derived."""
+    out = {"loss": _positive(table, columns.loss, 0, "loss must be a number above 0")}
+    for quantity in ("flops", "params", "tokens"):
+        column = getattr(columns, quantity)
+        if column:
+            least = LEAST_COUNT
+            rule = f"{column} must be a number in units of one, at least {least}"
+            out[quantity] = _positive(table, column, least, rule)
+    if not columns.flops:
+        out["flops"] = 6 * out["params"] * out["tokens"]
+    elif not columns.params:
+        out["params"] = out["flops"] / (6 * out["tokens"])
+    elif not columns.tokens:
+        out["tokens"] = out["flops"] / (6 * out["params"])
+    ratio = out["flops"] / (6 * out["params"] * out["tokens"])
+    in_unit = (ratio < UNIT_RATIO) & (ratio > 1 / UNIT_RATIO)
+    require(table, columns.flops, in_unit, "flops are far from 6 N D; check the units of all three")
+    for name in ("loss_se", "epochs"):
+        column = columns.loss_se if name == "loss_se" else name
+        out[name] = np.array([number(row, column) for row in table.rows])
+    if "budget" in table.columns:
+        out["budget"] = _positive(table, "budget", 0, "budget must be a number above 0")
+    return out
+
+
+def _positive(table: Table, column: str, least: float, rule: str) -> Array:
+    values = np.array([number(row, column) for row in table.rows])
+    require(table, column, np.isfinite(values) & (values > 0) & (values >= least), rule)
+    return values
+
+
+def _refuse_duplicates(table: Table, columns: Columns) -> None:
+    """One run in two rows counts twice; checkpoints of it (another step) are another matter."""
+    if "run" in table.columns:
+        keys = [(text(row, "run"), text(row, "step")) for row in table.rows]
+    else:
+        names = (
+            "family",
+            "seed",
+            "step",
+            columns.loss,
+            columns.flops,
+            columns.params,
+            columns.tokens,
+        )
+        keys = [tuple(text(row, name) for name in names) for row in table.rows]
+    first: dict[tuple[str, ...], str] = {}
+    for key, name in zip(keys, table.names, strict=True):
+        if key in first:
+            raise UserError(f"{table.source}: {first[key]} and {name} are the same run; drop one")
+        first[key] = name
+
+
+def _family(
+    label: str,
+    table: Table,
+    arrays: dict[str, Array],
+    columns: Columns,
+    choice: Choice,
+    lost: list[Excluded],
+) -> Points:
+    measure, findings = _measure(table, columns, choice)
+    budget = budgets.assign(arrays["flops"], arrays.get("budget"))
+    findings += _data_findings(table, arrays, lost)
+    names = ("flops", "params", "tokens", "loss", "loss_se")
+    return Points(label, measure, *(arrays[n] for n in names), budget, tuple(findings))
+
+
+def _measure(table: Table, columns: Columns, choice: Choice) -> tuple[Measure, list[Finding]]:
+    kinds = [text(row, columns.kind) for row in table.rows]
+    known = f"kind must be one of {', '.join(KINDS)}"
+    require(table, columns.kind, [kind in ("", *KINDS) for kind in kinds], known)
+    sides = {name: _values(table, name) for name in ("given", "tokenizer", "eval_set")}
+    joined = {name: "+".join(sorted(values)) for name, values in sides.items()}
+    measure = Measure("+".join(k for k in (*KINDS, "") if k in kinds), **joined)
+    report = warn if choice.allow_mixed_kinds else refuse
+    findings = []
+    if len({Measure(kind).group for kind in kinds}) > 1:
+        counts = ", ".join(f"{n} {kind or 'not stated'}" for kind, n in Counter(kinds).items())
+        findings.append(
+            report("mixed_kinds", f"its losses are different kinds of number: {counts}")
+        )
+    for name, values in sides.items():
+        if len(values) > 1:
+            shown = ", ".join(value or "nothing" for value in sorted(values))
+            findings.append(report("mixed_evaluations", f"its runs differ in {name}: {shown}"))
+    if set(kinds) == {""}:
+        findings.append(warn("kind_unstated", "the file does not say what kind of loss this is"))
+    return measure, findings
+
+
+def _values(table: Table, column: str) -> set[str]:
+    return {text(row, column) for row in table.rows}
+
+
+def _data_findings(table: Table, arrays: dict[str, Array], lost: list[Excluded]) -> list[Finding]:
+    findings = []
+    if lost:
+        states = ", ".join(
+            f"{n} {status}" for status, n in Counter(run.status for run in lost).items()
+        )
+        total = len(lost) + len(table.rows)
+        findings.append(
+            warn("survivors_only", f"{len(lost)} of {total} runs are left out ({states})")
+        )
+    repeated = int(np.sum(arrays["epochs"] > 1))
+    if repeated:
+        most = np.nanmax(arrays["epochs"])
+        findings.append(
+            warn(
+                "data_repeated",
+                f"{repeated} runs saw their data more than once (up to {most:.3g} times)",
+            )
+        )
+    sizes = Counter(zip(arrays["params"].tolist(), arrays["tokens"].tolist(), strict=True))
+    if max(sizes.values()) == 1:
+        findings.append(
+            warn("no_seed_repeats", "no run is repeated, so the noise of one is not known")
+        )
+    runs = [text(row, "run") for row in table.rows]
+    if "run" in table.columns and len(set(runs)) < len(runs):
+        findings.append(
+            warn("checkpoints_of_one_run", f"{len(runs)} points come from {len(set(runs))} runs")
+        )
+    return findings

@@ -1,0 +1,119 @@
+"""ROOT -> runs.csv: what `fit` reads. Runs without a result are rows too, with their status."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from prime_jax.errors import UserError
+from prime_jax.records import best_valid
+from prime_jax.sweep import state
+from prime_jax.sweep.state import Run
+from prime_jax.sweep.status import status_of
+
+# `loss` is best-valid, `loss_se` its Monte-Carlo part (all runs share the evaluation set, so
+# `loss_se_data` does not enter differences), `flops` matmul, `params` nonembedding_plus_head.
+COLUMNS = [
+    "run",
+    "family",
+    "seed",
+    "status",
+    "kind",
+    "loss",
+    "loss_se",
+    "flops",
+    "params",
+    "tokens",
+    "budget",
+    "epochs",
+    "step",
+    "lr",
+    "batch_size",
+    "layers",
+    "width",
+    "heads",
+    "given",
+    "reason",
+    "rules",
+    "loss_se_data",
+    "flops_matmul",
+    "flops_reference",
+    "params_total",
+    "params_nonembedding",
+    "params_nonembedding_plus_head",
+    "params_reference",
+]
+HASHES = ("data", "tokenizer", "eval_set")
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    """One dict per run, all with the same keys in the order of the columns; unknown is "".
+
+    Besides `COLUMNS` there are `loss_e`, `se_e` and `kind_e` for every estimator e in any result,
+    then the hashes of data, tokenizer and evaluation set.
+
+    Raises:
+        UserError: `root` is not a sweep of this version, or a file in it is damaged.
+    """
+    state.check_root(root)
+    runs = state.list_runs(root)
+    seen = sorted({loss["estimator"] for run in runs for loss in _losses(run)})
+    columns = [*COLUMNS, *(f"{what}_{e}" for e in seen for what in ("loss", "se", "kind")), *HASHES]
+    return [dict.fromkeys(columns, "") | _row(run) for run in runs]
+
+
+def write(root: Path, out: Path) -> int:
+    """Write `rows(root)` as CSV; returns the number of runs with a result.
+
+    Raises:
+        UserError: as `rows`, or `out` cannot be written.
+    """
+    found = rows(root)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, found[0] if found else COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    try:
+        out.write_text(text.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    return sum(row["status"] in ("done", "diverged") for row in found)
+
+
+def _row(run: Run) -> dict[str, Any]:
+    row = _planned(run) | {"run": run.id, "status": status_of(run), "reason": run.reason}
+    if run.result is None:
+        beat = run.attempts[-1].beat if run.attempts else None
+        return row | {"step": (beat or {}).get("step", 0)}
+    row |= {name: run.result["hashes"].get(name, "") for name in HASHES}
+    row |= {"step": run.result["steps"], "epochs": run.result["epochs"]}
+    row |= {"reason": run.result.get("reason", "")}
+    for loss in _losses(run):
+        name = loss["estimator"]
+        row |= {
+            f"loss_{name}": loss["value"],
+            f"se_{name}": loss["se_mc"],
+            f"kind_{name}": loss["kind"],
+        }
+    best = best_valid(_losses(run))
+    if best:
+        row |= {"kind": best["kind"], "given": best["given"], "loss": best["value"]}
+        row |= {"loss_se": best["se_mc"], "loss_se_data": best["se_data"]}
+    return row
+
+
+def _planned(run: Run) -> dict[str, Any]:
+    spec, config = run.spec, run.spec["config"]
+    row = {name: spec[name] for name in ("family", "tokens", "budget")}
+    row |= {name: config[name] for name in ("seed", "batch_size")}
+    row |= {name: config["model"][name] for name in ("layers", "width", "heads")}
+    row |= {f"flops_{name}": value for name, value in spec["flops"].items()}
+    row |= {f"params_{name}": value for name, value in spec["params"].items()}
+    row |= {"flops": spec["flops"]["matmul"], "params": spec["params"]["nonembedding_plus_head"]}
+    row |= {"lr": config["optim"]["peak_lr"], "data": config["data"]["fingerprint"]}
+    row |= {"rules": ";".join(f"{kind}={name}" for kind, name in spec["rules"].items())}
+    return row | {"epochs": "" if spec["epochs"] is None else spec["epochs"]}
+
+
+def _losses(run: Run) -> list[dict[str, Any]]:
+    return run.result["losses"] if run.result else []

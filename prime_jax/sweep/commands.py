@@ -1,0 +1,187 @@
+"""`prime-jax sweep ...`: plan, run, work, status, collect, retry, kill."""
+
+import argparse
+from pathlib import Path
+
+ROOT = "the directory that holds the whole sweep"
+WIDTH = 110  # that a plan needs at least; narrower terminals wrap its lines
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add `sweep` and its sub-commands."""
+    sweep = subparsers.add_parser(
+        "sweep",
+        help="plan and run many trainings, collect their results",
+        description="A sweep is a directory ROOT. `plan` fills it with runs, `run` trains them, "
+        "`collect` writes what `prime-jax fit` reads. Everything can be interrupted and repeated.",
+    )
+    commands = sweep.add_subparsers(metavar="COMMAND", required=True)
+    _plan(commands)
+    _run(commands)
+    _work(commands)
+    _status(commands)
+    _collect(commands)
+    _by_hand(
+        commands,
+        "retry",
+        help="open failed, killed or stuck runs again",
+        description="Runs that failed three times, or for a reason that only a person can mend, "
+        "wait for this. A retried run continues from its newest checkpoint.",
+    )
+    _by_hand(
+        commands,
+        "kill",
+        help="stop runs for good",
+        description="A running worker leaves the run at its next beat (within 30 seconds) and "
+        "takes the next one. `retry` opens the run again.",
+    )
+
+
+def _plan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="list the runs of an experiment; with ROOT, create or extend the sweep",
+        description="Lists every candidate run as OK or DROP with the reason. With ROOT, writes "
+        "the OK ones there. Planning again adds what is new and changes nothing else.",
+    )
+    parser.add_argument(
+        "experiment",
+        type=Path,
+        metavar="EXPERIMENT",
+        help="a Python file with sweep(), or a JSON list of rows",
+    )
+    parser.add_argument(
+        "root", type=Path, metavar="ROOT", nargs="?", help=f"{ROOT}; left out: only print"
+    )
+    parser.add_argument(
+        "--flops-per-second",
+        type=float,
+        metavar="F",
+        help="speed to estimate hours with, e.g. 5e10",
+    )
+    parser.set_defaults(run=plan)
+
+
+def _run(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="train here until nothing is open",
+        description="Trains the open runs, largest first. Ctrl-C saves and stops; the same "
+        "command continues. Exit code: 0 all done, 1 runs failed, 85 interrupted.",
+    )
+    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share this machine's cores (default 1)",
+    )
+    parser.set_defaults(run=run)
+
+
+def _work(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "work",
+        help="one worker, as every engine starts it",
+        description="Claims the largest open run, trains it, publishes its result, and so on. "
+        "Any number of workers may share ROOT. Exit code: 0 nothing left, 1 runs failed, 85 interrupted.",
+    )
+    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.set_defaults(run=work)
+
+
+def _status(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="where every run stands, and why some failed",
+        description="Counts, then one line per run: id, budget C, size N, family, seed, state, progress.",
+    )
+    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.set_defaults(run=show_status)
+
+
+def _collect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "collect",
+        help="write runs.csv, one row per run",
+        description="Writes the table that `prime-jax fit` reads. Runs without a result are rows "
+        "with a status and a reason.",
+    )
+    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs.csv"), metavar="FILE", help="default runs.csv"
+    )
+    parser.set_defaults(run=collect)
+
+
+def _by_hand(commands: argparse._SubParsersAction, name: str, **texts: str) -> None:
+    parser = commands.add_parser(name, **texts)
+    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("ids", nargs="+", metavar="ID", help="ids of runs, or their beginnings")
+    parser.set_defaults(run=by_hand, action=name)
+
+
+def plan(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from prime_jax.sweep import grid
+    from prime_jax.sweep import plan as planning
+
+    experiment = grid.load_experiment(args.experiment)
+    datasets = planning.load_datasets(experiment, required=args.root is not None)
+    listed = planning.candidates(experiment, datasets)
+    console = Console(width=max(WIDTH, Console().width))
+    console.print(planning.table(experiment, listed, args.flops_per_second))
+    if args.root is not None:
+        added = planning.write(args.root, experiment, listed)
+        console.print(
+            f"{args.root}: {added} runs added; next: prime-jax sweep run {args.root}",
+            soft_wrap=True,
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.workers <= 1:
+        return work(args)
+    from prime_jax.sweep.pool import supervise
+
+    return supervise(args.root, args.workers)
+
+
+def work(args: argparse.Namespace) -> int:
+    from prime_jax.sweep import worker
+
+    return worker.work(args.root)
+
+
+def show_status(args: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from prime_jax.sweep import state, status
+
+    state.check_root(args.root)
+    runs = state.list_runs(args.root)
+    if args.json:
+        print(json.dumps(status.as_dicts(runs), indent=2))
+    else:
+        status.show(runs, Console())
+
+
+def collect(args: argparse.Namespace) -> None:
+    from prime_jax.sweep import collect as collecting
+
+    finished = collecting.write(args.root, args.out)
+    print(f"{args.out}: {finished} runs with a result; next: prime-jax fit {args.out}")
+
+
+def by_hand(args: argparse.Namespace) -> None:
+    from prime_jax.sweep import state
+
+    state.check_root(args.root)
+    for run in state.select(state.list_runs(args.root), args.ids):
+        {"retry": state.retry, "kill": state.kill}[args.action](args.root, run)
+        print(f"{args.action} {run.id}")

@@ -1,0 +1,236 @@
+"""From rows to a sweep directory: every candidate is OK or DROP with its reason.
+
+Planning again only adds: specs are created exclusively, so a run that is there stays as it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from prime_jax import flops
+from prime_jax.config import RunConfig, run_id, set_path, to_dict, validate
+from prime_jax.data import manifest
+from prime_jax.errors import UserError
+from prime_jax.records import read_json, write_json_atomic
+from prime_jax.sweep import grid, state
+from prime_jax.sweep.grid import Experiment, Row
+
+# The N that goes with each convention of C, as in `fit`.
+PARAMS = {"matmul": "nonembedding_plus_head", "reference": "reference"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row, judged.
+
+    Attributes:
+        row: as it came.
+        config: the run, None where the row does not make one.
+        drop: why it will not run, empty if it will.
+        epochs: passes over the training split, None while the data is not prepared.
+        note: what to know although it will run.
+    """
+
+    row: Row
+    config: RunConfig | None
+    drop: str = ""
+    epochs: float | None = None
+    note: str = ""
+
+    @property
+    def id(self) -> str:
+        return run_id(self.config) if self.config else ""
+
+
+def candidates(experiment: Experiment, datasets: Mapping[str, Any]) -> list[Candidate]:
+    """Judge every row.
+
+    Args:
+        experiment: the rows and the epochs limit.
+        datasets: prepared manifests by `data.path`; runs on others are judged without theirs.
+    """
+    out, seen = [], set()
+    for row in experiment.rows:
+        candidate = _judge(row, datasets, experiment.epochs_limit)
+        if candidate.id in seen and not candidate.drop:
+            candidate = replace(candidate, drop=f"duplicate: run {candidate.id} is listed above")
+        if not candidate.drop:
+            seen.add(candidate.id)
+        out.append(candidate)
+    return out
+
+
+def load_datasets(experiment: Experiment, *, required: bool) -> dict[str, Any]:
+    """The manifests that an experiment's rows name, by path.
+
+    Raises:
+        UserError: one is missing or damaged (only if `required`).
+    """
+    paths = {grid.to_config(row).data.path for row in experiment.rows if not row.problem}
+    out = {}
+    for path in sorted(paths):
+        if required or (Path(path) / manifest.FILE).exists():
+            out[path] = manifest.load(Path(path))
+    return out
+
+
+def write(root: Path, experiment: Experiment, listed: Sequence[Candidate]) -> int:
+    """Create or extend the sweep directory `root`.
+
+    Returns:
+        The number of runs that were not there before.
+
+    Raises:
+        UserError: nothing is OK, or `root` is something else, another version, or not writable.
+    """
+    good = [candidate for candidate in listed if not candidate.drop]
+    if not good:
+        reason = f"; the first: {listed[0].drop}" if listed else ""
+        raise UserError(f"{experiment.name}: no candidate can run{reason}")
+    plans = _open(root)
+    entry = {"experiment": experiment.name, "sha256": experiment.sha256}
+    added = 0
+    for candidate in good:
+        path = root / "state" / f"{candidate.id}.spec"
+        added += not path.exists() and state.create(path, spec(candidate))
+    if entry not in plans:
+        write_json_atomic(root / "sweep.json", {"schema": state.SCHEMA, "plans": [*plans, entry]})
+    return added
+
+
+def spec(candidate: Candidate) -> dict[str, Any]:
+    """What `ROOT/state/<id>.spec` says: the whole run, and what it should cost."""
+    row, config = candidate.row, candidate.config
+    if "://" not in config.data.path:  # a worker may start in another directory
+        config = set_path(config, "data.path", str(Path(config.data.path).absolute()))
+    return {
+        "schema": state.SCHEMA,
+        "id": candidate.id,
+        "family": row.family,
+        "budget": row.budget,
+        "convention": row.flops,
+        "tokens": config.tokens,
+        "epochs": candidate.epochs,
+        "flops": {name: flops.train_flops(config, name) for name in flops.CONVENTIONS},
+        "params": flops.param_counts(config),
+        "rules": dict(row.rules),
+        "config": to_dict(config),
+    }
+
+
+def table(
+    experiment: Experiment, listed: Sequence[Candidate], flops_per_second: float | None
+) -> Table:
+    """The plan as people read it."""
+    good = [candidate for candidate in listed if not candidate.drop]
+    total = sum(flops.train_flops(c.config, "matmul") for c in good)
+    summary = f"{len(good)} OK, {len(listed) - len(good)} DROP, {total:.3g} FLOPs (matmul)"
+    if flops_per_second:
+        summary += f", {total / flops_per_second / 3600:.3g} h at {flops_per_second:.3g} FLOP/s"
+    if any(candidate.epochs is None for candidate in good):
+        summary += "; the data is not prepared: ids are provisional, epochs unknown"
+    out = Table(title=experiment.name, caption=summary, box=None, padding=(0, 1, 0, 0))
+    out.add_column("id", no_wrap=True)
+    out.add_column("family", no_wrap=True)
+    hours = ["hours"] if flops_per_second else []
+    for name in ("seed", "shape", "N", "D", "C", "steps", "batch", "lr", "epochs", *hours):
+        out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("verdict", min_width=8)
+    for candidate in listed:
+        row = candidate.row
+        shape = f"{row.layers}x{row.width}x{row.heads}" if row.layers else ""
+        n, d, *rest = _cells(candidate, flops_per_second)
+        verdict = (
+            f"[red]DROP[/]: {escape(candidate.drop)}" if candidate.drop else f"OK {candidate.note}"
+        )
+        out.add_row(
+            candidate.id,
+            row.family,
+            str(row.seed),
+            shape,
+            n,
+            d,
+            f"{row.budget:.3g}",
+            *rest,
+            verdict,
+        )
+    return out
+
+
+def human(n: float) -> str:
+    """151234567 -> 151M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
+def _judge(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candidate:
+    if row.problem:
+        return Candidate(row, None, row.problem)
+    config = grid.to_config(row)
+    if row.steps < 1:
+        return Candidate(row, None, _too_small(row, config))
+    prepared = datasets.get(config.data.path)
+    try:
+        if prepared is not None:
+            config = _with_fingerprint(config, prepared)
+        validate(config)
+    except UserError as error:
+        return Candidate(row, None, str(error))
+    epochs = config.tokens / prepared.train.tokens if prepared is not None else None
+    warmup = config.optim.warmup_steps
+    drop = f"warm-up of {warmup} steps does not fit into {row.steps}" if warmup >= row.steps else ""
+    flag = epochs is not None and epochs > epochs_limit
+    note = f"(repeats the data: {epochs:.1f} epochs, above {epochs_limit:g})" if flag else ""
+    return Candidate(row, config, drop, epochs, note)
+
+
+def _with_fingerprint(config: RunConfig, prepared: Any) -> RunConfig:
+    if not config.data.fingerprint:
+        config = set_path(config, "data.fingerprint", prepared.fingerprint)
+    manifest.check(prepared, config)
+    return config
+
+
+def _too_small(row: Row, config: RunConfig) -> str:
+    if row.batch_size < 1:
+        return f"batch_size = {row.batch_size}: must be above 0"
+    one = flops.train_flops(replace(config, steps=1), row.flops)
+    size = f"{row.batch_size} x {config.data.seq_len} tokens"
+    return (
+        f"too few steps: the budget is {row.budget / one:.2g} of one step ({size}, {one:.3g} FLOPs)"
+    )
+
+
+def _cells(candidate: Candidate, flops_per_second: float | None) -> list[str]:
+    """N, D, steps, batch, peak learning rate, epochs and, if it can be told, hours."""
+    row, config = candidate.row, candidate.config
+    if config is None:
+        return [""] * (7 if flops_per_second else 6)
+    n = flops.param_counts(config)[PARAMS[row.flops]]
+    epochs = "?" if candidate.epochs is None else f"{candidate.epochs:.2f}"
+    cells = [human(n), human(config.tokens), str(config.steps), str(config.batch_size)]
+    cells += [f"{row.peak_lr:.2g}", epochs]
+    if flops_per_second:
+        hours = flops.train_flops(config, "matmul") / flops_per_second / 3600
+        cells.append(f"{hours:.2g}")
+    return cells
+
+
+def _open(root: Path) -> list[dict[str, Any]]:
+    """Make the folders of a sweep unless they are there; the plans it already holds."""
+    try:
+        if not (root / "sweep.json").exists():
+            if root.exists() and any(p.name != "state" for p in root.iterdir()):
+                raise UserError(f"{root}: not empty and not a sweep; give a new directory")
+            (root / "state").mkdir(parents=True, exist_ok=True)
+            write_json_atomic(root / "sweep.json", {"schema": state.SCHEMA, "plans": []})
+    except OSError as error:
+        raise UserError(f"cannot make the sweep directory {root}: {error.strerror}") from error
+    state.check_root(root)
+    return read_json(root / "sweep.json")["plans"]

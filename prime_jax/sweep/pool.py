@@ -1,0 +1,149 @@
+"""Several workers on this machine: started, watched, and replaced when one dies."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from prime_jax.errors import UserError
+from prime_jax.sweep import state, status
+from prime_jax.sweep.state import Run
+from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, Screen, share, signals
+
+POLL = 0.5
+RESTARTS = 3  # of one worker that is killed
+COMMAND = (sys.executable, "-c", "from prime_jax.cli import main; raise SystemExit(main())")
+
+
+@dataclass
+class Member:
+    """One worker process; what it prints goes into a file of the sweep."""
+
+    command: Sequence[str]
+    cores: set[int]
+    log: Path
+    restarts: int = 0
+    stopped: bool = False
+
+    def start(self) -> "Member":
+        with self.log.open("a") as out:
+            # Its own session: Ctrl-C reaches it once, from us.
+            self.process = subprocess.Popen(
+                self.command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(self.process.pid, self.cores)
+        return self
+
+
+def supervise(
+    root: Path,
+    workers: int,
+    *,
+    command: Sequence[str] = (),
+    console: Console | None = None,
+) -> int:
+    """Run the sweep `root` with several processes, each on its share of the cores.
+
+    Args:
+        root: the sweep directory.
+        workers: how many processes.
+        command: what starts one worker; `prime-jax sweep work ROOT` if empty.
+        console: where progress goes.
+
+    Returns:
+        As `worker.work`: 0, 1 or 85.
+
+    Raises:
+        UserError: `root` is no sweep of this version, or cannot be written to.
+    """
+    state.check_root(root)
+    began, watch = time.monotonic(), state.Watch()
+    command = command or (*COMMAND, "sweep", "work", str(root))
+    told = {_event(run) for run in state.list_runs(root)}
+    results = []
+    with signals() as stopping, Screen.open(console or Console()) as screen:
+        team = _start(root, workers, command)
+        try:
+            while _any_alive(team, stopping.is_set(), screen):
+                results += _news(root, watch, screen, told)
+                if stopping.is_set():
+                    _stop(team)
+                time.sleep(POLL)
+        except KeyboardInterrupt:  # asked twice: do not wait for anybody to save
+            for member in team:
+                member.process.kill()
+            return PREEMPTED
+        finally:
+            _stop(team)
+        results += _news(root, watch, screen, told)
+        screen.say(share([run.result for run in results], (time.monotonic() - began) * workers))
+        return _exit_code(root, team, stopping.is_set(), screen)
+
+
+def _start(root: Path, workers: int, command: Sequence[str]) -> list[Member]:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    logs = root / "logs"
+    try:
+        logs.mkdir(exist_ok=True)
+        return [
+            Member(command, set(cores[i::workers] or cores), logs / f"worker-{i}.log").start()
+            for i in range(workers)
+        ]
+    except OSError as error:
+        raise UserError(f"cannot start workers of {root}: {error.strerror}") from error
+
+
+def _any_alive(team: Sequence[Member], stopping: bool, screen: Screen) -> bool:
+    """Whether a worker is at work, once those that were killed have been started again."""
+    codes = [member.process.poll() for member in team]
+    for member, code in zip(team, codes, strict=True):
+        if code is not None and code < 0 and member.restarts < RESTARTS and not stopping:
+            screen.say(f"a worker was killed (signal {-code}): started again")
+            member.restarts += 1
+            member.start()
+    return any(member.process.poll() is None for member in team) or None in codes
+
+
+def _stop(team: Sequence[Member]) -> None:
+    """Ask every worker, once, to save and leave."""
+    for member in team:
+        if not member.stopped and member.process.poll() is None:
+            member.process.terminate()
+        member.stopped = True
+
+
+def _event(run: Run) -> tuple[str, int, str]:
+    return run.id, run.k, run.state
+
+
+def _news(root: Path, watch: state.Watch, screen: Screen, told: set) -> list[Run]:
+    """Show where the sweep stands; the runs that ended since the last look."""
+    runs = state.list_runs(root, watch)
+    screen.sweep(runs)
+    fresh = [run for run in runs if _event(run) not in told]
+    told.update(map(_event, fresh))
+    ended = [run for run in fresh if run.state not in ("pending", "running")]
+    for run in ended:
+        screen.say(status.line(run), "red" if run.state == "failed" else "")
+        if run.state == "failed":
+            screen.say(status.failure(run), "red")
+    return [run for run in ended if run.result]
+
+
+def _exit_code(root: Path, team: Sequence[Member], stopped: bool, screen: Screen) -> int:
+    if stopped:
+        return PREEMPTED
+    runs = state.list_runs(root)
+    left = [run for run in runs if run.opens_in(time.time()) is not None]
+    if left:
+        screen.say(f"{len(left)} runs are still open, but every worker has ended", "red")
+        for member in team:
+            tail = member.log.read_text(errors="replace").splitlines()[-status.TAIL :]
+            screen.say("\n".join([f"{member.log}:", *tail]), "red")
+    return FAILED if left or any(run.state == "failed" for run in runs) else DONE

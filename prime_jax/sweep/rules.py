@@ -1,0 +1,246 @@
+"""Named rules for what a grid leaves open: shape, batch, peak learning rate, warm-up, optimum.
+
+Each rule is one small function with its source. A sweep names one per kind, or gives
+`fixed:VALUE`, or a function of its own; the name goes into every result.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prime_jax import flops
+from prime_jax.config import RunConfig, nearest
+from prime_jax.errors import UserError
+
+Shape = tuple[int, int, int]  # layers, width, heads
+
+# The published IsoFLOP grid (MDM-Prime-v2, arXiv 2603.16077; math.md section 8).
+PUBLISHED: tuple[Shape, ...] = (
+    (6, 448, 7),
+    (8, 512, 8),
+    (9, 576, 9),
+    (10, 640, 10),
+    (13, 640, 10),
+    (16, 640, 10),
+    (15, 768, 12),
+    (16, 896, 16),
+    (16, 1024, 16),
+    (20, 1024, 16),
+    (16, 1280, 10),
+    (18, 1280, 10),
+    (21, 1280, 10),
+    (24, 1408, 11),
+    (20, 1792, 14),
+    (22, 2048, 16),
+    (24, 2304, 18),
+    (30, 2560, 20),
+    (36, 2816, 22),
+)
+ASPECT = 66.0  # width / layers, the geometric mean over PUBLISHED
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is known of a run when its rules are asked.
+
+    Attributes:
+        family: `arm`, `mdm` or `prime`.
+        budget: training FLOPs C, in the sweep's convention.
+        params: N, exact, without embeddings and head.
+        tokens: D = C / FLOPs per token, before rounding to whole steps.
+        seq_len: tokens per sequence.
+        warmup_steps: what the base configuration asks for.
+        steps: 0 until the batch is known, which only the warm-up rule waits for.
+    """
+
+    family: str
+    budget: float
+    params: int
+    tokens: float
+    seq_len: int
+    warmup_steps: int
+    steps: int = 0
+
+
+def with_shape(config: RunConfig, shape: Shape) -> RunConfig:
+    layers, width, heads = shape
+    return replace(config, model=replace(config.model, layers=layers, width=width, heads=heads))
+
+
+# Shape: (target N, config) -> (layers, width, heads)
+
+
+def shape_aspect(params: float, config: RunConfig) -> Shape:
+    """Depth and width in the proportion of the published grid, N met as closely as that allows.
+
+    Widths are multiples of 64 (of 16 below 128, for models that train in minutes on a CPU; of 128
+    from 1280 on), two layers at least. Missing N by 1 % weighs as much as an aspect ratio that is off by 10 %.
+
+    Raises:
+        UserError: no shape comes within 25 % of the target.
+    """
+    widths = [*range(32, 128, 16), *range(128, 1280, 64), *range(1280, 16384, 128)]
+    shapes = []
+    for width in widths:
+        layer, rest = (_count(config, (n, width, heads_of(width))) for n in (1, 2))
+        layers = max(2, round((params - 2 * layer + rest) / (rest - layer)))
+        shapes.append((layers, width, heads_of(width)))
+
+    def distance(shape: Shape) -> float:
+        layers, width, _ = shape
+        return 10 * _apart(_count(config, shape), params) + _apart(width / layers, ASPECT)
+
+    return _within(25, min(shapes, key=distance), params, config)
+
+
+def shape_published(params: float, config: RunConfig) -> Shape:
+    """The nearest of the 19 published shapes, head sizes as published (154M: 56).
+
+    Raises:
+        UserError: no published shape comes within 25 % of the target.
+    """
+    best = min(PUBLISHED, key=lambda shape: _apart(_count(config, shape), params))
+    return _within(25, best, params, config)
+
+
+def heads_of(width: int) -> int:
+    """Heads of size 128 from width 1280 on, else 64; 32 or 16 only below width 128.
+
+    The published grid switches from 64 to 128 at the same width.
+    """
+    if width >= 1280 and width % 128 == 0:
+        return width // 128
+    if width >= 128 and width % 64 == 0:
+        return width // 64
+    return width // 32 if width % 32 == 0 and width >= 64 else width // 16
+
+
+# Batch: cell -> sequences per step
+
+
+def batch_published(cell: Cell) -> int:
+    """2**19 tokens a step, 2**20 for the published models from 1529M on (math.md section 8).
+
+    Those count `12 d^2 layers`, which is 2.0e9 in our N.
+    """
+    return max(1, round((2**20 if cell.params >= 2.0e9 else 2**19) / cell.seq_len))
+
+
+def batch_deepseek(cell: Cell) -> int:
+    """0.2920 C^0.3271 tokens (DeepSeek LLM, arXiv 2401.02954), to the nearest power of two.
+
+    Fitted on budgets of 1e17 to 2e19 FLOPs; flat within a factor of two around the optimum.
+    """
+    return _power_of_two(0.2920 * cell.budget**0.3271 / cell.seq_len)
+
+
+def batch_step_law(cell: Cell) -> int:
+    """0.58 D^0.571 tokens (Step Law, arXiv 2503.04715), to the nearest power of two."""
+    return _power_of_two(0.58 * cell.tokens**0.571 / cell.seq_len)
+
+
+# Peak learning rate: cell -> rate
+
+
+def lr_published(cell: Cell) -> float:
+    """2e-4 for every size, the published choice (math.md section 6)."""
+    return 2e-4
+
+
+def lr_step_law(cell: Cell) -> float:
+    """1.79 N^-0.713 D^0.307 (Step Law, arXiv 2503.04715; N without embeddings).
+
+    Fitted from 60M to 1B parameters. Below, it grows past anything stable, so we stop at 0.01.
+    """
+    return min(0.01, 1.79 * cell.params**-0.713 * cell.tokens**0.307)
+
+
+def lr_deepseek(cell: Cell) -> float:
+    """0.3118 C^-0.125 (DeepSeek LLM, arXiv 2401.02954), stopped at 0.01 like `step-law`."""
+    return min(0.01, 0.3118 * cell.budget**-0.125)
+
+
+# Warm-up: cell -> steps
+
+
+def warmup_capped(cell: Cell) -> int:
+    """The base configuration's warm-up, at most a tenth of the steps.
+
+    A warm-up longer than the run's share bends fits: arXiv 2406.19146 traces part of the
+    difference between the Kaplan and the Chinchilla exponents to it.
+    """
+    return min(cell.warmup_steps, cell.steps // 10)
+
+
+# Expected optimum: (family, C) -> N without embeddings
+
+
+def optimum_chinchilla(family: str, budget: float) -> float:
+    """20 tokens per parameter with C = 6 N D (arXiv 2203.15556), the same for every family."""
+    return math.sqrt(budget / (6 * 20))
+
+
+def optimum_published(family: str, budget: float) -> float:
+    """N*(C) of our converged fits to the published runs (scaling.md section 3).
+
+    Their N counts `12 d^2 layers`, three quarters of ours. Prime's is of the joint loss.
+    """
+    a, b, alpha, beta = {
+        "arm": (197.5, 1096, 0.303, 0.334),
+        "mdm": (366, 1969, 0.347, 0.341),
+        "prime": (502, 4325, 0.379, 0.380),
+    }[family]
+    scale = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
+    return 4 / 3 * scale * (budget / 6) ** (beta / (alpha + beta))
+
+
+RULES: dict[str, dict[str, Callable[..., Any]]] = {
+    "shape": {"aspect": shape_aspect, "published": shape_published},
+    "batch": {"published": batch_published, "deepseek": batch_deepseek, "step-law": batch_step_law},
+    "lr": {"published": lr_published, "step-law": lr_step_law, "deepseek": lr_deepseek},
+    "warmup": {"capped": warmup_capped},
+    "optimum": {"chinchilla": optimum_chinchilla, "published": optimum_published},
+}
+
+
+def resolve(kind: str, rule: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
+    """The name and the function of a rule, which is a name, `fixed:VALUE` or a function.
+
+    Raises:
+        UserError: no such rule of that kind.
+    """
+    if callable(rule):
+        return rule.__name__, rule
+    named, fixed = RULES[kind], {"batch": int, "lr": float, "warmup": int, "optimum": float}
+    if rule in named:
+        return rule, named[rule]
+    head, _, text = rule.partition(":")
+    if head != "fixed" or kind not in fixed:
+        raise UserError(f"{kind} rule {rule!r}: no such rule{nearest(rule, named)}, or fixed:VALUE")
+    try:
+        value = fixed[kind](text)
+    except ValueError:
+        raise UserError(f"{kind} rule {rule!r}: {text!r} is not a number") from None
+    return rule, lambda *_: value
+
+
+def _count(config: RunConfig, shape: Shape) -> int:
+    return flops.param_counts(with_shape(config, shape))["nonembedding"]
+
+
+def _apart(x: float, y: float) -> float:
+    return abs(math.log(x / y))
+
+
+def _within(percent: int, shape: Shape, params: float, config: RunConfig) -> Shape:
+    count = _count(config, shape)
+    if abs(count / params - 1) > percent / 100:
+        raise UserError(
+            f"no shape within {percent} % of N = {params:.3g}; the nearest has {count:.3g}"
+        )
+    return shape
+
+
+def _power_of_two(x: float) -> int:
+    return 2 ** max(0, round(math.log2(x)))

@@ -1,0 +1,103 @@
+"""A sweep as people read it: one line per run, counts, and the last words of what failed."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from prime_jax.sweep.plan import PARAMS, human
+from prime_jax.sweep.state import Run
+
+STATES = ("done", "diverged", "running", "pending", "preempted", "lost", "failed", "killed")
+TAIL = 8  # lines of a traceback worth showing
+
+
+def status_of(run: Run) -> str:
+    """The run's state, with a diverged result told apart from a good one."""
+    return run.result["status"] if run.result else run.state
+
+
+def counts(runs: Sequence[Run]) -> str:
+    """E.g. `12 runs: 8 done, 1 running, 3 pending`."""
+    by_state = Counter(map(status_of, runs))
+    parts = [f"{by_state[s]} {s}" for s in STATES if by_state[s]]
+    return f"{len(runs)} runs: {', '.join(parts)}"
+
+
+def line(run: Run, beat: dict[str, Any] | None = None) -> str:
+    """One line for a run; `beat` replaces the one on disk with a fresher one."""
+    spec, state = run.spec, status_of(run)
+    attempt = run.attempts[-1] if run.attempts else None
+    beat = beat or (attempt.beat if attempt else None) or {}
+    n = human(spec["params"][PARAMS[spec["convention"]]])
+    words = [
+        run.id,
+        f"{spec['budget']:.3g}",
+        f"N={n}",
+        spec["family"],
+        f"seed {spec['config']['seed']}",
+        state,
+    ]
+    steps, step = spec["config"]["steps"], beat.get("step", 0)
+    if run.result:
+        words += [f"{loss['estimator']} {loss['value']:.4f}" for loss in run.result["losses"]]
+    elif step:
+        words.append(f"{step / steps:.0%} step {step}/{steps}")
+        words += [beat["phase"]] if beat.get("phase", "train") != "train" else []
+        words += [f"loss {beat['loss']:.3f}"] if beat.get("loss") is not None else []
+        words += [f"MFU {beat['mfu']:.2f}"] if beat.get("mfu") else []
+    rate = beat.get("tokens_per_second")
+    if state == "running" and rate:
+        words.append(f"ETA {duration(spec['tokens'] * (1 - step / steps) / rate)}")
+    if run.k > 1:
+        words.append(f"attempt {run.k}")
+    if run.interruptions:
+        words.append(f"({run.interruptions} interrupted)")
+    return " ".join(words)
+
+
+def failure(run: Run) -> str:
+    """The last lines of what made a run fail, indented."""
+    tail = (run.attempts[-1].end or {}).get("traceback", "") if run.attempts else ""
+    lines = tail.splitlines()[-TAIL:] or [run.reason]
+    return "\n".join(f"    {text}" for text in lines)
+
+
+def show(runs: Sequence[Run], console: Console) -> None:
+    console.print(counts(runs), highlight=False)
+    for run in runs:
+        console.print(escape(line(run)), highlight=False, soft_wrap=True)
+        if run.state == "failed":
+            console.print(escape(failure(run)), style="red", highlight=False, soft_wrap=True)
+
+
+def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What `--json` prints: per run its id, state, attempts, last beat, and reason if it stopped."""
+    now = time.time()
+    return [
+        {
+            "run": run.id,
+            "family": run.spec["family"],
+            "seed": run.spec["config"]["seed"],
+            "budget": run.spec["budget"],
+            "status": status_of(run),
+            "attempts": run.k,
+            "failures": run.failures,
+            "interruptions": run.interruptions,
+            "opens_in": run.opens_in(now),
+            "steps": run.spec["config"]["steps"],
+            "beat": run.attempts[-1].beat if run.attempts else None,
+            "host": run.attempts[-1].claim["host"] if run.attempts else None,
+            "reason": run.reason,
+        }
+        for run in runs
+    ]
+
+
+def duration(seconds: float) -> str:
+    """6720 -> 1h52."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}m{rest:02}"

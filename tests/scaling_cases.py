@@ -1,0 +1,58 @@
+"""Runs to fit in the tests: a published table, and surfaces whose law is known."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.points import Measure, Points
+
+ORACLE = json.loads((Path(__file__).parent / "oracles" / "mdm_prime_v2_isoflop.json").read_text())
+LAW = Law(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.38)
+BUDGETS = (1e18, 3e18, 1e19, 3e19)
+
+
+def published(family):
+    """Points of the published table."""
+    budgets = ORACLE["families"][family]["budgets"]
+    rows = [
+        (float(budget), 1e6 * params, loss)
+        for budget, runs in budgets.items()
+        for params, loss in zip(runs["params_millions"], runs["loss"], strict=True)
+    ]
+    flops, params, loss = np.array(rows).T
+    return points(family, flops, params, loss, ORACLE["families"][family]["kind"])
+
+
+def points(family, flops, params, loss, kind="nelbo", compute=None):
+    tokens = (compute or Compute()).tokens(flops, params)
+    unknown = np.full(len(flops), np.nan)
+    return Points(family, Measure(kind), flops, params, tokens, loss, unknown, flops)
+
+
+def surface(law=LAW, budgets=BUDGETS, ratios=(0.25, 0.5, 1, 2, 4), noise=0.0, seed=0, compute=None):
+    """IsoFLOP runs of a known law, at ratios of the true optimum of each budget."""
+    compute = compute or Compute()
+    flops = np.repeat(budgets, len(ratios))
+    params = optimum(law, compute, flops).params * np.tile(ratios, len(budgets))
+    loss = law.loss(params, compute.tokens(flops, params))
+    loss = loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss)))
+    return points("known", flops, params, loss, compute=compute)
+
+
+def csv_rows(part, **extra):
+    """Rows of a CSV with the columns that everybody has."""
+    return [
+        {"family": part.family, "kind": part.measure.kind, "flops": c, "params": n, "tokens": d, "loss": loss} | extra
+        for c, n, d, loss in zip(part.flops.tolist(), part.params.tolist(), part.tokens.tolist(), part.loss.tolist(), strict=True)
+    ]  # fmt: skip
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

@@ -1,0 +1,187 @@
+import dataclasses
+import json
+
+import fake_trainer
+import pytest
+
+from prime_jax import experiment, flops
+from prime_jax.config import RunConfig, run_id, set_path
+from prime_jax.errors import UserError
+from prime_jax.sweep import grid
+
+SWEEP_FILE = """
+from prime_jax.config import DataConfig, ModelConfig, RunConfig
+from prime_jax.sweep.grid import Sweep
+
+def sweep():
+    base = RunConfig(model=ModelConfig(vocab_size=64), data=DataConfig(seq_len=16))
+    return Sweep("mine", base, {"arm": {}}, [1e9], [(2, 32, 2)], batch="fixed:4", lr="fixed:1e-3")
+
+def config():
+    return RunConfig(family="mdm")
+"""
+
+
+def test_rows_are_families_times_budgets_times_sizes_times_seeds():
+    rows = grid.rows(fake_trainer.sweep(extra_seeds={2e9: (1, 2)}))
+    keys = [(r.family, r.budget, r.layers, r.seed) for r in rows]
+    assert len(set(keys)) == len(keys) == 2 * 2 * (1 + 3)
+    assert [r.budget for r in rows] == sorted(r.budget for r in rows)
+    assert {r.seed for r in rows if r.budget == 1e9} == {0}
+    assert {r.seed for r in rows if r.budget == 2e9} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("convention", flops.CONVENTIONS)
+def test_steps_spend_the_budget(convention):
+    for row in grid.rows(fake_trainer.sweep(flops=convention)):
+        config = grid.to_config(row)
+        one_step = flops.train_flops(dataclasses.replace(config, steps=1), convention)
+        assert abs(flops.train_flops(config, convention) - row.budget) <= one_step / 2
+        assert config.optim.warmup_steps <= row.steps // 10
+
+
+def test_configs_carry_base_family_and_rules():
+    base = set_path(fake_trainer.BASE, "optim.weight_decay", 0.3)
+    families = {"arm": {}, "coarse": {"family": "prime", "subtokens.length": 2, "seed": 9}}
+    rows = grid.rows(fake_trainer.sweep(base=base, families=families))
+    coarse = next(r for r in rows if r.family == "coarse")
+    config = grid.to_config(coarse)
+    assert (config.family, config.subtokens.length, config.optim.weight_decay) == ("prime", 2, 0.3)
+    assert (config.optim.peak_lr, config.batch_size, config.seed) == (1e-3, 4, 0)
+    expected = {
+        "sizes": "given",
+        "shape": "given",
+        "batch": "fixed:4",
+        "lr": "fixed:1e-3",
+        "warmup": "capped",
+    }
+    assert coarse.rules == expected
+    arm = grid.to_config(next(r for r in rows if r.family == "arm"))
+    assert (arm.family, arm.subtokens.length) == ("arm", 1)
+
+
+def test_sizes_by_budget_by_target_and_around_the_optimum():
+    by_budget = grid.rows(fake_trainer.sweep(sizes={1e9: [(2, 32, 2)], 2e9: [5e4]}))
+    assert {(r.budget, r.layers) for r in by_budget} == {(1e9, 2), (2e9, 3)}
+    assert {r.rules["shape"] for r in by_budget} == {"given", "aspect"}
+    around = grid.rows(
+        fake_trainer.sweep(budgets=(1e15,), families={"arm": {}}, sizes=grid.Around(4, 5))
+    )
+    counts = [flops.param_counts(grid.to_config(r))["nonembedding"] for r in around]
+    optimum = (1e15 / 120) ** 0.5
+    assert counts == pytest.approx([optimum * 2.0**i for i in range(-2, 3)], rel=0.2)
+    assert around[0].rules["sizes"] == "around:chinchilla"
+    with pytest.raises(UserError, match="sizes"):
+        grid.rows(fake_trainer.sweep(sizes={1e9: [(2, 32, 2)]}))
+
+
+def test_a_user_function_is_a_rule_and_its_name_is_recorded():
+    def half(cell):
+        return cell.budget / 1e12
+
+    def sizes_of(config, budget):
+        return [(2, 32, 2)] if config.family == "arm" else [(3, 32, 2)]
+
+    rows = grid.rows(fake_trainer.sweep(lr=half, sizes=sizes_of))
+    assert {(r.budget, r.peak_lr, r.rules["lr"]) for r in rows} == {
+        (1e9, 1e-3, "half"),
+        (2e9, 2e-3, "half"),
+    }
+    assert {(r.family, r.layers) for r in rows} == {("arm", 2), ("prime", 3)}
+
+
+def test_impossible_cells_are_rows_with_a_problem():
+    rows = grid.rows(
+        fake_trainer.sweep(
+            families={"arm": {}}, budgets=(1e9,), sizes=((2, 32, 5), (2, 0, 1), 10.0)
+        )
+    )
+    assert all(r.problem for r in rows)
+    assert "model.heads" in rows[0].problem
+    assert "no shape" in rows[2].problem
+    assert grid.rows(fake_trainer.sweep(batch="fixed:0"))[0].problem
+
+
+def test_rows_survive_json():
+    for row in grid.rows(fake_trainer.sweep(seeds=(3,))):
+        again = grid.from_json(json.loads(json.dumps(dataclasses.asdict(row))))
+        assert run_id(grid.to_config(again)) == run_id(grid.to_config(row))
+        assert again == row
+
+
+def a_row(**changes):
+    row = {"family": "arm", "budget": 1e9, "seed": 0, "layers": 2, "width": 32, "heads": 2}
+    return row | {"steps": 10, "batch_size": 4, "peak_lr": 1e-3} | changes
+
+
+def test_json_rows_may_give_tokens():
+    row = a_row(tokens=4 * 16 * 25, overrides={"data.seq_len": 16})
+    del row["steps"]
+    assert grid.from_json(row).steps == 25
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([], "expected an object"),
+        (a_row(widht=3), "width"),
+        (a_row(width="3"), "row.width: expected int"),
+        (a_row(tokens=3), "either steps or tokens"),
+        ({"family": "arm", "steps": 1}, "missing budget, seed"),
+        (a_row(family="prim"), "prime"),
+        (a_row(flops="all"), "flops"),
+        (a_row(overrides={"optim.wd": 1}), "wd: no such setting"),
+    ],
+)
+def test_bad_json_rows_are_told_in_one_line(row, says):
+    with pytest.raises(UserError, match=says) as caught:
+        grid.from_json(row)
+    assert "\n" not in str(caught.value)
+
+
+def test_experiment_files(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SWEEP_FILE)
+    read = grid.load_experiment(path)
+    assert (read.name, len(read.rows), read.rows[0].family) == ("mine", 1, "arm")
+    assert experiment.load_config(path).family == "mdm"
+    as_json = tmp_path / "rows.json"
+    as_json.write_text(json.dumps([dataclasses.asdict(row) for row in read.rows]))
+    assert grid.load_experiment(as_json).rows == read.rows
+    assert grid.load_experiment(as_json).sha256 != read.sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "no such experiment"),
+        ("x = (\n", "line 1"),
+        ("x = 1\n", r"sweep\(\) -> Sweep"),
+        ("def sweep():\n    return 3\n", "returned int"),
+        ("a = 1\nimport nowhere_to_be_found\n", "line 2: ModuleNotFoundError"),
+        ("def sweep():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+    ],
+)
+def test_bad_experiment_files_are_told_in_one_line(tmp_path, text, says):
+    path = tmp_path / "bad.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        grid.load_experiment(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_json_that_is_no_list(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match="list of rows"):
+        grid.load_experiment(path)
+
+
+def test_unknown_family_and_setting():
+    with pytest.raises(UserError, match="arm"):
+        grid.rows(fake_trainer.sweep(families={"amr": {}}))
+    with pytest.raises(UserError, match="length"):
+        grid.rows(fake_trainer.sweep(families={"prime": {"subtokens.lenght": 2}}))
+    assert RunConfig().family == "prime"

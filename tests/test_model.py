@@ -1,0 +1,169 @@
+"""The network: attention against its twin, embeddings against plain lookups, counts, causality."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prime_jax import flops, model
+from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
+from prime_jax.kernels.attention import attention, attention_reference
+from prime_jax.subtokens import Codebook
+
+TINY = RunConfig(
+    model=ModelConfig(vocab_size=37, layers=2, width=24, heads=2),
+    subtokens=SubtokenConfig(length=6),
+    data=DataConfig(seq_len=8),
+)
+
+
+def with_model(config: RunConfig, **changes) -> RunConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def network(config: RunConfig, seed: int = 0):
+    """(apply, parameters, codebook) with every parameter random, norms included."""
+    book = Codebook.create(config.model.vocab_size, config.subtokens)
+    net = model.build(config, book)
+    digits = jnp.zeros((1, config.data.seq_len, book.length), jnp.int32)
+    params = net.init(jax.random.key(seed), digits)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noise = [0.3 * jax.random.normal(k, x.shape) + x for k, x in zip(keys, leaves, strict=True)]
+    return jax.jit(lambda p, *a: net.apply({"params": p}, *a)), tree.unflatten(noise), book
+
+
+def random_digits(book: Codebook, shape, seed=0) -> jax.Array:
+    return jnp.asarray(
+        np.random.default_rng(seed).integers(0, book.base + 1, (*shape, book.length))
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_equals_its_twin(causal, groups, packed):
+    key = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(key[0], (2, 12, 4, 8))
+    k, v = (jax.random.normal(x, (2, 12, groups, 8)) for x in key[1:])
+    segments = jnp.asarray([[0] * 5 + [1] * 7, [0] * 12]) if packed else None
+
+    def total(function):
+        return lambda *qkv: (function(*qkv, causal, segments) ** 3).sum()
+
+    with jax.default_matmul_precision("highest"):
+        got = jax.value_and_grad(total(attention), (0, 1, 2))(q, k, v)
+        want = jax.value_and_grad(total(attention_reference), (0, 1, 2))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_packed_documents_do_not_see_each_other():
+    apply, params, book = network(TINY)
+    digits = random_digits(book, (1, 8))
+    segments = jnp.asarray([[0, 0, 0, 0, 0, 1, 1, 1]])
+    hidden, _ = apply(params, digits, segments)
+    changed, _ = apply(params, digits.at[0, 6].set(0), segments)
+    np.testing.assert_allclose(hidden[0, :5], changed[0, :5], atol=1e-6)
+    assert np.abs(hidden[0, 5] - changed[0, 5]).max() > 1e-3
+
+
+def test_only_arm_is_causal():
+    for family in ("arm", "mdm"):
+        config = dataclasses.replace(TINY, family=family, subtokens=SubtokenConfig(length=1))
+        apply, params, book = network(config)
+        digits = random_digits(book, (1, 8))
+        before, _ = apply(params, digits)
+        after, _ = apply(params, digits.at[0, 5].set(3))
+        unchanged = np.abs(before[0, :5] - after[0, :5]).max() < 1e-6
+        assert unchanged == (family == "arm")
+
+
+@pytest.mark.parametrize("rows", [0, 10_000])
+@pytest.mark.parametrize(("tables", "summed"), [(1, False), (6, False), (6, True)])
+def test_embeddings_are_lookups_by_matmul_or_gather(rows, tables, summed, monkeypatch):
+    monkeypatch.setattr(model, "MULTI_HOT_ROWS", rows)
+    digits = random_digits(Codebook.create(37, TINY.subtokens), (5,))
+    table = np.random.default_rng(0).normal(size=(tables, 3, 4)).astype(np.float32)
+    rows_by_slot = [table[s % tables, digits[:, s]] for s in range(6)]
+    want = sum(rows_by_slot) if summed else np.concatenate(rows_by_slot, axis=1)
+    lookup = model._lookup_sum if summed else model._lookup_cat
+    np.testing.assert_allclose(lookup(jnp.asarray(table), digits), want, atol=1e-6)
+
+
+def test_a_concatenation_that_does_not_fill_the_width_is_padded_with_zeros():
+    config = with_model(TINY, width=26, heads=1)  # 6 x 4 of 26
+    net = model.build(config, Codebook.create(37, config.subtokens))
+    digits = random_digits(Codebook.create(37, TINY.subtokens), (5,))
+    seen = {}
+
+    def spy(next_method, arguments, keywords, context):
+        out = next_method(*arguments, **keywords)
+        seen[context.method_name] = out
+        return out
+
+    with nn.intercept_methods(spy):
+        jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 6), jnp.int32)))
+    assert seen["_embed"].shape == (8, 26)
+    table = np.ones((1, 3, 4), np.float32)
+    merged = model._lookup_cat(jnp.asarray(table), digits)
+    assert merged.shape == (5, 24)
+
+
+@pytest.mark.parametrize(
+    ("family", "length", "changes"),
+    [
+        ("arm", 1, {}),
+        ("mdm", 1, {"tied_head": True}),
+        ("prime", 6, {"kv_heads": 1, "qk_norm": False}),
+        ("prime", 2, {"embedding": "cat", "ffn_multiple": 3}),
+        ("prime", 5, {"embedding": "sum"}),
+    ],
+)
+def test_counts_are_exact(family, length, changes):
+    config = with_model(
+        dataclasses.replace(TINY, family=family, subtokens=SubtokenConfig(length=length)), **changes
+    )
+    _, params, _ = network(config)
+    counts = flops.param_counts(config)
+    sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in params.items()}
+    assert sum(sizes.values()) == counts["total"]
+    assert sum(sizes.values()) - sizes["embedding"] - sizes.get("head", 0) == counts["nonembedding"]
+    assert counts["nonembedding_plus_head"] == counts["nonembedding"] + 37 * 24
+    assert counts["reference"] == 12 * 24**2 * 2
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_nothing(remat):
+    digits = random_digits(Codebook.create(37, TINY.subtokens), (2, 8))
+
+    def gradient(config):
+        apply, params, _ = network(config)
+        return jax.grad(lambda p: (apply(p, digits)[0] ** 2).sum())(params)
+
+    plain = gradient(TINY)
+    again = gradient(dataclasses.replace(TINY, mesh=MeshConfig(remat=remat)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), plain, again)
+
+
+def test_dropout_is_keyed_per_sequence():
+    apply, params, book = network(with_model(TINY, dropout=0.5))
+    digits = random_digits(book, (4, 8))
+    keys = jax.random.split(jax.random.key(7), 4)
+    whole, _ = apply(params, digits, None, keys)
+    half, _ = apply(params, digits[2:], None, keys[2:])
+    off, _ = apply(params, digits, None, None)
+    np.testing.assert_allclose(whole[2:], half, atol=1e-5)
+    assert np.abs(whole - off).max() > 1e-2
+    assert np.abs(whole[0] - apply(params, digits[:1], None, keys[1:2])[0][0]).max() > 1e-2
+
+
+def test_bfloat16_keeps_parameters_in_float32():
+    apply, params, book = network(with_model(TINY, dtype="bfloat16"))
+    hidden, head = apply(params, random_digits(book, (1, 8)))
+    assert hidden.dtype == head.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    exact, _ = network(TINY)[0](params, random_digits(book, (1, 8)))
+    assert np.abs(np.asarray(hidden, np.float32) - exact).max() < 0.2

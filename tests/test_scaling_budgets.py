@@ -1,0 +1,24 @@
+import numpy as np
+
+from prime_jax.scaling import budgets
+
+
+def test_runs_without_a_gap_share_a_budget():
+    flops = np.array([1.00e18, 3.0e18, 1.02e18, 3.05e18, 1.01e18])
+    found = budgets.assign(flops, None)
+    np.testing.assert_array_equal(found == found[0], [True, False, True, False, True])
+    np.testing.assert_allclose(found[[0, 1]], [1.01e18, 3.025e18], rtol=1e-3)
+
+
+def test_stated_budgets_group_whatever_convention_they_count_in():
+    flops = np.array([2e18, 2.1e18, 2.05e18, 9e18])
+    found = budgets.assign(flops, np.array([1.0, 1.0, 2.0, 2.0]))
+    np.testing.assert_allclose(
+        found, [np.sqrt(4.2) * 1e18] * 2 + [np.sqrt(18.45) * 1e18] * 2, rtol=1e-5
+    )
+
+
+def test_runs_alone_in_their_budget_are_resampled_together():
+    np.testing.assert_array_equal(
+        budgets.strata(np.array([1.0, 2, 3, 3, 3, 4])), [0, 0, 3, 3, 3, 0]
+    )

@@ -1,0 +1,206 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scaling_cases import LAW, csv_rows, points, published, surface
+
+from prime_jax.errors import UserError
+from prime_jax.scaling import record
+from prime_jax.scaling.columns import Choice
+from prime_jax.scaling.fit import Settings, fit_family, fit_runs
+from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling.points import select
+from prime_jax.scaling.table import Table
+
+QUICK = Settings(replicates=100)
+
+
+def codes(family):
+    return {finding.code for finding in family.findings}
+
+
+def refusals(findings):
+    return [finding.code for finding in findings if finding.refusal]
+
+
+def select_rows(rows, **choice):
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    names = [f"row {k}" for k in range(2, len(rows) + 2)]
+    return select(Table(rows, names, columns, "runs.csv", "0" * 64), Choice(**choice))
+
+
+def fit_rows(rows, **choice):
+    return fit_runs(select_rows(rows, **choice), QUICK)
+
+
+def three_kinds():
+    return [row for family in ("arm", "mdm", "prime") for row in csv_rows(published(family))]
+
+
+@pytest.fixture(scope="module")
+def three():
+    return fit_rows(three_kinds())
+
+
+def test_a_surface_is_recovered_in_flops_that_are_not_6nd():
+    compute = Compute(11.0, 0.92)
+    family = fit_family(surface(compute=compute), QUICK)
+    assert (family.compute.k, family.compute.q) == pytest.approx((11.0, 0.92), rel=1e-9)
+    assert vars(family.parametric.fit.law) == pytest.approx(vars(LAW), rel=1e-7)
+    assert family.isoflop.a == pytest.approx(exponent(LAW, compute), abs=0.01)
+    assert codes(family) == set()
+
+
+def part_of(points, keep):
+    names = ("flops", "params", "tokens", "loss", "loss_se", "budget")
+    return replace(points, **{name: getattr(points, name)[keep] for name in names})
+
+
+def one_budget():
+    part = surface(ratios=(0.3, 0.5, 0.7, 1, 1.5, 2, 3))
+    return part_of(part, part.budget == part.budget[0])
+
+
+def one_size():
+    flops = np.geomspace(1e18, 1e20, 8)
+    params = np.full(8, 1e8)
+    return points("one", flops, params, LAW.loss(params, flops / 6e8))
+
+
+@pytest.mark.parametrize(
+    ("part", "code"),
+    [
+        (one_budget(), "too_few_budgets"),
+        (one_size(), "too_few_points"),
+        (part_of(surface(), np.arange(20) < 5), "too_few_points"),
+    ],
+    ids=["one budget", "one size", "five runs"],
+)
+def test_too_little_data_is_refused(part, code):
+    family = fit_family(part, QUICK)
+    assert family.parametric is None
+    assert code in refusals(family.refusals)
+
+
+def test_nothing_fitted_is_bad_input():
+    part = surface()
+    two = part_of(part, np.arange(20) < 2)
+    with pytest.raises(UserError, match="2 runs"):
+        fit_rows(csv_rows(two))
+
+
+def test_few_runs_and_bounds_are_warned_about():
+    few = fit_family(surface(ratios=(0.5, 1, 2), noise=0.001), QUICK)
+    assert "too_few_points" in codes(few)
+    assert not refusals(few.findings)
+    flat = surface(Law(E=1.8, A=1e-20, B=2000.0, alpha=0.34, beta=0.38))
+    grid = np.tile([1e6, 3e6, 1e7, 3e7, 1e8], 4)
+    tokens = flat.flops / (6 * grid)
+    flat = replace(flat, params=grid, tokens=tokens, loss=1.8 + 2000 * tokens**-0.38)
+    assert "bound_hit" in codes(fit_family(flat, QUICK))
+
+
+def test_e_above_the_lowest_loss_is_warned_about():
+    part = surface()
+    odd = np.where(np.arange(20) == 12, 0.6, 1.0)
+    assert "e_above_lowest_loss" in codes(fit_family(replace(part, loss=part.loss * odd), QUICK))
+
+
+def test_an_optimum_outside_the_sizes_is_warned_about():
+    family = fit_family(surface(ratios=(2, 3, 4, 6, 8)), QUICK)
+    assert {"extrapolation", "optimum_outside_range", "too_few_budgets"} <= codes(family)
+    best = optimum(family.parametric.fit.law, family.compute, 1e19).params
+    assert best == pytest.approx(optimum(LAW, Compute(), 1e19).params, rel=1e-5)
+
+
+def test_flops_that_do_not_follow_n_are_warned_about():
+    part = surface()
+    off = np.where(np.arange(20) % 2, 1.2, 1.0)
+    assert "flops_not_a_power_law" in codes(
+        fit_family(replace(part, tokens=part.tokens * off), QUICK)
+    )
+
+
+def test_families_of_another_kind_get_their_own_group(three):
+    assert three.groups == (("arm", "mdm"), ("prime",))
+    assert [finding.code for finding in three.findings] == ["mixed_kinds"]
+    assert not three.refused
+    assert fit_rows(three_kinds(), allow_mixed_kinds=True).groups == (("arm", "mdm", "prime"),)
+
+
+def test_a_refused_family_does_not_stop_the_others():
+    mixed = [
+        row | {"family": "mixed", "kind": ("nelbo", "train_loss")[k % 2]}
+        for k, row in enumerate(csv_rows(surface()))
+    ]
+    fit = fit_rows(csv_rows(published("arm")) + mixed)
+    assert fit.refused
+    assert fit.families["arm"].parametric
+    assert fit.families["mixed"].parametric is None
+    assert fit.families["mixed"].isoflop is None
+    assert "mixed_kinds" in refusals(fit.families["mixed"].findings)
+
+
+def test_a_family_without_a_finished_run_is_refused_by_name():
+    rows = [row | {"status": "done"} for row in csv_rows(surface())]
+    lost = [
+        row | {"status": "failed", "reason": "killed", "family": "lost", "loss": ""} for row in rows
+    ]
+    fit = fit_rows(rows + lost)
+    assert fit.refused
+    assert any("lost" in finding.message for finding in fit.findings if finding.refusal)
+
+
+def test_small_budgets_are_called_an_illustration():
+    assert "small_scale" in {
+        f.code for f in fit_rows(csv_rows(surface(budgets=(1e13, 3e13, 1e14)))).findings
+    }
+    assert "small_scale" not in {f.code for f in fit_rows(csv_rows(surface())).findings}
+
+
+def test_the_record_is_json_with_the_promised_places(three):
+    found = json.loads(json.dumps(record.as_dict(three), allow_nan=False))
+    assert found["schema"] == 1
+    arm = found["families"]["arm"]
+    law = arm["approach3"]
+    assert law["params"] == pytest.approx(vars(three.families["arm"].parametric.fit.law))
+    assert law["a"] == pytest.approx(0.524, abs=5e-4)
+    assert law["objective"] == pytest.approx(3.28809e-4, rel=1e-6)
+    assert law["certificate"]["converged"] is True
+    for name in ("E", "A", "B", "alpha", "beta", "a"):
+        low, high = law["intervals"][name]
+        assert low < law["params"].get(name, law["a"]) < high
+    assert len(law["optima"]) == len(arm["approach2"]["optima"]) == 7
+    for row in law["optima"]:
+        low, high = row["intervals"]["params"]
+        assert low < row["params"] < high
+        assert row["flops"] == pytest.approx(6 * row["params"] * row["tokens"])
+    assert arm["approach2"]["a"] == pytest.approx(0.535, abs=5e-4)
+    assert set(arm["approach2"]["optima"][0]) >= {"flops", "params", "tokens", "loss"}
+    frontier = law["frontier"]
+    assert len(frontier["flops"]) == len(frontier["loss"]) == len(frontier["intervals"]["loss"][0])
+    assert found["comparable"] == [["arm", "mdm"], ["prime"]]
+    assert found["families"]["prime"]["kind"] == "train_loss"
+    assert {"code", "message", "cure", "refusal"} == set(found["warnings"][0])
+
+
+def test_a_censored_optimum_is_marked_and_has_no_interval():
+    found = record.as_dict(fit_rows(csv_rows(surface(ratios=(2, 3, 4, 6, 8)))))
+    two = found["families"]["known"]["approach2"]
+    assert two["a"] is None
+    assert {row["censored"] for row in two["optima"]} == {"below"}
+    assert all(row["interval"] is None for row in two["optima"])
+
+
+def test_the_same_seed_gives_the_same_record_and_another_does_not():
+    runs = select_rows(csv_rows(published("arm")))
+    first, again, other = (
+        record.as_dict(fit_runs(runs, Settings(100, seed))) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert (
+        first["families"]["arm"]["approach3"]["params"]
+        == other["families"]["arm"]["approach3"]["params"]
+    )
+    assert first["families"] != other["families"]

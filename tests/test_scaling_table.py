@@ -1,0 +1,76 @@
+import pytest
+from scaling_cases import csv_rows, surface, write_csv
+
+from prime_jax.errors import UserError
+from prime_jax.scaling import table
+from prime_jax.sweep import collect
+
+GOOD = "family,flops,params,loss\narm,1e18,1e8,3.2\n"
+
+
+def read(tmp_path, content):
+    path = tmp_path / "runs.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return table.read(path)
+
+
+def test_rows_keep_their_line_numbers(tmp_path):
+    found = read(tmp_path, "family,flops\n\narm,1e18\n,\nmdm , 2e18\n")
+    assert found.rows == [{"family": "arm", "flops": "1e18"}, {"family": "mdm", "flops": "2e18"}]
+    assert found.names == ["row 3", "row 5"]
+
+
+def test_excels_byte_order_mark_and_line_ends_are_dropped(tmp_path):
+    found = read(tmp_path, b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert found.columns == ["family", "flops", "params", "loss"]
+    assert found.rows[0]["loss"] == "3.2"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty"),
+        ("family,loss\n", "no runs"),
+        (GOOD.replace(",", ";"), "semicolons"),
+        (GOOD.replace(",", "\t"), "tabs"),
+        (GOOD.encode("utf-16"), "UTF-16"),
+        (b"\x89PNG\r\n\0\0\0", "binary"),
+        (b"family,loss\narm,\xff\xfe\xfa\n", "UTF-8"),
+        (GOOD + "arm,1e18\n", r"row 3: 2 cells, but the header has 4"),
+        ("family,loss,loss\narm,1,2\n", "'loss' appears twice"),
+        ('family,loss\narm,"3.2\n', "not a CSV"),
+    ],
+)
+def test_bad_files_are_told_in_one_line(tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_training_log_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "MOST_ROWS", 3)
+    with pytest.raises(UserError, match="more than 3 rows"):
+        read(tmp_path, GOOD + "arm,1e18,1e8,3.2\n" * 3)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        table.read(tmp_path / "none.csv")
+
+
+def test_the_hash_is_that_of_the_data(tmp_path):
+    first = write_csv(tmp_path / "a.csv", csv_rows(surface()))
+    second = write_csv(tmp_path / "b.csv", csv_rows(surface(noise=1e-9)))
+    assert table.read(first).sha256 != table.read(second).sha256
+
+
+def test_a_sweep_directory_gives_the_rows_that_collect_gives(tmp_path, monkeypatch):
+    rows = csv_rows(surface(), run="a1", status="done")
+    monkeypatch.setattr(collect, "rows", lambda root: rows if root == tmp_path else [])
+    found = table.read(tmp_path)
+    assert found.rows == rows
+    assert found.columns == list(rows[0])
+    assert found.names[0] == "run a1"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no runs"):
+        table.read(tmp_path / "empty")

@@ -1,0 +1,275 @@
+"""Whole runs: determinism, resumption, damage, divergence, and the record."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from prime_jax import checkpoint
+from prime_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    SubtokenConfig,
+    run_id,
+    set_path,
+)
+from prime_jax.errors import UserError
+from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
+
+SILENT = lambda _: None  # noqa: E731
+
+
+@pytest.fixture(scope="module")
+def tiny(markov_data) -> RunConfig:
+    return RunConfig(
+        family="prime",
+        steps=12,
+        batch_size=8,
+        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
+        subtokens=SubtokenConfig(length=4),
+        data=DataConfig(path=str(markov_data), seq_len=16),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
+        eval=EvalConfig(examples=16, replicates=8, batch_size=64),
+        log=LogConfig(every=1),
+        mesh=MeshConfig(data=1),
+    )
+
+
+def losses(run_dir) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def values(result) -> list[float]:
+    return [loss["value"] for loss in result["losses"]]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """An uninterrupted run and its directory."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    return train(tiny, run_dir, say=SILENT), run_dir
+
+
+def stop_at(step: int):
+    """A `beat` that ends the run at `step`."""
+    return lambda now: now["step"] < step
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """Call `beat` at every step."""
+    monkeypatch.setattr("prime_jax.train.BEAT_SECONDS", 0.0)
+
+
+def test_the_record_is_complete(whole, tiny):
+    result, run_dir = whole
+    assert result == json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "done"
+    assert result["tokens"] == 12 * 8 * 16
+    kinds = {loss["estimator"]: loss["kind"] for loss in result["losses"]}
+    assert kinds == {"subtoken": "nelbo", "joint": "train_loss", "token": "nelbo"}
+    assert result["bits_per_byte"]["joint"] is None
+    for loss in result["losses"]:
+        assert loss["se_mc"] > 0
+        assert loss["se_data"] > 0
+        assert loss["n_tokens"] == 16 * 16
+        assert loss["unit"] == "nats/token"
+    codes = np.load(run_dir / "codebook.npy")
+    assert sorted(codes) == list(range(16))
+    assert checkpoint.steps(run_dir / "checkpoints") == [12]
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_resumed_run_is_the_same_to_the_bit(whole, tiny, tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    with pytest.raises(Stopped):
+        train(tiny, first, beat=stop_at(5), say=SILENT)
+    said = []
+    result = train(tiny, second, earlier=[first], say=said.append)
+    assert any("continues at step 5 of 12" in line for line in said)
+    assert losses(first)[:5] + losses(second) == losses(whole[1])
+    assert values(result) == values(whole[0])
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_signal_saves_and_the_same_directory_continues(whole, tiny, tmp_path):
+    def interrupt(now):
+        if now["step"] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    with pytest.raises(Preempted):
+        train(tiny, tmp_path, beat=interrupt, say=SILENT)
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] in (7, 8)
+    assert values(train(tiny, tmp_path, say=SILENT)) == values(whole[0])
+    assert losses(tmp_path) == losses(whole[1])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_finished_run_is_not_repeated(whole, tiny):
+    result, run_dir = whole
+    before = (run_dir / "metrics.jsonl").read_text()
+    assert train(tiny, run_dir, say=SILENT) == result
+    assert (run_dir / "metrics.jsonl").read_text() == before
+    with pytest.raises(UserError, match="use another directory"):
+        train(dataclasses.replace(tiny, seed=1), run_dir, say=SILENT)
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tiny, tmp_path):
+    saving = dataclasses.replace(tiny, checkpoint=CheckpointConfig(every=3, keep=3))
+    with pytest.raises(Stopped):
+        train(saving, tmp_path, beat=stop_at(7), say=SILENT)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3, 6, 7]
+    data = tmp_path / "checkpoints" / "000000007"
+    largest = max((p for p in data.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1  # orbax restores this without noticing
+    largest.write_bytes(content)
+    said = []
+    result = train(saving, tmp_path, say=said.append)
+    assert any("000000007 is damaged" in line and "has changed" in line for line in said)
+    assert any("continues at step 6" in line for line in said)
+    assert values(result) == values(whole[0])
+
+
+def test_an_unfinished_save_is_no_checkpoint(tiny, tmp_path):
+    state = {"x": np.arange(8.0)}
+    checkpoint.save(tmp_path, 1, state, {}, keep=2)
+    checkpoint.save(tmp_path, 2, state, {}, keep=2)
+    (tmp_path / "000000002.json").unlink()
+    assert checkpoint.steps(tmp_path) == [1]
+    checkpoint.save(tmp_path, 2, state, {}, keep=2)
+    checkpoint.save(tmp_path, 3, state, {}, keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+    assert not (tmp_path / "000000001").exists()
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):
+    """A file size limit stands for the full disk; it must not reach into this process."""
+    code = f"""
+        import resource, signal, numpy as np, pathlib
+        from prime_jax import checkpoint
+        from prime_jax.errors import UserError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        where = pathlib.Path({str(tmp_path)!r})
+        big = {{"x": np.random.default_rng(0).normal(size=300_000)}}
+        checkpoint.save(where, 1, big, {{}}, keep=2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            checkpoint.save(where, 2, big, {{}}, keep=2)
+        except UserError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert "cannot save step 2" in done.stdout
+    assert "step 1 is kept" in done.stdout
+    assert checkpoint.steps(tmp_path) == [1]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_diverged_run_is_a_result_with_a_reason(tiny, tmp_path):
+    wild = set_path(set_path(tiny, "optim.peak_lr", 1e30), "optim.clip", 0.0)
+    result = train(wild, tmp_path, say=SILENT)
+    assert result["status"] == "diverged"
+    assert result["losses"] == []
+    assert "step" in result["reason"]
+    assert "loss" in result["reason"]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert None in (last["loss"], last["grad_norm"])
+
+
+@pytest.mark.parametrize("family", ["arm", "mdm", "prime"])
+def test_devices_and_micro_batches_change_rounding_only(tiny, tmp_path, family):
+    length = 4 if family == "prime" else 1
+    config = dataclasses.replace(
+        tiny, family=family, subtokens=SubtokenConfig(length=length), steps=6
+    )
+    eight = dataclasses.replace(config, mesh=MeshConfig(data=8))
+    micro = dataclasses.replace(config, mesh=MeshConfig(data=1, accumulate=4))
+    a = train(eight, tmp_path / "8", say=SILENT)
+    b = train(micro, tmp_path / "1", say=SILENT)
+    np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=2e-5)
+    np.testing.assert_allclose(values(a), values(b), rtol=2e-5)
+    assert a["run"] == b["run"]  # where a run executes is not what it is
+
+
+def test_prime_with_one_subtoken_is_mdm_to_the_bit(tiny, tmp_path):
+    one = dataclasses.replace(tiny, subtokens=SubtokenConfig(length=1), steps=5)
+    results = {}
+    for family in ("mdm", "prime"):
+        run_dir = tmp_path / family
+        results[family] = train(dataclasses.replace(one, family=family), run_dir, say=SILENT)
+    assert losses(tmp_path / "mdm") == losses(tmp_path / "prime")
+    assert values(results["mdm"]) == values(results["prime"])
+
+
+OPTIONS = {
+    "random length, mixture": {
+        "objective": ObjectiveConfig(random_length=0.5, token_mask_rho=0.5, schedule="cosine")
+    },
+    "published recipe": {"objective": ObjectiveConfig(loss="joint", carry_over=False)},
+    "flat weight, wsd, ema": {
+        "objective": ObjectiveConfig(weight="flat", schedule="poly"),
+        "optim": OptimConfig(peak_lr=1e-3, schedule="wsd", ema=0.9, warmup_steps=2),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_train(tiny, tmp_path, name):
+    config = dataclasses.replace(tiny, steps=4, **OPTIONS[name])
+    result = train(config, tmp_path, say=SILENT)
+    assert result["status"] == "done"
+    assert all(np.isfinite(losses(tmp_path)))
+
+
+def test_segment_ids_are_labelled_and_leave_eos_out(tmp_path_factory, tmp_path):
+    from prime_jax.data.prepare import prepare
+
+    data = tmp_path_factory.mktemp("data") / "docs"
+    prepare(
+        "markov:V=15,order=0,seed=0,tokens=20000,doc_mean=10",
+        "synthetic:15+eos",
+        data,
+        seq_len=16,
+        workers=1,
+    )
+    config = RunConfig(
+        family="mdm",
+        steps=3,
+        batch_size=8,
+        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
+        data=DataConfig(path=str(data), seq_len=16, segment_ids=True),
+        eval=EvalConfig(examples=16, batch_size=64),
+    )
+    (loss,) = train(config, tmp_path, say=SILENT)["losses"]
+    assert loss["given"] == "lengths"
+    assert loss["n_tokens"] < 16 * 16
+
+
+def test_identity_leaves_out_where_a_run_executes(tiny, markov_data):
+    moved = set_path(tiny, "data.path", "elsewhere")
+    assert run_id(moved) == run_id(tiny)
+    assert run_id(set_path(tiny, "mesh.accumulate", 2)) == run_id(tiny)
+    assert run_id(set_path(tiny, "optim.peak_lr", 1e-3)) != run_id(tiny)
+    from prime_jax.data import manifest
+
+    assert run_id(fill_fingerprint(tiny, manifest.load(markov_data))) != run_id(tiny)

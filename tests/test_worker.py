@@ -1,0 +1,302 @@
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import fake_trainer
+import pytest
+from fake_trainer import Trainer
+from rich.console import Console
+
+from prime_jax.errors import UserError
+from prime_jax.sweep import pool, state, worker
+
+PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+@pytest.fixture
+def root(tmp_path):
+    fake_trainer.planned(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def screen(tmp_path):
+    with (tmp_path / "screen.txt").open("w+") as file:
+        yield Console(file=file, width=200)
+
+
+def shown(console) -> str:
+    console.file.seek(0)
+    return console.file.read()
+
+
+def work(root, trainer, **kwargs) -> int:
+    return worker.work(root, trainer=trainer, **({"beat_seconds": 0.02, "backoff": 0.0} | kwargs))
+
+
+def keep_one(root) -> str:
+    """Leave a single run in the sweep."""
+    first, *others = state.list_runs(root)
+    for run in others:
+        state.kill(root, run)
+    return first.id
+
+
+def find(root, run) -> state.Run:
+    return state.select(state.list_runs(root), [run])[0]
+
+
+def test_every_run_is_done_once_and_never_again(root):
+    trainer = Trainer()
+    assert work(root, trainer) == 0
+    assert max(Counter(run for run, *_ in trainer.calls).values()) == 1
+    runs = state.list_runs(root)
+    assert [run.state for run in runs] == ["done"] * 8
+    for run in runs:
+        extra = {
+            "budget": run.spec["budget"],
+            "rules": run.spec["rules"],
+            "attempt": 1,
+            "preemptions": 0,
+        }
+        assert run.result.items() >= extra.items()
+        assert json.loads((root / "runs" / run.id / "1" / "result.json").read_text()) == run.result
+    again = Trainer()
+    assert work(root, again) == 0
+    assert again.calls == []
+
+
+def test_largest_first_but_one_compilation_for_one_shape(root):
+    trainer = Trainer()
+    work(root, trainer)
+    runs = {run.id: run for run in state.list_runs(root)}
+    order = [runs[run] for run, *_ in trainer.calls]
+    assert order[0].spec["flops"]["matmul"] == max(r.spec["flops"]["matmul"] for r in order)
+    shapes = [(r.spec["family"], r.spec["config"]["model"]["layers"]) for r in order]
+    changes = sum(a != b for a, b in itertools.pairwise(shapes))
+    assert changes == len(set(shapes)) - 1
+    assert order[0].spec["budget"] > order[1].spec["budget"]
+
+
+def test_a_failure_is_recorded_shown_and_retried_three_times(root, screen):
+    bad = state.list_runs(root)[-1].id
+    trainer = Trainer(failing_on(bad, ZeroDivisionError("lost the plot")))
+    assert work(root, trainer, console=screen) == 1
+    assert Counter(run for run, *_ in trainer.calls)[bad] == state.FAILURES
+    run = find(root, bad)
+    assert (run.state, run.reason) == ("failed", "ZeroDivisionError: lost the plot")
+    assert "in act" in run.attempts[0].end["traceback"]
+    assert "Traceback" in shown(screen)
+    assert [r.state for r in state.list_runs(root)].count("done") == 7
+
+
+def failing_on(bad, error, times=99):
+    left = [times]
+
+    def act(config, call, beat):
+        if fake_trainer.run_id(config) == bad and left[0]:
+            left[0] -= 1
+            raise error
+
+    return act
+
+
+def test_a_failure_that_passes_leaves_a_good_sweep(root):
+    flaky = state.list_runs(root)[0].id
+    assert work(root, Trainer(failing_on(flaky, OSError("hiccup"), times=1))) == 0
+    assert find(root, flaky).result["attempt"] == 2
+
+
+def test_bad_input_fails_once_in_one_line(root, screen):
+    bad = keep_one(root)
+    trainer = Trainer(failing_on(bad, UserError("the data is gone")))
+    assert work(root, trainer, console=screen) == 1
+    assert len(trainer.calls) == 1
+    assert find(root, bad).reason == "the data is gone"
+    assert "Traceback" not in shown(screen)
+
+
+def test_a_preempted_run_continues_from_its_attempts(root):
+    run = keep_one(root)
+    first = Trainer(failing_on(run, Trainer.Preempted()))
+    assert work(root, first) == 85
+    assert find(root, run).state == "preempted"
+    second = Trainer()
+    assert work(root, second) == 0
+    assert second.calls == [(run, root / "runs" / run / "2", (root / "runs" / run / "1",))]
+    assert (find(root, run).result["attempt"], find(root, run).result["preemptions"]) == (2, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_trainer_and_the_worker(root, number):
+    def act(config, call, beat):
+        assert beat({"step": 1})
+        os.kill(os.getpid(), number)
+        assert not beat({"step": 2})
+        raise Trainer.Stopped
+
+    before = signal.getsignal(number)
+    trainer = Trainer(act)
+    assert work(root, trainer) == 85
+    assert len(trainer.calls) == 1
+    assert find(root, trainer.calls[0][0]).state == "preempted"
+    assert signal.getsignal(number) is before
+
+
+def test_a_killed_run_is_left_at_the_next_beat(root):
+    victim = keep_one(root)
+
+    def act(config, call, beat):
+        state.kill(root, find(root, victim))
+        while beat({"step": 1}):
+            time.sleep(0.005)
+        raise Trainer.Stopped
+
+    assert work(root, Trainer(act)) == 0
+    run = find(root, victim)
+    assert (run.state, run.k, run.attempts[0].end) == ("killed", 2, None)
+
+
+def test_a_store_hiccup_does_not_stop_training(root, monkeypatch):
+    def broken(*_):
+        raise UserError("no space")
+
+    monkeypatch.setattr(state, "beat", broken)
+    assert work(root, fake_trainer.sleeper(0.03)) == 0
+
+
+def test_the_beat_carries_progress_and_ends_before_the_end(root):
+    run = keep_one(root)
+
+    def act(config, call, beat):
+        beat({"step": 7, "loss": float("nan")})
+        while (find(root, run).attempts[0].beat or {}).get("step") != 7:
+            time.sleep(0.005)
+        raise ValueError("now")
+
+    assert work(root, Trainer(act), beat_seconds=0.01) == 1
+    folder = root / "state"
+    assert (folder / f"{run}.1.beat").stat().st_mtime_ns <= (
+        folder / f"{run}.1.end"
+    ).stat().st_mtime_ns
+
+
+def test_a_diverged_run_is_a_result(root):
+    keep_one(root)
+
+    class Diverging(Trainer):
+        def train(self, *args, **kwargs):
+            lost = {"status": "diverged", "losses": [], "reason": "loss is not finite at step 3"}
+            return super().train(*args, **kwargs) | lost
+
+    assert work(root, Diverging()) == 0
+    assert [r.result["status"] for r in state.list_runs(root) if r.result] == ["diverged"]
+
+
+def test_other_versions_and_unwritable_places_are_refused(root, monkeypatch):
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state.os, "link", read_only)
+        with pytest.raises(UserError, match="Read-only"):
+            work(root, Trainer())
+    (root / "sweep.json").write_text('{"schema": 0}')
+    with pytest.raises(UserError, match="version 0"):
+        work(root, Trainer())
+    with pytest.raises(UserError, match="version 0"):
+        pool.supervise(root, 2)
+
+
+def test_the_share_of_training_leaves_compilation_out():
+    results = [
+        {"seconds": {"train": 30.0, "compile": 5.0}},
+        {"seconds": {"train": 42.0, "compile": 5.0}},
+    ]
+    assert "80%" in worker.share(results, 100.0)
+
+
+def start(root, seconds) -> subprocess.Popen:
+    command = (*PROGRAM, str(root), str(seconds))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def test_two_workers_finish_twenty_runs_exactly_once(tmp_path):
+    ids = fake_trainer.planned(tmp_path, families={"arm": {}}, seeds=range(5))
+    assert len(ids) == 20
+    workers = [start(tmp_path, 0.02) for _ in range(2)]
+    taken = []
+    for process in workers:
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        taken.append(json.loads(out.splitlines()[-1]))
+    assert sorted(taken[0] + taken[1]) == sorted(ids)
+    assert {run.state for run in state.list_runs(tmp_path)} == {"done"}
+    assert {run.k for run in state.list_runs(tmp_path)} == {1}
+
+
+def test_a_worker_killed_in_the_middle_is_replaced_at_once(root):
+    run = keep_one(root)
+    with start(root, 600) as victim:
+        while not (
+            find(root, run).attempts and (find(root, run).attempts[0].beat or {}).get("step")
+        ):
+            time.sleep(0.02)
+        victim.kill()
+    trainer = Trainer()
+    assert work(root, trainer, timeout=1e9) == 0
+    assert trainer.calls == [(run, root / "runs" / run / "2", (root / "runs" / run / "1",))]
+    assert find(root, run).result["preemptions"] == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pool_finishes_a_sweep_and_replaces_a_killed_worker(root, screen, workers):
+    """The first process to arrive kills itself while it owns a run."""
+    code = (
+        "import os, sys, fake_trainer; from pathlib import Path; from prime_jax.sweep.worker import work\n"
+        "def act(config, call, beat):\n"
+        "    try: os.mkdir(Path(sys.argv[1]) / 'died')\n"
+        "    except FileExistsError: return\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "raise SystemExit(work(Path(sys.argv[1]), trainer=fake_trainer.Trainer(act)))"
+    )
+    environment = f"PYTHONPATH={Path(__file__).parent}:{ENVIRONMENT['PYTHONPATH']}"
+    command = ("env", environment, sys.executable, "-c", code, str(root))
+    assert pool.supervise(root, workers, command=command, console=screen) == 0
+    runs = state.list_runs(root)
+    assert [run.state for run in runs] == ["done"] * 8
+    assert sorted(run.k for run in runs) == [1] * 7 + [2]
+    text = shown(screen)
+    assert len(re.findall(r"^[0-9a-f]{10} .* done", text, re.M)) == 8
+    assert ("started again" in text) or workers == 2  # else the other may have done all in time
+
+
+def test_a_pool_passes_a_signal_on_and_says_so(root, screen):
+    """SIGTERM reaches the workers, which save and leave; the pool returns 85."""
+    command = ("env", f"PYTHONPATH={ENVIRONMENT['PYTHONPATH']}", *PROGRAM, str(root), "600")
+    code = (
+        "import sys; from pathlib import Path; from prime_jax.sweep.pool import supervise;"
+        "raise SystemExit(supervise(Path(sys.argv[1]), 2, command=sys.argv[2:]))"
+    )
+    with subprocess.Popen(
+        (sys.executable, "-c", code, str(root), *command), env=ENVIRONMENT
+    ) as boss:
+        while sum(bool(r.attempts and r.attempts[0].beat) for r in state.list_runs(root)) < 2:
+            time.sleep(0.02)
+        boss.terminate()
+    assert boss.returncode == 85
+    assert Counter(run.state for run in state.list_runs(root)) == {"preempted": 2, "pending": 6}
+
+
+def test_a_pool_whose_workers_cannot_start_shows_why(root, screen):
+    command = (sys.executable, "-c", "raise SystemExit('no such luck')")
+    assert pool.supervise(root, 1, command=command, console=screen) == 1
+    assert "no such luck" in shown(screen)
