@@ -278,7 +278,7 @@ class Run:
         params = state.ema if self.config.optim.ema else state.params
         step = int(state.step)
         with self.clock.measure("eval"):
-            losses = likelihood.evaluate(
+            losses, nats, n_tokens = likelihood.evaluate(
                 self.config,
                 self.program.codebook,
                 lambda name, row: self.program.draw(
@@ -290,7 +290,9 @@ class Run:
                 tick=lambda: self._attend(step, state, "evaluate"),
             )
         self.log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
-        if not final:
+        if final:
+            np.savez(self.run_dir / "eval.npz", n_tokens=n_tokens, **nats)
+        else:
             shown = ", ".join(f"{x.estimator} {x.kind} {x.value:.4f}" for x in losses)
             self.say(f"step {step}: {shown} nats/token")
         return losses

@@ -207,6 +207,17 @@ def summarise(
     return Loss(kind, name, value, se_mc, se_data, total, replicates, given)
 
 
+class Evaluation(NamedTuple):
+    """Losses, and the draws behind them: {estimator: nats [R, E]} and target tokens [E].
+
+    Runs that share an evaluation set share its draws, so differences can be paired.
+    """
+
+    losses: list[Loss]
+    nats: dict[str, np.ndarray]
+    n_tokens: np.ndarray
+
+
 def evaluate(
     config: RunConfig,
     codebook: Codebook,
@@ -215,14 +226,14 @@ def evaluate(
     doc_E: np.ndarray,
     eos_id: int,
     tick: Callable[[], None] = lambda: None,
-) -> list[Loss]:
+) -> Evaluation:
     """All estimators of a run on an evaluation set.
 
     Args:
         run_batch: compiled `draw` for a batch of rows of the set; batches all have one size.
         tick: called after every batch (progress, preemption).
     """
-    losses = []
+    losses, nats = [], {}
     given = "lengths" if config.data.segment_ids else ""
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
     for name in estimators_of(config, codebook):
@@ -234,9 +245,9 @@ def evaluate(
             tick()
         for label in pending[0]:
             flat = np.concatenate([np.asarray(values[label], np.float64) for values in pending])
-            nats_RxE = flat[: len(rows.example)].reshape(replicates, -1)
-            losses.append(summarise(label, nats_RxE, n_tokens_E, doc_E, given))
-    return losses
+            nats[label] = flat[: len(rows.example)].reshape(replicates, -1)
+            losses.append(summarise(label, nats[label], n_tokens_E, doc_E, given))
+    return Evaluation(losses, nats, n_tokens_E)
 
 
 def bits_per_byte(loss: Loss, n_bytes: int) -> float | None:

@@ -1,0 +1,49 @@
+# Two commands set everything up on a fresh machine with Python 3.11+: make quickstart, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= quickstart
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: install quickstart test test-slow lint format bench bound-demo clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prime_jax needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Data, 48 trainings, fit and report; resumes where it was interrupted.
+quickstart: install
+	$(BIN)/prime-jax data prepare pysource --tokenizer bpe:1024 --seq-len 128 --out data/quickstart
+	$(BIN)/prime-jax sweep plan experiments/quickstart.py $(RUN)
+	$(BIN)/prime-jax sweep run $(RUN) --workers 2
+	$(BIN)/prime-jax sweep collect $(RUN) -o $(RUN)/runs.csv
+	$(BIN)/prime-jax fit $(RUN) || test $$? -eq 3  # 3: fitted, and some answers refused with a reason
+
+test: install
+	$(BIN)/python -m pytest
+
+# The full matrices: minutes, not seconds.
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Tokens/s against an eager PyTorch twin (install torch for the comparison).
+bench: install
+	$(BIN)/python benchmarks/train_step.py
+
+bound-demo: install
+	$(BIN)/python experiments/bound_demo.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
