@@ -37,41 +37,37 @@ def override(config: Any, arguments: list[str]) -> Any:
     Raises:
         UserError: an unknown or ill-typed setting, with the nearest valid one or its type.
     """
-    from prime_jax.config import nearest, to_dict
+    import difflib
+
+    from prime_jax.config import to_dict
 
     known = flatten(to_dict(config))
-    for argument in arguments:
-        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        bare = name.rpartition(".")[0] + "." + name.rpartition(".")[2].removeprefix("no_")
-        if argument.startswith("--") and name not in known and bare.strip(".") not in known:
-            hint = nearest(name, known) if "." in name or len(known) < 9 else ""
-            raise UserError(f"--{name}: no such setting{hint}")
-    try:
-        return _tyro(config, arguments)
-    except SystemExit:
-        for start, name in enumerate(arguments):
-            if not name.startswith("--"):
-                continue
-            stop = next(
-                (i for i in range(start + 1, len(arguments)) if arguments[i].startswith("--")),
-                len(arguments),
-            )
-            try:
-                _tyro(config, arguments[start:stop])
-            except SystemExit:
-                shown = known.get(name.partition("=")[0].removeprefix("--").replace("-", "_"))
-                given = " ".join(arguments[start:stop])
-                raise UserError(
-                    f"{given}: not a valid value; it is {shown!r} now ({type(shown).__name__})"
-                ) from None
-        raise UserError(f"cannot read the settings {' '.join(arguments)}") from None
+    starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
+    groups = [arguments[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
+    if arguments and starts[:1] != [0]:
+        raise UserError(f"{arguments[0]}: a setting is written --name value")
+    for group in groups:
+        name = group[0].partition("=")[0].removeprefix("--").replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{close[0]}?" if close else "--settings lists them all"
+            raise UserError(f"--{name}: no such setting; {hint}")
+        if _tyro(config, group) is None:
+            kind = type(known[name]).__name__
+            raise UserError(f"{' '.join(group)}: not a valid value ({kind}, now {known[name]!r})")
+    return _tyro(config, arguments)
 
 
-def _tyro(config: Any, arguments: list[str]) -> Any:
+def _tyro(config: Any, arguments: list[str]) -> Any | None:
+    """The overridden config, or None where tyro refuses; it would print a page, we print a line."""
     import tyro
 
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        return tyro.cli(type(config), default=config, args=arguments)
+        try:
+            plain = (tyro.conf.FlagConversionOff,)
+            return tyro.cli(type(config), default=config, args=arguments, config=plain)
+        except SystemExit:
+            return None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -288,6 +288,7 @@ class Run:
                 self.blocks.doc,
                 self.data.eos_id,
                 tick=lambda: self._attend(step, state, "evaluate"),
+                devices=self.program.mesh.size,
             )
         self.log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
         if final:

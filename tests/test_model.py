@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,34 +81,17 @@ def test_only_arm_is_causal():
 
 
 @pytest.mark.parametrize("rows", [0, 10_000])
-@pytest.mark.parametrize(("tables", "summed"), [(1, False), (6, False), (6, True)])
-def test_embeddings_are_lookups_by_matmul_or_gather(rows, tables, summed, monkeypatch):
+@pytest.mark.parametrize("kind", ["cat_shared", "cat", "sum"])
+def test_embeddings_are_lookups_by_matmul_or_gather(rows, kind, monkeypatch):
     monkeypatch.setattr(model, "MULTI_HOT_ROWS", rows)
     digits = random_digits(Codebook.create(37, TINY.subtokens), (5,))
-    table = np.random.default_rng(0).normal(size=(tables, 3, 4)).astype(np.float32)
-    rows_by_slot = [table[s % tables, digits[:, s]] for s in range(6)]
-    want = sum(rows_by_slot) if summed else np.concatenate(rows_by_slot, axis=1)
-    lookup = model._lookup_sum if summed else model._lookup_cat
-    np.testing.assert_allclose(lookup(jnp.asarray(table), digits), want, atol=1e-6)
-
-
-def test_a_concatenation_that_does_not_fill_the_width_is_padded_with_zeros():
-    config = with_model(TINY, width=26, heads=1)  # 6 x 4 of 26
-    net = model.build(config, Codebook.create(37, config.subtokens))
-    digits = random_digits(Codebook.create(37, TINY.subtokens), (5,))
-    seen = {}
-
-    def spy(next_method, arguments, keywords, context):
-        out = next_method(*arguments, **keywords)
-        seen[context.method_name] = out
-        return out
-
-    with nn.intercept_methods(spy):
-        jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 6), jnp.int32)))
-    assert seen["_embed"].shape == (8, 26)
-    table = np.ones((1, 3, 4), np.float32)
-    merged = model._lookup_cat(jnp.asarray(table), digits)
-    assert merged.shape == (5, 24)
+    tables, size = (1 if kind == "cat_shared" else 6), (26 if kind == "sum" else 4)
+    table = np.random.default_rng(0).normal(size=(tables, 3, size)).astype(np.float32)
+    by_slot = [table[s % tables, digits[:, s]] for s in range(6)]
+    padding = np.zeros((5, 2), np.float32)  # 6 x 4 of 26
+    want = sum(by_slot) if kind == "sum" else np.concatenate([*by_slot, padding], axis=1)
+    got = model.embed(kind, jnp.asarray(table), digits, 26)
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize(

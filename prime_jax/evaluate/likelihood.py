@@ -226,13 +226,16 @@ def evaluate(
     doc_E: np.ndarray,
     eos_id: int,
     tick: Callable[[], None] = lambda: None,
+    devices: int = 1,
 ) -> Evaluation:
     """All estimators of a run on an evaluation set.
 
     Args:
         run_batch: compiled `draw` for a batch of rows of the set; batches all have one size.
         tick: called after every batch (progress, preemption).
+        devices: that share a batch; its size is rounded up to a multiple of them.
     """
+    size = -(-config.eval.batch_size // devices) * devices
     losses, nats = [], {}
     given = "lengths" if config.data.segment_ids else ""
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
@@ -240,7 +243,7 @@ def evaluate(
         replicates = 1 if name == "ar" else config.eval.replicates
         rows = grid(len(token_ExL), replicates)
         pending = []
-        for batch in batches(rows, config.eval.batch_size):
+        for batch in batches(rows, size):
             pending.append(run_batch(name, batch))
             tick()
         for label in pending[0]:

@@ -1,0 +1,152 @@
+"""The command line as a person meets it: light start, one-line errors, exit codes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from prime_jax import cli
+from prime_jax.commands import override
+from prime_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig, from_dict, to_dict
+from prime_jax.errors import UserError
+
+HEAVY = ("jax", "numpy", "scipy", "tyro", "rich", "matplotlib", "grain", "sentencepiece")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from prime_jax import cli; cli.parser().format_help();"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["doctor"], ["data"], ["sweep"], ["fit"]])
+def test_every_command_explains_itself(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("prime-jax 0.")
+
+
+def test_overrides_are_typed():
+    config = override(
+        RunConfig(), ["--model.width", "256", "--optim.peak-lr", "3e-4", "--seed", "3"]
+    )
+    assert (config.model.width, config.optim.peak_lr, config.seed) == (256, 3e-4, 3)
+    assert override(RunConfig(), ["--objective.carry-over", "False"]).objective.carry_over is False
+    assert override(RunConfig(), ["--family", "arm"]).family == "arm"
+    assert override(RunConfig(), ["--eval.estimators", "token"]).eval.estimators == ("token",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.widht", "256"], "did you mean --model.width"),
+        (["--optim.lr", "1"], "no such setting"),
+        (["--model.width", "wide"], "--model.width wide: not a valid value"),
+        (["--family", "gpt"], "--family gpt: not a valid value"),
+        (["--seed", "0", "--steps", "1.5"], "--steps 1.5: not a valid value"),
+    ],
+)
+def test_bad_overrides_name_the_setting(arguments, message):
+    with pytest.raises(UserError) as error:
+        override(RunConfig(), arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_configs_round_trip_and_refuse_what_they_do_not_know():
+    config = dataclasses.replace(RunConfig(), seed=5)
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    for bad, message in [
+        ({"modle": {}}, "did you mean model"),
+        ({"model": {"width": "64"}}, "config.model.width: expected int"),
+        ({"model": {"tied_head": 1}}, "expected bool"),
+        ({"seed": True}, "expected int"),
+        ({"family": "gpt"}, "is not one of arm, mdm, prime"),
+        ({"model": 3}, "expected an object"),
+    ]:
+        with pytest.raises(UserError) as error:
+            from_dict(RunConfig, bad)
+        assert message in str(error.value)
+
+
+@pytest.fixture
+def experiment(tmp_path, markov_data):
+    """A file with a tiny run on the Markov data."""
+    config = RunConfig(
+        steps=3,
+        family="mdm",
+        batch_size=8,
+        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
+        data=DataConfig(path=str(markov_data), seq_len=16),
+        eval=EvalConfig(examples=8, batch_size=64),
+    )
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(to_dict(config)))
+    path = tmp_path / "experiment.py"
+    path.write_text(
+        "import json, pathlib\n"
+        "from prime_jax.config import RunConfig, from_dict\n"
+        "def config():\n"
+        f"    return from_dict(RunConfig, json.loads(pathlib.Path({str(saved)!r}).read_text()))\n"
+    )
+    return path
+
+
+def test_train_prints_kinds_and_errors(experiment, tmp_path, capsys):
+    assert cli.main(["train", str(experiment), "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "nelbo" in out
+    assert "result.json" in out
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def bad_command(arguments, capsys) -> str:
+    """Run a command that must fail; returns its one line."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    streams = capsys.readouterr()
+    assert "Traceback" not in streams.err
+    (line,) = streams.err.strip().splitlines()
+    return line
+
+
+def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
+    train = ["train", experiment, "--out", tmp_path / "bad"]
+    assert "did you mean" in bad_command([*train, "--model.widht", "8"], capsys)
+    assert "no such experiment" in bad_command(["train", tmp_path / "none.py"], capsys)
+    assert "vocab_size" in bad_command([*train, "--model.vocab-size", "17"], capsys)
+    assert "seq_len" in bad_command([*train, "--data.seq-len", "8"], capsys)
+    assert "heads" in bad_command([*train, "--model.heads", "3"], capsys)
+    assert "subtokens.length" in bad_command([*train, "--subtokens.length", "4"], capsys)
+    assert "alpha runs from" in bad_command(
+        [*train, "--objective.schedule", "geometric", "--objective.sigma-min", "0.01"], capsys
+    )
+    assert "manifest" in bad_command([*train, "--data.path", tmp_path / "nothing"], capsys)
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    assert "cannot create" in bad_command(["train", experiment, "--out", blocked / "run"], capsys)
+    assert "function config()" in bad_command(["train", _empty(tmp_path)], capsys)
+
+
+def _empty(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("")
+    return path
+
+
+def test_doctor_reports_what_is_there(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "jax" in out
+    assert "device" in out

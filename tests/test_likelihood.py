@@ -1,0 +1,114 @@
+"""Whole runs on sources whose entropy is known: no valid number may fall below it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from prime_jax.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SubtokenConfig,
+    set_path,
+)
+from prime_jax.data import markov
+from prime_jax.data.prepare import prepare
+from prime_jax.errors import UserError
+from prime_jax.evaluate import likelihood
+from prime_jax.subtokens import Codebook
+from prime_jax.train import train
+
+FAMILIES = {"arm": 1, "mdm": 1, "prime": 4}
+
+
+def run_on(data, family: str, **changes) -> RunConfig:
+    config = RunConfig(
+        family=family,
+        steps=150,
+        batch_size=32,
+        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
+        subtokens=SubtokenConfig(length=FAMILIES[family]),
+        data=DataConfig(path=str(data), seq_len=16),
+        optim=OptimConfig(peak_lr=1e-2, warmup_steps=10),
+        eval=EvalConfig(examples=0, batch_size=512),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def valid(result) -> list[dict]:
+    return [loss for loss in result["losses"] if loss["kind"] in ("nll", "nelbo")]
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """i.i.d. tokens in documents of random length, each closed by an EOS."""
+    spec = "V=15,order=0,seed=0,tokens=120000,doc_mean=10,concentration=5"
+    out = tmp_path_factory.mktemp("data") / "documents"
+    prepare(f"markov:{spec}", "synthetic:15+eos", out, seq_len=16, workers=1)
+    return out, markov.parse(spec)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_number_falls_below_the_entropy_of_the_stream(documents, family, tmp_path):
+    """Document ends are part of the stream: nothing tells a network where they are."""
+    data, source = documents
+    entropy = source.block_entropy(16) / 16
+    for loss in valid(train(run_on(data, family), tmp_path, say=lambda _: None)):
+        error = np.hypot(loss["se_mc"], loss["se_data"])
+        assert loss["value"] > entropy - 4 * error
+        assert loss["value"] < entropy + 0.2  # and it has been learnt
+        assert error < 0.03
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_uniform_source_gives_log_v(family, tmp_path):
+    spec = "V=16,order=0,seed=0,tokens=60000,concentration=1e9"
+    data = tmp_path / "data"
+    prepare(f"markov:{spec}", "synthetic:16", data, seq_len=16, workers=1)
+    config = run_on(data, family, steps=60, optim=OptimConfig(peak_lr=3e-3, warmup_steps=10))
+    for loss in valid(train(config, tmp_path / "run", say=lambda _: None)):
+        assert loss["value"] == pytest.approx(np.log(16), abs=0.03)
+
+
+def test_results_do_not_depend_on_the_evaluation_batch(documents, tmp_path):
+    data, _ = documents
+    config = run_on(data, "prime", steps=3, eval=EvalConfig(examples=24, batch_size=7))
+    a = train(config, tmp_path / "7", say=lambda _: None)["losses"]
+    b = train(set_path(config, "eval.batch_size", 64), tmp_path / "64", say=lambda _: None)[
+        "losses"
+    ]
+    for x, y in zip(a, b, strict=True):
+        assert x["value"] == pytest.approx(y["value"], rel=1e-5)
+
+
+def test_standard_errors_are_honest():
+    """Over many evaluations se_mc equals the spread of the value; se_data that of fresh data."""
+    rng = np.random.default_rng(0)
+    n, values, errors, data_errors = np.full(50, 4), [], [], []
+    for _ in range(400):
+        example = rng.normal(0, 1.0, 25).repeat(2)  # documents of two blocks each
+        draws = example + rng.normal(0, 3.0, (8, 50))
+        loss = likelihood.summarise("subtoken", draws, n, np.arange(50) // 2, "")
+        values.append(loss.value)
+        errors.append(loss.se_mc)
+        data_errors.append(loss.se_data)
+    mc, data = 3.0 / 20 / 4, 1.0 / 5 / 4  # sd / sqrt(n) / tokens of a block
+    assert np.mean(errors) == pytest.approx(mc, rel=0.1)
+    assert np.mean(data_errors) == pytest.approx(np.hypot(mc, data), rel=0.1)
+    assert np.std(values) == pytest.approx(np.hypot(mc, data), rel=0.1)
+
+
+@pytest.mark.parametrize("examples", [1, 2, 5, 64])
+def test_noise_levels_are_stratified_in_every_replicate(examples):
+    rows = likelihood.grid(examples, 8)
+    for levels in rows.uniform.reshape(8, examples):
+        assert sorted((levels * examples).astype(int) % examples) == list(range(examples))
+
+
+def test_unknown_estimators_are_refused():
+    config = run_on("nowhere", "prime", eval=EvalConfig(estimators=("subtokens",)))
+    with pytest.raises(UserError, match="finite:T"):
+        likelihood.estimators_of(config, Codebook.create(16, SubtokenConfig(length=4)))
