@@ -94,7 +94,9 @@ class Trainer:
         bfloat16 = self.config.model.dtype == "bfloat16"
         with torch.autocast(self.device, torch.bfloat16, enabled=bfloat16):
             z_BxLxV = self.model(token_BxL.masked_fill(masked_BxL, self.config.model.vocab_size))
-        nats_N = F.cross_entropy(z_BxLxV.flatten(0, 1).float(), token_BxL.flatten(), reduction="none")
+        nats_N = F.cross_entropy(
+            z_BxLxV.flatten(0, 1).float(), token_BxL.flatten(), reduction="none"
+        )
         weight_BxL = masked_BxL / t_B[:, None]
         return (nats_N * weight_BxL.flatten()).sum() / token_BxL.numel()
 

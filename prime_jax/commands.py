@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def override(config: Any, arguments: list[str]) -> Any:
 
     known = flatten(to_dict(config))
     starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
-    groups = [arguments[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
+    groups = [arguments[i:j] for i, j in itertools.pairwise([*starts, len(arguments)])]
     if arguments and starts[:1] != [0]:
         raise UserError(f"{arguments[0]}: a setting is written --name value")
     for group in groups:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.config import ModelConfig, RunConfig
-from prime_jax.kernels.attention import attention
+from prime_jax.kernels.attention import SAVED, attention
 from prime_jax.subtokens import Codebook
 
 MULTI_HOT_ROWS = 256  # tables up to this many rows are read by a matmul instead of a gather
@@ -113,10 +113,19 @@ class Transformer(nn.Module):
         """Hidden states [B, L, D] and head rows [V, D] in token order, both in `config.dtype`."""
         c = self.config
         batch, length, _ = digits_BxLxS.shape
-        x_NxD = self._embed(digits_BxLxS.reshape(-1, self.slots)).astype(c.dtype)
+        rows, size = self.base + 1, c.width if c.embedding == "sum" else c.width // self.slots
+        tables = 1 if c.embedding == "cat_shared" else self.slots
+        init = nn.initializers.normal(c.init_std)
+        table_TxRxE = self.param("embedding", init, (tables, rows, size))
+        digits_NxS = digits_BxLxS.reshape(-1, self.slots)
+        x_NxD = embed(c.embedding, table_TxRxE, digits_NxS, c.width).astype(c.dtype)
         block = Block
         if self.remat != "none":
-            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policies = jax.checkpoint_policies
+            dots = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable,
+                policies.save_only_these_names(SAVED),
+            )
             policy = dots if self.remat == "dots" else None
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
@@ -130,27 +139,25 @@ class Transformer(nn.Module):
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))
         h_NxD = rms_norm(x_NxD, scale, c.norm_eps)
         if c.tied_head:
-            head_VxD = self.get_variable("params", "embedding").reshape(-1, c.width)[: c.vocab_size]
+            head_VxD = table_TxRxE.reshape(-1, c.width)[: c.vocab_size]
         else:
-            init = nn.initializers.normal(c.init_std)
             head_VxD = self.param("head", init, (c.vocab_size, c.width))
         return h_NxD.reshape(batch, length, c.width), head_VxD.astype(c.dtype)
 
-    def _embed(self, digits_NxS: jax.Array) -> jax.Array:
-        """Merge the S sub-token embeddings of each token into one vector [N, D]."""
-        c, slots, rows = self.config, self.slots, self.base + 1
-        size = c.width if c.embedding == "sum" else c.width // slots
-        tables = 1 if c.embedding == "cat_shared" else slots
-        init = nn.initializers.normal(c.init_std)
-        table_TxRxE = self.param("embedding", init, (tables, rows, size))
-        if slots == 1:
-            merged_NxE = table_TxRxE[0][digits_NxS[:, 0]]
-        elif c.embedding == "sum":
-            merged_NxE = _lookup_sum(table_TxRxE, digits_NxS)
-        else:
-            merged_NxE = _lookup_cat(table_TxRxE, digits_NxS)
-        # Where l does not divide the width, the concatenation is padded with zeros.
-        return jnp.pad(merged_NxE, ((0, 0), (0, c.width - merged_NxE.shape[1])))
+
+def embed(kind: str, table_TxRxE: jax.Array, digits_NxS: jax.Array, width: int) -> jax.Array:
+    """Merge the S sub-token embeddings of each token into one vector [N, width].
+
+    Args:
+        kind: `sum`, or `cat` (S tables) and `cat_shared` (one), which concatenate and pad with
+            zeros where S does not divide the width.
+    """
+    if digits_NxS.shape[1] == 1:
+        return table_TxRxE[0][digits_NxS[:, 0]]
+    if kind == "sum":
+        return _lookup_sum(table_TxRxE, digits_NxS)
+    merged_NxE = _lookup_cat(table_TxRxE, digits_NxS)
+    return jnp.pad(merged_NxE, ((0, 0), (0, width - merged_NxE.shape[1])))
 
 
 def _lookup_sum(table_SxRxD: jax.Array, digits_NxS: jax.Array) -> jax.Array:
