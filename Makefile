@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # Data, 48 trainings, fit and report; resumes where it was interrupted.
 quickstart: install
-	$(BIN)/prime-jax data prepare pysource --tokenizer bpe:1024 --seq-len 128 --out data/quickstart
+	$(BIN)/prime-jax data prepare pysource --tokenizer bytes --seq-len 64 --out data/quickstart
 	$(BIN)/prime-jax sweep plan experiments/quickstart.py $(RUN)
 	$(BIN)/prime-jax sweep run $(RUN) --workers 2
 	$(BIN)/prime-jax sweep collect $(RUN) -o $(RUN)/runs.csv

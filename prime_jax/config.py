@@ -112,7 +112,7 @@ class MeshConfig:
 
     data: int = 0  # devices that share a batch; 0 means all of them
     accumulate: int = 1  # micro-batches per step
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "dots"  # what a backward pass recomputes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prime_jax import optim, sharding
+from prime_jax import hardware, optim, sharding
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
 from prime_jax.evaluate import likelihood
@@ -53,7 +53,8 @@ class Compiled:
     def __call__(self, clock: Clock, *args: Any) -> Any:
         if self.executable is None:
             with clock.measure("compile"):
-                self.executable = self.jitted.lower(*args).compile()
+                options = hardware.compiler_options(jax.default_backend())
+                self.executable = self.jitted.lower(*args).compile(options)
         return self.executable(*args)
 
 
@@ -94,6 +95,7 @@ def program(config: RunConfig, eos_id: int) -> Program:
 
 @lru_cache(maxsize=32)
 def _program(config: RunConfig, eos_id: int) -> Program:
+    hardware.keep_heap()
     codebook = Codebook.create(config.model.vocab_size, config.subtokens)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     network = build(config, codebook)

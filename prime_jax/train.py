@@ -152,13 +152,16 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        row = None
         mark, marked_step = time.perf_counter(), self.first_step
         for step in range(self.first_step, steps):
             with self.clock.measure("input"):
                 tokens, example = next(batches)
-                row = (example - step * c.batch_size).astype(np.int32)
-                placed = sharding.share_batch(self.program.mesh, (tokens, row))
-            state, metrics = self.program.train(self.clock, state, *placed, seed, horizon)
+                if row is None:  # the same rows of every global batch live here
+                    row = (example - step * c.batch_size).astype(np.int32)
+                    row = sharding.share_batch(self.program.mesh, row)
+                tokens = sharding.share_batch(self.program.mesh, tokens)
+            state, metrics = self.program.train(self.clock, state, tokens, row, seed, horizon)
             self._read_pending()  # only now: the device already has work
             self.pending = (step + 1, metrics)
             now = time.perf_counter()
