@@ -30,8 +30,8 @@ from prime_jax.config import (
 )
 from prime_jax.sweep.grid import Sweep
 
-# layers, width, heads: N = 3.1e3, 8.3e3, 2.5e4, 6.2e4, 1.5e5, 4.0e5 with the head
-LADDER = [(1, 8, 1), (1, 16, 1), (1, 32, 1), (2, 40, 2), (2, 64, 2), (3, 88, 2)]
+# layers, width, heads: N = 4.2e3, 8.3e3, 2.5e4, 6.2e4, 1.5e5, 4.0e5 with the head
+LADDER = [(1, 10, 1), (1, 16, 1), (1, 32, 1), (2, 40, 2), (2, 64, 2), (3, 88, 2)]
 
 
 def config() -> RunConfig:

@@ -82,7 +82,7 @@ def shape_of(config: RunConfig) -> RunConfig:
         steps=1,
         optim=o,
         data=dataclasses.replace(config.data, path="", fingerprint=""),
-        eval=dataclasses.replace(blank.eval, estimators=()),
+        eval=dataclasses.replace(blank.eval, estimators=(), batch_size=config.eval.batch_size),
         checkpoint=blank.checkpoint,
         log=blank.log,
     )

@@ -148,7 +148,8 @@ def test_commands_on_a_sweep(tmp_path, capsys):
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 9
 
 
-def test_the_plan_command_prints_without_data_and_refuses_to_write(tmp_path, capsys):
+def test_the_plan_command_prints_without_data_and_refuses_to_write(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no quickstart has prepared its data
     rows = [dataclasses.asdict(row) for row in grid.rows(fake_trainer.sweep())]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))

@@ -102,7 +102,8 @@ def test_fingerprint_is_filled_in_and_mismatch_dropped():
     assert all("vocab_size" in c.drop for c in listed)
 
 
-def test_planning_needs_the_prepared_data_only_to_write(tmp_path):
+def test_planning_needs_the_prepared_data_only_to_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no quickstart has prepared its data
     tried = experiment()
     assert plan.load_datasets(tried, required=False) == {}
     with pytest.raises(UserError, match="prepare"):
