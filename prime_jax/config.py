@@ -166,10 +166,6 @@ def to_dict(config: Any, *, identity_only: bool = False) -> dict[str, Any]:
     return out
 
 
-def to_json(config: Any) -> str:
-    return json.dumps(to_dict(config), indent=2) + "\n"
-
-
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
     """Strict inverse of `to_dict`; missing keys take their defaults.
 
