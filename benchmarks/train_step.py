@@ -34,7 +34,7 @@ from prime_jax.flops import flops_per_token, param_counts  # noqa: E402
 VOCAB = 4096
 # layers, width, heads; sequences, tokens in each; steps per turn
 SIZES = {
-    "6M": (6, 256, 4, 4, 256, 4),
+    "6M": (6, 256, 4, 4, 256, 8),
     "19M": (8, 384, 6, 2, 512, 2),
     "34M": (8, 512, 8, 1, 2048, 1),
 }

@@ -18,6 +18,11 @@ def test_stated_budgets_group_whatever_convention_they_count_in():
     )
 
 
+def test_a_budget_bears_its_planned_value():
+    found = budgets.assign(np.array([0.998e18, 1.004e18, 3.0e18]), np.array([1e18, 1e18, 3e18]))
+    np.testing.assert_array_equal(found, [1e18, 1e18, 3e18])
+
+
 def test_runs_alone_in_their_budget_are_resampled_together():
     np.testing.assert_array_equal(
         budgets.strata(np.array([1.0, 2, 3, 3, 3, 4])), [0, 0, 3, 3, 3, 0]

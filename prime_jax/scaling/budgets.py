@@ -10,10 +10,11 @@ SPREAD = 1.10  # a budget whose FLOPs differ by more is no IsoFLOP: loss moves w
 
 
 def assign(flops: Array, stated: Array | None) -> Array:
-    """The budget of each run, [n]: the geometric mean of the FLOPs of its group.
+    """The budget of each run, [n].
 
-    Groups are those of the stated budgets where given (which may count FLOPs in another
-    convention), else runs without a gap of 5 % between them.
+    Groups are those of the stated budgets where given, else runs without a gap of 5 % between
+    them. A group is named by its stated budget, unless that counts FLOPs in another convention:
+    then, and where nothing is stated, by the geometric mean of its FLOPs.
     """
     if stated is None:
         order = np.argsort(flops)
@@ -23,7 +24,11 @@ def assign(flops: Array, stated: Array | None) -> Array:
     else:
         group = np.unique(stated, return_inverse=True)[1]
     means = [np.exp(np.log(flops[group == g]).mean()) for g in range(group.max() + 1)]
-    return np.array([float(f"{mean:.6g}") for mean in means])[group]
+    budget = np.array([float(f"{mean:.6g}") for mean in means])[group]
+    if stated is None:
+        return budget
+    planned = np.abs(np.log(budget / stated)) < np.log(SPREAD)
+    return np.where(planned, stated, budget)
 
 
 def spread(flops: Array) -> float:

@@ -105,7 +105,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
     labels = [text(row, "family") for row in used.rows]
     require(used, "family", [bool(label) for label in labels], "family is empty")
     families = {}
-    for label in dict.fromkeys(labels):
+    for label in sorted(set(labels)):
         mine = np.array([other == label for other in labels])
         lost = [run for run in excluded if run.family == label]
         part = {name: values[mine] for name, values in arrays.items()}
