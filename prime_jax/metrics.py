@@ -38,10 +38,15 @@ class Clock:
 class MetricsLog:
     """metrics.jsonl always, TensorBoard and W&B when asked.
 
-    Appends rows to metrics.jsonl rows; on a resume, those beyond the restored step are dropped first.
+    On a resume the rows of metrics.jsonl beyond the restored step are dropped first.
     """
 
     def __init__(self, config: LogConfig, run_dir: Path, run: str, resumed_at: int):
+        self._writers = []
+        if config.tensorboard:
+            self._writers.append(_TensorBoard(run_dir))
+        if config.wandb:
+            self._writers.append(_WandB(config.wandb, run))
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             rows = [
@@ -49,21 +54,19 @@ class MetricsLog:
             ]
             self.path.write_text("".join(line + "\n" for line in rows))
         self._stream = self.path.open("a")
-        self._writers = []
-        if config.tensorboard:
-            self._writers.append(_tensorboard(run_dir))
-        if config.wandb:
-            self._writers.append(_wandb(config.wandb, run))
 
     def write(self, row: dict[str, Any]) -> None:
         """`row` holds `step` and numbers, or a nested `eval` list in the form of result.json."""
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
-        for write in self._writers:
-            write({k: v for k, v in row.items() if isinstance(v, int | float)})
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+        for writer in self._writers:
+            writer.write(numbers)
 
     def close(self) -> None:
         self._stream.close()
+        for writer in self._writers:
+            writer.close()
 
 
 def _step(line: str) -> float:
@@ -73,24 +76,32 @@ def _step(line: str) -> float:
         return float("inf")  # a half-written last line
 
 
-def _tensorboard(run_dir: Path):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError("log.tensorboard: install prime_jax[tensorboard]") from error
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
+class _TensorBoard:
+    def __init__(self, run_dir: Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise UserError("log.tensorboard: install prime_jax[tensorboard]") from error
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
 
-    def write(row: dict[str, float]) -> None:
+    def write(self, row: dict[str, float]) -> None:
         for name, value in row.items():
-            writer.add_scalar(name, value, row["step"])
+            self.writer.add_scalar(name, value, row["step"])
 
-    return write
+    def close(self) -> None:
+        self.writer.close()  # rows still in its queue are written now
 
 
-def _wandb(project: str, run: str):
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("log.wandb: install prime_jax[wandb]") from error
-    wandb.init(project=project, id=run, resume="allow")
-    return lambda row: wandb.log(row, step=row["step"])
+class _WandB:
+    def __init__(self, project: str, run: str):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("log.wandb: install prime_jax[wandb]") from error
+        self.run = wandb.init(project=project, id=run, resume="allow")
+
+    def write(self, row: dict[str, float]) -> None:
+        self.run.log(row, step=row["step"])
+
+    def close(self) -> None:
+        self.run.finish()

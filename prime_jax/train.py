@@ -122,7 +122,7 @@ class Run:
             return finished
         np.save(self.run_dir / "codebook.npy", self.program.codebook.codes)
         state = self._restore()
-        self.first_step = int(state.step)
+        self.first_step = self.last_step = int(state.step)
         self.log = MetricsLog(self.config.log, self.run_dir, self.id, self.first_step)
         with self._signals():
             try:
@@ -162,6 +162,7 @@ class Run:
                     row = sharding.share_batch(self.program.mesh, row)
                 tokens = sharding.share_batch(self.program.mesh, tokens)
             state, metrics = self.program.train(self.clock, state, tokens, row, seed, horizon)
+            self.last_step = step + 1
             self._read_pending()  # only now: the device already has work
             self.pending = (step + 1, metrics)
             now = time.perf_counter()
@@ -311,7 +312,7 @@ class Run:
 
     def _result(self, status: str, losses: list[Loss], reason: str = "") -> dict[str, Any]:
         c, seconds = self.config, self.clock.seconds
-        tokens_here = (c.steps - self.first_step) * c.batch_size * c.data.seq_len
+        tokens_here = (self.last_step - self.first_step) * c.batch_size * c.data.seq_len
         speed = tokens_here / max(seconds["train"] + seconds["input"], 1e-9)
         n_bytes = int(self.blocks.n_bytes.sum())
         return {

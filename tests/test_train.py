@@ -194,6 +194,9 @@ def test_a_diverged_run_is_a_result_with_a_reason(tiny, tmp_path):
     assert "loss" in result["reason"]
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert None in (last["loss"], last["grad_norm"])
+    seconds = result["seconds"]["train"] + result["seconds"]["input"]
+    made = result["tokens_per_second"] * seconds / (wild.batch_size * wild.data.seq_len)
+    assert last["step"] <= made + 0.5 < wild.steps  # steps that were made, not those planned
 
 
 @pytest.mark.parametrize("family", ["arm", "mdm", "prime"])
