@@ -5,7 +5,8 @@ once. A step is a function of (seed, step, tokens): resuming continues to the bi
 """
 
 import dataclasses
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,10 @@ from prime_jax import hardware, optim, sharding
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
 from prime_jax.evaluate import likelihood
+from prime_jax.kernels import selection
 from prime_jax.kernels.subtoken_head import HeadLoss
 from prime_jax.metrics import Clock
-from prime_jax.model import Transformer, build
+from prime_jax.model import build
 from prime_jax.objectives import loss_sums, make_head, training_inputs
 from prime_jax.subtokens import Codebook
 
@@ -44,18 +46,30 @@ class Metrics(NamedTuple):
 
 
 class Compiled:
-    """A jitted function of one shape, compiled at its first call; the clock is told how long."""
+    """A function of one shape, compiled at its first call; the clock is told how long.
 
-    def __init__(self, jitted: Any):
-        self.jitted = jitted
+    Args:
+        name: for the warning that a kernel does not compile and plain XLA takes its place.
+        make: the jitted function that computes what a config says.
+    """
+
+    def __init__(self, name: str, config: RunConfig, make: Callable[[RunConfig], Any]):
+        self.name, self.config, self.make = name, config, make
         self.executable: Any = None
 
     def __call__(self, clock: Clock, *args: Any) -> Any:
         if self.executable is None:
             with clock.measure("compile"):
-                options = hardware.compiler_options(jax.default_backend())
-                self.executable = self.jitted.lower(*args).compile(options)
+                self.executable = self.compile(args)
         return self.executable(*args)
+
+    def compile(self, args: tuple) -> Any:
+        def attempt(config: RunConfig) -> Any:
+            options = hardware.compiler_options(jax.default_backend())
+            return self.make(config).lower(*args).compile(options)
+
+        plain = dataclasses.replace(self.config, kernels=selection.PLAIN)
+        return selection.fallback(lambda: attempt(self.config), lambda: attempt(plain), self.name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,32 +112,39 @@ def _program(config: RunConfig, eos_id: int) -> Program:
     hardware.keep_heap()
     codebook = Codebook.create(config.model.vocab_size, config.subtokens)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
-    network = build(config, codebook)
     tx = optim.optimizer(config.optim)
+    train = partial(_train_function, codebook=codebook, tx=tx, mesh=mesh, eos_id=eos_id)
     return Program(
         config=config,
         codebook=codebook,
         mesh=mesh,
-        init=_make_init(config, codebook, network, tx, mesh),
-        train=_make_train(config, codebook, network, tx, mesh, eos_id),
-        draw=_make_draw(config, codebook, network, mesh, eos_id),
+        init=_make_init(config, codebook, tx, mesh),
+        train=Compiled("training step", config, train),
+        draw=_make_draw(config, codebook, mesh, eos_id),
     )
 
 
-def _make_init(config, codebook, network: Transformer, tx, mesh):
+def _make_init(config, codebook, tx, mesh):
     digits = jnp.zeros((1, config.data.seq_len, codebook.length), jnp.int32)
 
-    @jax.jit
-    def init(seed) -> State:
-        params = network.init(jax.random.fold_in(jax.random.key(seed), 0x1417), digits)["params"]
-        ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+    def make(config: RunConfig) -> Any:
+        network = build(config, codebook)
 
-    compiled = Compiled(init)
+        @jax.jit
+        def init(seed) -> State:
+            key = jax.random.fold_in(jax.random.key(seed), 0x1417)
+            params = network.init(key, digits)["params"]
+            ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
+            return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+
+        return init
+
+    compiled = Compiled("initialisation", config, make)
     return lambda clock, seed: sharding.replicate(mesh, compiled(clock, np.uint32(seed)))
 
 
-def _make_train(config, codebook, network: Transformer, tx, mesh, eos_id):
+def _train_function(config, codebook, tx, mesh, eos_id):
+    network = build(config, codebook)
     head = make_head(config, codebook)
     chosen = config.objective.loss
     parts = config.mesh.accumulate
@@ -179,20 +200,25 @@ def _make_train(config, codebook, network: Transformer, tx, mesh, eos_id):
         metrics = Metrics(getattr(losses, chosen), losses.marginal, losses.joint, norm, lr)
         return State(state.step + 1, params, opt_state, ema), metrics
 
-    return Compiled(train)
+    return train
 
 
-def _make_draw(config, codebook, network: Transformer, mesh, eos_id):
-    task = likelihood.make_task(config, codebook, eos_id)
+def _make_draw(config, codebook, mesh, eos_id):
+    specs = (sharding.REPLICATED, sharding.BATCH, sharding.BATCH)
 
-    @lru_cache
-    def compiled(name: str):
+    def make(config: RunConfig, name: str) -> Any:
+        network = build(config, codebook)
+        task = likelihood.make_task(config, codebook, eos_id)
+
         def device(params, tokens_BxL, row: likelihood.Row):
             apply = lambda *args: network.apply({"params": params}, *args)  # noqa: E731
             return likelihood.draw(task, name, apply, tokens_BxL, *row)
 
-        specs = (sharding.REPLICATED, sharding.BATCH, sharding.BATCH)
-        return Compiled(jax.jit(sharding.per_device(device, mesh, specs, sharding.BATCH)))
+        return jax.jit(sharding.per_device(device, mesh, specs, sharding.BATCH))
+
+    @lru_cache
+    def compiled(name: str):
+        return Compiled(f"estimator {name}", config, partial(make, name=name))
 
     def draw(clock: Clock, name: str, params, tokens_BxL: np.ndarray, row: likelihood.Row):
         return compiled(name)(clock, params, *sharding.share_batch(mesh, (tokens_BxL, row)))
