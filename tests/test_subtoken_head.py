@@ -141,6 +141,11 @@ def test_head_rows_are_in_the_order_of_codes(scope):
     assert head.dense_codes == (scope == "vocab")
 
 
+def test_a_tied_head_ties_each_token_to_its_own_embedding():
+    book = Codebook.create(37, SubtokenConfig(length=1, seed=3))  # embedded by digit
+    assert (book.rows == book.digits[:, 0]).all()
+
+
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("loss", [0, 1])
 def test_extreme_logits_stay_finite_and_above_the_truth(loss, implementation):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prime_jax.kernels.selection import target_kind
 from prime_jax.kernels.subtoken_head_base import (
     NEG,
     PADDING,
@@ -31,11 +32,13 @@ from prime_jax.kernels.subtoken_head_base import (
 # the head and its gradient take too large a share of the time.
 CHUNK_ELEMENTS = 1 << 20
 MIN_ROWS = 224
+ACCELERATOR_ROWS = 1024  # no such cache there: only few passes and little memory count
 
 
 def chunk_rows(n_rows: int, vocab_size: int) -> int:
     """Rows per chunk: a divisor of n_rows if there is a good one, else rows will be padded."""
-    limit = min(n_rows, max(MIN_ROWS, CHUNK_ELEMENTS // vocab_size))
+    least = MIN_ROWS if target_kind() == "cpu" else ACCELERATOR_ROWS
+    limit = min(n_rows, max(least, CHUNK_ELEMENTS // vocab_size))
     divisor = max(d for d in range(1, limit + 1) if n_rows % d == 0)
     return divisor if divisor > 0.8 * limit else -(-n_rows // -(-n_rows // limit))
 
