@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 
 from prime_jax.errors import UserError
 from prime_jax.records import write_json_atomic
-from prime_jax.sharding import REPLICATED
 
 CHUNK = 1 << 24
 
@@ -82,14 +80,13 @@ def save(directory: Path, step: int, state: Any, about: dict[str, Any], keep: in
 def restore(
     directories: Sequence[Path],
     abstract: Any,
-    mesh: Mesh,
     about: dict[str, Any],
     say: Callable[[str], None],
 ) -> Any | None:
     """The newest undamaged state in any of several checkpoint directories, or None.
 
     Args:
-        abstract: shapes and dtypes of the state (`jax.eval_shape`).
+        abstract: shapes, dtypes and shardings of the state.
         say: told in one line about each damaged checkpoint that was skipped.
     Raises:
         UserError: an undamaged checkpoint belongs to another run.
@@ -98,7 +95,7 @@ def restore(
     for step, directory in sorted(found, reverse=True, key=lambda pair: pair[0]):
         damage = _damage(directory, step)
         if damage is None:
-            return _load(directory, step, abstract, mesh, about)
+            return _load(directory, step, abstract, about)
         say(f"checkpoint {_data(directory, step)} is damaged ({damage}); trying the one before")
     return None
 
@@ -115,7 +112,7 @@ def _damage(directory: Path, step: int) -> str | None:
     return None
 
 
-def _load(directory: Path, step: int, abstract: Any, mesh: Mesh, about: dict[str, Any]) -> Any:
+def _load(directory: Path, step: int, abstract: Any, about: dict[str, Any]) -> Any:
     from orbax.checkpoint import v1 as ocp
 
     saved = json.loads(_seal(directory, step).read_text())["about"]
@@ -125,12 +122,8 @@ def _load(directory: Path, step: int, abstract: Any, mesh: Mesh, about: dict[str
                 f"{_data(directory, step)}: belongs to another run ({key} {saved.get(key)}, "
                 f"here {value}); use a new directory"
             )
-    sharding = NamedSharding(mesh, REPLICATED)
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
-    )
     with _quiet_orbax():
-        return ocp.load(_data(directory.absolute(), step), target)
+        return ocp.load(_data(directory.absolute(), step), abstract)
 
 
 @contextmanager

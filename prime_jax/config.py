@@ -110,7 +110,9 @@ class EvalConfig:
 class MeshConfig:
     """Where a run executes; the numbers change by rounding at most."""
 
-    data: int = 0  # devices that share a batch; 0 means all of them
+    replica: int = 0  # groups of devices that share the batch, not the parameters; 0: automatic
+    data: int = 0  # devices that share the batch and the parameters; 0: automatic
+    model: int = 0  # devices that split heads, feed-forward and vocabulary; 0: automatic
     accumulate: int = 1  # micro-batches per step
     remat: Literal["none", "dots", "full"] = "dots"  # what a backward pass recomputes
 

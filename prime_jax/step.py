@@ -5,15 +5,16 @@ once. A step is a function of (seed, step, tokens): resuming continues to the bi
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from prime_jax import hardware, optim, sharding
+from prime_jax import hardware, meshes, optim, sharding
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
 from prime_jax.evaluate import likelihood
@@ -21,6 +22,7 @@ from prime_jax.kernels.subtoken_head import HeadLoss
 from prime_jax.metrics import Clock
 from prime_jax.model import Transformer, build
 from prime_jax.objectives import loss_sums, make_head, training_inputs
+from prime_jax.sharding import Shardings
 from prime_jax.subtokens import Codebook
 
 
@@ -46,15 +48,16 @@ class Metrics(NamedTuple):
 class Compiled:
     """A jitted function of one shape, compiled at its first call; the clock is told how long."""
 
-    def __init__(self, jitted: Any):
-        self.jitted = jitted
+    def __init__(self, jitted: Any, mesh: Mesh):
+        self.jitted, self.mesh = jitted, mesh
         self.executable: Any = None
 
     def __call__(self, clock: Clock, *args: Any) -> Any:
         if self.executable is None:
             with clock.measure("compile"):
                 options = hardware.compiler_options(jax.default_backend())
-                self.executable = self.jitted.lower(*args).compile(options)
+                with jax.set_mesh(self.mesh):
+                    self.executable = self.jitted.lower(*args).compile(options)
         return self.executable(*args)
 
 
@@ -65,6 +68,8 @@ class Program:
     config: RunConfig
     codebook: Codebook
     mesh: Mesh
+    mesh_choice: meshes.Choice
+    abstract: State  # shapes and shardings
     init: Any  # (clock, seed) -> State
     train: Compiled  # (clock, state, tokens, rows, seed, horizon) -> (state, Metrics)
     draw: Any  # (clock, estimator, params, tokens, row) -> {label: nats [B]}
@@ -96,34 +101,67 @@ def program(config: RunConfig, eos_id: int) -> Program:
 @lru_cache(maxsize=32)
 def _program(config: RunConfig, eos_id: int) -> Program:
     hardware.keep_heap()
+    return make_program(config, eos_id, jax.devices())
+
+
+def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any]) -> Program:
+    """The program of `config` on `devices`, which may be described by a topology only."""
     codebook = Codebook.create(config.model.vocab_size, config.subtokens)
-    mesh = sharding.make_mesh(config.mesh, config.batch_size)
-    network = build(config, codebook)
+    mesh, choice = meshes.make(config, devices)
     tx = optim.optimizer(config.optim)
+    init, abstract = _make_init(config, codebook, tx, mesh)
+    shardings = Shardings.of(mesh)
+    network = build(config, codebook, shardings)
+    specs = shardings.specs(abstract.params)
+    parts = _Parts(config, codebook, network, mesh, shardings, specs, eos_id)
     return Program(
         config=config,
         codebook=codebook,
         mesh=mesh,
-        init=_make_init(config, codebook, network, tx, mesh),
-        train=_make_train(config, codebook, network, tx, mesh, eos_id),
-        draw=_make_draw(config, codebook, network, mesh, eos_id),
+        mesh_choice=choice,
+        abstract=abstract,
+        init=init,
+        train=_make_train(parts, tx),
+        draw=_make_draw(parts),
     )
 
 
-def _make_init(config, codebook, network: Transformer, tx, mesh):
+class _Parts(NamedTuple):
+    """What the compiled functions of a program share."""
+
+    config: RunConfig
+    codebook: Codebook
+    network: Transformer
+    mesh: Mesh
+    shardings: Shardings
+    specs: Any  # of the parameters
+    eos_id: int
+
+
+def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
+    """(clock, seed) -> State, and the shapes and shardings of that state."""
+    network = build(config, codebook)
     digits = jnp.zeros((1, config.data.seq_len, codebook.length), jnp.int32)
 
-    @jax.jit
+    def values(seed):
+        return network.init(jax.random.fold_in(jax.random.key(seed), 0x1417), digits)["params"]
+
+    specs = Shardings.of(mesh).specs(jax.eval_shape(values, np.uint32(0)))
+
     def init(seed) -> State:
-        params = network.init(jax.random.fold_in(jax.random.key(seed), 0x1417), digits)["params"]
+        place = lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
+        params = jax.tree.map(place, values(seed), specs)
         ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+        step = place(jnp.zeros((), jnp.int32), sharding.REPLICATED)
+        return State(step, params, tx.init(params), ema)  # which takes over their shardings
 
-    compiled = Compiled(init)
-    return lambda clock, seed: sharding.replicate(mesh, compiled(clock, np.uint32(seed)))
+    compiled = Compiled(jax.jit(init), mesh)
+    abstract = jax.eval_shape(init, np.uint32(0))
+    return lambda clock, seed: compiled(clock, np.uint32(seed)), abstract
 
 
-def _make_train(config, codebook, network: Transformer, tx, mesh, eos_id):
+def _make_train(p: _Parts, tx) -> Compiled:
+    config, codebook, network, eos_id = p.config, p.codebook, p.network, p.eos_id
     head = make_head(config, codebook)
     chosen = config.objective.loss
     parts = config.mesh.accumulate
@@ -154,13 +192,15 @@ def _make_train(config, codebook, network: Transformer, tx, mesh, eos_id):
             zero = jnp.zeros((), jnp.float32)
             start = (jax.tree.map(jnp.zeros_like, params), HeadLoss(zero, zero), zero)
             total, _ = jax.lax.scan(micro, start, (split(tokens_BxL), split(row_B)))
-        return jax.lax.psum(total, sharding.DATA)
+        gradient, losses, n_tokens = total
+        sums_everywhere = jax.lax.psum((losses, n_tokens), (sharding.REPLICA, sharding.DATA))
+        return p.shardings.summed(gradient, p.specs), *sums_everywhere
 
     shared = sharding.per_device(
         device_sums,
-        mesh,
-        (sharding.REPLICATED, sharding.BATCH, sharding.BATCH, sharding.REPLICATED),
-        sharding.REPLICATED,
+        p.mesh,
+        (p.specs, sharding.BATCH, sharding.BATCH, sharding.REPLICATED),
+        (p.specs, sharding.REPLICATED, sharding.REPLICATED),
     )
 
     @jax.jit(donate_argnames="state")
@@ -179,22 +219,25 @@ def _make_train(config, codebook, network: Transformer, tx, mesh, eos_id):
         metrics = Metrics(getattr(losses, chosen), losses.marginal, losses.joint, norm, lr)
         return State(state.step + 1, params, opt_state, ema), metrics
 
-    return Compiled(train)
+    return Compiled(train, p.mesh)
 
 
-def _make_draw(config, codebook, network: Transformer, mesh, eos_id):
-    task = likelihood.make_task(config, codebook, eos_id)
+def _make_draw(p: _Parts):
+    task = likelihood.make_task(p.config, p.codebook, p.eos_id)
 
     @lru_cache
     def compiled(name: str):
         def device(params, tokens_BxL, row: likelihood.Row):
-            apply = lambda *args: network.apply({"params": params}, *args)  # noqa: E731
-            return likelihood.draw(task, name, apply, tokens_BxL, *row)
+            apply = lambda *args: p.network.apply({"params": params}, *args)  # noqa: E731
+            nats = likelihood.draw(task, name, apply, tokens_BxL, *row)
+            over = (sharding.REPLICA, sharding.DATA)
+            return jax.tree.map(lambda x: jax.lax.all_gather(x, over, tiled=True), nats)
 
-        specs = (sharding.REPLICATED, sharding.BATCH, sharding.BATCH)
-        return Compiled(jax.jit(sharding.per_device(device, mesh, specs, sharding.BATCH)))
+        specs = (p.specs, sharding.BATCH, sharding.BATCH)
+        function = sharding.per_device(device, p.mesh, specs, sharding.REPLICATED)
+        return Compiled(jax.jit(function), p.mesh)
 
     def draw(clock: Clock, name: str, params, tokens_BxL: np.ndarray, row: likelihood.Row):
-        return compiled(name)(clock, params, *sharding.share_batch(mesh, (tokens_BxL, row)))
+        return compiled(name)(clock, params, *sharding.share_batch(p.mesh, (tokens_BxL, row)))
 
     return draw

@@ -220,11 +220,9 @@ class Run:
     def _restore(self) -> State:
         with self.clock.measure("checkpoint"):
             directories = [d / "checkpoints" for d in (self.run_dir, *self.earlier)]
-            fresh = self.program.init(self.clock, self.config.seed)
-            about = self._about()
-            state = checkpoint.restore(directories, fresh, self.program.mesh, about, self.say)
-        if state is None:
-            return fresh
+            state = checkpoint.restore(directories, self.program.abstract, self._about(), self.say)
+            if state is None:
+                return self.program.init(self.clock, self.config.seed)
         self.say(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")
         return state
 
@@ -292,7 +290,7 @@ class Run:
                 self.blocks.doc,
                 self.data.eos_id,
                 tick=lambda: self._attend(step, state, "evaluate"),
-                devices=self.program.mesh.size,
+                devices=self.program.mesh_choice.replica * self.program.mesh_choice.data,
             )
         self.log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
         if final:

@@ -45,7 +45,7 @@ def tiny(markov_data) -> RunConfig:
         optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
         eval=EvalConfig(examples=16, replicates=8, batch_size=64),
         log=LogConfig(every=1),
-        mesh=MeshConfig(data=1),
+        mesh=MeshConfig(replica=1, data=1),
     )
 
 
@@ -205,8 +205,8 @@ def test_devices_and_micro_batches_change_rounding_only(tiny, tmp_path, family):
     config = dataclasses.replace(
         tiny, family=family, subtokens=SubtokenConfig(length=length), steps=6
     )
-    eight = dataclasses.replace(config, mesh=MeshConfig(data=8))
-    micro = dataclasses.replace(config, mesh=MeshConfig(data=1, accumulate=4))
+    eight = dataclasses.replace(config, mesh=MeshConfig(replica=1, data=8))
+    micro = dataclasses.replace(config, mesh=MeshConfig(replica=1, data=1, accumulate=4))
     a = train(eight, tmp_path / "8", say=SILENT)
     b = train(micro, tmp_path / "1", say=SILENT)
     np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=2e-5)
