@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 
 from prime_jax.errors import UserError
 from prime_jax.records import write_json_atomic

@@ -12,7 +12,7 @@ import numpy as np
 
 from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.kernels.attention import SAVED, attention
-from prime_jax.sharding import Shardings, enter_split, leave_split
+from prime_jax.sharding import WHOLE, Shardings, enter_split, leave_split
 from prime_jax.subtokens import Codebook
 
 MULTI_HOT_ROWS = 256  # tables up to this many rows are read by a matmul instead of a gather
@@ -56,7 +56,7 @@ class Block(nn.Module):
     config: ModelConfig
     causal: bool
     length: int
-    shardings: Shardings = Shardings()
+    shardings: Shardings = WHOLE
 
     @nn.compact
     def __call__(self, x_NxD, layer, segment_ids_BxL, keys_B):
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
     base: int
     causal: bool
     remat: str = "none"
-    shardings: Shardings = Shardings()
+    shardings: Shardings = WHOLE
 
     @nn.compact
     def __call__(
@@ -208,7 +208,7 @@ def _lookup_cat(table_TxRxE: jax.Array, digits_NxS: jax.Array) -> jax.Array:
     return hot_NxSxR.reshape(-1, slots * rows) @ block_SxRxSxE.reshape(slots * rows, slots * size)
 
 
-def build(config: RunConfig, codebook: Codebook, shardings: Shardings = Shardings()) -> Transformer:
+def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -> Transformer:
     """The network of a run: causal for ARM, bidirectional otherwise.
 
     Args:

@@ -104,6 +104,9 @@ class Shardings:
         return jax.tree_util.tree_map_with_path(total, gradients, specs)
 
 
+WHOLE = Shardings()  # one device
+
+
 def _names(path: Any) -> list[str]:
     return [str(getattr(key, "key", key)) for key in path]
 
