@@ -7,6 +7,8 @@ is named and skipped. Orbax itself restores flipped bits without a word, hence t
 import json
 import logging
 import shutil
+import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 
+from prime_jax import distributed
+from prime_jax.config import CheckpointConfig
 from prime_jax.errors import UserError
 from prime_jax.records import write_json_atomic
 
@@ -46,34 +50,97 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(p.stem) for p in directory.glob("*.json") if p.stem.isdigit())
 
 
-def save(directory: Path, step: int, state: Any, about: dict[str, Any], keep: int) -> None:
-    """Write one checkpoint, then drop all but the newest `keep`.
+class Writer:
+    """Saves in the background: training goes on while files are written.
 
-    Args:
-        about: what the state belongs to (run id, codebook and data hashes); checked on restore.
-    Raises:
-        UserError: the disk is full or not writable; what was saved before is untouched.
+    As a context manager it has finished (or given up) when the block is left. With several
+    processes all of them call `save` and `wait` alike; process 0 seals and prunes.
+
+    Attributes:
+        seconds: how long the last save took, from its call to its seal.
     """
-    from orbax.checkpoint import v1 as ocp
 
-    directory = directory.absolute()  # orbax insists
-    path = _data(directory, step)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _quiet_orbax():
-            ocp.save(path, state, overwrite=True)
-        write_json_atomic(
-            _seal(directory, step), {"step": step, "about": about, "files": _checksums(path)}
-        )
-    except Exception as error:  # orbax and tensorstore raise many types for a failed write
-        shutil.rmtree(path, ignore_errors=True)
-        kept = steps(directory)
+    def __init__(self, directory: Path, about: dict[str, Any], config: CheckpointConfig):
+        self.directory = Path(directory).absolute()  # orbax insists
+        self.about, self.config = about, config
+        self.seconds = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:  # something else went wrong first; its message counts
+            self._thread.join()
+
+    def steps(self) -> list[int]:
+        return steps(self.directory)
+
+    def save(self, step: int, state: Any) -> None:
+        """Begin to save; returns when `state` may change again.
+
+        Raises:
+            UserError: this save, or the one before, could not be written.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
+        began = time.monotonic()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with _quiet_orbax():
+                response = ocp.save_async(_data(self.directory, step), state, overwrite=True)
+        except Exception as error:  # orbax and tensorstore raise many types for a failed write
+            raise self._failed(step, error) from error
+        self._thread = threading.Thread(target=self._finish, args=(step, response, began))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the save in progress, if there is one, is sealed.
+
+        Raises:
+            UserError: it could not be written; what was saved before is untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _finish(self, step: int, response: Any, began: float) -> None:
+        try:
+            with _quiet_orbax():
+                response.result()
+            if distributed.is_writer():
+                sums = {"step": step, "about": self.about, "files": _checksums(self._data(step))}
+                write_json_atomic(_seal(self.directory, step), sums)
+                self._prune()
+        except Exception as error:
+            self._error = self._failed(step, error)
+        self.seconds = time.monotonic() - began
+
+    def _data(self, step: int) -> Path:
+        return _data(self.directory, step)
+
+    def _failed(self, step: int, error: Exception) -> UserError:
+        if distributed.is_writer():
+            shutil.rmtree(self._data(step), ignore_errors=True)
+        kept = self.steps()
         rest = f"step {kept[-1]} is kept" if kept else "no earlier checkpoint exists"
         reason = str(error).splitlines()[0][:200]
-        raise UserError(f"cannot save step {step} in {directory} ({reason}); {rest}") from error
-    for old in steps(directory)[:-keep]:
-        _seal(directory, old).unlink(missing_ok=True)  # first: a step without a seal is no step
-        shutil.rmtree(_data(directory, old), ignore_errors=True)
+        return UserError(f"cannot save step {step} in {self.directory} ({reason}); {rest}")
+
+    def _prune(self) -> None:
+        every = self.config.keep_every
+        for old in self.steps()[: -self.config.keep]:
+            if not every or old % every:
+                # The seal goes first: a step without one is no step.
+                _seal(self.directory, old).unlink(missing_ok=True)
+                shutil.rmtree(self._data(old), ignore_errors=True)
 
 
 def restore(

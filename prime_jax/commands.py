@@ -89,6 +89,7 @@ def run_train(args: argparse.Namespace) -> int:
         for name, value in flatten(to_dict(config)).items():
             print(f"--{name} {value}")
         return 0
+    from prime_jax import distributed
     from prime_jax.data import manifest
     from prime_jax.progress import RunProgress
     from prime_jax.train import Interrupted, Preempted, fill_fingerprint, train
@@ -96,6 +97,7 @@ def run_train(args: argparse.Namespace) -> int:
     config = fill_fingerprint(config, manifest.load(config.data.path))
     out = args.out or Path("runs") / run_id(config)
     with RunProgress() as progress:
+        distributed.start(progress.say)
         try:
             result = train(config, out, beat=progress.beat, say=progress.say)
         except Interrupted as stop:

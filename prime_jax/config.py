@@ -121,7 +121,9 @@ class MeshConfig:
 class CheckpointConfig:
     every: int = 0  # steps between checkpoints; 0: only at the end and when interrupted
     minutes: float = 10.0  # and at least this often; 0 turns it off
-    keep: int = 2
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # and those of every so many steps, for good; 0: none
+    grace_seconds: float = 0.0  # a signal leaves this long for a save; 0: as long as it takes
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,16 @@ class MetricsLog:
             writer.close()
 
 
+class NoLog:
+    """What the processes beside the writer have for a log."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]

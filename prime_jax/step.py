@@ -156,7 +156,14 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
         return State(step, params, tx.init(params), ema)  # which takes over their shardings
 
     compiled = Compiled(jax.jit(init), mesh)
-    abstract = jax.eval_shape(init, np.uint32(0))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        shapes = jax.eval_shape(init, np.uint32(0))
+
+    def on_mesh(x):
+        spec = x.sharding.spec if x.sharding else sharding.REPLICATED
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    abstract = jax.tree.map(on_mesh, shapes)
     return lambda clock, seed: compiled(clock, np.uint32(seed)), abstract
 
 

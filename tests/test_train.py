@@ -150,12 +150,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tiny, t
 
 def test_an_unfinished_save_is_no_checkpoint(tiny, tmp_path):
     state = {"x": np.arange(8.0)}
-    checkpoint.save(tmp_path, 1, state, {}, keep=2)
-    checkpoint.save(tmp_path, 2, state, {}, keep=2)
+    writer = checkpoint.Writer(tmp_path, {}, CheckpointConfig(keep=2))
+    writer.save(1, state)
+    writer.save(2, state)
+    writer.wait()
     (tmp_path / "000000002.json").unlink()
     assert checkpoint.steps(tmp_path) == [1]
-    checkpoint.save(tmp_path, 2, state, {}, keep=2)
-    checkpoint.save(tmp_path, 3, state, {}, keep=2)
+    writer.save(2, state)
+    writer.save(3, state)
+    writer.wait()
     assert checkpoint.steps(tmp_path) == [2, 3]
     assert not (tmp_path / "000000001").exists()
 
@@ -165,14 +168,18 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):
     code = f"""
         import resource, signal, numpy as np, pathlib
         from prime_jax import checkpoint
+        from prime_jax.config import CheckpointConfig
         from prime_jax.errors import UserError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         where = pathlib.Path({str(tmp_path)!r})
         big = {{"x": np.random.default_rng(0).normal(size=300_000)}}
-        checkpoint.save(where, 1, big, {{}}, keep=2)
+        writer = checkpoint.Writer(where, {{}}, CheckpointConfig())
+        writer.save(1, big)
+        writer.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            checkpoint.save(where, 2, big, {{}}, keep=2)
+            writer.save(2, big)
+            writer.wait()
         except UserError as error:
             print(error)
     """
