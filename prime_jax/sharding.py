@@ -158,3 +158,11 @@ def share_batch(mesh: Mesh, tree: Any) -> Any:
     """This process's rows (leading axis) of a global batch, placed over the mesh."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def spread(mesh: Mesh, tree: Any) -> Any:
+    """A global batch that every process holds whole, placed over the mesh."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]), tree
+    )

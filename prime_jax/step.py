@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from prime_jax import hardware, meshes, optim, sharding
 from prime_jax.config import RunConfig
@@ -48,7 +48,7 @@ class Metrics(NamedTuple):
 class Compiled:
     """A jitted function of one shape, compiled at its first call; the clock is told how long."""
 
-    def __init__(self, jitted: Any, mesh: Mesh):
+    def __init__(self, jitted: Any, mesh: Mesh | AbstractMesh):
         self.jitted, self.mesh = jitted, mesh
         self.executable: Any = None
 
@@ -56,9 +56,16 @@ class Compiled:
         if self.executable is None:
             with clock.measure("compile"):
                 options = hardware.compiler_options(jax.default_backend())
-                with jax.set_mesh(self.mesh):
-                    self.executable = self.jitted.lower(*args).compile(options)
+                self.executable = self.lower(*args).compile(options)
         return self.executable(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """Traced for the mesh, which may lack its devices; `args` may be shapes with shardings."""
+        if isinstance(self.mesh, AbstractMesh):
+            with jax.sharding.use_abstract_mesh(self.mesh):
+                return self.jitted.trace(*args).lower(lowering_platforms=("tpu",))
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*args)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +74,7 @@ class Program:
 
     config: RunConfig
     codebook: Codebook
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     mesh_choice: meshes.Choice
     abstract: State  # shapes and shardings
     init: Any  # (clock, seed) -> State
@@ -104,8 +111,11 @@ def _program(config: RunConfig, eos_id: int) -> Program:
     return make_program(config, eos_id, jax.devices())
 
 
-def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any]) -> Program:
-    """The program of `config` on `devices`, which may be described by a topology only."""
+def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -> Program:
+    """The program of `config` on `devices`, which may be described by a topology only.
+
+    Given just their number, it can be lowered for a TPU and neither compiled nor run.
+    """
     codebook = Codebook.create(config.model.vocab_size, config.subtokens)
     mesh, choice = meshes.make(config, devices)
     tx = optim.optimizer(config.optim)
@@ -245,6 +255,6 @@ def _make_draw(p: _Parts):
         return Compiled(jax.jit(function), p.mesh)
 
     def draw(clock: Clock, name: str, params, tokens_BxL: np.ndarray, row: likelihood.Row):
-        return compiled(name)(clock, params, *sharding.share_batch(p.mesh, (tokens_BxL, row)))
+        return compiled(name)(clock, params, *sharding.spread(p.mesh, (tokens_BxL, row)))
 
     return draw
