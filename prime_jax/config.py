@@ -129,6 +129,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 10  # steps between rows of metrics.jsonl
+    profile: int = 0  # steps to trace for xprof, after the first few; 0: none
     tensorboard: bool = False
     wandb: str = ""  # project name; empty means off
 

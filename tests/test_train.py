@@ -221,6 +221,13 @@ def test_devices_and_micro_batches_change_rounding_only(tiny, tmp_path, family):
     assert a["run"] == b["run"]  # where a run executes is not what it is
 
 
+def test_a_profile_is_a_trace_of_some_steps(tiny, tmp_path):
+    train(set_path(tiny, "log.profile", 2), tmp_path, say=SILENT)
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["input_seconds"] < row["step_seconds"] for row in rows[1:] if "loss" in row)
+
+
 def test_prime_with_one_subtoken_is_mdm_to_the_bit(tiny, tmp_path):
     one = dataclasses.replace(tiny, subtokens=SubtokenConfig(length=1), steps=5)
     results = {}
