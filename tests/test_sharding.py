@@ -63,8 +63,17 @@ def alone():
     return {f: trained(of_family(f, replica=1, data=1, model=1)) for f in ("arm", "mdm", "prime")}
 
 
-@pytest.mark.parametrize("family", ["arm", "mdm", "prime"])
-@pytest.mark.parametrize("name", ["fully sharded", "tensor parallel"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("arm", "tensor parallel"),
+        ("mdm", "tensor parallel"),
+        ("prime", "tensor parallel"),
+        ("prime", "fully sharded"),
+        pytest.param("arm", "fully sharded", marks=pytest.mark.slow),
+        pytest.param("mdm", "fully sharded", marks=pytest.mark.slow),
+    ],
+)
 def test_any_mesh_gives_the_same_losses(alone, family, name):
     replica, data, model = MESHES[name]
     many = trained(of_family(family, replica=replica, data=data, model=model))

@@ -54,6 +54,12 @@ def losses(run_dir) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.fixture(scope="module")
+def quick(tiny) -> RunConfig:
+    """For tests of training: the evaluation compiles one estimator only."""
+    return set_path(tiny, "eval.estimators", ("subtoken",))
+
+
 def values(result) -> list[float]:
     return [loss["value"] for loss in result["losses"]]
 
@@ -192,8 +198,8 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_a_diverged_run_is_a_result_with_a_reason(tiny, tmp_path):
-    wild = set_path(set_path(tiny, "optim.peak_lr", 1e30), "optim.clip", 0.0)
+def test_a_diverged_run_is_a_result_with_a_reason(quick, tmp_path):
+    wild = set_path(set_path(quick, "optim.peak_lr", 1e30), "optim.clip", 0.0)
     result = train(wild, tmp_path, say=SILENT)
     assert result["status"] == "diverged"
     assert result["losses"] == []
@@ -206,12 +212,9 @@ def test_a_diverged_run_is_a_result_with_a_reason(tiny, tmp_path):
     assert last["step"] <= made + 0.5 < wild.steps  # steps that were made, not those planned
 
 
-@pytest.mark.parametrize("family", ["arm", "mdm", "prime"])
-def test_devices_and_micro_batches_change_rounding_only(tiny, tmp_path, family):
-    length = 4 if family == "prime" else 1
-    config = dataclasses.replace(
-        tiny, family=family, subtokens=SubtokenConfig(length=length), steps=6
-    )
+def test_devices_and_micro_batches_change_rounding_only(quick, tmp_path):
+    """The other families and meshes are in test_sharding.py."""
+    config = dataclasses.replace(quick, steps=6)
     eight = dataclasses.replace(config, mesh=MeshConfig(replica=1, data=8))
     micro = dataclasses.replace(config, mesh=MeshConfig(replica=1, data=1, accumulate=4))
     a = train(eight, tmp_path / "8", say=SILENT)
@@ -221,15 +224,15 @@ def test_devices_and_micro_batches_change_rounding_only(tiny, tmp_path, family):
     assert a["run"] == b["run"]  # where a run executes is not what it is
 
 
-def test_a_profile_is_a_trace_of_some_steps(tiny, tmp_path):
-    train(set_path(tiny, "log.profile", 2), tmp_path, say=SILENT)
+def test_a_profile_is_a_trace_of_some_steps(quick, tmp_path):
+    train(set_path(quick, "log.profile", 2), tmp_path, say=SILENT)
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(row["input_seconds"] < row["step_seconds"] for row in rows[1:] if "loss" in row)
 
 
-def test_prime_with_one_subtoken_is_mdm_to_the_bit(tiny, tmp_path):
-    one = dataclasses.replace(tiny, subtokens=SubtokenConfig(length=1), steps=5)
+def test_prime_with_one_subtoken_is_mdm_to_the_bit(quick, tmp_path):
+    one = dataclasses.replace(quick, subtokens=SubtokenConfig(length=1), steps=5)
     results = {}
     for family in ("mdm", "prime"):
         run_dir = tmp_path / family
@@ -251,8 +254,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_train(tiny, tmp_path, name):
-    config = dataclasses.replace(tiny, steps=4, **OPTIONS[name])
+def test_options_train(quick, tmp_path, name):
+    config = dataclasses.replace(quick, steps=4, **OPTIONS[name])
     result = train(config, tmp_path, say=SILENT)
     assert result["status"] == "done"
     assert all(np.isfinite(losses(tmp_path)))
