@@ -52,7 +52,9 @@ def detect(environment: Mapping[str, str]) -> Gang | None:
         for name in ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"):
             if name not in e:
                 raise UserError(f"JOBSET_NAME is set, but not {name}; render the job again")
-        job = f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{e.get('JOB_INDEX', 0)}"
+        job = (
+            f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{e.get('JOB_INDEX', 0)}"
+        )
         host = f"{job}-0.{e['JOBSET_NAME']}:{PORT}"
         return _gang(host, e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], "JobSet")
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -75,7 +77,9 @@ def _gang(coordinator: str, processes: str, process: str, found: str) -> Gang | 
     try:
         count, index = int(processes), int(process)
     except ValueError:
-        raise UserError(f"{found}: {processes!r} processes, number {process!r}: not whole numbers") from None
+        raise UserError(
+            f"{found}: {processes!r} processes, number {process!r}: not whole numbers"
+        ) from None
     if not 0 <= index < count:
         raise UserError(f"{found}: process {index} of {count}; the first one is number 0")
     if ":" not in coordinator:

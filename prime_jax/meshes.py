@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
@@ -83,13 +83,20 @@ def choose(config: RunConfig, devices: int, slices: int = 1) -> Choice:
     return Choice(replica, data, model, "; ".join(why))
 
 
-def make(config: RunConfig, devices: Sequence) -> tuple[Mesh, Choice]:
-    """The mesh of a run over some of `devices` (real, or described by a topology)."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    choice = choose(config, len(devices), slices)
+def make(config: RunConfig, devices: Sequence | int) -> tuple[Mesh | AbstractMesh, Choice]:
+    """The mesh of a run over some of `devices` (real, described by a topology, or just counted)."""
+    if isinstance(devices, int):
+        choice = choose(config, devices)
+        return AbstractMesh(choice[:3], AXES, axis_types=(AxisType.Explicit,) * 3), choice
+    choice = choose(config, len(devices), count_slices(devices))
     shape = (choice.replica, choice.data, choice.model)
     grid = np.array(devices[: choice.devices]).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3), choice
+
+
+def count_slices(devices: Sequence) -> int:
+    """Groups with fast links inside."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _divides_model(config: RunConfig, size: int) -> bool:

@@ -18,9 +18,11 @@ import numpy as np
 from prime_jax import (
     __version__,
     checkpoint,
+    costs,
     distributed,
     flops,
     hardware,
+    meshes,
     optim,
     schedule,
     sharding,
@@ -29,7 +31,7 @@ from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
 from prime_jax.data import loader, manifest
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood
-from prime_jax.metrics import Clock, MetricsLog, NoLog
+from prime_jax.metrics import Clock, MetricsLog, NoLog, Pace, Profile
 from prime_jax.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
 from prime_jax.step import Metrics, Program, State, program
 
@@ -124,12 +126,18 @@ class Run:
         self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread
         self.last_beat = self.last_save = time.monotonic()
         self.speed = 0.0
+        self.first_seconds: float | None = None  # from the start to the first step's numbers
+        tokens = config.batch_size * config.data.seq_len
+        by_convention = {n: flops.flops_per_token(config, n) for n in flops.CONVENTIONS}
+        self.pace = Pace(self.clock, tokens, by_convention, self._peak())
         self.loss = float("nan")
 
     def complete(self) -> dict[str, Any]:
         finished = self._prepare()
         if finished is not None:
             return finished
+        if jax.device_count() > 1:
+            self.say(str(self.program.mesh_choice))
         state = self._restore()
         self.first_step = self.last_step = int(state.step)
         logged = (self.config.log, self.run_dir, self.id, self.first_step)
@@ -173,6 +181,7 @@ class Run:
             process_count=jax.process_count(),
         )
         row = None
+        profile = Profile(self.run_dir / "profile", c.log.profile)
         mark, marked_step = time.perf_counter(), self.first_step
         for step in range(self.first_step, steps):
             with self.clock.measure("input"):
@@ -184,6 +193,7 @@ class Run:
             state, metrics = self.program.train(self.clock, state, tokens, row, seed, horizon)
             self.last_step = step + 1
             self._read_pending()  # only now: the device already has work
+            profile.step(step + 1 - self.first_step)
             self.pending = (step + 1, metrics)
             now = time.perf_counter()
             if now - mark >= BEAT_SECONDS:
@@ -195,6 +205,7 @@ class Run:
                 self._evaluate(state, final=False)
             self._attend(step + 1, state, "train")
         self._read_pending()
+        profile.close()
         if self.first_step < steps:
             self._save(steps, state)
         self.checkpoints.wait()
@@ -207,10 +218,15 @@ class Run:
         (step, metrics), self.pending = self.pending, None
         values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
         self.loss = values["loss"]
+        if self.first_seconds is None:
+            self.first_seconds = self.clock.total()
+            if self.first_step:
+                self.say(f"first step after {self.first_seconds:.1f} s")
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if step % self.config.log.every == 0 or step in (1, self.config.steps) or not finite:
             named = {k: v if np.isfinite(v) else None for k, v in values.items()}
-            self.log.write({"step": step, **named, "seconds": round(self.clock.total(), 3)})
+            seconds = round(self.clock.total(), 3)
+            self.log.write({"step": step, **named, "seconds": seconds, **self.pace.row(step)})
         if not finite:
             raise Diverged(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
@@ -311,19 +327,23 @@ class Run:
             self.say(f"step {step}: {shown} nats/token")
         return losses
 
-    def _mfu(self, tokens_per_second: float, convention: flops.Convention) -> float | None:
+    def _peak(self) -> float | None:
+        """FLOP/s of all devices of the run, where their kind is known."""
         devices = self.program.mesh.devices.reshape(-1)
         peak = hardware.peak_flops(devices[0].device_kind)
-        if peak is None:
-            return None
-        rate = flops.flops_per_token(self.config, convention) * tokens_per_second
-        return rate / (peak * len(devices))
+        return peak and peak * len(devices)
+
+    def _mfu(self, tokens_per_second: float, convention: flops.Convention) -> float | None:
+        peak = self.pace.peak
+        return peak and self.pace.flops[convention] * tokens_per_second / peak
 
     def _result(self, status: str, losses: list[Loss], reason: str = "") -> dict[str, Any]:
         c, seconds = self.config, self.clock.seconds
         tokens_here = (self.last_step - self.first_step) * c.batch_size * c.data.seq_len
         speed = tokens_here / max(seconds["train"] + seconds["input"], 1e-9)
         n_bytes = int(self.blocks.n_bytes.sum())
+        devices = self.program.mesh.devices.reshape(-1)
+        kind, slices = devices[0].device_kind, meshes.count_slices(devices)
         return {
             "schema": SCHEMA,
             "run": self.id,
@@ -354,8 +374,14 @@ class Run:
                 "python": platform.python_version(),
             },
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "seconds": {"total": self.clock.total(), **{k: seconds[k] for k in PHASES}},
+            "seconds": {
+                "total": self.clock.total(),
+                "first_step": self.first_seconds,
+                **{k: seconds[k] for k in PHASES},
+            },
             "first_step": self.first_step,
             "tokens_per_second": speed,
             "mfu": {name: self._mfu(speed, name) for name in flops.CONVENTIONS},
+            "step_seconds": c.batch_size * c.data.seq_len / speed if speed else None,
+            "predicted": costs.of_run(c, self.program.mesh_choice, kind, slices),
         }
