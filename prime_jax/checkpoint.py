@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 from prime_jax import distributed
 from prime_jax.config import CheckpointConfig
 from prime_jax.errors import UserError
