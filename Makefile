@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install quickstart test test-slow lint format bench bound-demo clean
+.PHONY: install quickstart test test-slow test-tpu-compile lint format bench bound-demo clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,16 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# Compiles the kernels for TPUs that are not there. An environment of its own: where libtpu is
+# installed, every import of JAX looks for a TPU.
+test-tpu-compile: .venv-tpu/.installed
+	.venv-tpu/bin/python -m pytest -m tpu_compile
+
+.venv-tpu/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tpu-compile]'
+	@touch $@
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,4 +56,4 @@ bound-demo: install
 	$(BIN)/python experiments/bound_demo.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache

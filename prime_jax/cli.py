@@ -10,7 +10,9 @@ from prime_jax.errors import UserError
 def parser() -> argparse.ArgumentParser:
     from prime_jax import commands
     from prime_jax.data import commands as data_commands
-    from prime_jax.scaling import commands as scaling_commands
+    from prime_jax.kernels import commands as kernels_commands
+    from prime_jax.scaling import commands as fit_commands
+    from prime_jax.scaling import scaling_commands
     from prime_jax.sweep import commands as sweep_commands
 
     top = argparse.ArgumentParser(
@@ -20,7 +22,14 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"prime-jax {__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for package in (commands, data_commands, sweep_commands, scaling_commands):
+    for package in (
+        commands,
+        data_commands,
+        sweep_commands,
+        fit_commands,
+        scaling_commands,
+        kernels_commands,
+    ):
         package.register(subparsers)
     return top
 

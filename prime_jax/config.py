@@ -118,6 +118,20 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class KernelConfig:
+    """Which implementation computes the heavy parts; the numbers change by rounding at most.
+
+    `auto` asks the table of `kernels/selection.py`. Empty blocks are the kernel's own choice.
+    """
+
+    head: Literal["auto", "pallas", "xla"] = "auto"
+    attention: Literal["auto", "pallas", "splash", "cudnn", "xla", "scan"] = "auto"
+    embedding: Literal["auto", "pallas", "xla"] = "auto"
+    head_blocks: tuple[int, ...] = ()
+    attention_blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 0  # steps between checkpoints; 0: only at the end and when interrupted
     minutes: float = 10.0  # and at least this often; 0 turns it off
@@ -149,6 +163,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = field(default=MeshConfig(), metadata=HERE)
+    kernels: KernelConfig = field(default=KernelConfig(), metadata=HERE)
     checkpoint: CheckpointConfig = field(default=CheckpointConfig(), metadata=HERE)
     log: LogConfig = field(default=LogConfig(), metadata=HERE)
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prime_jax import __version__
@@ -22,7 +23,7 @@ OPTIONAL = {  # package -> (what it is for, how to get it)
 }
 ACCELERATORS = {  # plug-in -> extra
     "jax-cuda13-plugin": "NVIDIA GPUs: pip install 'prime_jax[cuda]'",
-    "libtpu": "Cloud TPU: pip install 'prime_jax[tpu]'",
+    "libtpu": "Cloud TPU: pip install 'prime_jax[tpu]'; without a TPU: make test-tpu-compile",
 }
 
 
@@ -56,6 +57,20 @@ def device_lines() -> list[str]:
     return lines
 
 
+def kernel_rows() -> list[tuple[str, str, str]]:
+    """What computes the heavy parts on this device, and why (`kernels.*` overrides it)."""
+    import jax
+
+    from prime_jax.kernels import selection
+
+    out = []
+    for row in selection.rows(jax.devices()[0].device_kind):
+        found = row.choice.implementation + (f" for {row.condition}" if row.condition else "")
+        blocks = f"; blocks {row.choice.blocks}" if row.choice.blocks else ""
+        out.append((f"kernel {row.kernel}", found, row.choice.why + blocks))
+    return out
+
+
 def run() -> int:
     """Print the report; 1 if a required package is missing."""
     console = Console()
@@ -69,11 +84,13 @@ def run() -> int:
         table.add_row(package, found or "[red]missing[/]", "" if found else "make install")
     for line in device_lines():
         table.add_row("device", line, "")
+    for row in kernel_rows():
+        table.add_row(*map(escape, row))
     for package, how in ACCELERATORS.items():
-        table.add_row(package, version(package) or "-", "" if version(package) else how)
+        table.add_row(package, version(package) or "-", "" if version(package) else escape(how))
     for package, (purpose, how) in OPTIONAL.items():
         found = version(package)
-        table.add_row(package, found or "-", purpose if found else f"{purpose}: {how}")
+        table.add_row(package, found or "-", purpose if found else escape(f"{purpose}: {how}"))
     for compiler in ("gcc", "nvcc"):
         path = shutil.which(compiler)
         table.add_row(compiler, "yes" if path else "-", path or "not needed to run prime-jax")

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.config import ModelConfig, RunConfig
+from prime_jax.kernels import selection
 from prime_jax.kernels.attention import SAVED, attention
+from prime_jax.kernels.embedding import subtoken_embedding
 from prime_jax.sharding import WHOLE, Shardings, enter_split, leave_split
 from prime_jax.subtokens import Codebook
-
-MULTI_HOT_ROWS = 256  # tables up to this many rows are read by a matmul instead of a gather
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -56,6 +56,7 @@ class Block(nn.Module):
     config: ModelConfig
     causal: bool
     length: int
+    attention: selection.Choice
     shardings: Shardings = WHOLE
 
     @nn.compact
@@ -93,7 +94,8 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
         tables = rope_tables(self.length, size, c.rope_base)
-        a = attention(rotate(q, *tables), rotate(k, *tables), v, self.causal, segment_ids_BxL)
+        q, k = rotate(q, *tables), rotate(k, *tables)
+        a = attention(q, k, v, self.causal, segment_ids_BxL, *self.attention[:2])
         a_NxD = a.reshape(x_NxD.shape[0], -1) @ weight(
             "attention_out", (c.width, c.width), residual
         )
@@ -112,6 +114,7 @@ class Transformer(nn.Module):
     Attributes:
         slots: sub-tokens per token, S.
         base: digits per slot; the digit `base` is the mask (for ARM: BOS).
+        attention, embedding: what computes them.
         remat: `none`, `dots` (keep matmul outputs) or `full` (recompute each block).
     """
 
@@ -119,6 +122,8 @@ class Transformer(nn.Module):
     slots: int
     base: int
     causal: bool
+    attention: selection.Choice
+    embedding: selection.Choice
     remat: str = "none"
     shardings: Shardings = WHOLE
 
@@ -129,7 +134,7 @@ class Transformer(nn.Module):
         segment_ids_BxL: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Hidden states [B, L, D] and head rows [V, D] in token order, both in `config.dtype`."""
+        """Hidden states [B, L, D] and head rows [V, D] in code order, both in `config.dtype`."""
         c = self.config
 
         def weight(name, shape, dtype):
@@ -142,7 +147,10 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(c.init_std)
         table_TxRxE = weight("embedding", (tables, rows, size), jnp.float32)
         digits_NxS = digits_BxLxS.reshape(-1, self.slots)
-        x_NxD = embed(c.embedding, table_TxRxE, digits_NxS, c.width).astype(c.dtype)
+        implementation = self.embedding.implementation
+        x_NxD = subtoken_embedding(
+            c.embedding, table_TxRxE, digits_NxS, c.width, implementation, c.dtype
+        )
         block = Block
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -158,7 +166,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.layers,
-        )(c, self.causal, length, self.shardings, name="layers")
+        )(c, self.causal, length, self.attention, self.shardings, name="layers")
         x_NxD, _ = layers(x_NxD, jnp.arange(c.layers), segment_ids_BxL, dropout_keys_B)
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))
         h_NxD = rms_norm(x_NxD, scale, c.norm_eps)
@@ -169,56 +177,20 @@ class Transformer(nn.Module):
         return h_NxD.reshape(batch, length, c.width), head_VxD
 
 
-def embed(kind: str, table_TxRxE: jax.Array, digits_NxS: jax.Array, width: int) -> jax.Array:
-    """Merge the S sub-token embeddings of each token into one vector [N, width].
-
-    Args:
-        kind: `sum`, or `cat` (S tables) and `cat_shared` (one), which concatenate and pad with
-            zeros where S does not divide the width.
-    """
-    if digits_NxS.shape[1] == 1:
-        return table_TxRxE[0][digits_NxS[:, 0]]
-    if kind == "sum":
-        return _lookup_sum(table_TxRxE, digits_NxS)
-    merged_NxE = _lookup_cat(table_TxRxE, digits_NxS)
-    return jnp.pad(merged_NxE, ((0, 0), (0, width - merged_NxE.shape[1])))
-
-
-def _lookup_sum(table_SxRxD: jax.Array, digits_NxS: jax.Array) -> jax.Array:
-    slots, rows, width = table_SxRxD.shape
-    if slots * rows > MULTI_HOT_ROWS:
-        return table_SxRxD[jnp.arange(slots), digits_NxS].sum(axis=1)
-    hot_NxSxR = jax.nn.one_hot(digits_NxS, rows, dtype=table_SxRxD.dtype)
-    return hot_NxSxR.reshape(-1, slots * rows) @ table_SxRxD.reshape(slots * rows, width)
-
-
-def _lookup_cat(table_TxRxE: jax.Array, digits_NxS: jax.Array) -> jax.Array:
-    """Concatenate per-slot rows; T is 1 (one shared table) or S."""
-    tables, rows, size = table_TxRxE.shape
-    slots = digits_NxS.shape[1]
-    if slots * rows > MULTI_HOT_ROWS:
-        slot = 0 if tables == 1 else jnp.arange(slots)
-        return table_TxRxE[slot, digits_NxS].reshape(-1, slots * size)
-    # Rows times a block-diagonal matrix: one matmul forward and backward instead of a scatter.
-    hot_NxSxR = jax.nn.one_hot(digits_NxS, rows, dtype=table_TxRxE.dtype)
-    spread_SxRxE = jnp.broadcast_to(table_TxRxE, (slots, rows, size))
-    block_SxRxSxE = (
-        jnp.eye(slots, dtype=table_TxRxE.dtype)[:, None, :, None] * spread_SxRxE[:, :, None]
-    )
-    return hot_NxSxR.reshape(-1, slots * rows) @ block_SxRxSxE.reshape(slots * rows, slots * size)
-
-
 def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -> Transformer:
     """The network of a run: causal for ARM, bidirectional otherwise.
 
     Args:
         shardings: of the parameters that `apply` is given; `init` makes whole ones by default.
     """
+    device_kind = selection.target_kind()
     return Transformer(
         config=config.model,
         slots=codebook.length,
         base=codebook.base,
         causal=config.family == "arm",
+        attention=selection.attention(config, device_kind),
+        embedding=selection.embedding(config, device_kind),
         remat=config.mesh.remat,
         shardings=shardings,
     )

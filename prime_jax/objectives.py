@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import corrupt, row_keys
+from prime_jax.kernels import selection
 from prime_jax.kernels.subtoken_head import Head, HeadLoss, subtoken_loss
 from prime_jax.subtokens import Codebook
 
@@ -42,9 +43,17 @@ class Inputs(NamedTuple):
     whole_BxL: jax.Array | None = None
 
 
-def make_head(config: RunConfig, codebook: Codebook) -> Head:
+def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = None) -> Head:
+    """The head of a run.
+
+    Args:
+        axis_name: mesh axis of the surrounding `shard_map` that splits the head's rows.
+    """
     o = config.objective
-    return Head(codebook, carry_over=o.carry_over, loss=o.loss)
+    choice = selection.head(config, selection.target_kind())
+    return Head(
+        codebook, o.carry_over, o.loss, choice.implementation, choice.blocks, axis_name=axis_name
+    )
 
 
 def segments(config: RunConfig, token_BxL: jax.Array, eos_id: int) -> jax.Array | None:
@@ -145,7 +154,7 @@ def loss_sums(
         head,
         h_BxLxD.reshape(-1, h_BxLxD.shape[-1]),
         head_VxD,
-        inputs.token_BxL.reshape(-1),
+        jnp.asarray(head.codebook.rows)[inputs.token_BxL].reshape(-1),
         inputs.masked_BxLxS.reshape(-1, inputs.masked_BxLxS.shape[-1]),
         inputs.weight_BxL.reshape(-1),
         None if inputs.whole_BxL is None else inputs.whole_BxL.reshape(-1),

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from prime_jax.config import ModelConfig
+
 REPLICA, DATA, MODEL = AXES = ("replica", "data", "model")
 BATCH = PartitionSpec((REPLICA, DATA))
 REPLICATED = PartitionSpec()
@@ -30,7 +32,7 @@ SPLIT = {
     "gate": (0, 1),
     "up": (0, 1),
     "down": (1, 0),
-    "head": (1, None),
+    "head": (1, 0),
 }
 # Replicated over MODEL, but each device uses them for its own heads only.
 PARTIAL = ("q_norm", "k_norm")
@@ -81,6 +83,11 @@ class Shardings:
         if DATA not in axes:
             return value.astype(dtype)
         return _gather(value, axes.index(DATA), dtype)
+
+    def head_axis(self, model: ModelConfig) -> str | None:
+        """The mesh axis that splits the head's rows, if one does."""
+        shape = (model.vocab_size, model.width)
+        return MODEL if not model.tied_head and MODEL in self.axes("head", shape) else None
 
     def specs(self, params: Any) -> Any:
         """The PartitionSpec of every parameter of a tree (arrays or their shapes)."""

@@ -5,8 +5,8 @@ once. A step is a function of (seed, step, tokens): resuming continues to the bi
 """
 
 import dataclasses
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from prime_jax import hardware, meshes, optim, sharding
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
 from prime_jax.evaluate import likelihood
+from prime_jax.kernels import selection
 from prime_jax.kernels.subtoken_head import HeadLoss
 from prime_jax.metrics import Clock
 from prime_jax.model import Transformer, build
@@ -46,26 +47,48 @@ class Metrics(NamedTuple):
 
 
 class Compiled:
-    """A jitted function of one shape, compiled at its first call; the clock is told how long."""
+    """A function of one shape, compiled at its first call; the clock is told how long.
 
-    def __init__(self, jitted: Any, mesh: Mesh | AbstractMesh):
-        self.jitted, self.mesh = jitted, mesh
+    Args:
+        name: for the warning that a kernel does not compile and plain XLA takes its place.
+        make: the jitted function that computes what a config says; called inside the mesh.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        mesh: Mesh | AbstractMesh,
+        make: Callable[[RunConfig], Any],
+    ):
+        self.name, self.config, self.mesh, self.make = name, config, mesh, make
         self.executable: Any = None
 
     def __call__(self, clock: Clock, *args: Any) -> Any:
         if self.executable is None:
             with clock.measure("compile"):
-                options = hardware.compiler_options(jax.default_backend())
-                self.executable = self.lower(*args).compile(options)
+                self.executable = self.compile(*args)
         return self.executable(*args)
 
-    def lower(self, *args: Any) -> Any:
-        """Traced for the mesh, which may lack its devices; `args` may be shapes with shardings."""
+    def compile(self, *args: Any, options: dict[str, Any] | None = None) -> Any:
+        """Compiled for the mesh; `args` may be shapes with shardings."""
+        if options is None:
+            options = hardware.compiler_options(jax.default_backend())
+
+        def attempt(config: RunConfig) -> Any:
+            return self.lower(*args, config=config).compile(options)
+
+        plain = dataclasses.replace(self.config, kernels=selection.PLAIN)
+        return selection.fallback(lambda: attempt(self.config), lambda: attempt(plain), self.name)
+
+    def lower(self, *args: Any, config: RunConfig | None = None) -> Any:
+        """Traced for the mesh, which may lack its devices."""
+        config = config or self.config
         if isinstance(self.mesh, AbstractMesh):
             with jax.sharding.use_abstract_mesh(self.mesh):
-                return self.jitted.trace(*args).lower(lowering_platforms=("tpu",))
+                return self.make(config).trace(*args).lower(lowering_platforms=("tpu",))
         with jax.set_mesh(self.mesh):
-            return self.jitted.lower(*args)
+            return self.make(config).lower(*args)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,9 +144,11 @@ def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -
     tx = optim.optimizer(config.optim)
     init, abstract = _make_init(config, codebook, tx, mesh)
     shardings = Shardings.of(mesh)
-    network = build(config, codebook, shardings)
-    specs = shardings.specs(abstract.params)
-    parts = _Parts(config, codebook, network, mesh, shardings, specs, eos_id)
+    parts = _Parts(config, codebook, mesh, shardings, shardings.specs(abstract.params), eos_id)
+
+    def train(config: RunConfig) -> Any:
+        return _train_function(parts._replace(config=config), tx)
+
     return Program(
         config=config,
         codebook=codebook,
@@ -131,7 +156,7 @@ def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -
         mesh_choice=choice,
         abstract=abstract,
         init=init,
-        train=_make_train(parts, tx),
+        train=Compiled("training step", config, mesh, train),
         draw=_make_draw(parts),
     )
 
@@ -141,19 +166,24 @@ class _Parts(NamedTuple):
 
     config: RunConfig
     codebook: Codebook
-    network: Transformer
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     shardings: Shardings
     specs: Any  # of the parameters
     eos_id: int
 
+    def network(self) -> Transformer:
+        return build(self.config, self.codebook, self.shardings)
+
+    def head_axis(self) -> str | None:
+        return self.shardings.head_axis(self.config.model)
+
 
 def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     """(clock, seed) -> State, and the shapes and shardings of that state."""
-    network = build(config, codebook)
     digits = jnp.zeros((1, config.data.seq_len, codebook.length), jnp.int32)
 
     def values(seed):
+        network = build(config, codebook)  # whole parameters
         return network.init(jax.random.fold_in(jax.random.key(seed), 0x1417), digits)["params"]
 
     specs = Shardings.of(mesh).specs(jax.eval_shape(values, np.uint32(0)))
@@ -165,7 +195,7 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
         step = place(jnp.zeros((), jnp.int32), sharding.REPLICATED)
         return State(step, params, tx.init(params), ema)  # which takes over their shardings
 
-    compiled = Compiled(jax.jit(init), mesh)
+    compiled = Compiled("initialisation", config, mesh, lambda _: jax.jit(init))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = jax.eval_shape(init, np.uint32(0))
 
@@ -177,9 +207,9 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     return lambda clock, seed: compiled(clock, np.uint32(seed)), abstract
 
 
-def _make_train(p: _Parts, tx) -> Compiled:
-    config, codebook, network, eos_id = p.config, p.codebook, p.network, p.eos_id
-    head = make_head(config, codebook)
+def _train_function(p: _Parts, tx) -> Any:
+    config, codebook, eos_id = p.config, p.codebook, p.eos_id
+    network, head = p.network(), make_head(config, codebook, p.head_axis())
     chosen = config.objective.loss
     parts = config.mesh.accumulate
 
@@ -236,23 +266,27 @@ def _make_train(p: _Parts, tx) -> Compiled:
         metrics = Metrics(getattr(losses, chosen), losses.marginal, losses.joint, norm, lr)
         return State(state.step + 1, params, opt_state, ema), metrics
 
-    return Compiled(train, p.mesh)
+    return train
 
 
 def _make_draw(p: _Parts):
-    task = likelihood.make_task(p.config, p.codebook, p.eos_id)
+    def make(config: RunConfig, name: str) -> Any:
+        parts = p._replace(config=config)
+        network = parts.network()
+        task = likelihood.make_task(config, p.codebook, p.eos_id, parts.head_axis())
 
-    @lru_cache
-    def compiled(name: str):
         def device(params, tokens_BxL, row: likelihood.Row):
-            apply = lambda *args: p.network.apply({"params": params}, *args)  # noqa: E731
+            apply = lambda *args: network.apply({"params": params}, *args)  # noqa: E731
             nats = likelihood.draw(task, name, apply, tokens_BxL, *row)
             over = (sharding.REPLICA, sharding.DATA)
             return jax.tree.map(lambda x: jax.lax.all_gather(x, over, tiled=True), nats)
 
         specs = (p.specs, sharding.BATCH, sharding.BATCH)
-        function = sharding.per_device(device, p.mesh, specs, sharding.REPLICATED)
-        return Compiled(jax.jit(function), p.mesh)
+        return jax.jit(sharding.per_device(device, p.mesh, specs, sharding.REPLICATED))
+
+    @lru_cache
+    def compiled(name: str):
+        return Compiled(f"estimator {name}", p.config, p.mesh, partial(make, name=name))
 
     def draw(clock: Clock, name: str, params, tokens_BxL: np.ndarray, row: likelihood.Row):
         return compiled(name)(clock, params, *sharding.spread(p.mesh, (tokens_BxL, row)))

@@ -75,8 +75,14 @@ class Codebook:
         return digits_of(self.codes, self.length, self.base)
 
     @cached_property
-    def _by_code(self) -> np.ndarray:
-        return np.argsort(self.codes)
+    def tokens(self) -> np.ndarray:
+        """int32 [V]: tokens in the order of their codes, which is the order of the head's rows."""
+        return np.argsort(self.codes).astype(np.int32)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """int32 [V]: each token's row of the head, the rank of its code; inverse of `tokens`."""
+        return np.argsort(self.tokens).astype(np.int32)
 
     def encode(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens int [...] to digits int32 [..., l].
@@ -97,7 +103,7 @@ class Codebook:
         """Exact inverse of `encode`: digits [..., l] to tokens [...]; -1 where no token has them."""
         powers = np.array([self.base**j for j in reversed(range(self.length))], np.int64)
         codes = (np.asarray(digits, np.int64) * powers).sum(-1)
-        order = self._by_code
+        order = self.tokens
         index = np.searchsorted(self.codes, codes, sorter=order)
         tokens = order[np.minimum(index, self.vocab_size - 1)]
         return np.where(self.codes[tokens] == codes, tokens, -1)

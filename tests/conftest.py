@@ -25,3 +25,24 @@ def markov_data(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "markov"
     prepare("markov:V=16,order=1,seed=0,tokens=40000", "synthetic:16", out, seq_len=16, workers=1)
     return out
+
+
+@pytest.fixture
+def lower_for():
+    """`lower_for(chip, case)` is the program of a kernel's check case, lowered for an absent TPU.
+
+    Catches block shapes and primitives that a TPU has not, in milliseconds and without libtpu.
+    """
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    from prime_jax.kernels.check_case import DEVICE_KINDS
+
+    def lower(chip: str, case) -> str:
+        device = AbstractDevice(device_kind=DEVICE_KINDS[chip], num_cores=1, platform="tpu")
+        mesh = AbstractMesh((1,), ("chip",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(case.function).trace(*case.arguments)
+            return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    return lower

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from prime_jax.scaling import fit, record, saved, table
 from prime_jax.scaling.laws import Compute, Law, optimum
-from prime_jax.scaling.points import Measure, Points
+from prime_jax.scaling.points import Measure, Points, select
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "mdm_prime_v2_isoflop.json").read_text())
 LAW = Law(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.38)
@@ -56,3 +57,31 @@ def write_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def rows_of_a_sweep():
+    """Two families in two conventions, with planned budgets, seeds, epochs, errors, lost runs."""
+    rows = []
+    for family, estimator in (("arm", "ar"), ("prime", "subtoken")):
+        data = surface(noise=3e-3, seed=len(rows))
+        for k, row in enumerate(csv_rows(data)):
+            row |= {"family": family, "run": f"{family}{k}", "seed": k % 3, "status": "done"}
+            row |= {"kind": "nelbo", "loss_se": 0.001 * k, "budget": 1.3 * row["flops"]}
+            row |= {"unique_tokens": 1e10, "step": 10, "lr": 1e-3, "reason": ""}
+            row |= {"flops_matmul": row.pop("flops"), "params_total": 1.1 * row["params"]}
+            row |= {"tokenizer": "t", "eval_set": "e", "given": ""}
+            row |= {f"loss_{e}": "" for e in ("ar", "subtoken")}
+            row |= {f"loss_{estimator}": row["loss"]}
+            rows.append(row)
+    rows[3] |= {"status": "diverged", "reason": "loss is not finite", "loss": "", "loss_se": ""}
+    rows[25] |= {"status": "failed", "reason": "gone, twice", "loss": "", "kind": ""}
+    return rows
+
+
+def write_fit(path, rows, settings, choice=None, templates=None):
+    """What `prime-jax fit` leaves in `path`, without its figures; returns the fit."""
+    path.mkdir()
+    data = table.read_csv(write_csv(path / "runs.csv", rows))
+    fitted = fit.fit_runs(select(data, choice), settings)
+    saved.write(path, record.as_dict(fitted), data, fitted.runs, templates or {})
+    return fitted

@@ -1,7 +1,8 @@
 """Probability tables in place of the network, for exact enumeration (math.md section 3).
 
 Two tokens, V = 16: u(v) ~ 1/(v+1), P = .7 u u^T + .3 diag(u). A table network returns logits as
-hidden states with an identity head, so that the shipped functions run unchanged.
+hidden states with an identity head, so that the shipped functions run unchanged; tables are in
+token order, and `identity_head` has its rows in the order of codes.
 """
 
 import itertools
@@ -53,6 +54,10 @@ def all_masks(slots: int) -> np.ndarray:
     return bits.astype(bool).reshape(-1, L, slots)
 
 
+def identity_head(book: Codebook):
+    return jnp.eye(V)[book.tokens]
+
+
 def bayes(book: Codebook):
     """The network that knows the source: p(x^i | all visible sub-tokens)."""
     pairs = jnp.asarray(pair_probabilities())
@@ -65,7 +70,7 @@ def bayes(book: Codebook):
         second = fits_BxLxV[:, 1] * (fits_BxLxV[:, 0] @ pairs)
         p_BxLxV = jnp.stack([first, second], axis=1)
         z_BxLxV = jnp.where(p_BxLxV > 0, jnp.log(jnp.where(p_BxLxV > 0, p_BxLxV, 1.0)), -1e3)
-        return z_BxLxV, jnp.eye(V, dtype=z_BxLxV.dtype)
+        return z_BxLxV, identity_head(book)
 
     return network
 
@@ -79,6 +84,6 @@ def wrong(book: Codebook, seed: int, scale: float = 1.0):
 
     def network(digits_BxLxS, segment_ids, dropout_keys):
         index_B = (digits_BxLxS.reshape(-1, n) * powers).sum(1)
-        return jnp.asarray(table)[index_B], jnp.eye(V)
+        return jnp.asarray(table)[index_B], identity_head(book)
 
     return network

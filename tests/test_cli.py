@@ -24,7 +24,19 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["doctor"], ["data"], ["sweep"], ["fit"]])
+COMMANDS = [
+    [],
+    ["train"],
+    ["doctor"],
+    ["data"],
+    ["sweep"],
+    ["fit"],
+    ["kernels"],
+    ["kernels", "check"],
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
 def test_every_command_explains_itself(words, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*words, "--help"])
@@ -150,3 +162,4 @@ def test_doctor_reports_what_is_there(capsys):
     out = capsys.readouterr().out
     assert "jax" in out
     assert "device" in out
+    assert all(f"kernel {name}" in out for name in ("attention", "embedding", "head"))

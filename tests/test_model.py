@@ -1,4 +1,4 @@
-"""The network: attention against its twin, embeddings against plain lookups, counts, causality."""
+"""The network: counts, causality, packing, dropout, rematerialisation."""
 
 import dataclasses
 
@@ -9,7 +9,6 @@ import pytest
 
 from prime_jax import flops, model
 from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
-from prime_jax.kernels.attention import attention, attention_reference
 from prime_jax.subtokens import Codebook
 
 TINY = RunConfig(
@@ -41,24 +40,6 @@ def random_digits(book: Codebook, shape, seed=0) -> jax.Array:
     )
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("packed", [False, True])
-def test_attention_equals_its_twin(causal, groups, packed):
-    key = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(key[0], (2, 12, 4, 8))
-    k, v = (jax.random.normal(x, (2, 12, groups, 8)) for x in key[1:])
-    segments = jnp.asarray([[0] * 5 + [1] * 7, [0] * 12]) if packed else None
-
-    def total(function):
-        return lambda *qkv: (function(*qkv, causal, segments) ** 3).sum()
-
-    with jax.default_matmul_precision("highest"):
-        got = jax.value_and_grad(total(attention), (0, 1, 2))(q, k, v)
-        want = jax.value_and_grad(total(attention_reference), (0, 1, 2))(q, k, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
-
-
 def test_packed_documents_do_not_see_each_other():
     apply, params, book = network(TINY)
     digits = random_digits(book, (1, 8))
@@ -78,20 +59,6 @@ def test_only_arm_is_causal():
         after, _ = apply(params, digits.at[0, 5].set(3))
         unchanged = np.abs(before[0, :5] - after[0, :5]).max() < 1e-6
         assert unchanged == (family == "arm")
-
-
-@pytest.mark.parametrize("rows", [0, 10_000])
-@pytest.mark.parametrize("kind", ["cat_shared", "cat", "sum"])
-def test_embeddings_are_lookups_by_matmul_or_gather(rows, kind, monkeypatch):
-    monkeypatch.setattr(model, "MULTI_HOT_ROWS", rows)
-    digits = random_digits(Codebook.create(37, TINY.subtokens), (5,))
-    tables, size = (1 if kind == "cat_shared" else 6), (26 if kind == "sum" else 4)
-    table = np.random.default_rng(0).normal(size=(tables, 3, size)).astype(np.float32)
-    by_slot = [table[s % tables, digits[:, s]] for s in range(6)]
-    padding = np.zeros((5, 2), np.float32)  # 6 x 4 of 26
-    want = sum(by_slot) if kind == "sum" else np.concatenate([*by_slot, padding], axis=1)
-    got = model.embed(kind, jnp.asarray(table), digits, 26)
-    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,21 @@ def test_no_interval_without_degrees_of_freedom_or_with_flat_valleys():
 def test_the_shift_on_asymmetric_valleys_is_small():
     a = approach2.fit(surface(), Compute()).a
     assert a == pytest.approx(exponent(LAW, Compute()), abs=0.01)
+
+
+def test_sizes_far_from_the_optimum_are_warned_about():
+    centred = approach2.fit(surface(EVEN), Compute())
+    assert not codes(centred)
+    high = approach2.fit(surface(EVEN, ratios=(0.8, 1, 2, 4, 8)), Compute())
+    assert codes(high) == {"off_centre_grid"}
+
+
+def test_sizes_that_drift_past_the_optimum_are_warned_about():
+    steps = np.geomspace(0.5, 2, len(BUDGETS))
+    parts = [
+        surface(EVEN, [budget], np.geomspace(1 / 8, 8, 9) * step)
+        for budget, step in zip(BUDGETS, steps, strict=True)
+    ]
+    fields = ("flops", "params", "tokens", "loss", "loss_se", "budget")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in fields}
+    assert codes(approach2.fit(replace(parts[0], **joined), Compute())) == {"drifting_grid"}

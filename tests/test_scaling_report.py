@@ -6,12 +6,25 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
+import matplotlib
+import numpy as np
 import pytest
 from scaling_cases import csv_rows, published, surface, write_csv
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import commands, labels, plots, record, report
+from prime_jax.scaling import (
+    commands,
+    figures_frontier,
+    figures_isoflop,
+    labels,
+    plots,
+    record,
+    report,
+    saved,
+    scaling_commands,
+)
 from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.fit import Settings, fit_runs
 from prime_jax.scaling.points import select
@@ -29,21 +42,34 @@ def command(*arguments):
     return args.run(args)
 
 
+def compare(*arguments):
+    parser = argparse.ArgumentParser()
+    scaling_commands.register(parser.add_subparsers())
+    args = parser.parse_args(
+        ["scaling", "compare", "--bootstrap", "100", "--baseline", "arm", *map(str, arguments)]
+    )
+    return args.run(args)
+
+
+def outside_pictures(page):
+    return re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """A CSV of three families, the last with a training loss, and one run that failed."""
-    rows = [
-        row | {"status": "done", "reason": ""}
-        for f in ("arm", "mdm", "prime")
-        for row in csv_rows(published(f))
-    ]
-    rows.append(rows[0] | {"status": "failed", "loss": "", "reason": "<b>out of memory</b>"})
+    """A CSV of three families, the last with a training loss."""
+    rows = [row for f in ("arm", "mdm", "prime") for row in csv_rows(published(f))]
     return write_csv(tmp_path_factory.mktemp("three") / "three.csv", rows)
 
 
 @pytest.fixture(scope="module")
-def figures(three):
-    return plots.draw_all(fit_file(three))
+def fit(three):
+    return fit_file(three)
+
+
+@pytest.fixture(scope="module")
+def figures(fit):
+    return plots.draw_all(fit)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +79,26 @@ def censored(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fitted(three):
-    """The directory that the command wrote."""
-    assert command(three) == 0
-    return three.with_name("three-fit")
+def one(tmp_path_factory):
+    rows = [row | {"status": "done", "reason": ""} for row in csv_rows(published("arm"))]
+    rows.append(rows[0] | {"status": "failed", "loss": "", "reason": "<b>out of memory</b>"})
+    return write_csv(tmp_path_factory.mktemp("one") / "one.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def fitted(one):
+    """The directory that the command wrote, with figures in one format only, for speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "FORMATS", ("svg",))
+        assert command(one) == 0
+    return one.with_name("one-fit")
 
 
 def lines_of(panel):
     return {text.get_text() for text in panel.texts}
 
 
-def test_a_training_loss_never_shares_an_axis_with_a_likelihood(three, figures):
+def test_a_training_loss_never_shares_an_axis_with_a_likelihood(fit, figures):
     valid, joint = figures["frontier"].axes
     assert lines_of(valid) == {"arm", "mdm"}
     assert lines_of(joint) == {"prime"}
@@ -71,17 +106,55 @@ def test_a_training_loss_never_shares_an_axis_with_a_likelihood(three, figures):
     assert "training" not in valid.get_ylabel()
     assert [panel.get_title() for panel in figures["isoflop"].axes] == ["arm", "mdm", "prime"]
     assert "training loss" in figures["isoflop"].axes[2].get_ylabel()
-    mixed = plots.draw_all(fit_file(three, allow_mixed_kinds=True))
-    (both,) = mixed["frontier"].axes
+    (both,) = figures_frontier.frontier(replace(fit, groups=(tuple(fit.families),))).axes
     assert "mixed kinds" in both.get_ylabel()
+
+
+def test_losses_of_the_checks_have_an_axis_for_each_family(figures):
+    for name in ("isoloss", "rollout"):
+        panels = figures[name].axes
+        assert [panel.get_title().split(":")[0] for panel in panels] == ["arm", "mdm", "prime"]
+        shared = panels[0].get_shared_y_axes().get_siblings(panels[0])
+        assert shared == [panels[0]], name
+    by_loss = figures["residuals"].axes[::2]
+    assert ["training loss" in panel.get_xlabel() for panel in by_loss] == [False, False, True]
+    assert "training loss" in figures["rollout"].axes[2].get_ylabel()
+    for panel in by_loss:
+        others = panel.get_shared_y_axes().get_siblings(panel)
+        assert not set(others) & (set(by_loss) - {panel})
+
+
+def test_residuals_are_measured_over_fitted(fit, figures):
+    family = fit.families["arm"]
+    points, law = family.points, family.parametric.fit.law
+    (dots,) = figures["residuals"].axes[0].collections
+    expected = points.loss / law.loss(points.params, points.tokens) - 1
+    np.testing.assert_allclose(dots.get_offsets()[:, 1], expected)
+    band = figures["residuals"].axes[0].patches[0]
+    assert band.get_height() == pytest.approx(2 * 1.96 * 0.0014, rel=1e-3)
+
+
+def test_a_prediction_that_is_too_high_lies_above_zero(fit, figures):
+    means = figures["rollout"].axes[0].get_lines()[1].get_ydata()
+    expected = [p.errors_n.mean() for p in fit.families["arm"].rollout.predictions]
+    np.testing.assert_allclose(means, expected)
+
+
+def test_figures_without_anything_to_show_are_left_out(fit):
+    bare = {n: replace(f, parametric=None, rollout=None) for n, f in fit.families.items()}
+    assert set(plots.draw_all(replace(fit, families=bare))) == {
+        "isoflop", "frontier", "optimum", "intervals"
+    }  # fmt: skip
 
 
 def test_axes_name_conventions_and_units(figures):
     for name, figure in figures.items():
-        for panel in figure.axes:
-            text = panel.get_xlabel() + panel.get_ylabel()
-            assert "as given" in text, name
-            assert "N" in text or "FLOPs" in text
+        if name == "rollout":
+            continue
+        texts = [panel.get_xlabel() + panel.get_ylabel() for panel in figure.axes]
+        texts = texts[1::2] if name == "residuals" else texts
+        assert all("as given" in text for text in texts), name
+        assert all("N" in text or "FLOPs" in text for text in texts), name
     assert "(nats / token)" in labels.loss_axis(["nll"])
     assert "nats" not in labels.loss_axis([""])
 
@@ -95,31 +168,30 @@ def test_censored_optima_are_drawn_as_open_arrows(censored):
     assert "^" in {line.get_marker() for line in figures["optimum"].axes[1].get_lines()}
 
 
-def test_more_families_than_one_row_holds(tmp_path):
-    rows = [row for k in range(5) for row in csv_rows(surface(noise=1e-3, seed=k), seed=k)]
-    rows = [row | {"family": f"family-{row['seed']}"} for row in rows]
-    figures = plots.draw_all(fit_file(write_csv(tmp_path / "many.csv", rows)))
-    assert sum(panel.get_visible() for panel in figures["isoflop"].axes) == 5
+def test_more_families_than_one_row_holds(fit):
+    many = {f"family-{k}": fit.families["arm"] for k in range(5)}
+    panels = figures_isoflop.isoflop(replace(fit, families=many)).axes
+    assert sum(panel.get_visible() for panel in panels) == 5
 
 
 def test_many_budgets_get_a_colour_bar_in_place_of_names(tmp_path):
     rows = csv_rows(surface(budgets=tuple(10 ** (18 + k / 5) for k in range(12)), noise=1e-3))
-    panel, bar = plots.draw_all(fit_file(write_csv(tmp_path / "many.csv", rows)))["isoflop"].axes
+    panel, bar = figures_isoflop.isoflop(fit_file(write_csv(tmp_path / "many.csv", rows))).axes
     assert lines_of(panel) == set()
     assert "FLOPs" in bar.get_ylabel()
 
 
-def test_the_report_is_one_whole_file(three, fitted):
+def test_the_report_is_one_whole_file(one, fitted):
     page = (fitted / "report.html").read_text()
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(pictures) == 3
+    assert len(pictures) == len(plots.NAMES)
     for picture in pictures:
         ElementTree.fromstring(picture)
-    outside = re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
+    outside = outside_pictures(page)
     assert not re.search(r"""(src|href)=|url\(|@import|<script""", outside)
     assert "&lt;b&gt;out of memory" in page
     assert "<b>out of memory" not in page
-    assert read(three).sha256 in page
+    assert read(one).sha256 in page
     for tag in ("table", "tr", "td", "figure", "div", "h2"):
         assert len(re.findall(rf"<{tag}[ >]", outside)) == outside.count(f"</{tag}>")
 
@@ -132,13 +204,119 @@ def test_the_report_says_what_is_a_bound_what_was_refused_and_that_it_illustrate
     assert "illustrate" in page
 
 
-def test_the_command_writes_everything(fitted):
-    names = {
-        f"{figure}.{kind}"
-        for figure in ("isoflop", "frontier", "optimum")
-        for kind in plots.FORMATS
+def test_the_answer_stands_at_the_top_with_intervals_and_refusals(fit):
+    result = record.as_dict(fit)
+    result["families"]["mdm"]["approach3"]["params"] = None
+    result["families"]["mdm"]["warnings"].append(
+        {"code": "too_few_points", "message": "only 2 runs", "cure": "add runs", "refusal": True}
+    )
+    page = report.render(result, {})
+    top = page[: page.index("What was measured")]
+    best = result["families"]["arm"]["approach3"]["optima"][-1]
+    for quantity in ("params", "tokens"):
+        for value in (best[quantity], *best["intervals"][quantity]):
+            assert labels.count(value) in top
+    for value in (best["loss"], *best["intervals_with_model"]["loss"]):
+        assert labels.value(value) in top
+    assert "only 2 runs" in top
+    assert top.count("refused") >= 5
+
+
+def test_what_the_fit_found_is_in_the_report(fit):
+    result = record.as_dict(fit)
+    page = report.render(result, {})
+    arm = result["families"]["arm"]
+    for number in (
+        *arm["approach3"]["profile"]["alpha"],
+        arm["approach2"]["debiased"]["a"],
+        arm["approach3"]["objective"],
+    ):
+        assert labels.value(number) in page
+    assert f"{arm['approach2']['debiased']['optima'][0]['shift']:+.1%}" in page
+    assert f"{arm['rollout']['steps'][0]['budgets'][0]['mean']:+.2%}" in page
+    assert f"{arm['error_budget']['scatter']:.2%}" in page
+    for text in (result["method"]["objective"], result["metric"], result["source"]["sha256"]):
+        assert text in page
+
+
+def test_open_and_unknown_intervals_are_said(fit):
+    result = record.as_dict(fit)
+    arm = result["families"]["arm"]
+    arm["approach3"]["profile"]["E"] = [None, 2.0]
+    arm["rollout"] = arm["approach2"]["debiased"] = arm["error_budget"]["model"] = None
+    arm["approach3"]["optima"][-1]["intervals_with_model"] = None
+    result["method"]["delta"] = None
+    page = report.render(result, {})
+    assert "open – 2.000" in page
+    assert "not known" in page
+
+
+def test_envelopes_are_listed_where_there_are_some(fit):
+    result = record.as_dict(fit)
+    assert "win along training" not in report.render(result, {})
+    best = {"flops": 1e19, "params": 123456789.0, "tokens": 1e10, "loss": 3.0}
+    result["families"]["arm"]["approach1"]["optima"] = [best]
+    assert "123M" in report.render(result, {})
+
+
+def test_a_comparison_joins_the_report_and_mixed_kinds_are_marked(
+    three, fit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plots, "FORMATS", ("svg",))
+    saved.write(tmp_path, record.as_dict(fit), read(three), fit.runs, {})
+    assert compare(three, "--out", tmp_path) == 3
+    page = (tmp_path / "report.html").read_text()
+    assert "mdm against arm" in page
+    assert "mixed_kinds" in page
+    result = json.loads((tmp_path / "compare.json").read_text())
+    panels = plots.draw_comparison(result, ["arm", "mdm", "prime"])["multiplier"].axes
+    assert len(panels) == 2  # prime is refused
+    assert panels[0].get_title(loc="left") == "mdm against arm"
+    assert panels[0].get_ylim()[0] < 16 < panels[0].get_ylim()[1]
+    result["families"]["mdm"]["mixed"] = "a training loss"
+    panels = plots.draw_comparison(result, ["arm", "mdm"])["multiplier"].axes
+    assert "mixed kinds" in panels[0].get_title(loc="left")
+    lines = {line.get_linestyle() for line in panels[0].get_lines()}
+    assert {"-", "--"} <= lines
+    del result["families"]["mdm"]["multiplier"]
+    assert plots.draw_comparison(result, ["arm", "mdm"]) == {}
+    outside = outside_pictures(page)
+    assert not re.search(r"""(src|href)=|url\(|@import|<script""", outside)
+    result["source"]["sha256"] = "other"
+    (tmp_path / "compare.json").write_text(json.dumps(result))
+    assert report.refresh(tmp_path)
+    assert "compare again" in (tmp_path / "report.html").read_text()
+
+
+def test_a_multiplier_that_is_no_number_is_drawn_as_far_as_it_is_one(three):
+    curve = {
+        "flops": [1e18, 1e19, 1e20],
+        "value": [2.0, 3.0, None],
+        "median": [2.0, 3.0, None],
+        "interval": [[1.0, 2.0, None], [3.0, None, None]],
+        "in_range": [True, False, False],
     }
-    assert {path.name for path in fitted.iterdir()} == names | {"fit.json", "report.html"}
+    side = {"curve": curve, "budgets": []}
+    family = {"mixed": None, "multiplier": {"at_family": side, "at_baseline": side}}
+    result = {"baseline": {"family": "arm"}, "families": {"mdm": family}}
+    result |= {"method": {"level": 0.95}, "conventions": {"flops": "6 N D"}}
+    figure = plots.draw_comparison(result, ["arm", "mdm"])["multiplier"]
+    figure.draw_without_rendering()
+    low, high = figure.axes[0].get_ylim()
+    assert 0 < low < 1 < 3 < high < 100
+
+
+def test_a_figure_of_an_earlier_fit_does_not_stay(tmp_path):
+    for name in ("rollout.svg", "rollout.png", "mine.svg"):
+        (tmp_path / name).write_text("")
+    plots.forget({"rollout"}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.svg"]
+
+
+def test_the_command_writes_everything(fitted):
+    names = {f"{figure}.svg" for figure in plots.NAMES}
+    files = {"fit.json", "points.csv", "report.html"}
+    assert {path.name for path in fitted.iterdir()} == names | files
     assert (
         json.loads((fitted / "fit.json").read_text())["families"]["arm"]["approach3"]["params"]["E"]
         > 2
@@ -146,8 +324,11 @@ def test_the_command_writes_everything(fitted):
 
 
 def test_refusals_have_their_own_exit_code_and_the_same_data_the_same_files(
-    censored, tmp_path, capsys
+    censored, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr(
+        plots, "draw_all", lambda fit: {"optimum": figures_frontier.best_sizes(fit)}
+    )
     for name in ("a", "b"):
         assert command(censored, "--out", tmp_path / name) == 3
     for path in (tmp_path / "a").iterdir():
@@ -157,10 +338,21 @@ def test_refusals_have_their_own_exit_code_and_the_same_data_the_same_files(
     assert any(line.startswith("refused") for line in lines)
 
 
-def test_a_place_that_cannot_be_written_is_told(three, tmp_path):
+def test_every_format_is_the_same_for_the_same_fit(fit, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with matplotlib.rc_context(plots.STYLE):
+            plots.save({"frontier": figures_frontier.frontier(fit)}, tmp_path / name)
+    written = sorted((tmp_path / "a").iterdir())
+    assert [path.suffix for path in written] == [".pdf", ".png", ".svg"]
+    for path in written:
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_place_that_cannot_be_written_is_told(one, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make"):
-        command(three, "--out", tmp_path / "file" / "fit")
+        command(one, "--out", tmp_path / "file" / "fit")
 
 
 @pytest.mark.parametrize("bad", ["0", "99", "many"])

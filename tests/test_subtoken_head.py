@@ -1,141 +1,227 @@
 """The head against its dense twin: values and gradients, over bases, lengths and shapes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from head_cases import compare, log_prob_pair, loss_pair, problem, reference_loss
 
 from prime_jax.config import SubtokenConfig
-from prime_jax.kernels import subtoken_head
+from prime_jax.kernels import subtoken_head_xla
 from prime_jax.kernels.subtoken_head import (
     Head,
-    chunk_rows,
-    consistent,
-    subtoken_head_reference,
     subtoken_log_masses,
+    subtoken_log_probs,
     subtoken_loss,
+)
+from prime_jax.kernels.subtoken_head_base import consistent
+from prime_jax.kernels.subtoken_head_reference import (
+    restricted_logits,
+    subtoken_head_reference,
+    subtoken_log_probs_reference,
 )
 from prime_jax.subtokens import Codebook
 
-
-def problem(vocab=37, length=6, rows=24, width=8, seed=0, scope="vocab"):
-    """A random batch whose first rows are: all visible, all masked, one slot masked."""
-    rng = np.random.default_rng(seed)
-    book = Codebook.create(vocab, SubtokenConfig(length=length, scope=scope, seed=seed))
-    h = jnp.asarray(rng.normal(0, 1, (rows, width)), jnp.float32)
-    head = jnp.asarray(rng.normal(0, 1, (vocab, width)), jnp.float32)
-    token = jnp.asarray(rng.integers(0, vocab, rows), jnp.int32)
-    masked = rng.random((rows, length)) < rng.random((rows, 1))
-    masked[0], masked[1], masked[2] = False, True, np.arange(length) == 0
-    weight = jnp.asarray(rng.random(rows) + 0.1, jnp.float32)
-    return book, h, head, token, jnp.asarray(masked), weight
-
-
-def reference_loss(head, h, rows, token, masked, weight, whole=None):
-    """The weighted sums of `subtoken_loss`, from the dense twin."""
-    slots, joint = subtoken_head_reference(head, h, rows, token, masked)
-    pays = subtoken_head.charged(head, masked)
-    marginal = -slots.sum(1)
-    if whole is not None:
-        marginal = jnp.where(whole & masked.any(1), -joint, marginal)
-    return (weight * marginal).sum(), -(jnp.where(pays, weight, 0) * joint).sum()
-
-
 CASES = [
     (37, 1, "vocab"),
-    (37, 2, "codes"),  # b = 7
-    (200, 2, "vocab"),  # b = 15: digits compared instead of multiplied
+    (37, 2, "vocab"),  # b = 7; 37 rows of 7 digits: a last, shorter one
+    (37, 2, "codes"),
     (37, 6, "vocab"),
-    (64, 6, "codes"),
-    (37, 17, "vocab"),  # two words
+    (37, 17, "vocab"),
+    (37, 12, "codes"),
     (2, 1, "vocab"),
 ]
+FEW = [(37, 1, "vocab"), (37, 6, "vocab")]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "length", "scope", "loss", "carry_over"),
+    [(*case, "marginal", True) for case in CASES]
+    + [(*case, "joint", carry_over) for case in FEW for carry_over in (True, False)],
+)
+def test_loss_and_gradients_equal_the_dense_twin(vocab, length, scope, loss, carry_over):
+    p = problem(vocab, length, scope=scope)
+    head = Head(p.book, carry_over, loss)
+    compare(loss_pair(head, p), p.h, p.rows, rtol=1e-5)
+    sums, want = (jax.jit(partial(f, head))(*p[1:]) for f in (subtoken_loss, reference_loss))
+    np.testing.assert_allclose(sums, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("vocab", "length", "scope"), CASES)
-@pytest.mark.parametrize(
-    ("loss", "carry_over"), [("marginal", True), ("joint", True), ("joint", False)]
-)
-def test_loss_and_gradients_equal_the_dense_twin(vocab, length, scope, loss, carry_over):
-    book, h, rows, token, masked, weight = problem(vocab, length, scope=scope)
-    head = Head(book, carry_over, loss)
-    index = 0 if loss == "marginal" else 1
+def test_log_probs_take_any_cotangent(vocab, length, scope):
+    p = problem(vocab, length, scope=scope)
+    compare(log_prob_pair(Head(p.book), p), p.h, p.rows, rtol=1e-5)
 
-    def ours(h, rows):
-        return subtoken_loss(head, h, rows, token, masked, weight)[index]
 
-    def twin(h, rows):
-        return reference_loss(head, h, rows, token, masked, weight)[index]
+def test_log_probs_without_carry_over():
+    p = problem()
+    compare(log_prob_pair(Head(p.book, carry_over=False), p), p.h, p.rows, rtol=1e-5)
 
-    with jax.default_matmul_precision("highest"):
-        sums = subtoken_loss(head, h, rows, token, masked, weight)
-        np.testing.assert_allclose(
-            sums, reference_loss(head, h, rows, token, masked, weight), rtol=2e-5
-        )
-        got, want = jax.grad(ours, (0, 1))(h, rows), jax.grad(twin, (0, 1))(h, rows)
+
+def test_log_probs_equal_the_dense_twin():
+    p = problem()
+    head = Head(p.book)
+    got, want = (
+        jax.jit(partial(f, head))(p.h, p.rows, p.true, p.masked)
+        for f in (subtoken_log_probs, subtoken_log_probs_reference)
+    )
+    assert got[1].shape == (24, 6, 2)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4)
+        np.testing.assert_allclose(a, np.maximum(b, -1e30), atol=1e-5)
 
 
 def test_whole_tokens_pay_jointly():
-    book, h, rows, token, masked, weight = problem()
+    p = problem()
     whole = jnp.arange(24) % 2 == 1
-    masked = jnp.where(whole[:, None], masked.any(1, keepdims=True), masked)
-    head = Head(book)
-    ours = lambda h: subtoken_loss(head, h, rows, token, masked, weight, whole).marginal  # noqa: E731
-    twin = lambda h: reference_loss(head, h, rows, token, masked, weight, whole)[0]  # noqa: E731
-    np.testing.assert_allclose(ours(h), twin(h), rtol=2e-5)
-    np.testing.assert_allclose(jax.grad(ours)(h), jax.grad(twin)(h), atol=2e-5, rtol=2e-4)
+    p = p._replace(masked=jnp.where(whole[:, None], p.masked.any(1, keepdims=True), p.masked))
+    compare(loss_pair(Head(p.book), p, whole), p.h, p.rows, rtol=1e-5)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
-    book, h, rows, token, masked, weight = problem()
-    head = Head(book)
-    whole = jax.value_and_grad(lambda h: subtoken_loss(head, h, rows, token, masked, weight)[0])(h)
-    monkeypatch.setattr(subtoken_head, "CHUNK_ELEMENTS", 37 * 3)
-    parts = jax.value_and_grad(lambda h: subtoken_loss(head, h, rows, token, masked, weight)[0])(h)
-    assert chunk_rows(24, 37) == 3
-    np.testing.assert_allclose(whole[0], parts[0], rtol=1e-6)
-    np.testing.assert_allclose(whole[1], parts[1], atol=1e-6)
+@pytest.mark.parametrize("rows", [24, 23])  # 23 = 6 x 4 - 1: padded
+def test_chunks_do_not_change_the_result(rows, monkeypatch):
+    p = problem(rows=rows)
+
+    def both():
+        head = Head(p.book)  # a new one: nothing compiled is used again
+        pairs = loss_pair(head, p), log_prob_pair(head, p)
+        return [jax.jit(jax.value_and_grad(ours, (0, 1)))(p.h, p.rows) for ours, _ in pairs]
+
+    whole = both()
+    monkeypatch.setattr(subtoken_head_xla, "CHUNK_ELEMENTS", 37 * 4)
+    monkeypatch.setattr(subtoken_head_xla, "MIN_ROWS", 1)
+    assert subtoken_head_xla.chunk_rows(rows, 37) == 4
+    parts = ours(p.h, p.rows), any_cotangent(p.h, p.rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), whole, parts)
 
 
-@pytest.mark.parametrize(("vocab", "length", "scope"), CASES)
-def test_log_masses_equal_the_dense_twin(vocab, length, scope):
-    book, h, rows, token, masked, _ = problem(vocab, length, scope=scope)
-    head = Head(book)
-    later = jnp.asarray(np.random.default_rng(1).random(masked.shape) < 0.5) & masked
-    digits = jnp.asarray(book.digits)[token]
-    slots, joint = subtoken_head_reference(head, h, rows, token, masked)
-    got, revealed = subtoken_log_masses(head, h, rows, token, masked, later)
+@pytest.mark.parametrize(
+    ("vocab", "length", "scope", "carry_over"),
+    [(*case, True) for case in CASES] + [(*case, False) for case in FEW],
+)
+def test_log_masses_equal_the_dense_twin(vocab, length, scope, carry_over):
+    p = problem(vocab, length, scope=scope)
+    head = Head(p.book, carry_over)
+    later = jnp.asarray(np.random.default_rng(1).random(p.masked.shape) < 0.5) & p.masked
+    log_masses = jax.jit(partial(subtoken_log_masses, head))
+    reference = jax.jit(partial(subtoken_head_reference, head))
+    slots, joint = reference(p.h, p.rows, p.true, p.masked)
+    got, revealed = log_masses(p.h, p.rows, p.true, p.masked, later)
     if length > 1:  # for l = 1 nothing but the reveal itself is charged
         np.testing.assert_allclose(got, slots.sum(1), atol=2e-4)
-    z = jnp.where(consistent(book, digits, masked) | (length == 1), h @ rows.T, -1e30)
-    kept = consistent(book, digits, ~(masked & ~later))
+    z = restricted_logits(head, p.h, p.rows, p.true, p.masked)
+    digits = head.digits_VxS[p.true]
+    kept = ((digits[:, None] == head.digits_VxS) | ~np.asarray(p.masked & ~later)[:, None]).all(-1)
     want = jax.nn.logsumexp(jnp.where(kept, z, -1e30), 1) - jax.nn.logsumexp(z, 1)
     np.testing.assert_allclose(revealed, want, atol=2e-4)
-    everything = subtoken_log_masses(head, h, rows, token, masked, jnp.zeros_like(masked))[1]
-    np.testing.assert_allclose(everything, jnp.where(masked.any(1), joint, 0), atol=2e-4)
+    if carry_over:
+        everything = log_masses(p.h, p.rows, p.true, p.masked)[1]
+        np.testing.assert_allclose(everything, jnp.where(p.masked.any(1), joint, 0), atol=2e-4)
 
 
-@pytest.mark.parametrize("length", [1, 6, 16, 17, 32])
-def test_consistency_by_bits_is_consistency_by_digits(length):
-    book, _, _, token, masked, _ = problem(min(40, 2**length), length)
-    digits = book.digits[np.asarray(token)]
-    by_digit = ((digits[:, None] == book.digits[None]) | np.asarray(masked)[:, None]).all(-1)
-    assert (np.asarray(consistent(book, jnp.asarray(digits), masked)) == by_digit).all()
+@pytest.mark.parametrize(
+    ("vocab", "length"), [(40, 1), (40, 6), (40, 16), (40, 17), (40, 32), (200, 2), (200, 3)]
+)
+def test_consistency_by_words_is_consistency_by_digits(vocab, length):
+    p = problem(vocab, length)
+    head = Head(p.book)
+    digits, masked = head.digits_VxS[p.true], np.asarray(p.masked)
+    by_digit = ((digits[:, None] == head.digits_VxS) | masked[:, None]).all(-1)
+    words = jnp.asarray(head.words_VxW)[p.true]
+    by_word = consistent(head.words_VxW, words, head.visible_words(~p.masked))
+    assert (np.asarray(by_word) == by_digit).all()
 
 
+@pytest.mark.parametrize("scope", ["vocab", "codes"])
+def test_head_rows_are_in_the_order_of_codes(scope):
+    book = Codebook.create(37, SubtokenConfig(length=6, scope=scope, seed=3))
+    head = Head(book)
+    assert (np.diff(head.words_VxW[:, 0]) > 0).all()
+    assert (head.digits_VxS[book.rows] == book.digits).all()
+    assert head.dense_codes == (scope == "vocab")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("loss", [0, 1])
-def test_extreme_logits_stay_finite_and_above_the_truth(loss):
+def test_extreme_logits_stay_finite_and_above_the_truth(loss, implementation):
     """Where a slot's mass underflows it is charged -log p_x: finite, and never too little."""
-    book, h, rows, token, masked, weight = problem()
-    head = Head(book, loss=("marginal", "joint")[loss])
-    ours = lambda h: subtoken_loss(head, h, rows, token, masked, weight)[loss]  # noqa: E731
-    value, gradient = jax.value_and_grad(ours)(60 * h)
+    p = problem(scale=60)
+    head = Head(p.book, loss=("marginal", "joint")[loss], implementation=implementation)
+    ours, _ = loss_pair(head, p)
+    value, gradient = jax.jit(jax.value_and_grad(ours))(p.h, p.rows)
     assert np.isfinite(gradient).all()
     with jax.enable_x64(True):
-        exact = reference_loss(head, np.float64(60 * h), np.float64(rows), token, masked, weight)
+        exact = reference_loss(head, np.float64(p.h), np.float64(p.rows), *p[3:])
     assert np.isfinite(value)
     exact = [float(x) for x in exact]
     assert float(value) >= exact[loss] * (1 - 1e-6)
-    assert float(value) <= 1.5 * exact[1] * book.length
+    assert float(value) <= 1.5 * exact[1] * p.book.length
+    if loss == 0:
+        log_probs = jax.jit(partial(subtoken_log_probs, head))
+        assert np.isfinite(log_probs(p.h, p.rows, p.true, p.masked)[1]).all()
+
+
+def test_products_are_made_in_the_dtype_of_the_head():
+    p = problem(width=64)
+    half = p._replace(rows=p.rows.astype(jnp.bfloat16))
+    ours, _ = loss_pair(Head(p.book), half)
+    value, gradients = jax.value_and_grad(ours, (0, 1))(half.h, half.rows)
+    assert [g.dtype for g in gradients] == [jnp.float32, jnp.bfloat16]
+    assert value == ours(half.h.astype(jnp.bfloat16), half.rows)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "length", "scope"),
+    [
+        (37, 6, "codes"),
+        pytest.param(64, 6, "vocab", marks=pytest.mark.slow),
+        pytest.param(37, 1, "vocab", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_head_rows_split_over_devices(vocab, length, scope, implementation):
+    """Eight devices with ceil(V / 8) head rows each; gradients are taken inside."""
+    devices = 8
+    p = problem(vocab, length, scope=scope, width=16)
+    mesh = jax.make_mesh((devices,), ("vocabulary",), axis_types=(jax.sharding.AxisType.Auto,))
+    head = Head(p.book, implementation=implementation, axis_name="vocabulary")
+    padding = -vocab % devices
+    rows = jnp.pad(p.rows, ((0, padding), (0, 0)), constant_values=3.0)
+
+    def device(pair_of):
+        inside = jax.value_and_grad(pair_of(head, p)[0], (0, 1))
+        split, whole = jax.P("vocabulary"), jax.P()
+        return jax.jit(
+            jax.shard_map(
+                inside,
+                mesh=mesh,
+                in_specs=(whole, split),
+                out_specs=(whole, (whole, split)),
+                check_vma=False,
+            )
+        )
+
+    for pair_of in (loss_pair, log_prob_pair):
+        with jax.default_matmul_precision("highest"):
+            value, (dh, drows) = device(pair_of)(p.h, rows)
+            want = jax.value_and_grad(pair_of(Head(p.book), p)[1], (0, 1))(p.h, p.rows)
+        np.testing.assert_allclose(value, want[0], rtol=1e-5)
+        scale = np.abs(want[1][1]).max()
+        np.testing.assert_allclose(dh, want[1][0], atol=1e-5 * np.abs(want[1][0]).max(), rtol=0)
+        np.testing.assert_allclose(drows[:vocab], want[1][1], atol=1e-5 * scale, rtol=0)
+        assert not np.asarray(drows[vocab:]).any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize(
+    ("vocab", "length"),
+    [
+        pytest.param(131072, 17, marks=pytest.mark.slow),
+        pytest.param(262144, 18, marks=pytest.mark.slow),
+    ],
+)
+def test_large_vocabularies(vocab, length, implementation):
+    p = problem(vocab, length, rows=8, width=4)
+    head = Head(p.book, implementation=implementation, blocks=(8, 8192, 8192))
+    compare(loss_pair(head, p), p.h, p.rows, rtol=1e-5)

@@ -45,15 +45,17 @@ class Task(NamedTuple):
         return self.head.codebook
 
 
-def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS) -> tuple:
+def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> tuple:
     """Per sequence: (marginal, joint) cost in nats of the sub-tokens in `masked & ~later`.
 
-    The marginal cost charges each of them alone, the joint cost within-token together.
+    The marginal cost charges each of them alone, the joint cost within-token together. Without
+    `later_BxLxS` nothing is left for later.
     """
     h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
-    flat = [x.reshape(-1, *x.shape[2:]) for x in (h_BxLxD, inputs.token_BxL)]
-    masks = [x.reshape(-1, x.shape[-1]) for x in (inputs.masked_BxLxS, later_BxLxS)]
-    marginal_N, joint_N = subtoken_log_masses(head, flat[0], head_VxD, flat[1], *masks)
+    row_BxL = jnp.asarray(head.codebook.rows)[inputs.token_BxL]
+    parts = (row_BxL, inputs.masked_BxLxS, later_BxLxS)
+    h_NxD, *flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (h_BxLxD, *parts))
+    marginal_N, joint_N = subtoken_log_masses(head, h_NxD, head_VxD, *flat)
     shape = inputs.token_BxL.shape
     return -marginal_N.reshape(shape).sum(1), -joint_N.reshape(shape).sum(1)
 
@@ -66,7 +68,7 @@ def _hidden(task: Task, token_BxL, masked_BxLxS) -> Inputs:
 def exact(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
     """-log p(x) of an autoregressive model, nats [B]."""
     inputs = autoregressive_inputs(task.config, task.book, token_BxL, task.eos_id)
-    return {"ar": row_nats(task.head, network, inputs, jnp.zeros_like(inputs.masked_BxLxS))[1]}
+    return {"ar": row_nats(task.head, network, inputs)[1]}
 
 
 def fixed_count(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.Array) -> tuple:
@@ -89,8 +91,7 @@ def subtoken(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Value
     score = jax.vmap(lambda key: jax.random.uniform(key, candidate.shape[1:]))(key_B)
     masked, weight_B = fixed_count(score, candidate, uniform_B)
     inputs = _hidden(task, token_BxL, masked.reshape(shape))
-    nothing = jnp.zeros_like(inputs.masked_BxLxS)
-    marginal_B, joint_B = row_nats(task.head, network, inputs, nothing)
+    marginal_B, joint_B = row_nats(task.head, network, inputs)
     values = {"subtoken": weight_B * marginal_B}
     if task.book.length > 1:
         values["joint"] = weight_B * joint_B
@@ -104,8 +105,7 @@ def token(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
     masked_BxL, weight_B = fixed_count(score, target_BxL, uniform_B)
     shape = (*token_BxL.shape, task.book.length)
     inputs = _hidden(task, token_BxL, jnp.broadcast_to(masked_BxL[..., None], shape))
-    nothing = jnp.zeros_like(inputs.masked_BxLxS)
-    return {"token": weight_B * row_nats(task.head, network, inputs, nothing)[1]}
+    return {"token": weight_B * row_nats(task.head, network, inputs)[1]}
 
 
 def finite(steps: int, task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
@@ -260,5 +260,8 @@ def bits_per_byte(loss: Loss, n_bytes: int) -> float | None:
     return loss.value * loss.n_tokens / np.log(2) / n_bytes
 
 
-def make_task(config: RunConfig, codebook: Codebook, eos_id: int) -> Task:
-    return Task(config, make_head(config, codebook), eos_id)
+def make_task(
+    config: RunConfig, codebook: Codebook, eos_id: int, axis_name: str | None = None
+) -> Task:
+    """Args: axis_name: mesh axis that splits the head's rows (`make_head`)."""
+    return Task(config, make_head(config, codebook, axis_name), eos_id)

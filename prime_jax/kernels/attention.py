@@ -1,29 +1,42 @@
-"""Softmax attention for all families: bidirectional or causal, optionally within segments.
+"""Softmax attention for all families: bidirectional or causal, optionally within documents.
 
-`attention_reference` is the plain twin. On a CPU heads and blocks of queries are scanned, and the
-scores are recomputed in the backward pass, so that they stay in cache and are never stored;
-elsewhere the library's fused path is used.
+One function, several implementations: our Mosaic kernels or JAX's splash attention on a TPU, cuDNN
+on a GPU, plain XLA anywhere. On a CPU heads and blocks of queries are scanned, and the scores are
+recomputed in the backward pass, so that they stay in cache and are never stored.
+`attention_reference` is the plain twin of all.
+
+A document is a run of equal segment ids; a negative id is padding. Positions see each other within
+their document only; padding sees nothing and gives zeros.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from prime_jax.errors import UserError
+
 NEG = -1e30
 SAVED = "attention"  # name of what a remat policy should keep: scores are recomputed anyway
 QUERY_ROWS = 256  # of a block: large enough for the cores, small enough for their caches
 
 
-def allowed(length: int, causal: bool, segment_ids_BxL: jax.Array | None) -> jax.Array | None:
+def documents(segment_ids_BxL: jax.Array) -> jax.Array:
+    """int32 [B, L]: number of the document of every position; runs of padding count as well."""
+    new_BxL = jnp.pad(segment_ids_BxL[:, 1:] != segment_ids_BxL[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum(new_BxL.astype(jnp.int32), axis=1)
+
+
+def allowed(length: int, causal: bool, documents_BxL: jax.Array | None) -> jax.Array | None:
     """bool mask broadcastable to [B, L, L] (query, key), or None where everything is visible."""
     mask = None
     if causal:
         mask = jnp.tril(jnp.ones((length, length), bool))[None]
-    if segment_ids_BxL is not None:
-        same_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
+    if documents_BxL is not None:
+        same_BxLxL = documents_BxL[:, :, None] == documents_BxL[:, None, :]
         mask = same_BxLxL if mask is None else same_BxLxL & mask
     return mask
 
@@ -35,11 +48,18 @@ def attention_reference(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal=False, segment_i
     v_BxLxHxK = jnp.repeat(v_BxLxGxK, heads // groups, axis=2)
     scores = jnp.einsum("blhk,bmhk->bhlm", q_BxLxHxK, k_BxLxHxK).astype(jnp.float32)
     scores *= q_BxLxHxK.shape[-1] ** -0.5
-    mask = allowed(q_BxLxHxK.shape[1], causal, segment_ids_BxL)
+    runs_BxL = None if segment_ids_BxL is None else documents(segment_ids_BxL)
+    mask = allowed(q_BxLxHxK.shape[1], causal, runs_BxL)
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, NEG)
     probs = jax.nn.softmax(scores).astype(v_BxLxGxK.dtype)
-    return jnp.einsum("bhlm,bmhk->blhk", probs, v_BxLxHxK)
+    return _without_padding(jnp.einsum("bhlm,bmhk->blhk", probs, v_BxLxHxK), segment_ids_BxL)
+
+
+def _without_padding(out_BxLxHxK: jax.Array, segment_ids_BxL: jax.Array | None) -> jax.Array:
+    if segment_ids_BxL is None:
+        return out_BxLxHxK
+    return jnp.where(segment_ids_BxL[:, :, None, None] < 0, 0, out_BxLxHxK)
 
 
 def attention(
@@ -48,25 +68,138 @@ def attention(
     v_BxLxGxK: jax.Array,
     causal: bool = False,
     segment_ids_BxL: jax.Array | None = None,
+    implementation: str = "auto",
+    blocks: Sequence[int] = (),
 ) -> jax.Array:
     """Attention output [B, L, H, K]; H query heads share G key-value heads in groups of H / G.
 
     Args:
-        segment_ids_BxL: positions see each other only within equal ids (padding gets its own).
+        segment_ids_BxL: int32; positions see each other only within a run of equal ids, and
+            nothing where the id is negative.
+        implementation: `pallas` (interpreted, slowly, on a CPU), `splash`, `cudnn` (XLA where
+            cuDNN has no kernel), `xla`, `scan`, or `auto`: the best that serves these shapes on
+            the platform that the program is traced for.
+        blocks: of `pallas`: queries and keys of a block; empty for the default.
+
+    Raises:
+        UserError: unknown implementation, or blocks of another form.
     """
-    mask = allowed(q_BxLxHxK.shape[1], causal, segment_ids_BxL)
-    if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(
+    if implementation == "auto":
+        implementation = _best(q_BxLxHxK)
+    if implementation == "pallas":
+        from prime_jax.kernels import attention_pallas  # loads Mosaic: only where it is used
+
+        return attention_pallas.masked_attention(
             q_BxLxHxK,
             k_BxLxGxK,
             v_BxLxGxK,
-            mask=None if segment_ids_BxL is None else mask[:, None],
-            is_causal=causal and segment_ids_BxL is None,
+            causal,
+            segment_ids_BxL,
+            blocks,
+            interpret=_platform() == "cpu",
         )
-    return _scan_heads(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, mask)
+    if implementation not in PLAIN:
+        raise UserError(
+            f"attention implementation {implementation!r}: choose auto, pallas, "
+            + ", ".join(sorted(PLAIN))
+        )
+    # Here padding forms documents of its own, so that no row is without keys; no NaN can arise.
+    runs_BxL = None if segment_ids_BxL is None else documents(segment_ids_BxL)
+    out_BxLxHxK = PLAIN[implementation](q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, runs_BxL)
+    return _without_padding(out_BxLxHxK, segment_ids_BxL)
 
 
-def _scan_heads(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, mask):
+def _platform() -> str:
+    """cpu, gpu or tpu: of the mesh that the program is traced for, else of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device else jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def _best(q_BxLxHxK: jax.Array) -> str:
+    _, length, _, size = q_BxLxHxK.shape
+    platform = _platform()
+    if platform == "tpu":
+        from prime_jax.kernels import attention_pallas
+
+        # A whole head lies in VMEM; splash attention streams it, at any length.
+        fits = attention_pallas.fits(length, size, q_BxLxHxK.dtype.itemsize)
+        return "pallas" if fits else "splash"
+    return {"cpu": "scan", "gpu": "cudnn"}.get(platform, "xla")
+
+
+def _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, library="xla"):
+    length, heads = q_BxLxHxK.shape[1:3]
+    mask = None
+    if documents_BxL is not None:
+        mask = allowed(length, causal, documents_BxL)[:, None]
+        if library == "cudnn":  # takes no mask that is broadcast over heads
+            mask = jnp.broadcast_to(mask, (mask.shape[0], heads, length, length))
+    return jax.nn.dot_product_attention(
+        q_BxLxHxK,
+        k_BxLxGxK,
+        v_BxLxGxK,
+        mask=mask,
+        is_causal=causal and documents_BxL is None,
+        implementation=library,
+    )
+
+
+def _cudnn(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL):
+    served = cudnn_serves(q_BxLxHxK, packed=documents_BxL is not None)
+    library = "cudnn" if served else "xla"
+    return _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, library)
+
+
+def cudnn_serves(q_BxLxHxK: jax.Array, packed: bool) -> bool:
+    """Whether every GPU with cuDNN's attention has a kernel for these shapes."""
+    _, length, _, size = q_BxLxHxK.shape
+    half = q_BxLxHxK.dtype in (jnp.bfloat16, jnp.float16)
+    return half and size % 8 == 0 and size <= 128 and not (packed and length % 2)
+
+
+def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL):
+    """JAX's splash attention; documents mask, and skip nothing."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    from prime_jax.kernels.attention_visits import fitted, head_lanes
+
+    batch, length, heads, size = q_BxLxHxK.shape
+    (queries, keys), padded = fitted(length)
+    if padded > length and documents_BxL is None:
+        documents_BxL = jnp.zeros((batch, length), jnp.int32)
+    ids = None
+    if documents_BxL is not None:
+        ids_BxL = jnp.pad(documents_BxL, ((0, 0), (0, padded - length)), constant_values=-1)
+        ids = kernel.SegmentIds(ids_BxL, ids_BxL)
+
+    def heads_first(x_BxLxHxK):
+        spare = (0, 0), (0, padded - length), (0, 0), (0, head_lanes(size) - size)
+        return jnp.swapaxes(jnp.pad(x_BxLxHxK, spare), 1, 2)
+
+    mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
+    splash = kernel.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernel.BlockSizes(
+            block_q=queries,
+            block_kv=keys,
+            block_kv_compute=math.gcd(keys, 512),
+            block_q_dkv=queries,
+            block_kv_dkv=keys,
+            block_kv_dkv_compute=math.gcd(keys, 512),
+            use_fused_bwd_kernel=True,
+        ),
+        residual_checkpoint_name=SAVED,
+        interpret=_platform() == "cpu",
+    )
+    q_BxLxHxK = (q_BxLxHxK.astype(jnp.float32) * size**-0.5).astype(q_BxLxHxK.dtype)
+    out = jax.vmap(splash)(*(heads_first(x) for x in (q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)), ids)
+    return jnp.swapaxes(out, 1, 2)[:, :length, :, :size]
+
+
+def _scan(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL):
+    mask = allowed(q_BxLxHxK.shape[1], causal, documents_BxL)
     heads, groups = q_BxLxHxK.shape[2], k_BxLxGxK.shape[2]
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q_BxLxHxK, k_BxLxGxK, v_BxLxGxK))
     if groups < heads:
@@ -146,3 +279,5 @@ def _one_head_backward(residuals, dout_BxLxK):
 
 
 _one_head.defvjp(_one_head_forward, _one_head_backward)
+
+PLAIN = {"splash": _splash, "cudnn": _cudnn, "xla": _xla, "scan": _scan}

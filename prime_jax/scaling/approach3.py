@@ -1,28 +1,37 @@
 """Approach 3: the law fitted to all runs of a family, with a certificate of convergence.
 
-Minimises sum_i w_i Huber_delta(log L_hat_i - log L_i) with
+Minimises sum_i w_i rho(log L_hat_i - log L_i) with
 log L_hat = logsumexp(log E, log A - alpha log N, log B - beta log D) (Hoffmann et al. 2022,
-equation 3). Published fits that stop short of their own optimum (one leaves A and B at the start
-value) come from finite differences on badly scaled unknowns; here the unknowns are standardised,
-gradient and Hessian exact, and every fit says how well it converged.
+equation 3), and rho(r) either Huber's function, |r| (`lad`) or r**2 / 2 (`ls`). Published fits that
+stop short of their own optimum (one leaves A and B at the start value) come from finite
+differences on badly scaled unknowns; here the unknowns are standardised, gradient and Hessian
+exact, and every fit says how well it converged.
 """
 
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr
 
-from prime_jax.scaling import newton
+from prime_jax.errors import UserError
+from prime_jax.scaling import lad, newton
 from prime_jax.scaling.laws import Law
 
 Array = NDArray[np.float64]
+Objective = Literal["huber", "lad", "ls"]
 
 DELTA = 1e-3
+SMOOTH = 1e-5  # below this residual, least absolute deviation is rounded off for Newton's method
 NAMES = ("E", "A", "alpha", "B", "beta")  # order of the unknowns
+LOGS = (0, 1, 3)  # unknowns that are logs of terms of the loss
 AGREE = 1e-9  # starts within this relative distance of the best objective agree with it
 MOST = 0.9  # of the starts should
 STATIONARY = 1e-6  # largest scaled gradient of a converged fit
+EXACT = 1e-30  # squared residual that is rounding
 
 
 @dataclass(frozen=True)
@@ -35,46 +44,120 @@ class Problem:
 
     x_n: Array  # standardised log N
     y_n: Array  # standardised log D
-    log_loss_n: Array
+    log_loss_n: Array  # or [P, n]: other losses for each of P problems
+    weight_n: Array
     centre: tuple[float, float]
     scale: tuple[float, float]
-    delta: float = DELTA
+    objective: Objective = "huber"
+    delta: float = DELTA  # residual at which rho turns from a square into a line
 
     def derivatives(self, theta_Px5: Array, weight_Pxn: Array) -> tuple[Array, Array, Array]:
         """Objective_P, gradient_Px5 and Hessian_Px5x5 for P settings of unknowns and weights."""
-        s_e, s_a, s_b, residual = self._shares(theta_Px5)
-        size = np.abs(residual)
-        inside = size <= self.delta
-        cost = np.where(inside, 0.5 * residual**2, self.delta * (size - 0.5 * self.delta))
-        value = np.sum(weight_Pxn * cost, axis=1)
+        s_e, s_a, s_b, residual = self.shares(theta_Px5)
+        pull = np.clip(residual, -self.delta, self.delta)
+        weight = weight_Pxn * self.slope_factor
+        slope = weight * pull
+        value = np.sum(slope * (residual - 0.5 * pull), axis=1)
+        curve = weight * (pull == residual)
+        return value, *self.assemble(s_e, s_a, s_b, slope, curve)
 
-        slope = weight_Pxn * np.clip(residual, -self.delta, self.delta)
+    def assemble(
+        self, s_e: Array, s_a: Array, s_b: Array, slope: Array, curve: Array
+    ) -> tuple[Array, Array]:
+        """Gradient_Px5 and Hessian_Px5x5 of a sum over runs, from the first and second derivative
+        by the residual of each run, [P, n]."""
         x, y = self.x_n, self.y_n
-        one_x, one_y = np.stack([np.ones_like(x), -x], 1), np.stack([np.ones_like(y), -y], 1)
-        gradient = np.empty((len(theta_Px5), 5))
-        gradient[:, 0] = np.sum(slope * s_e, axis=1)
-        gradient[:, 1:3] = (slope * s_a) @ one_x
-        gradient[:, 3:5] = (slope * s_b) @ one_y
+        ones = np.ones_like(x)
+        one_x, one_y = np.stack([ones, -x], 1), np.stack([ones, -y], 1)
+        pull_e, pull_a, pull_b = slope * s_e, slope * s_a, slope * s_b
+        gradient = np.empty((len(slope), 5))
+        gradient[:, 0] = np.sum(pull_e, axis=1)
+        gradient[:, 1:3] = pull_a @ one_x
+        gradient[:, 3:5] = pull_b @ one_y
 
         # Two shares k, m contribute (bend s_k s_m + [k = m] slope s_k) times their features.
-        bend = weight_Pxn * inside - slope
-        hessian = np.empty((len(theta_Px5), 5, 5))
-        hessian[:, 0, 0] = np.sum(bend * s_e * s_e + slope * s_e, axis=1)
-        hessian[:, 0, 1:3] = (bend * s_e * s_a) @ one_x
-        hessian[:, 0, 3:5] = (bend * s_e * s_b) @ one_y
-        hessian[:, 1:3, 1:3] = _outer(bend * s_a * s_a + slope * s_a, one_x, one_x)
-        hessian[:, 3:5, 3:5] = _outer(bend * s_b * s_b + slope * s_b, one_y, one_y)
-        hessian[:, 1:3, 3:5] = _outer(bend * s_a * s_b, one_x, one_y)
+        bend = curve - slope
+        bend_e, bend_a, bend_b = bend * s_e, bend * s_a, bend * s_b
+        hessian = np.empty((len(slope), 5, 5))
+        hessian[:, 0, 0] = np.sum(bend_e * s_e + pull_e, axis=1)
+        hessian[:, 0, 1:3] = (bend_e * s_a) @ one_x
+        hessian[:, 0, 3:5] = (bend_e * s_b) @ one_y
+        hessian[:, 1:3, 1:3] = _outer(bend_a * s_a + pull_a, one_x, one_x)
+        hessian[:, 3:5, 3:5] = _outer(bend_b * s_b + pull_b, one_y, one_y)
+        hessian[:, 1:3, 3:5] = _outer(bend_a * s_b, one_x, one_y)
         hessian[:, 1:, 0] = hessian[:, 0, 1:]
         hessian[:, 3:5, 1:3] = hessian[:, 1:3, 3:5].transpose(0, 2, 1)
-        return value, gradient, hessian
+        return gradient, hessian
+
+    def bend(self, residual_n: Array) -> float:
+        """mean(rho''), by the weights: what the sum of all runs has for curvature.
+
+        Over a kernel density of the residuals, as few of them may lie within delta.
+        """
+        if np.isinf(self.delta):
+            return 1.0
+        count = len(residual_n)
+        residual = residual_n * np.sqrt(count / max(count - len(NAMES), 1))  # a fit hugs its data
+        quartiles = np.subtract(*np.percentile(residual, [75, 25])) / 1.34
+        width = 0.9 * min(residual.std(), quartiles) * count**-0.2
+        inside = ndtr((self.delta - residual) / width) - ndtr((-self.delta - residual) / width)
+        return float(self.weight_n @ inside / self.weight_n.sum())
+
+    def value(self, theta_5: Array) -> float:
+        """The objective as it is defined: no rounding-off of least absolute deviation."""
+        return float(self.weight_n @ self.cost(self.residual(theta_5)))
+
+    def cost(self, residual: ArrayLike) -> Array:
+        """rho of residuals."""
+        if self.objective == "lad":
+            return np.abs(residual)
+        pull = np.clip(residual, -self.delta, self.delta)
+        return pull * (residual - 0.5 * pull)
+
+    def residual(self, theta_5: Array) -> Array:
+        """log L_hat - log L, [n]."""
+        return self.shares(theta_5[None])[3][0]
+
+    def shares(self, theta_Px5: Array) -> tuple[Array, Array, Array, Array]:
+        """Shares of the three terms in the predicted loss, and the residuals; each [P, n]."""
+        e, a, alpha, b, beta = (theta_Px5[:, k : k + 1] for k in range(5))
+        s_e, s_a, s_b = np.exp(e), np.exp(a - alpha * self.x_n), np.exp(b - beta * self.y_n)
+        total = s_e + s_a + s_b
+        residual = np.log(total) - self.log_loss_n
+        part = 1 / total
+        return s_e * part, s_a * part, s_b * part, residual
 
     def gradient_scale(self, theta_Px5: Array) -> Array:
         """The gradient_Px5 if every residual pulled the same way: what "zero" is measured by."""
-        s_e, s_a, s_b, _ = self._shares(theta_Px5)
+        s_e, s_a, s_b, _ = self.shares(theta_Px5)
         size_x, size_y = np.abs(self.x_n), np.abs(self.y_n)
         columns = (s_e, s_a, s_a * size_x, s_b, s_b * size_y)
-        return self.delta * np.stack([np.sum(c, axis=1) for c in columns], 1)
+        pull = min(self.delta, DELTA) * self.slope_factor  # least squares: as of residuals of 0.1 %
+        return pull * np.stack([c @ self.weight_n for c in columns], 1)
+
+    def at(self, which: NDArray[np.intp]) -> "Problem":
+        """For some of the P sets of losses, if there are several."""
+        several = self.log_loss_n.ndim == 2
+        return replace(self, log_loss_n=self.log_loss_n[which]) if several else self
+
+    def stages(self) -> "list[Problem]":
+        """A small delta is reached through larger ones: far from the minimum it leaves Newton's
+        method without curvature."""
+        if self.delta >= DELTA:
+            return [self]
+        steps = math.ceil(math.log10(DELTA / self.delta) - 1e-9)
+        wider = [self.delta * 10.0**k for k in range(steps, 0, -1)]
+        return [*(replace(self, delta=delta) for delta in wider), self]
+
+    @property
+    def floor(self) -> float:
+        """The objective of an exact fit, which is rounding."""
+        return EXACT * self.slope_factor * len(self.x_n)
+
+    @property
+    def slope_factor(self) -> float:
+        """Makes Huber's function of a small delta the absolute value."""
+        return 1 / self.delta if self.objective == "lad" else 1.0
 
     def law(self, theta: Array) -> Law:
         """Unknowns [..., 5] in the units of the data."""
@@ -97,23 +180,30 @@ class Problem:
         upper = [high, high + 5, 5 * self.scale[0], high + 5, 5 * self.scale[1]]
         return np.array(lower), np.array(upper)
 
-    def _shares(self, theta_Px5: Array) -> tuple[Array, Array, Array, Array]:
-        """Shares of the three terms in the predicted loss, and the residuals; each [P, n]."""
-        e, a, alpha, b, beta = (theta_Px5[:, k : k + 1] for k in range(5))
-        term_a, term_b = a - alpha * self.x_n, b - beta * self.y_n
-        top = np.maximum(np.maximum(term_a, term_b), e)
-        s_e, s_a, s_b = np.exp(e - top), np.exp(term_a - top), np.exp(term_b - top)
-        total = s_e + s_a + s_b
-        residual = top + np.log(total) - self.log_loss_n
-        return s_e / total, s_a / total, s_b / total, residual
 
+def problem(
+    params: Array,
+    tokens: Array,
+    loss: Array,
+    delta: float = DELTA,
+    objective: Objective = "huber",
+    weight: Array | None = None,
+) -> Problem:
+    """The objective on runs of N = `params`, D = `tokens`; needs two different N and two D.
 
-def problem(params: Array, tokens: Array, loss: Array, delta: float = DELTA) -> Problem:
-    """The objective on runs of N = `params`, D = `tokens`; needs two different N and two D."""
+    `delta` is that of Huber's function; the other two objectives have none.
+
+    Raises:
+        UserError: a delta that is not above 0.
+    """
+    if not 0 < delta < math.inf:
+        raise UserError(f"delta is {delta}; it must be a number above 0, such as {DELTA}")
     log_n, log_d = np.log(params), np.log(tokens)
     centre, scale = (log_n.mean(), log_d.mean()), (log_n.std(), log_d.std())
     x, y = (log_n - centre[0]) / scale[0], (log_d - centre[1]) / scale[1]
-    return Problem(x, y, np.log(loss), centre, scale, delta)
+    delta = {"huber": delta, "lad": SMOOTH, "ls": math.inf}[objective]
+    weight = np.ones(len(x)) if weight is None else weight
+    return Problem(x, y, np.log(loss), weight, centre, scale, objective, delta)
 
 
 def starts(p: Problem) -> Array:
@@ -152,19 +242,26 @@ class Certificate:
         return self.gradient < STATIONARY and self.smallest_eigenvalue > 0
 
 
-def certify(p: Problem, theta_5: Array, ends_S: Array) -> Certificate:
-    """Examine any point, also a published one: `certify(p, p.theta(law), np.array([]))`."""
-    theta = theta_5[None]
-    value, gradient, hessian = p.derivatives(theta, np.ones((1, len(p.x_n))))
+def certify(p: Problem, theta_5: Array, ends_S: ArrayLike = ()) -> Certificate:
+    """Examine any point; `ends_S` are the objectives that other starts ended at."""
+    theta, ends_S = theta_5[None], np.asarray(ends_S, dtype=np.float64)
     lower, upper = p.box()
-    moves = newton.free(theta, gradient, lower, upper)[0]
-    scaled = np.abs(gradient[0]) / p.gradient_scale(theta)[0]
-    eigenvalues = np.linalg.eigvalsh(hessian[0][np.ix_(moves, moves)])
-    noise = 1e-9 * p.delta**2  # an exact fit has objective 0, where relative says nothing
-    agree = ends_S <= value[0] + AGREE * value[0] + noise
+    if p.objective == "lad":
+        gradient, curvature = lad.examine(p, theta_5)
+        moves = newton.free(theta_5, gradient, lower, upper)
+    else:
+        _, gradient_Px5, hessian = p.derivatives(theta, p.weight_n[None])
+        gradient = gradient_Px5[0]
+        moves = newton.free(theta_5, gradient, lower, upper)
+        eigenvalues = np.linalg.eigvalsh(hessian[0][np.ix_(moves, moves)])
+        curvature = eigenvalues[0] / eigenvalues[-1] if moves.any() else 0.0
+    scaled = np.abs(gradient) / p.gradient_scale(theta)[0]
+    best = ends_S.min(initial=np.inf)
+    exact = p.weight_n.sum() * p.cost(AGREE)  # where relative says nothing
+    agree = ends_S <= best + AGREE * best + exact
     return Certificate(
         gradient=float(scaled[moves].max(initial=0.0)),
-        smallest_eigenvalue=float(eigenvalues[0] / eigenvalues[-1]) if moves.any() else 0.0,
+        smallest_eigenvalue=float(curvature),
         starts=len(ends_S),
         agreeing=float(agree.mean()) if len(ends_S) else 0.0,
         bounds=tuple(name for name, moving in zip(NAMES, moves, strict=True) if not moving),
@@ -179,15 +276,53 @@ class Fit:
     certificate: Certificate
 
 
+def solve(p: Problem, start_Px5: Array, weight_Pxn: Array) -> tuple[Array, Array]:
+    """Newton's method from each start under its own weights: theta_Px5 and the objective_P."""
+    lower, upper = p.box()
+    theta, value = start_Px5, np.empty(0)
+    for stage in p.stages():
+        theta, value = newton.minimise(
+            lambda t, i, stage=stage: stage.at(i).derivatives(t, weight_Pxn[i]),
+            theta, lower, upper, stage.floor, LOGS,
+        )  # fmt: skip
+    return theta, value
+
+
 def fit(p: Problem) -> Fit:
     """The best of all starts. Its objective is summed over the runs, not averaged."""
-    ones = np.ones((1, len(p.x_n)))
-    lower, upper = p.box()
-    ends, values = newton.minimise(lambda t, _: p.derivatives(t, ones), starts(p), lower, upper)
-    best = int(np.argmin(values))
-    law = p.law(ends[best])
+    start = starts(p)
+    ends, values = solve(p, start, np.broadcast_to(p.weight_n, (len(start), len(p.x_n))))
+    theta = ends[np.argmin(values)]
+    if p.objective == "lad":
+        finer = replace(p, delta=lad.SMOOTHEST)
+        theta = lad.polish(finer, solve(finer, theta[None], p.weight_n[None])[0][0])
+    law = p.law(theta)
     law = Law(*(float(v) for v in (law.E, law.A, law.B, law.alpha, law.beta)))
-    return Fit(law, ends[best], float(values[best]), certify(p, ends[best], values))
+    return Fit(law, theta, p.value(theta), certify(p, theta, values))
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A law that somebody published, beside the optimum of the objective on the same runs.
+
+    Attributes:
+        objective: of the published law, summed over the runs.
+        excess: by which share it is above the minimum.
+        certificate: of the published law.
+        best: the fit at the minimum.
+    """
+
+    objective: float
+    excess: float
+    certificate: Certificate
+    best: Fit
+
+
+def audit(p: Problem, law: Law) -> Audit:
+    """Find how far a published law is from the minimum of the objective that it claims."""
+    theta, best = p.theta(law), fit(p)
+    objective = p.value(theta)
+    return Audit(objective, objective / best.objective - 1, certify(p, theta), best)
 
 
 def _outer(weight_Pxn: Array, left_nxI: Array, right_nxJ: Array) -> Array:

@@ -23,7 +23,7 @@ def assign(flops: Array, stated: Array | None) -> Array:
         group[order] = np.concatenate([[0], np.cumsum(steps)])
     else:
         group = np.unique(stated, return_inverse=True)[1]
-    means = [np.exp(np.log(flops[group == g]).mean()) for g in range(group.max() + 1)]
+    means = np.exp(np.bincount(group, np.log(flops)) / np.bincount(group))
     budget = np.array([float(f"{mean:.6g}") for mean in means])[group]
     if stated is None:
         return budget
@@ -34,6 +34,13 @@ def assign(flops: Array, stated: Array | None) -> Array:
 def spread(flops: Array) -> float:
     """Largest over smallest FLOPs of one budget."""
     return float(flops.max() / flops.min())
+
+
+def levels(budget: Array, flops: Array) -> int:
+    """Different amounts of compute: the budgets, and for runs without gaps between them the times
+    that their FLOPs double."""
+    runs = (flops[budget == value] for value in np.unique(budget))
+    return sum(max(1, int(np.log2(spread(of_one)))) for of_one in runs)
 
 
 def strata(budget: Array) -> Array:

@@ -35,8 +35,12 @@ class Columns:
 
 def choose(table: Table, choice: Choice) -> Columns:
     """Raises UserError for a column that is not there, with what there is."""
+    if any(name.endswith(("__MIN", "__MAX")) for name in table.columns):
+        raise UserError(
+            f"{table.source}: training curves as W&B exports them; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
+        )
     if "family" not in table.columns:
-        raise UserError(f"{table.source}: no column 'family'; it has {', '.join(table.columns)}")
+        raise UserError(f"{table.source}: no column 'family'; {_has(table)}")
     loss, loss_se, kind = _loss(table, choice.metric)
     flops, flops_convention = _convention(table, "flops", choice.flops, DEFAULT_FLOPS)
     params, params_convention = _convention(table, "params", choice.params, DEFAULT_PARAMS)
@@ -44,7 +48,7 @@ def choose(table: Table, choice: Choice) -> Columns:
     missing = [name for name, column in found.items() if not column]
     if len(missing) > 1:
         raise UserError(
-            f"{table.source}: no columns {' and '.join(missing)}; two of flops, params, tokens are needed"
+            f"{table.source}: no columns {' and '.join(missing)}; two of flops, params, tokens are needed, and {_has(table)}"
         )
     if flops in missing:
         flops_convention = "6 N D"
@@ -60,10 +64,20 @@ def _loss(table: Table, metric: str) -> tuple[str, str, str]:
     if names[0] not in table.columns:
         others = [c.removeprefix("kind_") for c in table.columns if c.startswith("kind_")]
         known = f"; metrics here: {', '.join([DEFAULT_METRIC, *others])}" if others else ""
-        raise UserError(
-            f"{table.source}: no column {names[0]!r}; it has {', '.join(table.columns)}{known}"
-        )
+        raise UserError(f"{table.source}: no column {names[0]!r}; {_has(table)}{known}")
     return names
+
+
+def _has(table: Table) -> str:
+    """The columns there are; names as other tables have them are pointed out."""
+    known = {"n": "params", "d": "tokens", "c": "flops", "name": "run"}
+    known |= {name: name for name in ("family", "loss", "flops", "params", "tokens", "kind", "run")}
+    meant = {name: known.get(name.lower()) for name in table.columns}
+    hints = [
+        f"{name} is called {right}" for name, right in meant.items() if right not in (None, name)
+    ]
+    shown = ", ".join(table.columns[:20]) + (", ..." if len(table.columns) > 20 else "")
+    return f"it has {shown}" + (f" ({', '.join(hints)} here)" if hints else "")
 
 
 def _convention(table: Table, quantity: str, wanted: str | None, default: str) -> tuple[str, str]:

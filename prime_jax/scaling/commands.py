@@ -10,13 +10,17 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from prime_jax.scaling.columns import Choice
+    from prime_jax.scaling.fit import Settings
+
 DESCRIPTION = """\
-Fit scaling laws to finished runs: approach 2 (IsoFLOP parabolas) and approach 3
-(L = E + A/N^alpha + B/D^beta) for each family, with intervals, figures and a report.
+Fit scaling laws to finished runs: approach 1 (envelope of training curves), approach 2
+(IsoFLOP parabolas) and approach 3 (L = E + A/N^alpha + B/D^beta) for each family, with
+intervals, figures and a report.
 
 RUNS_OR_CSV is a sweep directory, or any CSV with the columns family, loss and two of
 flops, params, tokens (the third is then C = 6 N D), and optionally kind (nll, nelbo,
-train_loss), loss_se, budget, run, seed, status, reason, step, epochs, given, tokenizer, eval_set.
+train_loss), loss_se, budget, run, seed, status, reason, step, epochs, unique_tokens, given, tokenizer, eval_set.
 
 Exit code: 0 fitted, 3 fitted but something was refused (fit.json and the report say
 what and why), 2 bad input.
@@ -30,6 +34,18 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_options(parser)
+    parser.add_argument(
+        "--curves",
+        type=Path,
+        metavar="FILE",
+        help="training curves for approach 1 (a sweep has its own): a CSV with the columns run, step or tokens, loss, or a chart as W&B exports it; RUNS_OR_CSV has a row for each run",
+    )
+    parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every command on RUNS_OR_CSV takes."""
     parser.add_argument("runs", type=Path, metavar="RUNS_OR_CSV")
     parser.add_argument(
         "--metric",
@@ -48,31 +64,63 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--bootstrap", type=_replicates, default=1000, help="replicates (1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     parser.add_argument(
+        "--objective",
+        choices=("huber", "lad", "ls"),
+        default="huber",
+        help="of approach 3, on log residuals: Huber (default), least absolute deviation, least squares",
+    )
+    parser.add_argument(
+        "--delta", type=float, default=1e-3, help="log residual from which Huber is linear (1e-3)"
+    )
+    parser.add_argument(
+        "--approach2",
+        choices=("parabola", "akima"),
+        default="parabola",
+        help="the curve through the losses of one budget (parabola)",
+    )
+    parser.add_argument(
         "--allow-mixed-kinds",
         action="store_true",
         help="fit and draw losses of different kinds together; every figure says so",
     )
-    parser.set_defaults(run=run)
+
+
+def choice_of(args: argparse.Namespace) -> "Choice":
+    from prime_jax.scaling.columns import Choice
+
+    return Choice(args.metric, args.flops, args.params, args.allow_mixed_kinds)
+
+
+def settings_of(args: argparse.Namespace) -> "Settings":
+    from prime_jax.scaling.fit import Settings
+
+    return Settings(
+        args.bootstrap,
+        args.seed,
+        delta=args.delta,
+        objective=args.objective,
+        approach2=args.approach2,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prime_jax.records import write_json_atomic
-    from prime_jax.scaling import fit, points, record, table
-    from prime_jax.scaling.columns import Choice
+    from prime_jax.scaling import curves, fit, points, record, saved
 
     console = Console()
-    choice = Choice(args.metric, args.flops, args.params, args.allow_mixed_kinds)
-    runs = points.select(table.read(args.runs), choice)
-    settings = fit.Settings(replicates=args.bootstrap, seed=args.seed)
+    choice = choice_of(args)
+    data, logs = curves.read(args.runs, args.curves, args.metric)
+    runs = points.select(data, choice)
+    lines = curves.join(logs, data, runs, asked=bool(args.curves)) if logs else None
+    settings = settings_of(args)
     with console.status("fitting") as status:
-        fitted = fit.fit_runs(runs, settings, lambda name: status.update(f"fitting {name}"))
+        fitted = fit.fit_runs(runs, settings, lambda name: status.update(f"fitting {name}"), lines)
         result = record.as_dict(fitted)
-        out = _make(args.out or default_out(args.runs))
-        write_json_atomic(out / "fit.json", result)
+        out = make(args.out or default_out(args.runs))
+        saved.write(out, result, data, runs, _templates(args.runs))
         status.update("drawing")
-        pictures = _draw(fitted, result, out)
+        pictures = _draw(fitted, out)
     _print(console, result)
     for path in pictures:
         console.print(f"figure  {path}", soft_wrap=True, highlight=False)
@@ -80,27 +128,33 @@ def run(args: argparse.Namespace) -> int:
     return 3 if fitted.refused else 0
 
 
+def _templates(source: Path) -> dict[str, Any]:
+    """What new runs of each family would share with those of a sweep; a CSV does not say."""
+    from prime_jax.scaling import launchable
+
+    return launchable.of_sweep(source) if source.is_dir() else {}
+
+
 def default_out(source: Path) -> Path:
     """RUNS/fit for a sweep; beside a CSV, its name and `-fit`."""
     return source / "fit" if source.is_dir() else source.with_name(f"{source.stem}-fit")
 
 
-def _draw(fitted: Any, result: dict[str, Any], out: Path) -> list[Path]:
+def _draw(fitted: Any, out: Path) -> list[Path]:
     """Write figures and report; returns the PNG files."""
     from prime_jax.scaling import plots, report
 
     try:
-        paths = plots.save(plots.draw_all(fitted), out)
-        pictures = {
-            n: report.inline(path) for (n, suffix), path in paths.items() if suffix == "svg"
-        }
-        (out / "report.html").write_text(report.render(result, pictures), encoding="utf-8")
+        figures = plots.draw_all(fitted)
+        plots.forget(set(plots.NAMES) - set(figures), out)
+        paths = plots.save(figures, out)
+        report.write(out)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
     return [path for (_, suffix), path in paths.items() if suffix == "png"]
 
 
-def _make(out: Path) -> Path:
+def make(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -165,10 +219,18 @@ def _cells(family: dict[str, Any]) -> dict[str, str]:
         for name in names:
             key = name.split(",")[0]
             out[name] = _with(values[key], three["intervals"][key], labels.value)
-    refused = two["a"] is None
-    out["a, approach 2"] = (
-        "refused" if refused else _with(two["a"], two["intervals"]["a"], labels.value)
-    )
+    for name, part in (
+        ("a, approach 2", two),
+        ("  de-biased", two["debiased"] or {"a": None}),
+        ("a, approach 1", family["approach1"]),
+    ):
+        refused = part["a"] is None
+        out[name] = "refused" if refused else _with(part["a"], part["intervals"]["a"], labels.value)
+    if (
+        family["approach1"]["warnings"][:1]
+        and family["approach1"]["warnings"][0]["code"] == "no_curves"
+    ):
+        out["a, approach 1"] = "no curves"
     best = three["optima"][-1] if three["params"] else None
     out["largest C"] = labels.flops(family["budgets"][-1])
     for quantity, name, show, digits in (
@@ -178,6 +240,12 @@ def _cells(family: dict[str, Any]) -> dict[str, str]:
     ):
         ends = best["intervals"][quantity] if best else None
         out[name] = _with(best[quantity], ends, show, digits) if best else "refused"
+    known = family["rollout"] and family["rollout"]["steps"]
+    out["held-out loss error"] = (
+        "{bias:+.1%} on average, {rms:.1%} rms".format(**family["rollout"])
+        if known
+        else "not known"
+    )
     out["warnings"] = str(len(family["warnings"]))
     return out
 

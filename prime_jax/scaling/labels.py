@@ -29,6 +29,14 @@ def value(number: float, digits: int = 4) -> str:
     return f"{number:.{digits - 1}g}"
 
 
+def share(probability: float, replicates: int) -> str:
+    """A share of replicates, no finer than their number allows."""
+    least = 1 / replicates
+    if probability < least:
+        return f"< {least:.2g}"
+    return f"> {1 - least:.4g}" if probability > 1 - least else f"{probability:.3g}"
+
+
 def kind(joined: str) -> str:
     """Of losses of one or several kinds ("nll+nelbo")."""
     return " and ".join(KINDS[k] for k in joined.split("+"))

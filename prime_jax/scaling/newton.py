@@ -6,7 +6,7 @@ Taking |eigenvalues| makes every step a descent direction also where the objecti
 (Dauphin et al., 2014).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,47 +17,60 @@ Array = NDArray[np.float64]
 Derivatives = Callable[[Array, NDArray[np.intp]], tuple[Array, Array, Array]]
 
 SHRINK, GROW = 0.1, 4.0
-LEAST_DAMPING, MOST_DAMPING = 1e-14, 1e12
-IDLE = 4  # consecutive accepted steps without progress in float64 that end a problem
+GOOD = 0.25  # damping shrinks after a step that gains this share of what its gradient promised
+FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-3, 1e-14, 1e12
+LONGEST = 1.0  # step; the unknowns should be scaled so that they are of order one
+LARGEST_CUT = 0.9  # of an unknown whose log is the unknown
+ROUNDING = 1e-15  # a problem ends with the step that promises less than this share of its value
 
 
 def minimise(
-    derivatives: Derivatives, start_PxK: Array, lower_K: Array, upper_K: Array, steps: int = 500
+    derivatives: Derivatives,
+    start_PxK: Array,
+    lower_K: Array,
+    upper_K: Array,
+    floor: float = 0.0,
+    logs: Sequence[int] = (),
+    steps: int = 500,
 ) -> tuple[Array, Array]:
     """Minimise P problems of K unknowns.
 
     Args:
-        derivatives: value, gradient and Hessian of the problems with the given indices.
+        derivatives: value (not below 0), gradient and Hessian of the problems with the given
+            indices.
         start_PxK: a start per problem; it is moved into the box.
         lower_K, upper_K: the box.
+        floor: a value that is as good as 0, because rounding gives as much.
+        logs: unknowns that are logs of what the objective is closer to a parabola in; steps are
+            straight in that.
         steps: most evaluations per problem.
 
     Returns:
-        theta_PxK and value_P. The value is never above that of the start.
+        theta_PxK and value_P. But for rounding, the value is never above that of the start.
     """
     theta = np.clip(np.asarray(start_PxK, dtype=np.float64), lower_K, upper_K)
     active = np.arange(len(theta))
     value, gradient, hessian = derivatives(theta, active)
-    damping = np.full(len(theta), 1e-2)
-    idle = np.zeros(len(theta), dtype=int)
+    damping = np.full(len(theta), FIRST_DAMPING)
     for _ in range(steps):
         if not len(active):
             break
         here = theta[active]
-        step = _step(here, gradient[active], hessian[active], damping[active], lower_K, upper_K)
+        step, slope, promise = _step(
+            here, gradient[active], hessian[active], damping[active], lower_K, upper_K, logs
+        )
+        last = promise <= ROUNDING * value[active] + floor
         trial = np.clip(here + step, lower_K, upper_K)
         new_value, new_gradient, new_hessian = derivatives(trial, active)
-        better = new_value <= value[active]
         gain = value[active] - new_value
+        better = gain >= np.where(last, -4 * ROUNDING * value[active], 0.0)
         done = active[better]
         theta[done], value[done] = trial[better], new_value[better]
         gradient[done], hessian[done] = new_gradient[better], new_hessian[better]
-        damping[active] *= np.where(better, SHRINK, GROW)
+        damping[active] *= np.where(gain >= GOOD * slope, SHRINK, np.where(better, 1.0, GROW))
         damping = np.maximum(damping, LEAST_DAMPING)
-        stalled = better & (gain <= 1e-15 * new_value)
-        idle[active] = np.where(stalled, idle[active] + 1, np.where(better, 0, idle[active]))
         stuck = ~better & (np.all(trial == here, axis=1) | (damping[active] > MOST_DAMPING))
-        active = active[(idle[active] < IDLE) & ~stuck]
+        active = active[~last & ~stuck]
     return theta, value
 
 
@@ -67,14 +80,26 @@ def free(theta: Array, gradient: Array, lower_K: Array, upper_K: Array) -> NDArr
 
 
 def _step(
-    theta: Array, gradient: Array, hessian: Array, damping: Array, lower_K: Array, upper_K: Array
-) -> Array:
+    theta: Array,
+    gradient: Array,
+    hessian: Array,
+    damping: Array,
+    lower_K: Array,
+    upper_K: Array,
+    logs: Sequence[int],
+) -> tuple[Array, Array, Array]:
+    """The step, what the gradient promises along it, and the gain of one without damping."""
     moves = free(theta, gradient, lower_K, upper_K)
     gradient = np.where(moves, gradient, 0.0)
     hessian = hessian * (moves[:, :, None] & moves[:, None, :])
+    hessian[:, logs, logs] -= gradient[:, logs]  # by z = exp(theta - here), which is 1 here
     eigenvalues, vectors = np.linalg.eigh(hessian)
     size = np.abs(eigenvalues)
     largest = np.maximum(size.max(axis=1, keepdims=True), 1e-300)
-    size += (damping[:, None] + 1e-15) * largest
-    along = np.einsum("pij,pi->pj", vectors, gradient) / size
-    return -np.einsum("pij,pj->pi", vectors, along)
+    size += 1e-15 * largest
+    along = np.einsum("pij,pi->pj", vectors, gradient)
+    step = np.einsum("pij,pj->pi", vectors, -along / (size + damping[:, None] * largest))
+    step *= np.minimum(1.0, LONGEST / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
+    slope = -np.sum(step * gradient, axis=1)
+    step[:, logs] = np.log1p(np.maximum(step[:, logs], -LARGEST_CUT))
+    return step, slope, 0.5 * np.sum(along**2 / size, axis=1)

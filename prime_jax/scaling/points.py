@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import budgets, labels
+from prime_jax.scaling import budgets, conventions, error_budget, labels
 from prime_jax.scaling.columns import Choice, Columns, choose
 from prime_jax.scaling.findings import Finding, refuse, warn
 from prime_jax.scaling.table import Table, number, require, text
@@ -53,6 +53,8 @@ class Points:
     loss_se: Array  # NaN where not known
     budget: Array
     findings: tuple[Finding, ...] = ()
+    run: NDArray[np.intp] | None = None  # the run of each point, where some are of one run
+    lr: Array | None = None  # peak learning rate, NaN where not known
 
     @property
     def budgets(self) -> Array:
@@ -99,7 +101,10 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
     )
     used = _subset(table, [reason is None for reason in reasons])
     if not used.rows:
-        raise UserError(f"{table.source}: none of its {len(excluded)} runs is done; nothing to fit")
+        states = ", ".join(sorted({run.status for run in excluded}))
+        raise UserError(
+            f"{table.source}: none of its {len(excluded)} runs is done; nothing to fit (status: {states})"
+        )
     _refuse_duplicates(used, columns)
     arrays = _arrays(used, columns)
     labels = [text(row, "family") for row in used.rows]
@@ -146,9 +151,12 @@ def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
     ratio = out["flops"] / (6 * out["params"] * out["tokens"])
     in_unit = (ratio < UNIT_RATIO) & (ratio > 1 / UNIT_RATIO)
     require(table, columns.flops, in_unit, "flops are far from 6 N D; check the units of all three")
-    for name in ("loss_se", "epochs"):
-        column = columns.loss_se if name == "loss_se" else name
-        out[name] = np.array([number(row, column) for row in table.rows])
+    for name, column in (("loss_se", columns.loss_se), ("epochs", "epochs")):
+        out[name] = _unsigned(table, column)
+    out["lr"] = np.array([number(row, "lr") for row in table.rows])
+    if "unique_tokens" in table.columns:
+        unique = _positive(table, "unique_tokens", 0, "unique_tokens must be a number above 0")
+        out["epochs"] = out["tokens"] / unique
     if "budget" in table.columns:
         out["budget"] = _positive(table, "budget", 0, "budget must be a number above 0")
     return out
@@ -157,6 +165,15 @@ def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
 def _positive(table: Table, column: str, least: float, rule: str) -> Array:
     values = np.array([number(row, column) for row in table.rows])
     require(table, column, np.isfinite(values) & (values > 0) & (values >= least), rule)
+    return values
+
+
+def _unsigned(table: Table, column: str) -> Array:
+    """A column of which cells may be empty: NaN there."""
+    values = np.array([number(row, column) for row in table.rows])
+    empty = np.array([not text(row, column) for row in table.rows])
+    good = empty | (np.isfinite(values) & (values >= 0))
+    require(table, column, good, f"{column} must be a number, 0 or more, or empty")
     return values
 
 
@@ -193,8 +210,27 @@ def _family(
     measure, findings = _measure(table, columns, choice)
     budget = budgets.assign(arrays["flops"], arrays.get("budget"))
     findings += _data_findings(table, arrays, lost)
+    counts = (arrays[name] for name in ("flops", "params", "tokens"))
+    findings += conventions.findings(*counts, table.names)
     names = ("flops", "params", "tokens", "loss", "loss_se")
-    return Points(label, measure, *(arrays[n] for n in names), budget, tuple(findings))
+    columns_n = (arrays[n] for n in names)
+    lr = np.where(arrays["lr"] > 0, arrays["lr"], np.nan)
+    return Points(
+        label,
+        measure,
+        *columns_n,
+        budget,
+        tuple(findings),
+        run=_shared_runs(table),
+        lr=None if np.isnan(lr).all() else lr,
+    )
+
+
+def _shared_runs(table: Table) -> NDArray[np.intp] | None:
+    """The run of each row, if some rows are checkpoints of one."""
+    runs = [text(row, "run", name) for row, name in zip(table.rows, table.names, strict=True)]
+    run_n = np.unique(runs, return_inverse=True)[1]
+    return run_n if run_n.max() + 1 < len(runs) else None
 
 
 def _measure(table: Table, columns: Columns, choice: Choice) -> tuple[Measure, list[Finding]]:
@@ -243,14 +279,19 @@ def _data_findings(table: Table, arrays: dict[str, Array], lost: list[Excluded])
                 f"{repeated} runs saw their data more than once (up to {most:.3g} times)",
             )
         )
-    sizes = Counter(zip(arrays["params"].tolist(), arrays["tokens"].tolist(), strict=True))
-    if max(sizes.values()) == 1:
+    if not error_budget.repeats(arrays["params"], arrays["tokens"], arrays["lr"]):
         findings.append(
-            warn("no_seed_repeats", "no run is repeated, so the noise of one is not known")
+            warn(
+                "no_seed_repeats",
+                f"no run is repeated with another seed: a noise floor of {error_budget.SEED:.2%} of the loss is assumed",
+            )
         )
-    runs = [text(row, "run") for row in table.rows]
-    if "run" in table.columns and len(set(runs)) < len(runs):
+    run_n = _shared_runs(table)
+    if run_n is not None:
         findings.append(
-            warn("checkpoints_of_one_run", f"{len(runs)} points come from {len(set(runs))} runs")
+            warn(
+                "checkpoints_of_one_run",
+                f"{len(run_n)} points come from {run_n.max() + 1} runs, which intervals take as the units",
+            )
         )
     return findings

@@ -1,14 +1,18 @@
 """report.html: one file that explains a fit; no network, no script, pictures inside.
 
-It is made from the contents of fit.json and the SVG figures, so that it says nothing they do not.
+It is made from the contents of fit.json, compare.json and the SVG figures, so that it says nothing
+they do not.
 """
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prime_jax.scaling import labels
+from prime_jax.records import read_json
+from prime_jax.scaling import report_compare, report_tables
+from prime_jax.scaling.record import SCHEMA
+from prime_jax.scaling.report_page import figure, inline, notes, page
 
 CAPTIONS = {
     "isoflop": "Loss against size at each budget. Solid: a parabola through the runs of one budget "
@@ -17,193 +21,183 @@ CAPTIONS = {
     "frontier": "The lowest loss that each budget can reach. Families share an axis only where their "
     "losses are numbers of one kind.",
     "optimum": "The size and the number of tokens that reach it.",
+    "intervals": "The exponent a by every approach. An open point has no interval; an arrow marks an "
+    "interval that goes on, or has no end.",
+    "isoloss": "The fitted law in the plane of N and D. Along a grey line the law gives one loss; the "
+    "coloured line joins the best sizes of the budgets. Where no run is near, a contour is a guess.",
+    "residuals": "Measured loss over the fitted one. A law that holds leaves no pattern; runs outside "
+    "the grey band are off by more than another seed explains.",
+    "rollout": "Laws fitted to the smaller budgets predict the runs of larger ones. Points above zero: "
+    "the prediction was too high. The band is what is added to intervals of the loss.",
 }
-PARAMETERS = ("E", "A", "B", "alpha", "beta")
-SYMBOLS = {"alpha": "α", "beta": "β"}
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --line: #dde1e7;
-  --page: #ffffff; --panel: #f5f7f9; --mark: #b45309; --stop: #b42318; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #333c49;
-  --page: #151a21; --panel: #1e252e; --mark: #f0a04b; --stop: #f97066; } }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page);
-  color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
-p { margin: .5rem 0; } .soft { color: var(--soft); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); }
-td.long { white-space: normal; min-width: 20rem; overflow-wrap: anywhere; }
-td small { color: var(--soft); display: block; }
-figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px;
-  padding: .75rem; } figure svg { max-width: 100%; height: auto; display: block; margin: auto; }
-figcaption { color: #444c58; font-size: .88rem; padding-top: .5rem; }
-.note { background: var(--panel); border-left: 4px solid var(--mark); padding: .6rem 1rem;
-  margin: .6rem 0; border-radius: 0 6px 6px 0; } .note.stop { border-color: var(--stop); }
-.note code { color: var(--soft); font-size: .8rem; } code { overflow-wrap: anywhere; }
-"""
+Pictures = dict[str, str]
 
 
-def inline(path: Path) -> str:
-    """The SVG element of an SVG file, without what only a file needs."""
-    text = path.read_text(encoding="utf-8")
-    return text[text.index("<svg") :]
+def write(directory: Path) -> None:
+    """Write report.html from what `fit` and `compare` left in the directory."""
+    pictures = {
+        name: inline(directory / f"{name}.svg")
+        for name in (*CAPTIONS, "multiplier")
+        if (directory / f"{name}.svg").is_file()
+    }
+    comparison = directory / "compare.json"
+    text = render(
+        read_json(directory / "fit.json"),
+        pictures,
+        read_json(comparison) if comparison.is_file() else None,
+    )
+    (directory / "report.html").write_text(text, encoding="utf-8")
 
 
-def render(record: dict[str, Any], figures: dict[str, str]) -> str:
+def refresh(directory: Path) -> bool:
+    """Write it again if a fit of this version lies there; whether one does."""
+    path = directory / "fit.json"
+    found = read_json(path) if path.is_file() else {}
+    if (
+        not isinstance(found, dict)
+        or found.get("schema") != SCHEMA
+        or "points" not in found["source"]
+    ):
+        return False
+    write(directory)
+    return True
+
+
+def render(
+    record: dict[str, Any], figures: Pictures, comparison: dict[str, Any] | None = None
+) -> str:
     """The page of a fit.
 
     Args:
         record: the contents of fit.json.
-        figures: SVG elements by the names of CAPTIONS.
+        figures: SVG elements by file name, as in CAPTIONS.
+        comparison: the contents of compare.json; left out where it is of other data.
     """
     families = record["families"]
-    runs = sum(family["runs"] for family in families.values())
     source = html.escape(record["source"]["name"])
     parts = [
-        f"<h1>Scaling fit of {source}</h1>",
-        f'<p class="soft">{runs} runs of {len(families)} '
-        f"{'family' if len(families) == 1 else 'families'}: {html.escape(', '.join(families))}</p>",
-        *_notes(record["warnings"]),
+        *_top(record, source),
         "<h2>What was measured</h2>",
-        *_measured(record),
-        "<h2>The fitted laws</h2>",
-        "<p>L(N, D) = E + A / N<sup>α</sup> + B / D<sup>β</sup>, and the exponent a of "
-        f"N*(C) ∝ C<sup>a</sup>. Small print: {record['method']['level']:.0%} intervals.</p>",
-        _laws(families),
-        *(_figure(name, figures[name]) for name in CAPTIONS if name in figures),
-        "<h2>The best size at each budget</h2>",
-        _optima(families),
+        *report_tables.measured(record),
+        *_laws(record, figures),
+        *_optima(families, figures),
+        *_held_out(families, figures),
+        *_compared(record, comparison, figures),
         "<h2>Warnings</h2>",
         *_warnings(families),
-        "<h2>Can the fits be trusted?</h2>",
-        "<p>A fit has converged when its gradient is zero and its curvature positive. The more of the "
-        "independent starts end at the same minimum, the less it depends on where one began.</p>",
-        _certificates(families),
+        *_trust(families, figures),
         "<h2>Runs left out</h2>",
-        _excluded(record["excluded"]),
+        report_tables.excluded(record["excluded"]),
         "<h2>How this was made</h2>",
-        _provenance(record),
+        report_tables.provenance(record),
     ]
-    title = f"<title>Scaling fit of {source}</title>"
-    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head = f"<head>{meta}{title}<style>{STYLE}</style></head>"
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
+    return page(f"Scaling fit of {source}", parts)
 
 
-def _measured(record: dict[str, Any]) -> Iterable[str]:
-    conventions = record["conventions"]
-    yield _table(
-        ("family", "kind of loss", "runs", "budgets (FLOPs)", "FLOPs of a run"),
-        (
-            (
-                html.escape(name),
-                html.escape(labels.kind(family["kind"]))
-                + (f", given {html.escape(family['given'])}" if family["given"] else ""),
-                family["runs"],
-                ", ".join(labels.flops(budget) for budget in _ends(family["budgets"])),
-                f"{labels.value(family['compute']['k'], 3)} N{_power(family['compute']['q'])} D",
-            )
-            for name, family in record["families"].items()
-        ),
-    )
+def _top(record: dict[str, Any], source: str) -> Iterable[str]:
+    """The answer, and what is refused."""
+    families = record["families"]
+    runs = sum(family["runs"] for family in families.values())
+    plural = "family" if len(families) == 1 else "families"
+    level = f"{record['method']['level']:.0%}"
+    yield f"<h1>Scaling fit of {source}</h1>"
     yield (
-        f"<p>N counts parameters by the convention <b>{html.escape(labels.convention(conventions['params']))}</b>, "
-        f"C counts FLOPs by <b>{html.escape(labels.convention(conventions['flops']))}</b>; "
-        "another convention gives other exponents. "
-        f"The metric is <b>{html.escape(record['metric'])}</b>.</p>"
+        f'<p class="soft">{runs} runs of {len(families)} {plural}: '
+        f"{html.escape(', '.join(families))}</p>"
     )
-    kinds = {kind for family in record["families"].values() for kind in family["kind"].split("+")}
-    if kinds & {"nelbo", "nll"}:
-        yield "<p>An NLL is exact; a NELBO is an upper bound on it: the model may be better than the number.</p>"
-    if "train_loss" in kinds:
+    yield from notes(record["warnings"])
+    yield '<div class="answer">'
+    yield "<h2>The answer</h2>"
+    yield (
+        "<p>For the largest budget C that was measured: the best size N*, the tokens D* to train it "
+        f"on, and the loss it reaches (approach 3). Small print: {level} intervals. N* grows as "
+        "C<sup>a</sup>.</p>"
+    )
+    yield report_tables.answer(families)
+    refused = [
+        (name, item) for name, f in families.items() for item in f["warnings"] if item["refusal"]
+    ]
+    for name, item in refused:
+        yield from notes([item], name)
+    yield f"<p>{_sure(families, len(refused))}</p>"
+    yield "</div>"
+
+
+def _sure(families: dict[str, Any], refused: int) -> str:
+    others = sum(len(family["warnings"]) for family in families.values()) - refused
+    start = "What is refused, the data cannot give." if refused else "Nothing is refused."
+    count = "1 warning" if others == 1 else f"{others} warnings"
+    return f"{start} Below the figures: {count}, each with its cure." if others else start
+
+
+def _laws(record: dict[str, Any], figures: Pictures) -> Iterable[str]:
+    families = record["families"]
+    yield "<h2>The fitted laws</h2>"
+    yield (
+        "<p>L(N, D) = E + A / N<sup>α</sup> + B / D<sup>β</sup>. E is the loss that no amount of "
+        "compute removes. Small print: the bootstrap interval, and below it the profile interval, "
+        "the range that the data themselves allow; “open” means that they set no end.</p>"
+    )
+    yield report_tables.laws(families)
+    yield from _figures(figures, "isoflop", "isoloss")
+    yield "<h3>The exponent a by each approach</h3>"
+    yield (
+        "<p>Approach 1 follows training curves, approach 2 fits a parabola to each budget, approach 3 "
+        "one law to all runs. A parabola misses the vertex of a lopsided valley; the de-biased "
+        "approach 2 has that shift removed.</p>"
+    )
+    yield report_tables.exponents(families)
+    for name, family in families.items():
+        differ = [w for w in family["warnings"] if w["code"] == "approaches_disagree"]
+        yield from notes(differ, name)
+    yield from _figures(figures, "intervals")
+
+
+def _optima(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
+    yield from _figures(figures, "frontier", "optimum")
+    yield "<h2>The best size at each budget</h2>"
+    yield (
+        "<p>Small print of approach 3: the bootstrap interval; below it, the profile interval of N* "
+        "and the interval of the loss widened by the error of held-out budgets. Of the de-biased "
+        "approach 2: by how much the parabola alone misses.</p>"
+    )
+    yield report_tables.optima(families)
+    envelopes = report_tables.envelopes(families)
+    if envelopes:
+        yield "<h3>Approach 1: sizes that win along training</h3>"
+        yield envelopes
+
+
+def _held_out(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
+    yield "<h2>How wrong predictions of larger budgets were</h2>"
+    rollouts = report_tables.rollouts(families)
+    if not rollouts:
+        yield "<p>Not known: a rollout needs four budgets or more.</p>"
+        return
+    yield (
+        "<p>The law was fitted to the smaller budgets and asked for the larger ones. Errors are "
+        "predicted over measured, less one: + means too high. L* and N* are the loss and the size at "
+        "the optimum.</p>"
+    )
+    yield rollouts
+    yield from _figures(figures, "rollout")
+
+
+def _compared(
+    record: dict[str, Any], comparison: dict[str, Any] | None, figures: Pictures
+) -> Iterable[str]:
+    if comparison is None:
+        return
+    same = ("metric", "conventions")
+    if comparison["source"]["sha256"] != record["source"]["sha256"] or any(
+        comparison[key] != record[key] for key in same
+    ):
         yield (
-            "<p>A training loss is neither: it can lie below the entropy of the text, "
-            "is no perplexity, and is not comparable with an NLL or a NELBO.</p>"
+            "<h2>Comparison</h2><p>compare.json beside this file is of other data, or of other "
+            "conventions; compare again.</p>"
         )
-
-
-def _ends(budgets: list[float]) -> list[float | str]:
-    return budgets if len(budgets) <= 8 else [*budgets[:3], *budgets[-3:]]
-
-
-def _power(q: float) -> str:
-    return "" if q == 1 else f"<sup>{q:.3f}</sup>"
-
-
-def _laws(families: dict[str, Any]) -> str:
-    rows = []
-    for name, family in families.items():
-        three, two = family["approach3"], family["approach2"]
-        if three["params"] is None:
-            cells = ["refused"] + ["–"] * 5
-        else:
-            values = {**three["params"], "a": three["a"]}
-            cells = [
-                _with(values[p], three["intervals"][p], labels.value) for p in (*PARAMETERS, "a")
-            ]
-        last = (
-            "refused" if two["a"] is None else _with(two["a"], two["intervals"]["a"], labels.value)
-        )
-        rows.append((html.escape(name), *cells, last))
-    names = [SYMBOLS.get(p, p) for p in PARAMETERS]
-    return _table(("family", *names, "a, approach 3", "a, approach 2"), rows)
-
-
-def _optima(families: dict[str, Any]) -> str:
-    rows = []
-    for name, family in families.items():
-        law = {row["flops"]: row for row in family["approach3"].get("optima", [])}
-        valleys = {row["flops"]: row for row in family["approach2"]["optima"]}
-        if len(law) > len(valleys) and not valleys:
-            law = {key: law[key] for key in _edges(sorted(law))}
-        for budget in sorted({*law, *valleys}):
-            rows.append(
-                (
-                    html.escape(name),
-                    labels.flops(budget),
-                    *_law_cells(law.get(budget)),
-                    *_valley_cells(valleys.get(budget)),
-                )
-            )
-    return _table(
-        ("family", "C", "N*, approach 3", "D*", "loss", "N*, approach 2", "D*", "loss"), rows
-    )
-
-
-def _edges(budgets: list[float]) -> list[float]:
-    """Without IsoFLOP budgets every run may be one: the first, the middle and the last do."""
-    return sorted({budgets[0], budgets[len(budgets) // 2], budgets[-1]})
-
-
-def _law_cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
-    if row is None:
-        return "–", "–", "–"
-    spread = row["intervals"]
-    return (
-        _with(row["params"], spread["params"], labels.count),
-        _with(row["tokens"], spread["tokens"], labels.count),
-        _with(row["loss"], spread["loss"], labels.value),
-    )
-
-
-def _valley_cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
-    if row is None:
-        return "no estimate", "–", "–"
-    size, tokens, loss = (
-        labels.count(row["params"]),
-        labels.count(row["tokens"]),
-        labels.value(row["loss"]),
-    )
-    if "censored" in row:
-        below, above = "below ", "above "
-        size_side, tokens_side = (below, above) if row["censored"] == "below" else (above, below)
-        return f"{size_side}{size}<small>a bound</small>", tokens_side + tokens, f"at most {loss}"
-    return _with(row["params"], row["interval"], labels.count), tokens, loss
+        return
+    yield from report_compare.section(comparison, figures.get("multiplier"))
 
 
 def _warnings(families: dict[str, Any]) -> Iterable[str]:
@@ -212,93 +206,24 @@ def _warnings(families: dict[str, Any]) -> Iterable[str]:
     for name, family in families.items():
         if family["warnings"]:
             yield f"<h3>{html.escape(name)}</h3>"
-            yield from _notes(family["warnings"])
+            yield from notes(family["warnings"])
 
 
-def _notes(warnings: list[dict[str, Any]]) -> Iterable[str]:
-    for item in sorted(warnings, key=lambda item: not item["refusal"]):
-        style, what = ("note stop", "Refused: ") if item["refusal"] else ("note", "")
-        message = html.escape(item["message"])
-        sentence = message if what else message[:1].upper() + message[1:]
-        yield (
-            f'<div class="{style}">{what}{sentence}. <b>Cure:</b> {html.escape(item["cure"])}. '
-            f"<code>{item['code']}</code></div>"
-        )
-
-
-def _certificates(families: dict[str, Any]) -> str:
-    rows = []
-    for name, family in families.items():
-        three = family["approach3"]
-        if three["params"] is None:
-            continue
-        certificate = three["certificate"]
-        rows.append(
-            (
-                html.escape(name),
-                "yes" if certificate["converged"] else "<b>no</b>",
-                labels.value(three["objective"]),
-                f"{certificate['gradient']:.1e}",
-                f"{certificate['smallest_eigenvalue']:.1e}",
-                f"{certificate['agreeing']:.0%} of {certificate['starts']}",
-                ", ".join(SYMBOLS.get(p, p) for p in certificate["bounds"]) or "none",
-            )
-        )
-    head = (
-        "family",
-        "converged",
-        "objective",
-        "scaled gradient",
-        "least curvature",
-        "starts that agree",
-        "at a bound",
+def _trust(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
+    yield "<h2>Can the fits be trusted?</h2>"
+    yield (
+        "<p>A fit has converged when its gradient is zero and its curvature positive. The more of the "
+        "independent starts end at the same minimum, the less it depends on where one began.</p>"
     )
-    return _table(head, rows) if rows else "<p>Nothing was fitted by approach 3.</p>"
-
-
-def _excluded(runs: list[dict[str, str]]) -> str:
-    if not runs:
-        return "<p>None: every run is in the fit.</p>"
-    shown = [
-        tuple(html.escape(run[key]) for key in ("run", "family", "status", "reason"))
-        for run in runs
-    ]
-    return _table(("run", "family", "status", "reason"), shown, long={3})
-
-
-def _provenance(record: dict[str, Any]) -> str:
-    method = record["method"]
-    rows = (
-        ("data", f"{html.escape(record['source']['name'])}, SHA-256 <code>{record['source']['sha256']}</code>"),
-        ("objective of approach 3", f"{html.escape(method['objective'])}, δ = {method['delta']:g}"),
-        ("intervals", f"{method['level']:.0%}; approach 3: {method['bootstrap']} bootstrap replicates, runs redrawn within each budget; approach 2: {method['bootstrap']} draws from the errors of the parabolas; seed {method['seed']}"),
-        ("versions", html.escape(", ".join(f"{k} {v}" for k, v in record["versions"].items()))),
-        ("numbers", "fit.json beside this file; figures as SVG, PNG and PDF"),
-    )  # fmt: skip
-    return _table(("", ""), rows, long={1})
-
-
-def _figure(name: str, picture: str) -> str:
-    return f'<figure role="group">{picture}<figcaption>{CAPTIONS[name]}</figcaption></figure>'
-
-
-def _with(value: float, ends: Sequence[float] | None, show: Any) -> str:
-    """A value above its interval; the cells are HTML already."""
-    between = f"{show(ends[0])} – {show(ends[1])}" if ends else "no interval"
-    return f"{show(value)}<small>{between}</small>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], long: set[int] = frozenset()) -> str:
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="long">{c}</td>' if k in long else f"<td>{c}</td>"
-            for k, c in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
+    yield report_tables.certificates(families)
+    yield from _figures(figures, "residuals")
+    yield "<h3>Error budget</h3>"
+    yield (
+        "<p>How far a loss is off for other reasons than N and D, as a share of it. Runs that are known "
+        "less well weigh less.</p>"
     )
-    return (
-        f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    yield report_tables.error_budget(families)
+
+
+def _figures(figures: Pictures, *names: str) -> Iterable[str]:
+    return (figure(figures[name], CAPTIONS[name]) for name in names if name in figures)

@@ -13,7 +13,8 @@ from typing import Any
 from prime_jax.errors import UserError
 
 MOST_ROWS = 100_000  # one row is one run; more than this is a training log
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+MOST_CURVE_ROWS = 500_000
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def read(source: Path) -> Table:
     return read_csv(source)
 
 
-def read_csv(path: Path) -> Table:
+def read_csv(path: Path, most: int = MOST_ROWS) -> Table:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -47,6 +48,8 @@ def read_csv(path: Path) -> Table:
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = [name.strip() for name in next(lines, [])]
+        if columns == ["sep=", ""]:  # a hint to Excel
+            columns = [name.strip() for name in next(lines, [])]
         _check_header(columns, path)
         rows, names = [], []
         for cells in lines:
@@ -58,9 +61,9 @@ def read_csv(path: Path) -> Table:
                 )
             rows.append(dict(zip(columns, (cell.strip() for cell in cells), strict=True)))
             names.append(f"row {lines.line_num}")
-            if len(rows) > MOST_ROWS:
+            if len(rows) > most:
                 raise UserError(
-                    f"{path}: more than {MOST_ROWS:,} rows; a fit wants one row for each run, not a training log"
+                    f"{path}: more than {most:,} rows; a fit wants one row for each run, not a training log (--curves takes {MOST_CURVE_ROWS:,})"
                 )
     except csv.Error as error:
         raise UserError(f"{path}, row {lines.line_num}: not a CSV ({error})") from error
@@ -90,7 +93,11 @@ def _check_header(columns: list[str], path: Path) -> None:
         for separator, name in SEPARATORS.items():
             if separator in columns[0]:
                 raise UserError(f"{path}: columns are separated by {name}; a CSV has commas")
-    twice = {name for name in columns if columns.count(name) > 1}
+    if sum(_is_number(name) for name in columns) > 1:
+        raise UserError(
+            f"{path}: the first row holds numbers ({', '.join(columns[:4])}, ...); a header with the names of the columns is missing"
+        )
+    twice = {name for name in columns if name and columns.count(name) > 1}
     if twice:
         raise UserError(f"{path}: column {sorted(twice)[0]!r} appears twice")
 
@@ -121,6 +128,13 @@ def number(row: dict[str, Any], column: str) -> float:
         return math.nan
 
 
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
+
+
 def require(table: Table, column: str, good: Sequence[bool], problem: str) -> None:
     """Check a column, cell by cell.
 
@@ -130,7 +144,8 @@ def require(table: Table, column: str, good: Sequence[bool], problem: str) -> No
     bad = [k for k, ok in enumerate(good) if not ok]
     if bad:
         cells = (
-            f"{table.names[k]} has {text(table.rows[k], column, 'nothing')!r}" for k in bad[:4]
+            f"{table.names[k]} has {text(table.rows[k], column)!r}".replace("''", "nothing")
+            for k in bad[:4]
         )
         rest = f" (and {len(bad) - 4} more rows)" if len(bad) > 4 else ""
         raise UserError(f"{table.source}: {problem}: {', '.join(cells)}{rest}")

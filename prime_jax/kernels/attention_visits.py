@@ -1,0 +1,94 @@
+"""What block-wise attention has to visit: blocks of queries and keys that share a document."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prime_jax.errors import UserError
+
+LANES = 128
+
+
+class Blocks(NamedTuple):
+    """Queries and keys of a block; multiples of 128 on a TPU."""
+
+    queries: int = 512
+    keys: int = 1024
+
+
+class Visits(NamedTuple):
+    """Who sees whom. Each query sees one run of keys.
+
+    Attributes:
+        span_Bx2xL: int32; query i sees the keys span[0, i] <= j < span[1, i].
+        keys_Bx2xI: int32; first block of keys that a block of queries visits, and how many.
+        queries_Bx2xJ: int32; the same for the blocks of queries that visit a block of keys.
+    """
+
+    span_Bx2xL: jax.Array
+    keys_Bx2xI: jax.Array
+    queries_Bx2xJ: jax.Array
+
+
+def ceil_to(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def fitted(length: int, blocks: Sequence[int] = ()) -> tuple[Blocks, int]:
+    """Blocks no longer than the sequence, and the length padded to a multiple of them.
+
+    Raises:
+        UserError: `blocks` is neither empty nor two positive numbers.
+    """
+    if blocks and (len(blocks) != 2 or min(blocks) < 1):
+        raise UserError(f"attention blocks {tuple(blocks)}: give queries and keys of a block")
+    wish = Blocks(*blocks)
+    queries = min(wish.queries, ceil_to(length, LANES))
+    padded = ceil_to(length, queries)
+    keys = max(n for n in range(queries, max(wish.keys, queries) + 1, queries) if padded % n == 0)
+    return Blocks(queries, keys), padded
+
+
+def head_lanes(size: int) -> int:
+    """Lanes that a head of `size` numbers takes."""
+    return 64 if size <= 64 else ceil_to(size, LANES)
+
+
+def visits(
+    length: int, causal: bool, documents_BxL: jax.Array, padding_BxL: jax.Array, blocks: Blocks
+) -> Visits:
+    """Spans of keys, and from them the blocks to visit.
+
+    Args:
+        documents_BxL: int32, equal within a document and different in neighbours.
+        padding_BxL: positions that see nothing and that nobody sees.
+    """
+    position_L = jnp.arange(length, dtype=jnp.int32)
+    new_BxL = documents_BxL[:, 1:] != documents_BxL[:, :-1]
+    opens_BxL, closes_BxL = (
+        jnp.pad(new_BxL, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1))
+    )
+    first_BxL = jax.lax.cummax(jnp.where(opens_BxL, position_L, 0), axis=1)
+    last_BxL = jnp.where(closes_BxL, position_L + 1, length)
+    last_BxL = jax.lax.cummin(last_BxL, axis=1, reverse=True)
+    if causal:
+        last_BxL = jnp.minimum(last_BxL, position_L + 1)
+    first_BxL = jnp.where(padding_BxL, length, first_BxL)
+    last_BxL = jnp.where(padding_BxL, 0, last_BxL)
+
+    first_BxI = first_BxL.reshape(first_BxL.shape[0], -1, blocks.queries).min(-1)
+    last_BxI = last_BxL.reshape(first_BxL.shape[0], -1, blocks.queries).max(-1)
+    start_J = jnp.arange(0, length, blocks.keys, dtype=jnp.int32)
+    first, last = jnp.maximum(first_BxI[..., None], start_J), last_BxI[..., None]
+    meet_BxIxJ = first < jnp.minimum(last, start_J + blocks.keys)
+    span_Bx2xL = jnp.stack([first_BxL, last_BxL], axis=1)
+    return Visits(span_Bx2xL, _hull(meet_BxIxJ), _hull(jnp.swapaxes(meet_BxIxJ, 1, 2)))
+
+
+def _hull(meet: jax.Array) -> jax.Array:
+    """First true element along the last axis, and how many to the last one."""
+    first = jnp.argmax(meet, axis=-1)
+    stop = meet.shape[-1] - jnp.argmax(meet[..., ::-1], axis=-1)
+    return jnp.stack([first, jnp.where(meet.any(-1), stop - first, 0)], axis=1).astype(jnp.int32)

@@ -1,0 +1,158 @@
+"""Sub-token embedding: the digits of each token in, one vector per token out, for every family.
+
+Reading a small table is a product with a multi-hot matrix: digits as [N, K] zeros and ones, tables
+as [K, D] rows (concatenation is a block-diagonal table). Forward and backward are matmuls, so
+gradients are float32 sums in a fixed order, without a scatter. Three ways to compute it:
+
+    multi_hot   plain XLA, any base
+    select      plain XLA, base 2 and concatenation: two selects per element, no matmul
+    pallas      `embedding_pallas`: the multi-hot matrix exists only in registers
+
+Larger tables (plain tokens, bases above 80) are gathered.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prime_jax.kernels.selection import target_kind
+from prime_jax.subtokens import pack, unpack
+
+MULTI_HOT_ROWS = 256  # tables up to this many rows are read by a matmul instead of a gather
+PALLAS_ROWS = 1024  # there the multi-hot matrix is never stored
+
+
+def subtoken_embedding(
+    kind: str,
+    table_TxRxE: jax.Array,
+    digits_NxS: jax.Array,
+    width: int,
+    implementation: str = "xla",
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """Merge the S sub-token embeddings of each token into one vector [..., width].
+
+    Args:
+        kind: `sum`, or `cat` (S tables) and `cat_shared` (one), which concatenate and pad with
+            zeros where S does not divide the width (math.md section 5).
+        table_TxRxE: T tables of R = b + 1 rows; the last row stands for "masked".
+        digits_NxS: int [..., S] below R.
+        implementation: `xla` (the fastest plain one for the target device), `multi_hot`, `select`
+            or `pallas`; tables that are too large for it are gathered.
+        dtype: of the result; the tables' by default.
+    """
+    dtype = dtype or table_TxRxE.dtype
+    shape, slots = digits_NxS.shape[:-1], digits_NxS.shape[-1]
+    digits_NxS = digits_NxS.reshape(-1, slots)
+    chosen = resolve(implementation, kind, slots, table_TxRxE.shape[1])
+    if chosen == "gather":
+        x_NxD = _gather(kind, table_TxRxE, digits_NxS, width).astype(dtype)
+    elif chosen == "multi_hot":
+        x_NxD = _multi_hot(kind, table_TxRxE, digits_NxS, width).astype(dtype)
+    elif table_TxRxE.shape[1] == 3:
+        words_NxW = pack(digits_NxS, digits_NxS == 2)
+        x_NxD = packed_embedding(kind, table_TxRxE, words_NxW, slots, width, chosen, dtype)
+    else:
+        from prime_jax.kernels import embedding_pallas  # loads Mosaic: only where it is used
+
+        matrix_KxD = _matrix(kind, table_TxRxE, slots, width)
+        x_NxD = embedding_pallas.from_digits(digits_NxS, matrix_KxD, dtype)
+    return x_NxD.reshape(*shape, width)
+
+
+def resolve(implementation: str, kind: str, slots: int, rows: int) -> str:
+    """The way in which S tables of R rows are read: one of the four of this module."""
+    limit = PALLAS_ROWS if implementation == "pallas" else MULTI_HOT_ROWS
+    if slots == 1 or slots * rows > limit:
+        return "gather"
+    selectable = rows == 3 and kind != "sum"
+    if implementation == "xla":
+        # By the TPU compiler's estimates: a fifth of the matmuls' time backward. On a CPU not.
+        return "select" if selectable and target_kind().startswith("TPU") else "multi_hot"
+    if implementation == "select" and not selectable:
+        raise ValueError(f"select reads concatenated binary tables, not {kind} of {rows} rows")
+    return implementation
+
+
+def packed_embedding(
+    kind: str,
+    table_Tx3xE: jax.Array,
+    words_NxW: jax.Array,
+    length: int,
+    width: int,
+    implementation: str = "xla",
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """`subtoken_embedding` of binary tokens as `subtokens.pack` packs them: uint32 [..., W]."""
+    dtype = dtype or table_Tx3xE.dtype
+    shape = words_NxW.shape[:-1]
+    words_NxW = words_NxW.reshape(-1, words_NxW.shape[-1])
+    chosen = resolve(implementation, kind, length, 3)
+    if chosen == "pallas":
+        from prime_jax.kernels import embedding_pallas  # loads Mosaic: only where it is used
+
+        matrix_KxD = _matrix(kind, table_Tx3xE, length, width)
+        x_NxD = embedding_pallas.from_words(words_NxW, matrix_KxD, length, dtype)
+    elif chosen == "select":
+        x_NxD = _select(table_Tx3xE, words_NxW, length, width).astype(dtype)
+    else:
+        seen_N, mask_N = unpack(words_NxW, length)
+        shift_1xS = np.arange(length - 1, -1, -1, dtype=np.uint32)[None]
+        masked_NxS = ((mask_N[:, None] >> shift_1xS) & 1) == 1
+        digits_NxS = jnp.where(masked_NxS, 2, (seen_N[:, None] >> shift_1xS) & 1).astype(jnp.int32)
+        return subtoken_embedding(
+            kind, table_Tx3xE, digits_NxS.reshape(*shape, length), width, chosen, dtype
+        )
+    return x_NxD.reshape(*shape, width)
+
+
+def _matrix(kind: str, table_TxRxE: jax.Array, slots: int, width: int) -> jax.Array:
+    """[S * R, D], row s * R + r: what digit r of slot s adds to a token's vector."""
+    rows, size = table_TxRxE.shape[1:]
+    if kind == "sum":
+        return table_TxRxE.reshape(slots * rows, width)
+    spread_SxRxE = jnp.broadcast_to(table_TxRxE, (slots, rows, size))
+    block_SxRxSxE = (
+        jnp.eye(slots, dtype=table_TxRxE.dtype)[:, None, :, None] * spread_SxRxE[:, :, None]
+    )
+    matrix_KxE = block_SxRxSxE.reshape(slots * rows, slots * size)
+    return jnp.pad(matrix_KxE, ((0, 0), (0, width - slots * size)))
+
+
+def _multi_hot(kind, table_TxRxE, digits_NxS, width):
+    slots, rows = digits_NxS.shape[1], table_TxRxE.shape[1]
+    hot_NxSxR = jax.nn.one_hot(digits_NxS, rows, dtype=table_TxRxE.dtype)
+    return hot_NxSxR.reshape(-1, slots * rows) @ _matrix(kind, table_TxRxE, slots, width)
+
+
+def _gather(kind, table_TxRxE, digits_NxS, width):
+    tables, _, size = table_TxRxE.shape
+    slots = digits_NxS.shape[1]
+    if slots == 1:
+        return table_TxRxE[0][digits_NxS[:, 0]]
+    slot = 0 if tables == 1 else jnp.arange(slots)
+    read_NxSxE = table_TxRxE[slot, digits_NxS]
+    if kind == "sum":
+        return read_NxSxE.sum(axis=1)
+    merged_NxE = read_NxSxE.reshape(-1, slots * size)
+    return jnp.pad(merged_NxE, ((0, 0), (0, width - slots * size)))
+
+
+@jax.checkpoint  # the words are kept for the backward pass, not [N, D] conditions
+def _select_lanes(lanes_3xD, words_NxW, shift_1xD):
+    seen_N, mask_N = unpack(words_NxW, 16 * words_NxW.shape[1])
+    one_NxD = ((seen_N[:, None] >> shift_1xD) & 1) == 1
+    masked_NxD = ((mask_N[:, None] >> shift_1xD) & 1) == 1
+    zero_1xD, one_1xD, masked_1xD = jnp.split(lanes_3xD, 3)
+    return jnp.where(masked_NxD, masked_1xD, jnp.where(one_NxD, one_1xD, zero_1xD))
+
+
+def _select(table_Tx3xE, words_NxW, length, width):
+    """Each lane reads one bit of the token: three candidate rows [3, D], two selects."""
+    size = table_Tx3xE.shape[2]
+    spread_Sx3xE = jnp.broadcast_to(table_Tx3xE, (length, 3, size))
+    lanes_3xE = jnp.swapaxes(spread_Sx3xE, 0, 1).reshape(3, length * size)
+    lanes_3xD = jnp.pad(lanes_3xE, ((0, 0), (0, width - length * size)))
+    slot_D = np.minimum(np.arange(width) // size, length - 1)
+    shift_1xD = (length - 1 - slot_D).astype(np.uint32)[None]
+    return _select_lanes(lanes_3xD, words_NxW, shift_1xD)

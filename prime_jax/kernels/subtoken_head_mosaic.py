@@ -1,0 +1,391 @@
+"""The two TPU kernels (Mosaic) of the head: online masses, and one fused backward pass.
+
+Tokens lie on lanes: logits are made transposed, [head rows, tokens], so that the statistics of the
+softmax are sublane reductions and no lane is ever shuffled. Head rows are taken a part at a time,
+the next product issued before the softmax of the last. Digit masses are a product with the
+indicator of every digit; its row of ones gives the mass the same rounding.
+
+The backward pass makes the logits once more and both gradients from them: dhead waits in VMEM while
+the tokens pass by, dh is read, added to and written back by copies that overlap the products.
+
+Letters besides the usual: T tokens and U head rows of a tile, R head rows of a part, K columns of
+digits (C of them, the ones, padding).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from prime_jax.kernels.selection import target_kind
+from prime_jax.kernels.subtoken_head_base import NEG
+from prime_jax.kernels.subtoken_head_sparse import Visits
+
+LANES = 128
+MIB = 1 << 20
+
+
+class Blocks(NamedTuple):
+    """Tokens and head rows of a tile, and head rows of a part; multiples of 128 on a TPU."""
+
+    tokens: int = 512
+    rows: int = 1024
+    part: int = 256
+
+
+class Operands(NamedTuple):
+    """What both kernels read, padded to whole tiles.
+
+    Attributes:
+        hs_NxD: hidden states times log2(e), so that logits are exponents of 2.
+        codes_1xV: words of the head rows; hot_VxK: their digits and a one, None where l = 1.
+        bits_2xN: word of the true token, and the bits that head rows must share with it.
+        cores: that share the backward pass, each with blocks of head rows of its own.
+    """
+
+    blocks: Blocks
+    visits: Visits
+    cores: int
+    hs_NxD: jax.Array
+    head_VxD: jax.Array
+    codes_1xV: jax.Array
+    hot_VxK: jax.Array | None
+    bits_2xN: jax.Array
+
+
+def ceil_to(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def vmem_bytes(width: int, itemsize: int, blocks: Blocks) -> int:
+    """An upper estimate of the VMEM that the larger kernel, the backward one, needs."""
+    tokens, rows, part = blocks
+    by_tokens = tokens * width * (2 * 2 * itemsize + 3 * 4)  # h twice, double; dh, double, and sum
+    by_rows = rows * width * (2 * itemsize + 2 * 4)  # head and dhead, double
+    return by_tokens + by_rows + 8 * part * tokens * 4 + 4 * MIB
+
+
+def vmem_capacity() -> int:
+    """VMEM of the chip that the program is traced for, less what the compiler keeps."""
+    if not target_kind().startswith("TPU"):
+        return 60 * MIB
+    return pltpu.get_tpu_info().vmem_capacity_bytes * 15 // 16
+
+
+def core_count() -> int:
+    """Cores of the chip that JAX sees as one device."""
+    return pltpu.get_tpu_info().num_cores if target_kind().startswith("TPU") else 1
+
+
+def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    # float32 follows jax.default_matmul_precision; bfloat16 products are exact as they are.
+    precision = jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else None
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _mismatch(codes_ref, start: int, part: int, bits_2xT: jax.Array) -> tuple:
+    """Bits [R, T] in which head rows differ from the truth, and whether a visible one does."""
+    tokens = bits_2xT.shape[1]
+    lanes = min(LANES, tokens)
+    codes_1xR = codes_ref[:, pl.ds(start, part)]
+    codes_RxT = jnp.tile(jnp.broadcast_to(codes_1xR, (lanes, part)).T, (1, tokens // lanes))
+    differ_RxT = codes_RxT ^ bits_2xT[:1]
+    return differ_RxT, (differ_RxT & bits_2xT[1:]) != 0
+
+
+def _forward_kernel(
+    blocks: Blocks, terms, blocks_ref, count_ref, hs_ref, head_ref, codes_ref, *refs
+):
+    *hot_ref, bits_ref, top_ref, sums_ref = refs
+    tile, place = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(place == 0)
+    def _():
+        top_ref[...] = jnp.full_like(top_ref, NEG)
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    @pl.when(place < count_ref[tile])
+    def _():
+        hs_TxD, bits_2xT = hs_ref[...], bits_ref[...]
+
+        def logits(start):
+            return _dot(head_ref[pl.ds(start, blocks.part), :], hs_TxD, (1, 1))
+
+        def sums(start, p_RxT):
+            if not hot_ref:
+                return p_RxT.sum(0, keepdims=True)
+            hot_KxR = hot_ref[0][:, pl.ds(start, blocks.part)]
+            high_RxT = p_RxT.astype(hot_KxR.dtype)
+            total_KxT = _dot(hot_KxR, high_RxT, (1, 0))
+            if terms > 1 and hot_KxR.dtype != jnp.float32:
+                low_RxT = (p_RxT - high_RxT.astype(jnp.float32)).astype(hot_KxR.dtype)
+                total_KxT += _dot(hot_KxR, low_RxT, (1, 0))
+            return total_KxT
+
+        next_RxT = logits(0)
+        top_1xT, sums_KxT = top_ref[...], sums_ref[...]
+        for start in range(0, blocks.rows, blocks.part):
+            z_RxT = next_RxT
+            if start + blocks.part < blocks.rows:  # asked for early: overlaps the softmax
+                next_RxT = logits(start + blocks.part)
+            _, excluded_RxT = _mismatch(codes_ref, start, blocks.part, bits_2xT)
+            z_RxT = jnp.where(excluded_RxT, NEG, z_RxT)
+            higher_1xT = jnp.maximum(top_1xT, z_RxT.max(0, keepdims=True))
+            # What a token gathers before its first consistent row is wiped out by the factor 0.
+            p_RxT = jnp.exp2(z_RxT - higher_1xT)
+            sums_KxT = sums_KxT * jnp.exp2(top_1xT - higher_1xT) + sums(start, p_RxT)
+            top_1xT = higher_1xT
+        top_ref[...], sums_ref[...] = top_1xT, sums_KxT
+
+
+def forward(operands: Operands, terms: int, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    """(largest exponent [1, N], sums of powers of 2 relative to it [K, N]), float32.
+
+    Args:
+        terms: 2 for digit sums in twice the precision of bfloat16 powers.
+    """
+    (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
+    n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype
+    places = n_rows // rows
+
+    def block(i, k, blocks_IJ, count_I):
+        return blocks_IJ[i * places + k]
+
+    hot, hot_specs, sums = (), (), 1
+    if operands.hot_VxK is not None:
+        sums = ceil_to(operands.hot_VxK.shape[1], 16)
+        hot = (jnp.pad(operands.hot_VxK.T, ((0, sums - operands.hot_VxK.shape[1]), (0, 0))),)
+        hot_specs = (pl.BlockSpec((sums, rows), lambda *at: (0, block(*at))),)
+    by_token = lambda n: pl.BlockSpec((n, tokens), lambda i, *_: (0, i))  # noqa: E731
+    return _call(
+        partial(_forward_kernel, operands.blocks, terms),
+        operands,
+        name="subtoken_head_forward",
+        lists=operands.visits[:2],
+        grid=(n_tokens // tokens, places),
+        semantics=("parallel", "arbitrary"),
+        inputs=(operands.hs_NxD, operands.head_VxD, operands.codes_1xV, *hot, operands.bits_2xN),
+        in_specs=[
+            pl.BlockSpec((tokens, width), lambda i, *_: (i, 0)),
+            pl.BlockSpec((rows, width), lambda *at: (block(*at), 0)),
+            pl.BlockSpec((1, rows), lambda *at: (0, block(*at))),
+            *hot_specs,
+            by_token(2),
+        ],
+        out_specs=[by_token(1), by_token(sums)],
+        out_shapes=[((1, n_tokens), jnp.float32), ((sums, n_tokens), jnp.float32)],
+        cost=pl.CostEstimate(
+            flops=2 * n_tokens * n_rows * (width + sums),
+            transcendentals=n_tokens * n_rows,
+            bytes_accessed=n_tokens // tokens * n_rows * width * dtype.itemsize,
+        ),
+        interpret=interpret,
+    )
+
+
+def _backward_kernel(blocks: Blocks, steps_ref, count_ref, hs_ref, h_ref, head_ref, *refs):
+    codes_ref, *digit_refs, bits_ref, numbers_ref, _, dhead_ref, dh_ref = refs[:-3]
+    buffer_ref, read_sem, write_sem = refs[-3:]
+    core, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+    total, count = pl.num_programs(0) * steps, count_ref[core]
+
+    def listed(what, step):
+        return steps_ref[what * total + core * steps + step]
+
+    def copy(tile, slot, out):
+        start = (core * (dh_ref.shape[0] // pl.num_programs(0))) + tile * blocks.tokens
+        there = dh_ref.at[pl.ds(pl.multiple_of(start, blocks.tokens), blocks.tokens), :]
+        here = buffer_ref.at[slot]
+        if out:
+            return pltpu.make_async_copy(here, there, write_sem.at[slot])
+        return pltpu.make_async_copy(there, here, read_sem.at[slot])
+
+    tile, moves = listed(1, step), listed(2, step)
+    slot = jax.lax.rem(moves, 2)
+    last = step == count - 1
+    following = jnp.minimum(step + 1, steps - 1)
+    arrived = (step == 0) | (listed(2, jnp.maximum(step - 1, 0)) != moves)
+    leaving = last | (listed(2, following) != moves)
+
+    @pl.when(step < count)
+    def _():
+        @pl.when(step == 0)
+        def _():
+            copy(tile, slot, out=False).start()
+
+        @pl.when(leaving & (moves > 0))  # the tile before this one must be written by now
+        def _():
+            copy(tile, 1 - slot, out=True).wait()
+
+        @pl.when(leaving & ~last)
+        def _():
+            copy(listed(1, following), 1 - slot, out=False).start()
+
+        @pl.when((step == 0) | (listed(0, jnp.maximum(step - 1, 0)) != listed(0, step)))
+        def _():
+            dhead_ref[...] = jnp.zeros_like(dhead_ref)
+
+        hs_TxD, h_TxD, bits_2xT = hs_ref[...], h_ref[...], bits_ref[...]
+        lse_1xT, constant_1xT, truth_1xT = (numbers_ref[i : i + 1, :] for i in range(3))
+        dh_TxD = None
+        for start in range(0, blocks.rows, blocks.part):
+            here = pl.ds(start, blocks.part)
+            head_RxD = head_ref[here, :]
+            z_RxT = _dot(head_RxD, hs_TxD, (1, 1))
+            factor_RxT = constant_1xT
+            if digit_refs:
+                hot_ref, columns_ref = digit_refs
+                factor_RxT = _dot(hot_ref[here, :], columns_ref[...], (1, 0))
+            differ_RxT, excluded_RxT = _mismatch(codes_ref, start, blocks.part, bits_2xT)
+            p_RxT = jnp.exp2(jnp.where(excluded_RxT, NEG, z_RxT - lse_1xT))
+            dz_RxT = p_RxT * factor_RxT
+            dz_RxT += jnp.where(differ_RxT == 0, truth_1xT, 0.0)
+            dz_RxT = dz_RxT.astype(head_RxD.dtype)
+            dhead_ref[here, :] += _dot(dz_RxT, h_TxD, (1, 0))
+            part_TxD = _dot(dz_RxT, head_RxD, (0, 0))
+            dh_TxD = part_TxD if dh_TxD is None else dh_TxD + part_TxD
+
+        @pl.when(arrived)
+        def _():
+            copy(tile, slot, out=False).wait()
+
+        buffer_ref[slot] += dh_TxD
+
+        @pl.when(leaving)
+        def _():
+            copy(tile, slot, out=True).start()
+
+        @pl.when(last)
+        def _():
+            copy(tile, slot, out=True).wait()
+
+
+def _split(x_KxN: jax.Array, dtype) -> list[jax.Array]:
+    """Pieces of `dtype` that sum to float32 x: one product with all of them keeps its precision."""
+    if dtype == jnp.float32:
+        return [x_KxN]
+    pieces = []
+    for _ in range(3):
+        pieces.append(x_KxN.astype(dtype))
+        x_KxN = x_KxN - pieces[-1].astype(jnp.float32)
+    return pieces
+
+
+def backward(
+    operands: Operands, h_NxD, columns_KxN, numbers_3xN, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """(dhead [V, D], dh [N, D]), float32.
+
+    Args:
+        columns_KxN: what each digit, and the one, adds to dz / p; None where l = 1.
+        numbers_3xN: log2-sum-exp2; dz / p without `columns_KxN`; what the true token's dz adds.
+    """
+    (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
+    n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype
+    cores = operands.cores
+    steps = len(operands.visits.steps_3KT) // (3 * cores)
+
+    def block(k, t, steps_3KT, count_K):
+        return steps_3KT[k * steps + t]
+
+    def tile(k, t, steps_3KT, count_K):
+        return steps_3KT[(cores + k) * steps + t]
+
+    digits, digit_specs, columns = (), (), 0
+    if columns_KxN is not None:
+        pieces = _split(columns_KxN, dtype)
+        count = len(pieces) * operands.hot_VxK.shape[1]
+        columns = ceil_to(count, LANES)
+        hot_VxK = jnp.concatenate([operands.hot_VxK] * len(pieces), axis=1)
+        digits = (
+            jnp.pad(hot_VxK, ((0, 0), (0, columns - count))),
+            jnp.pad(jnp.concatenate(pieces), ((0, columns - count), (0, 0))),
+        )
+        digit_specs = (
+            pl.BlockSpec((rows, columns), lambda *at: (block(*at), 0)),
+            pl.BlockSpec((columns, tokens), lambda *at: (0, tile(*at))),
+        )
+    by_token = lambda n: pl.BlockSpec((n, tokens), lambda *at: (0, tile(*at)))  # noqa: E731
+    tokens_spec = pl.BlockSpec((tokens, width), lambda *at: (tile(*at), 0))
+    rows_spec = pl.BlockSpec((rows, width), lambda *at: (block(*at), 0))
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    inputs = (operands.hs_NxD, h_NxD, operands.head_VxD, operands.codes_1xV, *digits)
+    inputs = (*inputs, operands.bits_2xN, numbers_3xN)
+    dhead_VxD, dh_KNxD = _call(
+        partial(_backward_kernel, operands.blocks),
+        operands,
+        name="subtoken_head_backward",
+        lists=operands.visits[2:],
+        grid=(cores, steps),
+        semantics=("parallel", "arbitrary"),
+        inputs=(*inputs, jnp.zeros((cores * n_tokens, width), jnp.float32)),
+        in_specs=[
+            tokens_spec,
+            tokens_spec,
+            rows_spec,
+            pl.BlockSpec((1, rows), lambda *at: (0, block(*at))),
+            *digit_specs,
+            by_token(2),
+            by_token(3),
+            hbm,
+        ],
+        out_specs=[rows_spec, hbm],
+        out_shapes=[((n_rows, width), jnp.float32), ((cores * n_tokens, width), jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM((2, tokens, width), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        aliases={2 + len(inputs): 1},
+        cost=pl.CostEstimate(
+            flops=2 * n_tokens * n_rows * (3 * width + columns),
+            transcendentals=n_tokens * n_rows,
+            bytes_accessed=n_rows // rows * n_tokens * width * (2 * dtype.itemsize + 8),
+        ),
+        interpret=interpret,
+    )
+    return dhead_VxD, dh_KNxD.reshape(cores, n_tokens, width).sum(axis=0)
+
+
+def _call(
+    kernel,
+    operands: Operands,
+    *,
+    name,
+    lists,
+    grid,
+    semantics,
+    inputs,
+    out_shapes,
+    cost,
+    interpret,
+    scratch_shapes=(),
+    aliases=None,
+    **specs,
+):
+    width, itemsize = operands.hs_NxD.shape[1], operands.head_VxD.dtype.itemsize
+    needed = vmem_bytes(width, itemsize, operands.blocks)
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(lists), grid=grid, scratch_shapes=scratch_shapes, **specs
+        ),
+        out_shape=[jax.ShapeDtypeStruct(*x) for x in out_shapes],
+        input_output_aliases=aliases or {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics,
+            vmem_limit_bytes=max(16 * MIB, min(needed, vmem_capacity())),
+        ),
+        cost_estimate=cost,
+        interpret=target_kind() == "cpu" if interpret is None else interpret,
+    )(*(jnp.asarray(x) for x in lists), *inputs)

@@ -1,0 +1,233 @@
+"""The head for TPUs: operands of the Mosaic kernels, and what their results mean.
+
+The same three functions as in `subtoken_head_xla`. Rows and head rows are padded to whole tiles;
+with `head.skip` rows are sorted, so that the tiles without a consistent pair can be left out.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from prime_jax.config import SubtokenConfig
+from prime_jax.errors import UserError
+from prime_jax.kernels.check_case import DEVICE_KINDS, Case
+from prime_jax.kernels.subtoken_head_base import (
+    PADDING,
+    Coefficients,
+    Head,
+    HeadLoss,
+    Masses,
+    combined,
+    loss_terms,
+    one_hot,
+    shard,
+    summed,
+)
+from prime_jax.kernels.subtoken_head_mosaic import (
+    LANES,
+    Blocks,
+    Operands,
+    backward,
+    ceil_to,
+    core_count,
+    forward,
+    vmem_bytes,
+    vmem_capacity,
+)
+from prime_jax.kernels.subtoken_head_sparse import all_tiles, consistent_tiles, sorted_order
+from prime_jax.subtokens import Codebook
+
+LOG2E = math.log2(math.e)
+
+
+def supports(head: Head) -> bool:
+    """One word per code, and digits that fit the lanes of one register beside the ones."""
+    return head.fields_SxW.shape[1] == 1 and head.columns < LANES
+
+
+def fitted(head: Head, width: int, itemsize: int) -> Blocks:
+    """The blocks asked for, or the largest of the usual ones that fit into VMEM.
+
+    Raises:
+        UserError: `head.blocks` is neither empty nor three positive numbers, the last of which
+            divides the second.
+    """
+    if head.blocks:
+        good = len(head.blocks) == 3 and min(head.blocks) > 0
+        if not good or head.blocks[1] % head.blocks[2]:
+            raise UserError(
+                f"head blocks {head.blocks}: give tokens, head rows and a part of the head rows"
+            )
+        return Blocks(*head.blocks)
+    usual = [Blocks(1024 if width <= 512 else 512), Blocks(), Blocks(512, 512), Blocks(256, 512)]
+    fit = [x for x in usual if vmem_bytes(width, itemsize, x) <= vmem_capacity()]
+    return fit[0] if fit else Blocks(128, 256, 128)
+
+
+class _Problem(NamedTuple):
+    """Operands, and the order of their rows (None: as given) of which `count` are not padding."""
+
+    operands: Operands
+    order_N: jax.Array | None
+    count: int
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """[count, ...] in the order of the operands, padded with zeros."""
+        x = x if self.order_N is None else x[self.order_N]
+        return _padded(x, self.operands.hs_NxD.shape[0])
+
+    def unordered(self, x: jax.Array) -> jax.Array:
+        """Inverse of `rows`."""
+        x = x[: self.count]
+        return x if self.order_N is None else x[jnp.argsort(self.order_N)]
+
+
+def _padded(x: jax.Array, count: int, value: Any = 0) -> jax.Array:
+    return jnp.pad(
+        x, ((0, count - x.shape[0]), *((0, 0) for _ in x.shape[1:])), constant_values=value
+    )
+
+
+def _problem(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> _Problem:
+    (n_tokens, width), (n_rows, _), dtype = h_NxD.shape, head_VxD.shape, head_VxD.dtype
+    blocks = fitted(head, width, dtype.itemsize)
+    tokens = min(blocks.tokens, ceil_to(n_tokens, LANES))
+    rows = min(blocks.rows, ceil_to(n_rows, blocks.part))
+    blocks = Blocks(tokens, rows, math.gcd(rows, blocks.part))
+    padded_tokens, padded_rows = ceil_to(n_tokens, tokens), ceil_to(n_rows, rows)
+    tiles = padded_tokens // tokens, padded_rows // rows
+
+    # The barrier keeps the compiler from unfolding indicators of the whole vocabulary.
+    words_VxW = jax.lax.optimization_barrier(jnp.asarray(shard(head, row_N, n_rows).words_VxW))
+    words_VxW = _padded(words_VxW, padded_rows, PADDING)
+    hot_VxK = None
+    if not head.plain:
+        hot_VxC = one_hot(head, words_VxW, jnp.float32)
+        hot_VxK = jnp.pad(hot_VxC, ((0, 0), (0, 1)), constant_values=1).astype(dtype)
+    true_N = jnp.asarray(head.words_VxW)[row_N, 0]
+    visible_N = jnp.full_like(true_N, PADDING) if visible_NxW is None else visible_NxW[:, 0]
+    hs_NxD = (h_NxD.astype(jnp.float32) * LOG2E).astype(dtype)
+
+    cores, order_N = min(core_count(), tiles[1]), None
+    if head.skip:
+        order_N = sorted_order(true_N, visible_N, head.field_bits * head.codebook.length)
+        hs_NxD, true_N, visible_N = (x[order_N] for x in (hs_NxD, true_N, visible_N))
+        # Rows beyond the last are copies of it: they make no tile worth visiting.
+        ends = [jnp.pad(x, (0, padded_tokens - n_tokens), mode="edge") for x in (true_N, visible_N)]
+        visits = consistent_tiles(words_VxW[:, 0], *ends, tokens, rows, cores)
+    else:
+        visits = all_tiles(*tiles, cores)
+    operands = Operands(
+        blocks=blocks,
+        visits=visits,
+        cores=cores,
+        hs_NxD=_padded(hs_NxD, padded_tokens),
+        head_VxD=_padded(head_VxD, padded_rows),
+        codes_1xV=words_VxW.T,
+        hot_VxK=hot_VxK,
+        bits_2xN=_padded(jnp.stack([true_N, visible_N], axis=1), padded_tokens).T,
+    )
+    return _Problem(operands, order_N, n_tokens)
+
+
+def masses(head: Head, h_NxD, head_VxD, row_N, visible_NxW, interpret: Any = None) -> Masses:
+    """As in `subtoken_head_xla`; digit masses from the exponentials in twice the precision."""
+    problem = _problem(head, h_NxD, head_VxD, row_N, visible_NxW)
+    return _masses(head, problem, row_N, head_VxD, 2, interpret)
+
+
+def _masses(head: Head, problem: _Problem, row_N, head_VxD, terms: int, interpret) -> Masses:
+    top_1xN, sums_KxN = forward(problem.operands, terms, interpret)
+    sums_NxK, digits = problem.unordered(sums_KxN.T), None
+    if not head.plain:
+        shape = (-1, head.codebook.length, head.codebook.base)
+        digits = sums_NxK[:, : head.columns].reshape(shape)
+    true_N = shard(head, row_N, head_VxD.shape[0]).true_N
+    index_N = jnp.clip(true_N, 0, head_VxD.shape[0] - 1)
+    hs_NxD = problem.unordered(problem.operands.hs_NxD).astype(jnp.float32)
+    truth_N = (hs_NxD * head_VxD[index_N].astype(jnp.float32)).sum(axis=1)
+    truth_N = jnp.where(index_N == true_N, truth_N, 0)
+    top_N, mass_N = problem.unordered(top_1xN[0]), sums_NxK[:, head.columns]
+    return combined(head, Masses(top_N / LOG2E, truth_N / LOG2E, mass_N, digits))
+
+
+def gradients(
+    head: Head, h_NxD, head_VxD, row_N, visible_NxW, lse_N, coefficients, interpret: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """As in `subtoken_head_xla`: (dh [N, D], dhead [V, D]), float32."""
+    problem = _problem(head, h_NxD, head_VxD, row_N, visible_NxW)
+    return _gradients(head, problem, h_NxD, head_VxD, lse_N, coefficients, interpret)
+
+
+def _gradients(head: Head, problem: _Problem, h_NxD, head_VxD, lse_N, coefficients, interpret):
+    constant_N, digits_NxSxb, truth_N = coefficients
+    columns_KxN = None
+    if digits_NxSxb is not None:
+        digits_NxC = digits_NxSxb.reshape(-1, head.columns)
+        columns_NxK = jnp.concatenate([digits_NxC, constant_N[:, None]], axis=1)
+        columns_KxN = problem.rows(columns_NxK).T
+    numbers_3xN = problem.rows(jnp.stack([lse_N * LOG2E, constant_N, truth_N], axis=1)).T
+    dhead_VxD, dh_NxD = backward(
+        problem.operands,
+        problem.rows(h_NxD.astype(head_VxD.dtype)),
+        columns_KxN,
+        numbers_3xN,
+        interpret,
+    )
+    return summed(head, problem.unordered(dh_NxD)), dhead_VxD[: head_VxD.shape[0]]
+
+
+def loss_and_gradients(
+    head: Head,
+    h_NxD,
+    head_VxD,
+    row_N,
+    masked_NxS,
+    weight_N,
+    whole_N,
+    *,
+    gradient: bool,
+    interpret: Any = None,
+) -> tuple[HeadLoss, jax.Array | None, jax.Array | None]:
+    """As in `subtoken_head_xla`: (loss sums, dh [N, D], dhead [V, D])."""
+    problem = _problem(head, h_NxD, head_VxD, row_N, head.seen(masked_NxS))
+    masses = _masses(head, problem, row_N, head_VxD, 1, interpret)
+    losses, coefficients = loss_terms(head, masses, row_N, masked_NxS, weight_N, whole_N)
+    if not gradient:
+        return losses, None, None
+    lse_N = masses.lse_N
+    return losses, *_gradients(head, problem, h_NxD, head_VxD, lse_N, coefficients, interpret)
+
+
+def cases(chip: str, width: int, vocab_size: int) -> list[Case]:
+    """Forward and backward of the marginal loss at the granularity of bits, 4096 tokens."""
+    length = (vocab_size - 1).bit_length()
+    head = Head(Codebook.create(vocab_size, SubtokenConfig(length=length)))
+    device = AbstractDevice(device_kind=DEVICE_KINDS[chip], num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("chip",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        options = {"blocks": tuple(fitted(head, width, 2))}
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((4096, *shape), dtype)
+
+    hidden, row = array(width, dtype=jnp.bfloat16), array(dtype=jnp.int32)
+    rows = jax.ShapeDtypeStruct((vocab_size, width), jnp.bfloat16)
+    masked = array(length, dtype=bool)
+    loss = partial(loss_and_gradients, head, whole_N=None, gradient=False, interpret=False)
+
+    def run_backward(h_NxD, head_VxD, row_N, masked_NxS, lse_N, coefficients):
+        seen_NxW = head.seen(masked_NxS)
+        return gradients(head, h_NxD, head_VxD, row_N, seen_NxW, lse_N, coefficients, False)
+
+    shared = (hidden, rows, row, masked, array())
+    coefficients = Coefficients(array(), array(length, head.codebook.base), array())
+    name = f"D={width} V={vocab_size}"
+    return [
+        Case(f"head forward {name}", loss, shared, options),
+        Case(f"head backward {name}", run_backward, (*shared, coefficients), options),
+    ]

@@ -1,0 +1,158 @@
+"""How much the loss of a run is off for reasons other than its N and D.
+
+* Seed: another seed gives another loss. Measured from runs that repeat one (N, D, learning rate).
+* Tuning: a learning rate beside the best one costs about curvature * (log lr - log best)**2 nats.
+  Measured where runs of one (N, D) differ in learning rate; elsewhere not known, and left out.
+* Evaluation: the standard error of the loss, as stated with it.
+* Model: what a law of this form misses beyond the data. Only a rollout shows it (validate.py);
+  it widens predictions and has no part in the weights.
+
+The first three add up to a standard deviation for each run. A run weighs as one over its variance,
+to which is added the scatter about the law that these sources do not explain.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from prime_jax.scaling.points import Points
+
+Array = NDArray[np.float64]
+
+SEED = 0.0014  # of the loss: a standard deviation of .004 nats at a loss of 2.9, as is typical
+CURVATURE = 0.03  # nats per squared unit of log lr, as is typical
+UNKNOWNS = 5
+NORMAL = 1.4826  # standard deviation over median size of normal numbers
+
+
+@dataclass(frozen=True)
+class Source:
+    """Attributes:
+    relative_sd: root mean square over the runs it is known for, as a share of the loss.
+    basis: what the number rests on.
+    runs: how many it is known for.
+    """
+
+    relative_sd: float
+    basis: str
+    runs: int
+
+
+@dataclass(frozen=True)
+class ErrorBudget:
+    """A source is None where nothing is known about it."""
+
+    seed: Source
+    tuning: Source | None
+    evaluation: Source | None
+    sd_n: Array  # of each run, all sources together, as a share of its loss
+
+    def weights(self, scatter: float) -> Array:
+        """Weights_n of mean 1; all exactly 1 if nothing tells the runs apart.
+
+        `scatter` is the standard deviation of the log residuals of a fit without weights.
+        """
+        variance = self.sd_n**2
+        if np.ptp(variance) == 0:
+            return np.ones(len(variance))
+        weight = 1 / (variance + max(scatter**2 - variance.mean(), 0.0))
+        return weight / weight.mean()
+
+
+def of(points: "Points") -> ErrorBudget:
+    evaluation, evaluation_n = _evaluation(points)
+    tuning, tuning_n = _tuning(points)
+    seed = _seed(points, evaluation_n)
+    total = np.sqrt(seed.relative_sd**2 + evaluation_n**2 + tuning_n**2)
+    return ErrorBudget(seed, tuning, evaluation, total)
+
+
+def scatter(residual_n: Array) -> float:
+    """Standard deviation about the law, from the median size: a few odd runs do not move it."""
+    count = len(residual_n)
+    hugged = np.sqrt(count / max(count - UNKNOWNS, 1))
+    return float(NORMAL * np.median(np.abs(residual_n)) * hugged)
+
+
+def repeats(params: Array, tokens: Array, lr: Array | None) -> list[NDArray[np.intp]]:
+    """Groups of runs that differ in nothing but their seed."""
+    return _groups(_cells(params, tokens, lr))
+
+
+def _cells(*columns: Array | None) -> NDArray[np.intp]:
+    """The group_n of runs that agree in all columns; NaN agrees with NaN."""
+    known = [np.nan_to_num(c, nan=-1.0) for c in columns if c is not None]
+    return np.unique(np.stack(known, 1), axis=0, return_inverse=True)[1].ravel()
+
+
+def _seed(points: "Points", evaluation_n: Array) -> Source:
+    """Scatter within repeats less what the evaluation explains of it."""
+    groups = repeats(points.params, points.tokens, points.lr)
+    if not groups:
+        return Source(SEED, "assumed", 0)
+    log_loss, squares, freedom = np.log(points.loss), 0.0, 0
+    for members in groups:
+        squares += np.sum((log_loss[members] - log_loss[members].mean()) ** 2)
+        squares -= (len(members) - 1) * np.mean(evaluation_n[members] ** 2)
+        freedom += len(members) - 1
+    variance = max(float(squares) / freedom, 0.0)
+    return Source(float(np.sqrt(variance)), "repeated runs", sum(map(len, groups)))
+
+
+def _evaluation(points: "Points") -> tuple[Source | None, Array]:
+    relative = points.loss_se / points.loss
+    known = np.isfinite(relative)
+    if not known.any():
+        return None, np.zeros(len(relative))
+    typical = float(np.sqrt(np.mean(relative[known] ** 2)))
+    source = Source(typical, "standard errors of the losses", int(known.sum()))
+    return source, np.where(known, relative, typical)
+
+
+def _tuning(points: "Points") -> tuple[Source | None, Array]:
+    """The loss that each run gives away by its learning rate, relative."""
+    none = np.zeros(len(points.loss))
+    if points.lr is None:
+        return None, none
+    x = np.log(points.lr)
+    known = np.isfinite(x)
+    cell = np.where(known, _cells(points.params, points.tokens), -1)
+    groups = [members for members in _groups(cell) if np.ptp(x[members]) > 0]
+    if not groups:
+        return None, none
+    bend, basis = _curvature(points.loss, x, groups)
+    given_away = none.copy()
+    for members in groups:
+        # With the curvature known, the best learning rate is one of two unknowns of a line.
+        slope, _ = np.polyfit(x[members], points.loss[members] - bend * x[members] ** 2, 1)
+        off = x[members] + slope / (2 * bend)
+        given_away[members] = bend * off**2 / points.loss[members]
+    used = np.concatenate(groups)
+    typical = float(np.sqrt(np.mean(given_away[used] ** 2)))
+    return Source(typical, basis, len(used)), given_away
+
+
+def _curvature(loss: Array, x: Array, groups: Sequence[NDArray[np.intp]]) -> tuple[float, str]:
+    """Of the loss in log lr, shared by all groups with three learning rates or more."""
+    top, bottom = 0.0, 0.0
+    for members in groups:
+        if len(np.unique(x[members])) < 3:
+            continue
+        line = np.stack([np.ones(len(members)), x[members]], 1)
+        square = x[members] ** 2
+        square = square - line @ np.linalg.lstsq(line, square, rcond=None)[0]
+        top, bottom = top + float(square @ loss[members]), bottom + float(square @ square)
+    if bottom > 0 and top > 0:
+        return top / bottom, "learning rates compared, measured curvature"
+    return CURVATURE, "learning rates compared, assumed curvature"
+
+
+def _groups(cell_n: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    """Members of each cell of two runs or more; a cell below 0 is none."""
+    order = np.argsort(cell_n, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(cell_n[order])) + 1)
+    return [part for part in parts if cell_n[part[0]] >= 0 and len(part) > 1]

@@ -1,0 +1,275 @@
+"""What a fitted law says about a budget: N*, D* and the loss there, with their errors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prime_jax.errors import UserError
+from prime_jax.scaling import approach2, bootstrap, debias, labels, launchable, validate
+from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.fit import FamilyFit, Settings, optima
+from prime_jax.scaling.launchable import Template
+from prime_jax.scaling.laws import optimum
+from prime_jax.scaling.validate import ModelError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    value: float
+    interval: list[float] | None  # at the level of the fit
+
+
+@dataclass(frozen=True)
+class Best:
+    """The cheapest way to spend the budget according to one approach.
+
+    Attributes:
+        loss: in the unit and of the kind of the data; None from approach 2, which has no law of it.
+        loss_with_model_error: the same, its interval widened by the error of the rollout.
+    """
+
+    params: Estimate
+    tokens: Estimate
+    loss: Estimate | None = None
+    loss_with_model_error: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The nearest run that exists: whole layers, heads and steps.
+
+    Attributes:
+        params: exact, in the fit's count of N where it names one (see `notes`).
+        flops: of the whole run, in `convention`.
+        loss: what approach 3 expects of it, None without approach 3.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    params: int
+    count: str
+    batch_size: int
+    steps: int
+    tokens: int
+    peak_lr: float
+    flops: float
+    convention: str
+    loss: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One family at one budget.
+
+    Attributes:
+        flops: C, in the fit's convention.
+        in_range: C lies within the budgets of the data.
+        decades: log10 of C over the largest budget of the data, 0 within.
+        rollout: how wrong losses predicted from smaller budgets were; None if that is unknown.
+        unique_tokens: of the training data, None if unknown.
+        epochs: D* over `unique_tokens`.
+    """
+
+    family: str
+    kind: str
+    flops: float
+    in_range: bool
+    decades: float
+    approach3: Best | None
+    approach2: Best | None
+    rollout: ModelError | None
+    unique_tokens: float | None
+    epochs: float | None
+    launch: Launch | None
+    findings: tuple[Finding, ...]
+
+
+def predict(
+    family: FamilyFit,
+    settings: Settings,
+    flops: float,
+    template: Template,
+    unique_tokens: float | None = None,
+) -> Prediction:
+    """Predict one family at C = `flops`.
+
+    Args:
+        template: what a launched run would share with the old ones.
+        unique_tokens: of the training data.
+
+    Raises:
+        UserError: C lies below the data, or neither approach has a fit.
+    """
+    points = family.points
+    lowest, largest = points.budgets[0], points.budgets[-1]
+    if not flops >= lowest:
+        raise UserError(
+            f"{labels.flops(flops)} FLOPs lie below the data of {points.family}, "
+            f"which begin at {labels.flops(lowest)}; train that size rather than predict it"
+        )
+    if family.parametric is None and _no_line(family):
+        why = family.findings[0].message if family.findings else "nothing was fitted"
+        raise UserError(f"{points.family}: there is nothing to predict from; {why}")
+    error = validate.model_error(family.rollout) if family.rollout else None
+    three = _approach3(family, settings, flops, error)
+    two = _approach2(family, settings, flops)
+    best = three or two
+    launch, refused = _launch(family, template, flops, best.params.value)
+    decades = float(validate.distance(points, flops))
+    epochs = best.tokens.value / unique_tokens if unique_tokens else None
+    findings = [
+        *_range_findings(family, flops, decades, error),
+        *_disagreement(three, two),
+        *_data_findings(best, epochs),
+        *refused,
+    ]
+    return Prediction(
+        points.family,
+        points.measure.kind,
+        flops,
+        bool(flops <= largest),
+        decades,
+        three,
+        two,
+        error,
+        unique_tokens,
+        epochs,
+        launch,
+        tuple(findings),
+    )
+
+
+def _no_line(family: FamilyFit) -> bool:
+    return family.isoflop is None or family.isoflop.a is None
+
+
+def _approach3(
+    family: FamilyFit, settings: Settings, flops: float, error: ModelError | None
+) -> Best | None:
+    if family.parametric is None:
+        return None
+    best = optimum(family.parametric.fit.law, family.compute, flops)
+    draws = optima(family.parametric.replicates, family.compute, np.array([flops]))
+    params, tokens, loss = (
+        Estimate(
+            float(getattr(best, name)),
+            bootstrap.interval(getattr(draws, name)[:, 0], settings.level),
+        )
+        for name in ("params", "tokens", "loss")
+    )
+    widened = None
+    if error is not None:
+        decades = validate.distance(family.points, flops)
+        ends = error.widen(loss.value, *loss.interval, decades, settings.level)
+        widened = Estimate(loss.value, [float(end) for end in ends])
+    return Best(params, tokens, loss, widened)
+
+
+def _approach2(family: FamilyFit, settings: Settings, flops: float) -> Best | None:
+    """The power law through the optima, without their bias where it is known, read off at C."""
+    if _no_line(family):
+        return None
+    found = family.debiased
+    if found:
+        optima, a, log_params, a_R = found.optima, found.a, found.log_params_RxK, found.a_R
+    else:
+        optima, a = [valley.optimum for valley in family.isoflop.inside], family.isoflop.a
+        log_params = None if family.draws is None else np.log(family.draws.params)
+        a_R = None if family.draws is None else family.draws.a
+    x = np.log([best.flops for best in optima])
+    y = np.log([best.params for best in optima])
+    away = np.log(flops) - x.mean()
+    value = float(np.exp(y.mean() + a * away))
+    ends = None
+    if log_params is not None:
+        scatter = debias.scatter(x, y, debias.errors(log_params)) / np.sqrt(len(x))
+        noise = scatter * np.random.default_rng(settings.seed).standard_normal(len(a_R))
+        draws = np.exp(log_params.mean(axis=1) + noise + a_R * away)
+        ends = approach2.interval(draws, settings.level)
+    tokens = float(family.compute.tokens(flops, value))
+    spent = family.compute.tokens(flops, ends)[::-1].tolist() if ends else None
+    return Best(Estimate(value, ends), Estimate(tokens, spent))
+
+
+def _launch(
+    family: FamilyFit, template: Template, flops: float, params: float
+) -> tuple[Launch | None, list[Finding]]:
+    try:
+        shape = launchable.shape_near(template, params)
+        row = launchable.rows(template, flops, shape, [0])[0]
+    except UserError as problem:
+        return None, [warn("no_launchable_shape", str(problem))]
+    size = launchable.count(template, shape)
+    tokens = row.steps * row.batch_size * template.config.data.seq_len
+    loss = None
+    if family.parametric:
+        loss = float(family.parametric.fit.law.loss(size, tokens))
+    launch = Launch(
+        *shape,
+        size,
+        template.count,
+        row.batch_size,
+        row.steps,
+        tokens,
+        row.peak_lr,
+        launchable.cost(row),
+        row.flops,
+        loss,
+        template.notes,
+    )
+    return launch, []
+
+
+def _range_findings(
+    family: FamilyFit, flops: float, decades: float, error: ModelError | None
+) -> list[Finding]:
+    findings = []
+    if decades > 0:
+        findings.append(
+            warn(
+                "extrapolation",
+                f"{labels.flops(flops)} FLOPs lie {decades:.2g} decades beyond the largest "
+                f"budget of the data, {labels.flops(family.points.budgets[-1])}",
+            )
+        )
+    if family.parametric is None:
+        findings.append(
+            refuse(
+                "loss_not_predicted",
+                "approach 3 was refused, and approach 2 has no law of the loss",
+            )
+        )
+    elif error is None:
+        findings.append(
+            warn(
+                "model_error_unknown",
+                "too few budgets for a rollout: intervals of the loss leave out the error of the law itself",
+            )
+        )
+    return findings
+
+
+def _disagreement(three: Best | None, two: Best | None) -> list[Finding]:
+    ends = [best.params.interval for best in (three, two) if best and best.params.interval]
+    if len(ends) < 2 or max(e[0] for e in ends) <= min(e[1] for e in ends):
+        return []
+    shown = f"{labels.count(two.params.value)} against {labels.count(three.params.value)}"
+    return [
+        warn(
+            "approaches_disagree",
+            f"N* of approaches 2 and 3 differ beyond their intervals: {shown}",
+        )
+    ]
+
+
+def _data_findings(best: Best, epochs: float | None) -> list[Finding]:
+    if epochs is None or epochs <= 1:
+        return []
+    return [
+        warn(
+            "data_repeated",
+            f"D* = {labels.count(best.tokens.value)} tokens are {epochs:.3g} times the unique ones",
+        )
+    ]

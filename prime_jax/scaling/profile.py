@@ -1,0 +1,288 @@
+"""Profile intervals: how far a quantity can be pushed before the runs object.
+
+The objective is minimised over everything else with the quantity held at c. Twice its rise above
+the minimum, over kappa, is compared with F(1, n - 5), where
+
+    kappa = mean(psi**2) n / (n - 5) / mean(psi'),    psi = rho'
+
+makes the rise of a robust objective what the likelihood ratio is for normal noise (Schrader and
+Hettmansperger 1980, Biometrika 67; it is the residual variance for least squares). mean(psi') is
+taken over a kernel density of the residuals: of 60 runs too few lie within Huber's delta to be
+counted. Runs of several checkpoints count once. An end is None where the objective never rises
+enough: the runs do not bound the quantity on that side.
+
+A quantity is any function of the unknowns of the form
+(constant + linear . theta + logs . log theta) / (plain + divide . theta), see `parameters` and
+`best_size`. It is held by a penalty instead of a constraint: the minimum of
+objective + weight (g - c)**2 lies exactly on the profile, at the g that it ends with.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import f as f_distribution
+
+from prime_jax.scaling import newton
+from prime_jax.scaling.approach3 import Fit, Problem, solve
+from prime_jax.scaling.laws import Compute
+
+Array = NDArray[np.float64]
+Ends = tuple[float | None, float | None]
+
+UNKNOWNS = 5
+STIFF = 100.0  # the penalty's curvature over that of the objective along the quantity
+CLOSE = 1e-3  # an end is found when the root of the rise is within this share of its limit
+ROUNDS, DOUBLINGS = 40, 10
+SILENT = 1e-9  # residuals of an exact fit
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """g(theta_5), and what people call its value."""
+
+    constant: float
+    linear_5: Array
+    logs_5: Array
+    plain: float
+    divide_5: Array
+    natural: Callable[[Array], Array]  # increasing
+
+
+def parameters(p: Problem, compute: Compute) -> dict[str, Quantity]:
+    """E, A, B, alpha, beta and the exponent a of N*(C)."""
+    n, d = p.centre[0] / p.scale[0], p.centre[1] / p.scale[1]
+    log_alpha, log_beta = -np.log(p.scale[0]), -np.log(p.scale[1])
+
+    def exponent(log_ratio: Array) -> Array:
+        return 1 / (np.exp(-log_ratio) + compute.q)
+
+    return {
+        "E": _quantity(linear=(1, 0, 0, 0, 0)),
+        "A": _quantity(linear=(0, 1, n, 0, 0)),
+        "B": _quantity(linear=(0, 0, 0, 1, d)),
+        "alpha": _quantity(log_alpha, logs=(0, 0, 1, 0, 0)),
+        "beta": _quantity(log_beta, logs=(0, 0, 0, 0, 1)),
+        "a": _quantity(log_beta - log_alpha, logs=(0, 0, -1, 0, 1), natural=exponent),
+    }
+
+
+def best_size(p: Problem, compute: Compute, flops: float) -> Quantity:
+    """N*(flops), as in laws.optimum."""
+    n, d = p.centre[0] / p.scale[0], p.centre[1] / p.scale[1]
+    work = (np.log(flops) - np.log(compute.k)) / p.scale[1]
+    constant = np.log(p.scale[1]) - np.log(p.scale[0]) - np.log(compute.q)
+    divide = (0, 0, 1 / p.scale[0], 0, compute.q / p.scale[1])
+    return _quantity(constant, (0, 1, n, -1, work - d), (0, 0, 1, 0, -1), 0.0, divide)
+
+
+def intervals(
+    p: Problem,
+    fit: Fit,
+    quantities: Sequence[Quantity],
+    level: float = 0.95,
+    runs: NDArray[np.int_] | None = None,
+) -> list[Ends]:
+    """Profile intervals of all quantities, in natural units.
+
+    Args:
+        p, fit: the objective and its minimum.
+        quantities: of `parameters` and `best_size`.
+        level: of each interval.
+        runs: the run of each point, [n], where several may be checkpoints of one.
+    """
+    if np.abs(p.residual(fit.theta_5)).max() < SILENT:
+        exact = [float(q.natural(values([q], fit.theta_5[None])[0])[0]) for q in quantities]
+        return [(value, value) for value in exact]
+    p, theta_5 = _rounded(p, fit)
+    kappa, freedom = scale(p, p.residual(theta_5), runs)
+    rise = 0.5 * kappa * f_distribution.ppf(level, 1, freedom)
+    ends = _search(*_pushed(p, theta_5, _stack([q for q in quantities for _ in range(2)]), rise))
+    pairs = zip(ends[::2], ends[1::2], quantities, strict=True)
+    return [(_natural(q, low), _natural(q, high)) for low, high, q in pairs]
+
+
+def interval_of(
+    objective: Callable[[float], float],
+    best: float,
+    rise: float,
+    limits: tuple[float, float] = (-np.inf, np.inf),
+) -> Ends:
+    """Where a function of one number has risen by `rise` above its minimum, which is at `best`.
+
+    For a quantity of another law: `objective` is then its minimum over everything else. An end
+    beyond the limits is open.
+    """
+    lowest = objective(best)
+
+    def push(which: NDArray[np.intp], aim: Array) -> tuple[Array, Array]:
+        at = np.clip(aim, *limits)
+        values = np.array([objective(float(c)) for c in at])
+        return at, np.sqrt(np.maximum(values - lowest, 0) / rise)
+
+    step = 0.1 * max(abs(best), 1.0)
+    low, high = _search(push, np.full(2, best), np.array([-step, step]))
+    return low, high
+
+
+def scale(p: Problem, residual: Array, runs: NDArray[np.int_] | None = None) -> tuple[float, int]:
+    """kappa of the residuals of a fit, and the degrees of freedom of its numerator."""
+    count = len(residual)
+    independent = count if runs is None else len(np.unique(runs))
+    freedom = max(independent - UNKNOWNS, 1)
+    pull = np.clip(residual, -p.delta, p.delta)
+    squares = p.slope_factor * np.sum((p.weight_n * pull) ** 2) / freedom
+    return float(squares / (np.mean(p.weight_n) * p.bend(residual))), freedom
+
+
+def _rounded(p: Problem, fit: Fit) -> tuple[Problem, Array]:
+    """Least absolute deviation rounded off more than for the fit, but far below its residuals."""
+    if p.objective != "lad":
+        return p, fit.theta_5
+    smooth = replace(p, delta=0.1 * float(np.median(np.abs(p.residual(fit.theta_5)))))
+    return smooth, solve(smooth, fit.theta_5[None], p.weight_n[None])[0][0]
+
+
+def _quantity(
+    constant: float = 0.0,
+    linear: Sequence[float] = (0,) * UNKNOWNS,
+    logs: Sequence[float] = (0,) * UNKNOWNS,
+    plain: float = 1.0,
+    divide: Sequence[float] = (0,) * UNKNOWNS,
+    natural: Callable[[Array], Array] = np.exp,
+) -> Quantity:
+    rows = (np.array(row, dtype=np.float64) for row in (linear, logs, divide))
+    linear_5, logs_5, divide_5 = rows
+    return Quantity(constant, linear_5, logs_5, plain, divide_5, natural)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Several quantities [P], for as many settings of the unknowns."""
+
+    constant: Array
+    linear: Array
+    logs: Array
+    plain: Array
+    divide: Array
+
+    def at(self, which: NDArray[np.intp]) -> "_Stack":
+        return _Stack(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+
+def _stack(quantities: Sequence[Quantity]) -> _Stack:
+    names = ("constant", "linear_5", "logs_5", "plain", "divide_5")
+    return _Stack(*(np.array([getattr(q, name) for q in quantities]) for name in names))
+
+
+def values(quantities: Sequence[Quantity], theta_Px5: Array) -> tuple[Array, Array, Array]:
+    """The P quantities at P settings: g_P (before `natural`), its gradient_Px5, Hessian_Px5x5."""
+    return _values(_stack(quantities), theta_Px5)
+
+
+def _values(g: _Stack, theta_Px5: Array) -> tuple[Array, Array, Array]:
+    used = np.where(g.logs != 0, theta_Px5, 1.0)
+    top = g.constant + np.sum(g.linear * theta_Px5 + g.logs * np.log(used), axis=1)
+    below = g.plain + np.sum(g.divide * theta_Px5, axis=1)
+    value = top / below
+    gradient = (g.linear + g.logs / used - value[:, None] * g.divide) / below[:, None]
+    hessian = np.zeros((len(value), UNKNOWNS, UNKNOWNS))
+    diagonal = np.arange(UNKNOWNS)
+    hessian[:, diagonal, diagonal] = -g.logs / used**2
+    cross = gradient[:, :, None] * g.divide[:, None, :]
+    return value, gradient, (hessian - cross - cross.transpose(0, 2, 1)) / below[:, None, None]
+
+
+# (problem indices_P, aims_P) -> values reached_P, roots_P of the rise there over its limit
+Push = Callable[[NDArray[np.intp], Array], tuple[Array, Array]]
+
+
+def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, Array, Array]:
+    """Minima of the objective with each quantity near its aim, the values at the fit, and first
+    steps: downward and upward by turns."""
+    count = len(g.constant)
+    theta, lag = np.tile(theta_5, (count, 1)), np.zeros(count)
+    weight = np.broadcast_to(p.weight_n, (count, len(p.x_n)))
+    lowest, _, hessian = p.derivatives(theta_5[None], p.weight_n[None])
+    best, slope, _ = _values(g, theta)
+    spread = np.sum(slope * (slope @ np.linalg.pinv(hessian[0], hermitian=True)), axis=1)
+    curvature = np.abs(1 / spread)
+
+    def push(which: NDArray[np.intp], aim: Array) -> tuple[Array, Array]:
+        target, stiff = aim + lag[which], STIFF * curvature[which]
+        theta[which] = _held(p, g.at(which), theta[which], weight[which], target, stiff)
+        value = _values(g.at(which), theta[which])[0]
+        lag[which] = target - value  # what the penalty gives way by, made up for next time
+        objective = p.derivatives(theta[which], weight[which])[0]
+        return value, np.sqrt(np.maximum(objective - lowest, 0) / rise)
+
+    side = np.tile([-1.0, 1.0], count // 2)
+    return push, best, side * np.sqrt(2 * rise / curvature)
+
+
+def _search(push: Push, best_P: Array, step_P: Array) -> list[float | None]:
+    """The value at which the root reaches 1, from `best` in the direction of `step`.
+
+    Steps double until the root is above 1, and are then divided by interpolation.
+    """
+    count = len(best_P)
+    inner, inner_root, step = best_P.copy(), np.zeros(count), step_P.copy()
+    outer, outer_root = np.full(count, np.nan), np.full(count, np.nan)
+    aim, doubled = best_P + step, np.zeros(count, dtype=int)
+    found: list[float | None] = [None] * count
+    active = np.arange(count)
+    for _ in range(ROUNDS):
+        if not len(active):
+            break
+        going = []
+        for k, at, root in zip(active, *push(active, aim[active]), strict=True):
+            if abs(root - 1) < CLOSE:
+                found[k] = float(at)
+                continue
+            bounded = root > 1 or np.isfinite(outer[k])
+            if root > 1:
+                outer[k], outer_root[k] = at, root
+            elif abs(at - inner[k]) > 0.1 * abs(aim[k] - inner[k]):
+                inner[k], inner_root[k] = at, root
+            elif not bounded:
+                continue  # at the edge of what a law can be
+            if bounded:
+                share = (1 - inner_root[k]) / (outer_root[k] - inner_root[k])
+                aim[k] = inner[k] + np.clip(share, 0.05, 0.95) * (outer[k] - inner[k])
+            elif doubled[k] < DOUBLINGS:
+                doubled[k] += 1
+                step[k] *= 2
+                aim[k] = inner[k] + step[k]
+            else:
+                continue
+            going.append(k)
+        active = np.array(going, dtype=int)
+    for k in np.flatnonzero(np.isfinite(outer)):  # a jump of the profile: where it is crossed
+        if found[k] is None:
+            found[k] = float(0.5 * (inner[k] + outer[k]))
+    return found
+
+
+def _held(
+    p: Problem, g: _Stack, start_Px5: Array, weight_Pxn: Array, target_P: Array, stiff_P: Array
+) -> Array:
+    """The minimum of objective + stiff / 2 (g - target)**2, [P, 5]."""
+
+    def derivatives(theta: Array, which: NDArray[np.intp]) -> tuple[Array, Array, Array]:
+        value, gradient, hessian = p.derivatives(theta, weight_Pxn[which])
+        held, slope, bend = _values(g.at(which), theta)
+        stiff, off = stiff_P[which], held - target_P[which]
+        pull = (stiff * off)[:, None]
+        outer = slope[:, :, None] * slope[:, None, :]
+        return (
+            value + 0.5 * stiff * off**2,
+            gradient + pull * slope,
+            hessian + stiff[:, None, None] * outer + pull[:, :, None] * bend,
+        )
+
+    return newton.minimise(derivatives, start_Px5, *p.box())[0]
+
+
+def _natural(quantity: Quantity, value: float | None) -> float | None:
+    return None if value is None else float(quantity.natural(np.array(value)))

@@ -1,0 +1,216 @@
+"""Reading what was logged during training: of the runs of a sweep, or a CSV as W&B exports it.
+
+A CSV is long (columns run, step or tokens, loss) or wide, as the W&B page exports a chart: Step,
+then `<run> - <metric>` and its `__MIN` and `__MAX` for each run.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prime_jax.errors import UserError
+from prime_jax.records import best_valid
+from prime_jax.scaling.columns import DEFAULT_METRIC
+from prime_jax.scaling.points import KINDS
+from prime_jax.scaling.table import MOST_CURVE_ROWS, Table, number, read_csv, require, text
+
+LEAST_EVALUATIONS = 3  # that make a curve
+WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
+CLOCKS = ("tokens", "step", "_step", "global_step", "trainer/global_step")
+RUNS = ("run", "name", "run_name")
+
+
+@dataclass
+class Log:
+    """One run: losses along its clock, and the learning rate along its own."""
+
+    clock: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    lr_clock: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    kind: str = ""
+    schedule: str = ""  # "decays" where that is known without the rates
+    tokens_per_step: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Of many runs, by name; the clocks count `tokens` or steps."""
+
+    runs: dict[str, Log]
+    in_tokens: bool
+    source: str
+
+
+def load(source: Path, metric: str) -> Logs:
+    """Raises UserError: nothing there, or no training curves (with the rows that are wrong)."""
+    if source.is_dir():
+        return _of_sweep(source, metric)
+    return of_table(read_csv(source, MOST_CURVE_ROWS))
+
+
+def of_table(table: Table) -> Logs:
+    """A CSV, long or wide; cells without a loss are no points."""
+    if is_wide(table.columns):
+        table = _melt(table)
+    clock, run = (_column(table, names) for names in (CLOCKS, RUNS))
+    loss = _loss_column(table)
+    rows = [
+        (row, name) for row, name in zip(table.rows, table.names, strict=True) if text(row, loss)
+    ]
+    if not rows:
+        raise UserError(f"{table.source}: column {loss!r} is empty")
+    table = Table(*(list(side) for side in zip(*rows, strict=True)), *_rest(table))
+    clocks = np.array([number(row, clock) for row in table.rows])
+    losses = np.array([number(row, loss) for row in table.rows])
+    require(table, clock, clocks >= 0, f"{clock} must be a number, 0 or more")
+    require(table, loss, (losses > 0) & np.isfinite(losses), "loss must be a number above 0")
+    require(table, run, [text(row, run) != "" for row in table.rows], f"{run} is empty")
+    known = f"kind must be one of {', '.join(KINDS)}"
+    require(table, "kind", [text(row, "kind") in ("", *KINDS) for row in table.rows], known)
+    guess = "train_loss" if "train" in loss else ""
+    logs: dict[str, Log] = {}
+    seen: dict[tuple[str, float], str] = {}
+    for row, name, at, value in zip(table.rows, table.names, clocks, losses, strict=True):
+        key = text(row, run), float(at)
+        if key in seen:
+            raise UserError(
+                f"{table.source}: {seen[key]} and {name} are the same {clock} of run {key[0]}; drop one"
+            )
+        seen[key] = name
+        log = logs.setdefault(key[0], Log(kind=text(row, "kind", guess)))
+        log.clock.append(key[1])
+        log.loss.append(float(value))
+        log.tokens_per_step = number(row, "tokens_per_step")
+        rate = number(row, "lr")
+        if rate >= 0:
+            log.lr_clock.append(key[1])
+            log.lr.append(rate)
+    if all(len(set(log.lr)) < 2 for log in logs.values()):
+        for log in logs.values():  # the peak rate of each run, not its schedule
+            log.lr_clock, log.lr = [], []
+    return Logs(logs, clock == "tokens", table.source)
+
+
+def is_wide(columns: list[str]) -> bool:
+    return len(columns) > 1 and all(WIDE.fullmatch(name) for name in columns[1:])
+
+
+def _rest(table: Table) -> tuple[list[str], str, str]:
+    return table.columns, table.source, table.sha256
+
+
+def _column(table: Table, names: tuple[str, ...]) -> str:
+    for name in names:
+        if name in table.columns:
+            return name
+    raise UserError(
+        f"{table.source}: no column {' or '.join(map(repr, names[:2]))} for training curves; it has {_shown(table.columns)}"
+    )
+
+
+def _loss_column(table: Table) -> str:
+    """`loss`, or the only column whose name ends so (`train/loss`, `val_loss`)."""
+    if "loss" in table.columns:
+        return "loss"
+    found = [name for name in table.columns if name.lower().endswith("loss")]
+    if len(found) != 1:
+        what = f"several losses ({', '.join(found)}); keep one" if found else "no column 'loss'"
+        raise UserError(f"{table.source}: {what}; it has {_shown(table.columns)}")
+    return found[0]
+
+
+def _shown(columns: list[str]) -> str:
+    rest = f" and {len(columns) - 8} more" if len(columns) > 8 else ""
+    return ", ".join(columns[:8]) + rest
+
+
+def _melt(table: Table) -> Table:
+    """Wide to long."""
+    first = table.columns[0]
+    if "token" in first.lower():
+        clock = "tokens"
+    elif first.lower().endswith("step"):
+        clock = "step"
+    else:
+        raise UserError(
+            f"{table.source}: its first column is {first!r}; export the chart over steps or tokens"
+        )
+    cells = {name: WIDE.fullmatch(name) for name in table.columns[1:]}
+    cells = {
+        name: match
+        for name, match in cells.items()
+        if not match["bound"] and match["metric"] != "_step"
+    }
+    metrics = sorted({match["metric"] for match in cells.values()})
+    if len(metrics) != 1:
+        raise UserError(
+            f"{table.source}: curves of {', '.join(metrics) or 'nothing'}; export one loss"
+        )
+    loss = metrics[0] if metrics[0].endswith("loss") else "loss"
+    rows, names = [], []
+    for row, name in zip(table.rows, table.names, strict=True):
+        for column, match in cells.items():
+            if row[column]:
+                rows.append({"run": match["run"], clock: row[first], loss: row[column]})
+                names.append(name)
+    if not rows:
+        raise UserError(f"{table.source}: a header but no losses")
+    return Table(rows, names, ["run", clock, loss], table.source, table.sha256)
+
+
+def _of_sweep(root: Path, metric: str) -> Logs:
+    """Evaluations along training if every finished run has enough of them, else batch losses.
+
+    A batch loss is of other text than the evaluation set and of the objective trained, so it is a
+    `train_loss` whatever the family.
+    """
+    from prime_jax.sweep import state
+
+    state.check_root(root)
+    training, evaluated, decaying = {}, {}, {}
+    for run in state.list_runs(root):
+        if run.result is None or run.result["status"] != "done":
+            continue
+        if run.spec["config"]["optim"]["schedule"] != "wsd":
+            decaying[run.id] = Log(schedule="decays")
+            continue
+        rows = [row for k in range(run.k + 1) for row in _rows(root / "runs" / run.id / str(k))]
+        batches = {row["step"]: row for row in rows if row.get("loss") is not None}
+        evals = {row["step"]: loss for row in rows if (loss := _evaluation(row, metric))}
+        rates = {"lr_clock": list(batches), "lr": [row["lr"] for row in batches.values()]}
+        name = "joint" if metric == "joint" else "loss"
+        losses = [row[name] for row in batches.values()]
+        training[run.id] = Log(list(batches), losses, **rates, kind="train_loss")
+        values = [loss["value"] for loss in evals.values()]
+        kind = "+".join(sorted({loss["kind"] for loss in evals.values()}))
+        evaluated[run.id] = Log(list(evals), values, **rates, kind=kind)
+    enough = all(len(log.clock) >= LEAST_EVALUATIONS for log in evaluated.values())
+    return Logs(decaying | (evaluated if enough else training), False, root.name)
+
+
+def _rows(attempt: Path) -> Iterator[dict[str, Any]]:
+    """Later attempts repeat the steps that an earlier one lost; a killed one ends mid-line."""
+    try:
+        lines = (attempt / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
+
+def _evaluation(row: dict[str, Any], metric: str) -> dict[str, Any] | None:
+    losses = row.get("eval", [])
+    if metric == DEFAULT_METRIC:
+        return best_valid(losses)
+    return next((loss for loss in losses if loss["estimator"] == metric), None)

@@ -1,0 +1,119 @@
+"""The trainer with each implementation of the kernels: same losses, from the kernel asked for."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from prime_jax.config import (
+    DataConfig,
+    EvalConfig,
+    KernelConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SubtokenConfig,
+)
+from prime_jax.kernels import attention_pallas, embedding_pallas, subtoken_head_pallas
+from prime_jax.train import train
+
+KERNELS = {  # what must have been called, and from which module
+    "head": (subtoken_head_pallas, "loss_and_gradients"),
+    "attention": (attention_pallas, "masked_attention"),
+    "embedding": (embedding_pallas, "from_words"),
+}
+ALL = KernelConfig(head="pallas", attention="pallas", embedding="pallas")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(markov_data) -> RunConfig:
+    return RunConfig(
+        family="prime",
+        steps=4,
+        batch_size=4,
+        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
+        subtokens=SubtokenConfig(length=4),
+        data=DataConfig(path=str(markov_data), seq_len=16),
+        optim=OptimConfig(peak_lr=1e-2, warmup_steps=1),
+        eval=EvalConfig(examples=4, replicates=2, batch_size=8, estimators=("subtoken",)),
+        log=LogConfig(every=1),
+        mesh=MeshConfig(data=1, remat="none"),
+    )
+
+
+def losses(config: RunConfig, run_dir) -> list[float]:
+    """The loss of every step, and of the evaluation."""
+    result = train(config, run_dir, say=lambda _: None)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in rows if "loss" in r] + [x["value"] for x in result["losses"]]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    kernels = KernelConfig(head="xla", attention="scan", embedding="xla")
+    config = dataclasses.replace(tiny, kernels=kernels)
+    return losses(config, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        ALL,
+        pytest.param(KernelConfig(attention="xla"), marks=pytest.mark.slow),
+        pytest.param(KernelConfig(head="pallas"), marks=pytest.mark.slow),
+        pytest.param(KernelConfig(attention="pallas"), marks=pytest.mark.slow),
+        pytest.param(KernelConfig(attention="splash"), marks=pytest.mark.slow),
+        pytest.param(KernelConfig(embedding="pallas"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_implementation_trains_to_the_same_losses(
+    kernels, tiny, plain, tmp_path, monkeypatch
+):
+    called = set()
+    for name, (module, function) in KERNELS.items():
+        real = getattr(module, function)
+
+        def spy(*args, name=name, real=real, **kwargs):
+            called.add(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, function, spy)
+    got = losses(dataclasses.replace(tiny, kernels=kernels), tmp_path)
+    assert called == {name for name in KERNELS if getattr(kernels, name) == "pallas"}
+    np.testing.assert_allclose(got, plain, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_packed_documents_train_alike(tiny, tmp_path):
+    """With segment ids, through the model: the kernels skip what XLA masks."""
+    data = dataclasses.replace(tiny.data, segment_ids=True)
+    config = dataclasses.replace(tiny, steps=2, data=data)
+    plain = losses(config, tmp_path / "plain")
+    kernels = KernelConfig(attention="pallas")
+    got = losses(dataclasses.replace(config, kernels=kernels), tmp_path / "kernels")
+    np.testing.assert_allclose(got, plain, rtol=2e-5)
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_run_to_plain_xla(
+    tiny, plain, tmp_path, monkeypatch
+):
+    def broken(*args, **kwargs):
+        raise RuntimeError("Mosaic failed to compile TPU kernel: no layout")
+
+    monkeypatch.setattr(embedding_pallas, "from_words", broken)
+    # Another blocks setting: programs are kept, and the one of `embedding = pallas` may be there.
+    kernels = KernelConfig(embedding="pallas", attention_blocks=(256, 256, 256))
+    with pytest.warns(UserWarning, match="no layout"):
+        got = losses(dataclasses.replace(tiny, kernels=kernels), tmp_path)
+    np.testing.assert_allclose(got, plain, rtol=2e-5)

@@ -1,0 +1,123 @@
+"""Predictions against a known law."""
+
+import json
+
+import numpy as np
+import pytest
+import scaling_cases
+from scaling_cases import BUDGETS, LAW
+
+from prime_jax import cli
+from prime_jax.scaling import fit, launchable, predict
+from prime_jax.scaling.laws import Compute, optimum
+
+SETTINGS = fit.Settings(replicates=100, seed=3)
+CONVENTIONS = {"flops": "as given", "params": "as given"}
+TEMPLATE = launchable.template("mdm", CONVENTIONS, None)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return fit.fit_family(scaling_cases.surface(), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    data = scaling_cases.surface(ratios=np.geomspace(0.2, 5, 8), noise=3e-3, seed=5)
+    return fit.fit_family(data, SETTINGS)
+
+
+@pytest.mark.parametrize("budget", [2e18, 1e21])
+def test_without_noise_a_prediction_is_the_truth(exact, budget):
+    found = predict.predict(exact, SETTINGS, budget, TEMPLATE)
+    best = optimum(LAW, Compute(), budget)
+    assert found.approach3.params.value == pytest.approx(float(best.params), rel=1e-6)
+    assert found.approach3.tokens.value == pytest.approx(float(best.tokens), rel=1e-6)
+    assert found.approach3.loss.value == pytest.approx(float(best.loss), rel=1e-8)
+    assert found.approach2.params.value == pytest.approx(float(best.params), rel=1e-3)
+    assert found.in_range == (budget <= BUDGETS[-1])
+    assert found.decades == pytest.approx(max(0, np.log10(budget / BUDGETS[-1])))
+    codes = {finding.code for finding in found.findings}
+    assert ("extrapolation" in codes) == (not found.in_range)
+
+
+def test_intervals_hold_the_truth_and_widen_away_from_the_data(noisy):
+    near, far = (predict.predict(noisy, SETTINGS, c, TEMPLATE) for c in (1e19, 1e22))
+    for found in (near, far):
+        best = optimum(LAW, Compute(), found.flops)
+        for part in (found.approach3, found.approach2):
+            for name in ("params", "tokens"):
+                estimate = getattr(part, name)
+                low, high = estimate.interval
+                assert low < getattr(best, name) < high
+                assert low < estimate.value < high
+        plain, widened = found.approach3.loss, found.approach3.loss_with_model_error
+        assert widened.interval[0] < plain.interval[0] < plain.interval[1] < widened.interval[1]
+        assert widened.interval[0] < best.loss < widened.interval[1]
+    for part in ("approach3", "approach2"):
+        spans = [np.ptp(np.log(getattr(f, part).params.interval)) for f in (near, far)]
+        assert spans[1] > 2 * spans[0]
+
+
+def test_rollout_error_is_that_of_validate(noisy):
+    from prime_jax.scaling import validate
+
+    found = predict.predict(noisy, SETTINGS, 1e21, TEMPLATE)
+    error = validate.model_error(validate.rollout(noisy.points, SETTINGS))
+    assert found.rollout.rms == pytest.approx(error.rms, rel=1e-6)
+    few = fit.fit_family(scaling_cases.surface(budgets=BUDGETS[:3], noise=1e-3), SETTINGS)
+    found = predict.predict(few, SETTINGS, 1e21, TEMPLATE)
+    assert found.rollout is found.approach3.loss_with_model_error is None
+    assert "model_error_unknown" in {finding.code for finding in found.findings}
+
+
+def test_repeated_data_is_flagged(exact):
+    tokens = float(optimum(LAW, Compute(), 1e20).tokens)
+    found = predict.predict(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=tokens / 3)
+    assert found.epochs == pytest.approx(3, rel=1e-6)
+    assert "data_repeated" in {finding.code for finding in found.findings}
+    plenty = predict.predict(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=2 * tokens)
+    assert "data_repeated" not in {finding.code for finding in plenty.findings}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("predict") / "fit"
+    scaling_cases.write_fit(path, scaling_cases.rows_of_a_sweep(), SETTINGS)
+    return path
+
+
+def test_command(directory, capsys):
+    words = ["scaling", "predict", str(directory), "--flops", "1e21"]
+    assert cli.main([*words, "--family", "arm"]) == 0
+    assert "N* (parameters), approach 3" in capsys.readouterr().out
+    settings = ["--model.vocab-size", "5000", "--data.seq-len", "512"]
+    options = ["--family", "prime", "--data-limit", "1e15", *settings]
+    assert cli.main([*words, *options, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (one,) = said["predictions"]
+    assert (one["family"], one["in_range"], said["level"]) == ("prime", False, 0.95)
+    assert one["unique_tokens"] == 1e15
+    assert (one["kind"], one["loss_unit"]) == ("nelbo", "nats / token")
+    launch = one["launch"]
+    assert launch["tokens"] == launch["steps"] * launch["batch_size"] * 512
+    assert launch["flops"] <= 1e21
+    best = one["approach3"]["params"]["value"]
+    assert launch["params"] == pytest.approx(best, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--flops": "1e17", "--family": "arm"}, ["below the data", "1e18"]),
+        ({"--family": "prim"}, ["prim", "did you mean prime"]),
+        ({"--model.vocab-size": "many"}, ["--model.vocab-size many"]),
+        ({"--sweep": "nowhere"}, ["nowhere"]),
+    ],
+)
+def test_bad_input_is_one_line(directory, capsys, change, words):
+    flat = [word for pair in ({"--flops": "1e21"} | change).items() for word in pair]
+    assert cli.main(["scaling", "predict", str(directory), *flat]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert all(word in said for word in words), said

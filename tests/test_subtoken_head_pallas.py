@@ -1,0 +1,176 @@
+"""The TPU kernels of the head, interpreted: numbers, races, tiles; and their lowering for TPUs."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from head_cases import compare, log_prob_pair, loss_pair, problem
+from jax.experimental.pallas import tpu as pltpu
+
+from prime_jax.errors import UserError
+from prime_jax.kernels import subtoken_head_pallas, subtoken_head_sparse, subtoken_head_xla
+from prime_jax.kernels.subtoken_head import Head
+from prime_jax.kernels.subtoken_head_base import PADDING, Coefficients
+from prime_jax.kernels.subtoken_head_reference import subtoken_log_probs_reference
+
+SMALL = (32, 64, 32)  # tokens, head rows, part: several of each
+CASES = [  # vocabulary, sub-tokens, scope, rows
+    (200, 8, "codes", 65),
+    (200, 1, "vocab", 100),
+    (200, 3, "vocab", 40),  # b = 6
+    (64, 6, "vocab", 16),  # one tile
+]
+
+
+def pallas(p, **changes) -> Head:
+    return Head(p.book, implementation="pallas", **{"blocks": SMALL, **changes})
+
+
+@pytest.mark.parametrize(("vocab", "length", "scope", "rows"), CASES)
+def test_log_probs_take_any_cotangent(vocab, length, scope, rows):
+    p = problem(vocab, length, rows, 16, scope=scope)
+    compare(log_prob_pair(pallas(p), p), p.h, p.rows, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "carry_over"), [("marginal", True), ("joint", False)])
+def test_loss_and_gradients(loss, carry_over):
+    p = problem(200, 8, 65, 16)
+    whole = jnp.arange(65) % 3 == 1
+    compare(
+        loss_pair(pallas(p, loss=loss, carry_over=carry_over), p, whole), p.h, p.rows, rtol=1e-5
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["vocab", "codes"])
+@pytest.mark.parametrize("length", range(1, 17))
+def test_every_length(length, scope):
+    vocab = min(2**length, 300) - (length > 1)
+    p = problem(vocab, length, 50, 16, seed=length, scope=scope)
+    compare(loss_pair(pallas(p), p), p.h, p.rows, rtol=1e-5)
+    compare(log_prob_pair(pallas(p), p), p.h, p.rows, rtol=1e-5)
+
+
+def test_half_precision_is_as_exact_as_xla():
+    """bfloat16 hidden states and head rows against float32 of the unrounded ones."""
+    p = problem(500, 9, 96, 64, scale=0.4)
+    half = p.h.astype(jnp.bfloat16), p.rows.astype(jnp.bfloat16)
+
+    def errors(head, pair_of):
+        twin = jax.value_and_grad(pair_of(Head(p.book), p)[1], (0, 1))(p.h, p.rows)
+        got = jax.jit(jax.value_and_grad(pair_of(head, p)[0], (0, 1)))(*half)
+        relative = lambda a, b: np.abs(np.float32(a) - b).max() / np.abs(b).max()  # noqa: E731
+        return np.array(jax.tree.leaves(jax.tree.map(relative, got, twin)))
+
+    for pair_of in (loss_pair, log_prob_pair):
+        ours, theirs = errors(pallas(p), pair_of), errors(Head(p.book), pair_of)
+        assert (ours < 1.5 * theirs + 2**-9).all(), (ours, theirs)
+
+
+def test_evaluation_does_not_carry_the_rounding_of_exponentials():
+    """With logits that bfloat16 products hold exactly, digit masses are exact to 1e-4."""
+    p = problem(500, 9, 64, 64)
+    rows = jnp.round(p.rows * 8) / 8
+    h = jnp.round(p.h) / subtoken_head_pallas.LOG2E  # whole once scaled, as exponents of 2
+    exact = subtoken_log_probs_reference(Head(p.book), h, rows, p.true, p.masked)[1]
+    seen = Head(p.book).seen(p.masked)
+    half = rows.astype(jnp.bfloat16)
+    masses = subtoken_head_pallas.masses(pallas(p), h, half, p.true, seen)
+    got = jnp.log(masses.digits_NxSxb / masses.mass_N[:, None, None])
+    near = np.asarray(exact) > -20
+    assert np.abs(np.where(near, got - exact, 0)).max() < 1e-4
+
+
+def gradient_arguments(head, p):
+    """Arguments of `gradients` with random coefficients."""
+    rng, count = np.random.default_rng(0), len(p.true)
+    lse = subtoken_log_probs_reference(Head(p.book), p.h, p.rows, p.true, p.masked)[0]
+    random = lambda *shape: jnp.asarray(rng.normal(size=(count, *shape)), jnp.float32)  # noqa: E731
+    digits = random(p.book.length, p.book.base)
+    return p.h, p.rows, p.true, head.seen(p.masked), lse, Coefficients(random(), digits, random())
+
+
+@pytest.mark.parametrize(
+    ("tiles", "skip"), [(2, False), (3, True), pytest.param(1, False, marks=pytest.mark.slow)]
+)
+def test_copies_do_not_race(tiles, skip):
+    p = problem(100, 7, 16 * tiles, 128)
+    head = pallas(p, blocks=(16, 32, 16), skip=skip)
+    arguments = gradient_arguments(head, p)
+    params = pltpu.InterpretParams(detect_races=True)
+    got = jax.jit(partial(subtoken_head_pallas.gradients, head, interpret=params))(*arguments)
+    jax.block_until_ready(got)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
+    want = subtoken_head_xla.gradients(head, *arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("scope", ["vocab", pytest.param("codes", marks=pytest.mark.slow)])
+def test_skipping_tiles_changes_nothing(scope, cores, monkeypatch):
+    """Nor do two cores, each of which sums gradients of its own share of the head rows."""
+    monkeypatch.setattr(subtoken_head_pallas, "core_count", lambda: cores)
+    p = problem(300, 10, 150, 16, scope=scope)
+    head = pallas(p, blocks=(16, 32, 16), skip=True)
+    compare(log_prob_pair(head, p), p.h, p.rows, rtol=1e-5)
+
+
+def visited(visits, tiles, blocks, cores):
+    """(tiles x blocks counts of the forward visits, of the backward visits, lists of tiles)."""
+    forward, backward = np.zeros((2, tiles, blocks), int)
+    for i, count in enumerate(np.asarray(visits.count_I)):
+        np.add.at(forward[i], np.asarray(visits.blocks_IJ).reshape(tiles, -1)[i, :count], 1)
+    steps = np.asarray(visits.steps_3KT).reshape(3, cores, -1)
+    for core, count in enumerate(np.asarray(visits.count_K)):
+        block, tile, moves = steps[:, core, :count]
+        np.add.at(backward, (tile, block), 1)
+        assert (np.diff(block) >= 0).all()  # a block's gradient is finished before the next
+        assert (np.diff(moves) == (np.diff(tile) != 0)).all()
+    return forward, backward
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_visits_are_the_consistent_tiles(cores):
+    p = problem(1000, 10, 1024, 8)
+    head = Head(p.book)
+    true = jnp.asarray(head.words_VxW)[p.true, 0]
+    visible = head.seen(p.masked)[:, 0]
+    order = subtoken_head_sparse.sorted_order(true, visible, 10)
+    words = np.pad(head.words_VxW[:, 0], (0, 24), constant_values=PADDING)
+    true, visible = np.asarray(true[order]), np.asarray(visible[order])
+    pairs = ((words ^ true[:, None]) & visible[:, None]) == 0
+    want = pairs.reshape(32, 32, 16, 64).any((1, 3))
+    visits = subtoken_head_sparse.consistent_tiles(words, true, visible, 32, 64, cores)
+    forward, backward = visited(visits, 32, 16, cores)
+    assert (forward[want] == 1).all()
+    assert forward.max() == 1
+    assert forward.sum() < 1.1 * want.sum() < 0.9 * want.size
+    np.testing.assert_array_equal(backward, np.where(forward.any(0), forward, [[1]] + [[0]] * 31))
+    everything = subtoken_head_sparse.all_tiles(3, 5, cores)
+    assert all((x == 1).all() for x in visited(everything, 3, 5, cores))
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_lowers_for_a_tpu(chip, lower_for):
+    for case in subtoken_head_pallas.cases(chip, 512, 51200):
+        assert lower_for(chip, case).count("tpu_custom_call") == 1
+
+
+def test_what_the_kernels_do_not_support_is_left_to_xla():
+    assert subtoken_head_pallas.supports(Head(problem(200, 4).book))
+    assert not subtoken_head_pallas.supports(Head(problem(5000, 2).book))  # 142 columns
+    assert not subtoken_head_pallas.supports(Head(problem(40, 32).book))  # two words
+    p = problem(5000, 2, 8, 8)
+    compare(loss_pair(pallas(p), p), p.h, p.rows, rtol=1e-5)
+
+
+def test_blocks_that_do_not_fit_together_are_refused():
+    p = problem()
+    for blocks in ((32, 64), (32, 64, 48), (32, 0, 0)):
+        with pytest.raises(UserError, match="head rows"):
+            subtoken_head_pallas.fitted(dataclasses.replace(pallas(p), blocks=blocks), 8, 4)
