@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from prime_jax.scaling import fit, record, saved, table
 from prime_jax.scaling.laws import Compute, Law, optimum
@@ -49,6 +50,24 @@ def csv_rows(part, **extra):
         {"family": part.family, "kind": part.measure.kind, "flops": c, "params": n, "tokens": d, "loss": loss} | extra
         for c, n, d, loss in zip(part.flops.tolist(), part.params.tolist(), part.tokens.tolist(), part.loss.tolist(), strict=True)
     ]  # fmt: skip
+
+
+def shared(name):
+    """Columns of a file of public points that is not part of the project; skips without it."""
+    path = Path(__file__).parents[2] / "shared" / "data" / "scaling" / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside this checkout (../shared/data/scaling)")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def chinchilla(drop=5):
+    """Params, tokens and loss of the points of Hoffmann et al. that Epoch extracted."""
+    column = {name: v.astype(float) for name, v in shared("chinchilla_epoch_points.csv").items()}
+    kept = np.argsort(column["loss"], kind="stable")[: len(column["loss"]) - drop]
+    params, flops, loss = (column[name][kept] for name in ("params", "flops", "loss"))
+    return params, flops / (6 * params), loss
 
 
 def write_csv(path, rows):

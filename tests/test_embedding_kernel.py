@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from prime_jax.kernels import embedding, embedding_pallas
-from prime_jax.kernels.check_case import CHIPS
 from prime_jax.kernels.embedding import packed_embedding, resolve, subtoken_embedding
 from prime_jax.subtokens import pack
 
@@ -123,10 +122,3 @@ def test_large_tables_are_gathered_and_impossible_requests_refused():
     assert resolve("pallas", "cat", 2, 226) == "pallas"
     with pytest.raises(ValueError, match="select"):
         resolve("select", "sum", 6, 3)
-
-
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("width", [512, 2048])
-def test_the_kernels_lower_for_tpus(chip, width, lower_for):
-    for case in embedding_pallas.cases(chip, width, 51200):
-        assert "tpu_custom_call" in lower_for(chip, case)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scaling_cases import LAW, ORACLE, published, surface
+from scaling_cases import LAW, ORACLE, chinchilla, published, surface
 from scipy.optimize import least_squares, minimize
 from scipy.special import huber, logsumexp
 
@@ -183,6 +183,29 @@ def test_least_absolute_deviation_ends_in_a_corner(family):
             assert problem.value(fit.theta_5 + step) > fit.objective
     beside = approach3.certify(problem, fit.theta_5 + 1e-6)
     assert not beside.converged
+
+
+def test_chinchilla_points():
+    points = chinchilla()
+    fit = approach3.fit(approach3.problem(*points))
+    expected = {"E": 1.817218098, "A": 477.8258668, "B": 2143.417367, "alpha": 0.3473104987, "beta": 0.3671724327}  # fmt: skip
+    assert vars(fit.law) == pytest.approx(expected, rel=1e-8)
+    assert fit.objective == pytest.approx(0.0010182740178006, rel=1e-12)
+    assert fit.certificate.agreeing == 1
+    every = approach3.fit(approach3.problem(*chinchilla(drop=0)))
+    expected = {"E": 1.8913385, "A": 495.726, "B": 12845.613, "alpha": 0.34931289, "beta": 0.4530493}  # fmt: skip
+    assert vars(every.law) == pytest.approx(expected, rel=2e-6)
+
+
+def test_the_published_chinchilla_law_is_that_of_least_absolute_deviation():
+    printed = Law(E=1.81686404, A=482.0057178, B=2085.434203, alpha=0.3478130291, beta=0.3658541174)
+    points = chinchilla()
+    problem = approach3.problem(*points, objective="lad")
+    audit = approach3.audit(problem, printed)
+    assert vars(audit.best.law) == pytest.approx(vars(printed), rel=2e-6)
+    assert 0 <= audit.excess < 1e-8
+    assert audit.best.certificate.converged
+    assert approach3.audit(approach3.problem(*points), printed).excess > 1e-4
 
 
 def test_least_squares_is_the_optimum_of_squares():

@@ -1,14 +1,9 @@
-import csv
-from pathlib import Path
-
 import numpy as np
 import pytest
-from scaling_cases import LAW, published, surface
+from scaling_cases import LAW, chinchilla, published, surface
 
 from prime_jax.scaling import approach3, bootstrap, newton
 from prime_jax.scaling.laws import Compute, optimum
-
-EPOCH = Path(__file__).parents[2] / "shared" / "data" / "scaling" / "chinchilla_epoch_points.csv"
 
 
 def test_weights_keep_the_number_of_runs_of_each_budget():
@@ -37,22 +32,52 @@ def test_every_replicate_reaches_what_many_starts_reach():
 
 
 def interval_of_best_size(noise, seed):
-    """95 % interval of log N*(1e23), far beyond the data."""
+    """95 % interval of log N*(1e23)."""
     points = surface(noise=noise, seed=seed)
     p = approach3.problem(points.params, points.tokens, points.loss)
     laws = bootstrap.laws(p, approach3.fit(p), bootstrap.weights(points.budget, 120, seed))
     return np.log(bootstrap.interval(optimum(laws, Compute(), 1e23).params))
 
 
-def test_intervals_cover_the_truth():
-    truth = np.log(optimum(LAW, Compute(), 1e23).params)
-    ends = [interval_of_best_size(0.004, seed) for seed in range(20)]
-    assert sum(low <= truth <= high for low, high in ends) >= 16
-
-
 def test_intervals_shrink_with_the_noise():
     wide, narrow = (np.ptp(interval_of_best_size(noise, 1)) for noise in (0.004, 0.0004))
     assert narrow < wide / 3
+
+
+def test_wild_errors_of_independent_runs_give_the_spread_of_redrawn_ones():
+    points = published("prime")
+    for objective in ("huber", "ls"):
+        p = approach3.problem(points.params, points.tokens, points.loss, objective=objective)
+        fit = approach3.fit(p)
+        drawn = bootstrap.laws(p, fit, bootstrap.weights(points.budget, 300, seed=0))
+        wild = bootstrap.wild(p, fit, np.arange(len(points.loss)), 300, seed=0)
+        widths = [
+            np.ptp(np.log(bootstrap.interval(optimum(laws, Compute(), 1e21).params, 0.8)))
+            for laws in (drawn, wild)
+        ]
+        assert widths[1] == pytest.approx(widths[0], rel=0.35)
+
+
+def test_checkpoints_of_one_run_share_its_luck():
+    # Sixteen runs of six checkpoints; what is off is off for all of a run.
+    rng = np.random.default_rng(0)
+    params, run = np.repeat(np.geomspace(3e7, 3e9, 16), 6), np.repeat(np.arange(16), 6)
+    tokens = params * np.tile(np.geomspace(2, 100, 6), 16)
+    loss = LAW.loss(params, tokens) * np.exp(4e-3 * rng.standard_normal(16)[run])
+    p = approach3.problem(params, tokens, loss * np.exp(4e-4 * rng.standard_normal(96)))
+    fit = approach3.fit(p)
+    together, apart = (
+        np.std(bootstrap.wild(p, fit, of, 200, seed=0).alpha) for of in (run, np.arange(96))
+    )
+    assert together > 1.5 * apart
+    again = bootstrap.wild(p, fit, run, 200, seed=0)
+    assert np.std(again.alpha) == together
+
+
+def test_factors_of_the_wild_bootstrap():
+    factors = bootstrap.WEBB
+    assert (factors.mean(), np.mean(factors**2)) == pytest.approx((0, 1))
+    assert len(np.unique(factors)) == 6
 
 
 def test_share_of_replicates_at_a_bound():
@@ -65,29 +90,9 @@ def test_share_of_replicates_at_a_bound():
     assert shares == {"E": 0.25, "A": 0, "alpha": 0, "B": 0, "beta": 0}
 
 
-def chinchilla():
-    if not EPOCH.exists():
-        pytest.skip("the Chinchilla points are not beside this checkout (../shared/data/scaling)")
-    with EPOCH.open(newline="") as file:
-        rows = [
-            [float(row[name]) for name in ("params", "flops", "loss")]
-            for row in csv.DictReader(file)
-        ]
-    params, flops, loss = np.array(sorted(rows, key=lambda row: row[2])[:-5]).T
-    return approach3.problem(params, flops / (6 * params), loss)
-
-
-def test_chinchilla_points():
-    fit = approach3.fit(chinchilla())
-    published = {"E": 1.817218, "A": 477.826, "B": 2143.417, "alpha": 0.347310, "beta": 0.367172}
-    assert vars(fit.law) == pytest.approx(published, rel=2e-6)
-    assert fit.objective == pytest.approx(0.0010182740178, rel=1e-10)
-    assert fit.certificate.agreeing == 1
-
-
 @pytest.mark.slow
 def test_chinchilla_standard_errors():
-    p = chinchilla()
+    p = approach3.problem(*chinchilla())
     laws = bootstrap.laws(
         p, approach3.fit(p), bootstrap.weights(np.zeros(len(p.x_n)), 12_000, seed=0)
     )

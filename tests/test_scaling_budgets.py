@@ -27,3 +27,14 @@ def test_runs_alone_in_their_budget_are_resampled_together():
     np.testing.assert_array_equal(
         budgets.strata(np.array([1.0, 2, 3, 3, 3, 4])), [0, 0, 3, 3, 3, 0]
     )
+
+
+def test_amounts_of_compute_are_budgets_or_doublings_of_a_continuum():
+    def levels(flops):
+        flops = np.array(flops)
+        return budgets.levels(budgets.assign(flops, None), flops)
+
+    assert levels([1e18, 1.04e18, 1.08e18]) == 1
+    assert levels([1e18, 1.04e18, 1e20]) == 2
+    assert levels([1e18, 1e19, 1e20]) == 3
+    assert levels(np.geomspace(1e18, 17e18, 200)) == 4

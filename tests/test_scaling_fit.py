@@ -107,6 +107,76 @@ def test_e_above_the_lowest_loss_is_warned_about():
     assert "e_above_lowest_loss" in codes(fit_family(replace(part, loss=part.loss * odd), QUICK))
 
 
+def test_a_delta_below_the_noise_is_warned_about():
+    part = surface(noise=0.004)
+    assert "delta_too_small" in codes(fit_family(part, replace(QUICK, delta=1e-5)))
+    for settings in (QUICK, replace(QUICK, objective="lad", delta=1e-5)):
+        assert "delta_too_small" not in codes(fit_family(part, settings))
+
+
+def test_what_the_runs_do_not_identify_is_warned_about():
+    # At budgets this small E is a few percent of the losses, within their noise.
+    law = Law(E=0.05, A=40.0, B=60.0, alpha=0.2, beta=0.2)
+    family = fit_family(surface(law, budgets=(1e14, 3e14, 1e15), noise=0.02, seed=3), QUICK)
+    assert "not_identified" in codes(family)
+    assert family.parametric.profile["E"][0] is None
+    assert "not_identified" not in codes(fit_family(published("mdm"), QUICK))
+
+
+def test_runs_without_gaps_between_their_budgets_can_be_fitted():
+    rng = np.random.default_rng(0)
+    params, tokens = np.exp(rng.uniform(np.log([1e7, 1e9]), np.log([1e9, 1e11]), (300, 2))).T
+    part = points("random", 6 * params * tokens, params, LAW.loss(params, tokens))
+    part = replace(part, budget=np.full(300, 1e19))
+    family = fit_family(part, QUICK)
+    assert vars(family.parametric.fit.law) == pytest.approx(vars(LAW), rel=1e-6)
+
+
+def test_precise_runs_count_more():
+    part = surface(ratios=(0.25, 0.5, 1, 2, 4) * 2)
+    off = np.tile(np.repeat([0.0, 0.02], 5), 4) * np.random.default_rng(0).standard_normal(40)
+    part = replace(part, loss=part.loss * np.exp(off))
+    se = np.tile(np.repeat([1e-4, 0.02], 5), 4) * part.loss
+    even, uneven = fit_family(part, QUICK), fit_family(replace(part, loss_se=se), QUICK)
+    np.testing.assert_array_equal(even.parametric.problem.weight_n, 1.0)
+    errors = [abs(f.parametric.fit.law.alpha - LAW.alpha) for f in (even, uneven)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_checkpoints_of_runs_are_resampled_together():
+    rows = [
+        row | {"run": f"r{k // 2}", "step": k % 2}
+        for k, row in enumerate(csv_rows(surface(noise=0.004)))
+    ]
+    apart = [row | {"run": f"r{k}"} for k, row in enumerate(rows)]
+    together, alone = (select_rows(r).families["known"] for r in (rows, apart))
+    assert np.bincount(together.run).tolist() == [2] * 10
+    assert alone.run is None
+    assert "checkpoints_of_one_run" in {f.code for f in together.findings}
+    wide, narrow = (fit_family(part, QUICK).parametric for part in (together, alone))
+    assert vars(wide.fit.law) == vars(narrow.fit.law)
+    assert np.std(wide.replicates.alpha) != np.std(narrow.replicates.alpha)
+    (low, high), (lower, higher) = wide.profile["a"], narrow.profile["a"]
+    assert high - low > 1.4 * (higher - lower)
+
+
+@pytest.mark.parametrize("objective", ["lad", "ls"])
+def test_another_objective_is_used_and_recorded(objective):
+    runs = select_rows(csv_rows(published("mdm")))
+    fit = fit_runs(runs, replace(QUICK, objective=objective))
+    found = record.as_dict(fit)
+    assert found["method"]["delta"] is None
+    assert found["method"]["settings"]["objective"] == objective
+    residual = np.log(
+        fit.families["mdm"].parametric.fit.law.loss(
+            published("mdm").params, published("mdm").tokens
+        )
+        / published("mdm").loss
+    )
+    cost = {"lad": np.abs(residual), "ls": residual**2 / 2}[objective]
+    assert found["families"]["mdm"]["approach3"]["objective"] == pytest.approx(cost.sum(), rel=1e-9)
+
+
 def test_an_optimum_outside_the_sizes_is_warned_about():
     family = fit_family(surface(ratios=(2, 3, 4, 6, 8)), QUICK)
     assert {"extrapolation", "optimum_outside_range", "too_few_budgets"} <= codes(family)
@@ -169,17 +239,23 @@ def test_the_record_is_json_with_the_promised_places(three):
     assert law["objective"] == pytest.approx(3.28809e-4, rel=1e-6)
     assert law["certificate"]["converged"] is True
     for name in ("E", "A", "B", "alpha", "beta", "a"):
-        low, high = law["intervals"][name]
-        assert low < law["params"].get(name, law["a"]) < high
+        for ends in (law["intervals"][name], law["profile"][name]):
+            assert ends[0] < law["params"].get(name, law["a"]) < ends[1]
     assert len(law["optima"]) == len(arm["approach2"]["optima"]) == 7
     for row in law["optima"]:
-        low, high = row["intervals"]["params"]
-        assert low < row["params"] < high
+        for ends in (row["intervals"]["params"], row["profile"]["params"]):
+            assert ends[0] < row["params"] < ends[1]
         assert row["flops"] == pytest.approx(6 * row["params"] * row["tokens"])
     assert arm["approach2"]["a"] == pytest.approx(0.535, abs=5e-4)
     assert set(arm["approach2"]["optima"][0]) >= {"flops", "params", "tokens", "loss"}
     frontier = law["frontier"]
     assert len(frontier["flops"]) == len(frontier["loss"]) == len(frontier["intervals"]["loss"][0])
+    errors = arm["error_budget"]
+    assert errors["seed"] == {"relative_sd": 0.0014, "basis": "assumed", "runs": 0}
+    assert errors["tuning"] is None
+    assert errors["evaluation"] is None
+    assert errors["weights"] == [1, 1]
+    assert 0.001 < errors["scatter"] < 0.01
     assert found["comparable"] == [["arm", "mdm"], ["prime"]]
     assert found["families"]["prime"]["kind"] == "train_loss"
     assert {"code", "message", "cure", "refusal"} == set(found["warnings"][0])

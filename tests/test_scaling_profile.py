@@ -1,10 +1,8 @@
-import csv
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from scaling_cases import LAW, published, surface
+from scaling_cases import LAW, published, shared, surface
 from scipy.optimize import minimize
 from scipy.special import huber
 from scipy.stats import f as f_distribution
@@ -127,14 +125,9 @@ def test_checkpoints_of_a_run_count_once():
 def data_constrained():
     """Muennighoff et al. 2023, equation 5, with the law of unrepeated data as published there:
     log residuals as a function of log R_D*, with the best R_N*."""
-    path = Path(__file__).parents[2] / "shared" / "data" / "scaling" / "datablations_fit182.csv"
-    if not path.exists():
-        pytest.skip("the points of datablations are not beside this checkout")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    column = shared("datablations_fit182.csv")
     params, tokens, unique, loss = (
-        np.array([float(row[name]) for row in rows])
-        for name in ("params", "tokens", "unique_tokens", "loss")
+        column[name].astype(float) for name in ("params", "tokens", "unique_tokens", "loss")
     )
     law = Law(np.exp(0.6254804), np.exp(6.255414), np.exp(7.3049974), 0.3526596, 0.3526596)
     enough = np.minimum(params, (law.A / law.B) ** (1 / law.alpha) * unique)

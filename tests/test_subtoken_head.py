@@ -33,7 +33,7 @@ CASES = [
     (37, 12, "codes"),
     (2, 1, "vocab"),
 ]
-FEW = [(37, 1, "vocab"), (37, 6, "vocab")]
+FEW = [(37, 1, "vocab"), (37, 6, "codes")]
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,8 @@ def test_whole_tokens_pay_jointly():
     compare(loss_pair(Head(p.book), p, whole), p.h, p.rows, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [24, 23])  # 23 = 6 x 4 - 1: padded
-def test_chunks_do_not_change_the_result(rows, monkeypatch):
-    p = problem(rows=rows)
+def test_chunks_do_not_change_the_result(monkeypatch):
+    p = problem(rows=23)  # 6 x 4 - 1: padded
 
     def both():
         head = Head(p.book)  # a new one: nothing compiled is used again
@@ -91,14 +90,14 @@ def test_chunks_do_not_change_the_result(rows, monkeypatch):
     whole = both()
     monkeypatch.setattr(subtoken_head_xla, "CHUNK_ELEMENTS", 37 * 4)
     monkeypatch.setattr(subtoken_head_xla, "MIN_ROWS", 1)
-    assert subtoken_head_xla.chunk_rows(rows, 37) == 4
-    parts = ours(p.h, p.rows), any_cotangent(p.h, p.rows)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), whole, parts)
+    assert [subtoken_head_xla.chunk_rows(rows, 37) for rows in (23, 24, 3)] == [4, 4, 3]
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+    jax.tree.map(close, whole, both())
 
 
 @pytest.mark.parametrize(
     ("vocab", "length", "scope", "carry_over"),
-    [(*case, True) for case in CASES] + [(*case, False) for case in FEW],
+    [(*case, carry_over) for case in FEW for carry_over in (True, False)],
 )
 def test_log_masses_equal_the_dense_twin(vocab, length, scope, carry_over):
     p = problem(vocab, length, scope=scope)
@@ -152,7 +151,7 @@ def test_extreme_logits_stay_finite_and_above_the_truth(loss, implementation):
     value, gradient = jax.jit(jax.value_and_grad(ours))(p.h, p.rows)
     assert np.isfinite(gradient).all()
     with jax.enable_x64(True):
-        exact = reference_loss(head, np.float64(p.h), np.float64(p.rows), *p[3:])
+        exact = jax.jit(partial(reference_loss, head))(np.float64(p.h), np.float64(p.rows), *p[3:])
     assert np.isfinite(value)
     exact = [float(x) for x in exact]
     assert float(value) >= exact[loss] * (1 - 1e-6)
@@ -205,7 +204,8 @@ def test_head_rows_split_over_devices(vocab, length, scope, implementation):
     for pair_of in (loss_pair, log_prob_pair):
         with jax.default_matmul_precision("highest"):
             value, (dh, drows) = device(pair_of)(p.h, rows)
-            want = jax.value_and_grad(pair_of(Head(p.book), p)[1], (0, 1))(p.h, p.rows)
+            twin = jax.jit(jax.value_and_grad(pair_of(Head(p.book), p)[1], (0, 1)))
+            want = twin(p.h, p.rows)
         np.testing.assert_allclose(value, want[0], rtol=1e-5)
         scale = np.abs(want[1][1]).max()
         np.testing.assert_allclose(dh, want[1][0], atol=1e-5 * np.abs(want[1][0]).max(), rtol=0)

@@ -79,6 +79,14 @@ def test_every_kernel_has_a_forward_and_a_backward_case():
         assert any(n.startswith(f"{name} backward") for n in names)
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kernel", list(check.CASES))
+def test_the_kernels_lower_for_every_chip(kernel, chip, lower_for):
+    for width in (512, 2048):
+        for case in check.CASES[kernel](chip, width, 32768):
+            assert lower_for(chip, case).count("tpu_custom_call") >= case.mosaic_calls
+
+
 def failures(kernel: str, chip: str, width: int, vocab_size: int = 51200) -> list[str]:
     check.set_environment()
     reports = [check.check(case, chip) for case in check.CASES[kernel](chip, width, vocab_size)]

@@ -11,6 +11,8 @@ gradients are float32 sums in a fixed order, without a scatter. Three ways to co
 Larger tables (plain tokens, bases above 80) are gathered.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,7 @@ def resolve(implementation: str, kind: str, slots: int, rows: int) -> str:
         return "gather"
     selectable = rows == 3 and kind != "sum"
     if implementation == "xla":
-        # By the TPU compiler's estimates: a fifth of the matmuls' time backward. On a CPU not.
+        # By the TPU compiler's estimates 0.42 of the matmul's time, both ways; slower on a CPU.
         return "select" if selectable and target_kind().startswith("TPU") else "multi_hot"
     if implementation == "select" and not selectable:
         raise ValueError(f"select reads concatenated binary tables, not {kind} of {rows} rows")
@@ -94,7 +96,7 @@ def packed_embedding(
         matrix_KxD = _matrix(kind, table_Tx3xE, length, width)
         x_NxD = embedding_pallas.from_words(words_NxW, matrix_KxD, length, dtype)
     elif chosen == "select":
-        x_NxD = _select(table_Tx3xE, words_NxW, length, width).astype(dtype)
+        x_NxD = _select(table_Tx3xE, words_NxW, length, width, dtype)
     else:
         seen_N, mask_N = unpack(words_NxW, length)
         shift_1xS = np.arange(length - 1, -1, -1, dtype=np.uint32)[None]
@@ -138,16 +140,39 @@ def _gather(kind, table_TxRxE, digits_NxS, width):
     return jnp.pad(merged_NxE, ((0, 0), (0, width - slots * size)))
 
 
-@jax.checkpoint  # the words are kept for the backward pass, not [N, D] conditions
-def _select_lanes(lanes_3xD, words_NxW, shift_1xD):
+def _lane_conditions(words_NxW, shift_1xD):
+    """bool [N, D]: the lane's sub-token is masked; it is visible and 1; it is visible and 0."""
     seen_N, mask_N = unpack(words_NxW, 16 * words_NxW.shape[1])
     one_NxD = ((seen_N[:, None] >> shift_1xD) & 1) == 1
     masked_NxD = ((mask_N[:, None] >> shift_1xD) & 1) == 1
-    zero_1xD, one_1xD, masked_1xD = jnp.split(lanes_3xD, 3)
+    return masked_NxD, one_NxD & ~masked_NxD, ~one_NxD & ~masked_NxD
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _select_lanes(dtype, lanes_3xD, words_NxW, shift_1xD):
+    masked_NxD, one_NxD, _ = _lane_conditions(words_NxW, shift_1xD)
+    zero_1xD, one_1xD, masked_1xD = jnp.split(lanes_3xD.astype(dtype), 3)
     return jnp.where(masked_NxD, masked_1xD, jnp.where(one_NxD, one_1xD, zero_1xD))
 
 
-def _select(table_Tx3xE, words_NxW, length, width):
+def _select_forward(dtype, lanes_3xD, words_NxW, shift_1xD):
+    residuals = lanes_3xD[:0], words_NxW, shift_1xD
+    return _select_lanes(dtype, lanes_3xD, words_NxW, shift_1xD), residuals
+
+
+def _select_backward(dtype, residuals, g_NxD):
+    """Three masked column sums, which XLA makes in one pass over the cotangent."""
+    empty, words_NxW, shift_1xD = residuals
+    conditions = reversed(_lane_conditions(words_NxW, shift_1xD))
+    g_NxD = g_NxD.astype(jnp.promote_types(g_NxD.dtype, jnp.float32))
+    sums = [jnp.where(condition, g_NxD, 0).sum(axis=0) for condition in conditions]
+    return jnp.stack(sums).astype(empty.dtype), None, None
+
+
+_select_lanes.defvjp(_select_forward, _select_backward)
+
+
+def _select(table_Tx3xE, words_NxW, length, width, dtype):
     """Each lane reads one bit of the token: three candidate rows [3, D], two selects."""
     size = table_Tx3xE.shape[2]
     spread_Sx3xE = jnp.broadcast_to(table_Tx3xE, (length, 3, size))
@@ -155,4 +180,4 @@ def _select(table_Tx3xE, words_NxW, length, width):
     lanes_3xD = jnp.pad(lanes_3xE, ((0, 0), (0, width - length * size)))
     slot_D = np.minimum(np.arange(width) // size, length - 1)
     shift_1xD = (length - 1 - slot_D).astype(np.uint32)[None]
-    return _select_lanes(lanes_3xD, words_NxW, shift_1xD)
+    return _select_lanes(jnp.dtype(dtype), lanes_3xD, words_NxW, shift_1xD)

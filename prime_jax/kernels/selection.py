@@ -75,7 +75,11 @@ TABLE = (
     Row("attention", "NVIDIA", Choice("cudnn", (), "the vendor's; XLA where it has no kernel")),
     Row("attention", "cpu", Choice("scan", (), "one head's scores stay in cache: measured")),
     Row("attention", "", Choice("xla", (), "runs everywhere")),
-    Row("embedding", "TPU", Choice("xla", (), "selects reach the memory bound by the estimates")),
+    Row(
+        "embedding",
+        "TPU",
+        Choice("xla", (), "two selects: at the memory bound, like the kernel (estimate)"),
+    ),
     Row("embedding", "", Choice("xla", (), "a matmul with a multi-hot matrix, no scatter")),
     Row("head", "TPU", Choice("xla", (), "never stores [N, V]; the kernel was not timed here yet")),
     Row("head", "", Choice("xla", (), "never stores [N, V]; the kernel is for TPUs")),

@@ -80,6 +80,11 @@ def core_count() -> int:
     return pltpu.get_tpu_info().num_cores if target_kind().startswith("TPU") else 1
 
 
+def matrix_unit() -> int:
+    """Columns of the chip's matrix units."""
+    return pltpu.get_tpu_info().mxu_column_size if target_kind().startswith("TPU") else LANES
+
+
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     # float32 follows jax.default_matmul_precision; bfloat16 products are exact as they are.
     precision = jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else None

@@ -35,6 +35,7 @@ from prime_jax.kernels.subtoken_head_mosaic import (
     ceil_to,
     core_count,
     forward,
+    matrix_unit,
     vmem_bytes,
     vmem_capacity,
 )
@@ -63,7 +64,9 @@ def fitted(head: Head, width: int, itemsize: int) -> Blocks:
                 f"head blocks {head.blocks}: give tokens, head rows and a part of the head rows"
             )
         return Blocks(*head.blocks)
-    usual = [Blocks(1024 if width <= 512 else 512), Blocks(), Blocks(512, 512), Blocks(256, 512)]
+    # Shorter rows, and larger matrix units, leave a part's softmax less time to hide in.
+    large = 1024 if width <= (1024 if matrix_unit() > LANES else 512) else 512
+    usual = [Blocks(large), Blocks(), Blocks(512, 512), Blocks(256, 512)]
     fit = [x for x in usual if vmem_bytes(width, itemsize, x) <= vmem_capacity()]
     return fit[0] if fit else Blocks(128, 256, 128)
 

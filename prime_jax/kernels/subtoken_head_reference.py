@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prime_jax.kernels.subtoken_head_base import NEG, Head
 
@@ -43,10 +44,6 @@ def subtoken_log_probs_reference(head: Head, h_NxD, head_VxD, row_N, masked_NxS)
     if head.plain:
         return lse_N, None, joint_N
 
-    def marginal(slot, digit):
-        has_V = jnp.asarray(head.digits_VxS[:, slot] == digit)
-        return jax.nn.logsumexp(jnp.where(has_V, z_NxV, NEG), axis=1) - lse_N
-
-    book = head.codebook
-    marginals = [[marginal(j, c) for c in range(book.base)] for j in range(book.length)]
-    return lse_N, jnp.moveaxis(jnp.asarray(marginals), 2, 0), joint_N
+    has_VxSxb = head.digits_VxS[..., None] == np.arange(head.codebook.base)
+    z_NxVxSxb = jnp.where(has_VxSxb, z_NxV[:, :, None, None], NEG)
+    return lse_N, jax.nn.logsumexp(z_NxVxSxb, axis=1) - lse_N[:, None, None], joint_N

@@ -11,6 +11,7 @@ exact, and every fit says how well it converged.
 import itertools
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ LOGS = (0, 1, 3)  # unknowns that are logs of terms of the loss
 AGREE = 1e-9  # starts within this relative distance of the best objective agree with it
 MOST = 0.9  # of the starts should
 STATIONARY = 1e-6  # largest scaled gradient of a converged fit
-EXACT = 1e-30  # squared residual that is rounding
+SILENT, EXACT = 1e-12, 1e-30  # residual, and objective of a run, that are rounding
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,7 @@ class Problem:
     ) -> tuple[Array, Array]:
         """Gradient_Px5 and Hessian_Px5x5 of a sum over runs, from the first and second derivative
         by the residual of each run, [P, n]."""
-        x, y = self.x_n, self.y_n
-        ones = np.ones_like(x)
-        one_x, one_y = np.stack([ones, -x], 1), np.stack([ones, -y], 1)
+        one_x, one_y, x_x, y_y, x_y = self._features
         pull_e, pull_a, pull_b = slope * s_e, slope * s_a, slope * s_b
         gradient = np.empty((len(slope), 5))
         gradient[:, 0] = np.sum(pull_e, axis=1)
@@ -82,9 +81,9 @@ class Problem:
         hessian[:, 0, 0] = np.sum(bend_e * s_e + pull_e, axis=1)
         hessian[:, 0, 1:3] = (bend_e * s_a) @ one_x
         hessian[:, 0, 3:5] = (bend_e * s_b) @ one_y
-        hessian[:, 1:3, 1:3] = _outer(bend_a * s_a + pull_a, one_x, one_x)
-        hessian[:, 3:5, 3:5] = _outer(bend_b * s_b + pull_b, one_y, one_y)
-        hessian[:, 1:3, 3:5] = _outer(bend_a * s_b, one_x, one_y)
+        hessian[:, 1:3, 1:3] = ((bend_a * s_a + pull_a) @ x_x).reshape(-1, 2, 2)
+        hessian[:, 3:5, 3:5] = ((bend_b * s_b + pull_b) @ y_y).reshape(-1, 2, 2)
+        hessian[:, 1:3, 3:5] = ((bend_a * s_b) @ x_y).reshape(-1, 2, 2)
         hessian[:, 1:, 0] = hessian[:, 0, 1:]
         hessian[:, 3:5, 1:3] = hessian[:, 1:3, 3:5].transpose(0, 2, 1)
         return gradient, hessian
@@ -99,9 +98,9 @@ class Problem:
         count = len(residual_n)
         residual = residual_n * np.sqrt(count / max(count - len(NAMES), 1))  # a fit hugs its data
         quartiles = np.subtract(*np.percentile(residual, [75, 25])) / 1.34
-        width = 0.9 * min(residual.std(), quartiles) * count**-0.2
+        width = max(0.9 * min(residual.std(), quartiles) * count**-0.2, SILENT)
         inside = ndtr((self.delta - residual) / width) - ndtr((-self.delta - residual) / width)
-        return float(self.weight_n @ inside / self.weight_n.sum())
+        return max(float(self.weight_n @ inside / self.weight_n.sum()), SILENT)
 
     def value(self, theta_5: Array) -> float:
         """The objective as it is defined: no rounding-off of least absolute deviation."""
@@ -148,6 +147,15 @@ class Problem:
         steps = math.ceil(math.log10(DELTA / self.delta) - 1e-9)
         wider = [self.delta * 10.0**k for k in range(steps, 0, -1)]
         return [*(replace(self, delta=delta) for delta in wider), self]
+
+    @cached_property
+    def _features(self) -> tuple[Array, ...]:
+        """By which the derivatives by the unknowns of a term differ: [n, 2], and products [n, 4]."""
+        ones = np.ones_like(self.x_n)
+        one_x, one_y = np.stack([ones, -self.x_n], 1), np.stack([ones, -self.y_n], 1)
+        pairs = ((one_x, one_x), (one_y, one_y), (one_x, one_y))
+        products = ((a[:, :, None] * b[:, None, :]).reshape(len(ones), 4) for a, b in pairs)
+        return one_x, one_y, *products
 
     @property
     def floor(self) -> float:
@@ -323,9 +331,3 @@ def audit(p: Problem, law: Law) -> Audit:
     theta, best = p.theta(law), fit(p)
     objective = p.value(theta)
     return Audit(objective, objective / best.objective - 1, certify(p, theta), best)
-
-
-def _outer(weight_Pxn: Array, left_nxI: Array, right_nxJ: Array) -> Array:
-    """sum_n weight[p, n] left[n, i] right[n, j]: one matrix product for all problems."""
-    features = (left_nxI[:, :, None] * right_nxJ[:, None, :]).reshape(len(left_nxI), -1)
-    return (weight_Pxn @ features).reshape(-1, left_nxI.shape[1], right_nxJ.shape[1])

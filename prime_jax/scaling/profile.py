@@ -34,8 +34,10 @@ Ends = tuple[float | None, float | None]
 UNKNOWNS = 5
 STIFF = 100.0  # the penalty's curvature over that of the objective along the quantity
 CLOSE = 1e-3  # an end is found when the root of the rise is within this share of its limit
-ROUNDS, DOUBLINGS = 40, 10
-SILENT = 1e-9  # residuals of an exact fit
+ROUNDS, DOUBLINGS = 25, 10
+STEPS = 100  # of Newton's method for one point of a profile
+FAR = 50.0  # an end this far from the fit, a factor of e**50, is none
+SILENT = 1e-6  # residuals of runs without noise
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def intervals(
     p, theta_5 = _rounded(p, fit)
     kappa, freedom = scale(p, p.residual(theta_5), runs)
     rise = 0.5 * kappa * f_distribution.ppf(level, 1, freedom)
-    ends = _search(*_pushed(p, theta_5, _stack([q for q in quantities for _ in range(2)]), rise))
+    both = _stack([q for q in quantities for _ in range(2)])
+    ends = _search(*_pushed(p, theta_5, both, rise), far=FAR)
     pairs = zip(ends[::2], ends[1::2], quantities, strict=True)
     return [(_natural(q, low), _natural(q, high)) for low, high, q in pairs]
 
@@ -221,10 +224,11 @@ def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, A
     return push, best, side * np.sqrt(2 * rise / curvature)
 
 
-def _search(push: Push, best_P: Array, step_P: Array) -> list[float | None]:
+def _search(push: Push, best_P: Array, step_P: Array, far: float = np.inf) -> list[float | None]:
     """The value at which the root reaches 1, from `best` in the direction of `step`.
 
-    Steps double until the root is above 1, and are then divided by interpolation.
+    Steps double until the root is above 1, and are then divided by interpolation. None where
+    that takes too many or leads further than `far`.
     """
     count = len(best_P)
     inner, inner_root, step = best_P.copy(), np.zeros(count), step_P.copy()
@@ -250,7 +254,7 @@ def _search(push: Push, best_P: Array, step_P: Array) -> list[float | None]:
             if bounded:
                 share = (1 - inner_root[k]) / (outer_root[k] - inner_root[k])
                 aim[k] = inner[k] + np.clip(share, 0.05, 0.95) * (outer[k] - inner[k])
-            elif doubled[k] < DOUBLINGS:
+            elif doubled[k] < DOUBLINGS and abs(inner[k] - best_P[k]) < far:
                 doubled[k] += 1
                 step[k] *= 2
                 aim[k] = inner[k] + step[k]
@@ -281,7 +285,7 @@ def _held(
             hessian + stiff[:, None, None] * outer + pull[:, :, None] * bend,
         )
 
-    return newton.minimise(derivatives, start_Px5, *p.box())[0]
+    return newton.minimise(derivatives, start_Px5, *p.box(), p.floor, steps=STEPS)[0]
 
 
 def _natural(quantity: Quantity, value: float | None) -> float | None:
