@@ -75,10 +75,8 @@ def check(config: RunConfig, where: Slice) -> dict[str, Any]:
         "limit": where.chip.memory,
     }
     start = time.perf_counter()
-    lowered = program.train.lower(*arguments(program))
-    out["lower_seconds"], start = time.perf_counter() - start, time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = program.train.compile(*arguments(program), options={})
     except Exception as error:
         if not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise

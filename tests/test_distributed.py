@@ -176,6 +176,7 @@ def whole(config, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(config, whole, tmp_path):
     out = tmp_path / "run"
     codes, texts = ended(start(config, out, 2))
@@ -215,6 +216,7 @@ def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
     np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others(config, tmp_path):
     out = tmp_path / "run"
     gang = start(config, out, 2, slow=0.3)
