@@ -182,8 +182,10 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     """(clock, seed) -> State, and the shapes and shardings of that state."""
     digits = jnp.zeros((1, config.data.seq_len, codebook.length), jnp.int32)
 
+    plain = dataclasses.replace(config, kernels=selection.PLAIN)  # no kernel makes a parameter
+
     def values(seed):
-        network = build(config, codebook)  # whole parameters
+        network = build(plain, codebook)
         return network.init(jax.random.fold_in(jax.random.key(seed), 0x1417), digits)["params"]
 
     specs = Shardings.of(mesh).specs(jax.eval_shape(values, np.uint32(0)))

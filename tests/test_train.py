@@ -253,7 +253,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "random length, mixture",
+        pytest.param("published recipe", marks=pytest.mark.slow),
+        pytest.param("flat weight, wsd, ema", marks=pytest.mark.slow),
+    ],
+)
 def test_options_train(quick, tmp_path, name):
     config = dataclasses.replace(quick, steps=4, **OPTIONS[name])
     result = train(config, tmp_path, say=SILENT)
