@@ -56,7 +56,7 @@ def run_config(side: str, size: str, dtype: str) -> configs.RunConfig:
             ),
             subtokens=configs.SubtokenConfig(length=slots),
             data=configs.DataConfig(seq_len=length),
-            mesh=configs.MeshConfig(data=1, remat="dots"),
+            mesh=configs.MeshConfig(replica=1, data=1, remat="dots"),
         )
     )
 

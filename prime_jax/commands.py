@@ -22,6 +22,15 @@ def register(subparsers: Any) -> None:
     train.add_argument("experiment", type=Path, help="Python file with config() -> RunConfig")
     train.add_argument("--out", type=Path, help="run directory (default runs/<run id>)")
     train.add_argument("--settings", action="store_true", help="list all settings and stop")
+    train.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="trace so many steps for xprof"
+    )
+    add_slice(train)
+    train.add_argument(
+        "--check",
+        action="store_true",
+        help="do not train: compile the training step for --slice and say whether it fits",
+    )
     train.set_defaults(run=run_train, overridable=True)
 
     doctor = subparsers.add_parser(
@@ -30,6 +39,39 @@ def register(subparsers: Any) -> None:
         description="Versions, devices, memory, compilers and optional packages.",
     )
     doctor.set_defaults(run=run_doctor)
+
+
+def add_slice(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that look ahead."""
+    parser.add_argument(
+        "--slice",
+        metavar="NAME",
+        help="accelerators to predict for, e.g. v5e-16, v5p-128, 2xv6e-256, h100-8",
+    )
+    parser.add_argument(
+        "--autofit",
+        action="store_true",
+        help="with --check: compile up to six mesh settings for the fastest that fits",
+    )
+    parser.add_argument(
+        "--prices", type=Path, metavar="FILE", help="your price list, like docs/prices.toml"
+    )
+
+
+def slice_of(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The slice and the price list that were asked for, None where not.
+
+    Raises:
+        UserError: an option that needs another one, a bad slice or a bad price list.
+    """
+    from prime_jax import costs, slices
+
+    if not args.slice and (args.check or args.prices):
+        raise UserError("--check and --prices need --slice, e.g. --slice v5e-16")
+    if args.autofit and not args.check:
+        raise UserError("--autofit needs --check")
+    where = slices.parse(args.slice) if args.slice else None
+    return where, costs.load_prices(args.prices) if args.prices else None
 
 
 def override(config: Any, arguments: list[str]) -> Any:
@@ -81,14 +123,19 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from prime_jax.config import run_id, to_dict
+    from prime_jax.config import run_id, set_path, to_dict
     from prime_jax.experiment import load_config
 
     config = override(load_config(args.experiment), args.rest)
+    if args.profile:
+        config = set_path(config, "log.profile", args.profile)
     if args.settings:
         for name, value in flatten(to_dict(config)).items():
             print(f"--{name} {value}")
         return 0
+    if args.check or args.slice or args.autofit or args.prices:
+        return look_ahead(config, args)
+    from prime_jax import distributed
     from prime_jax.data import manifest
     from prime_jax.progress import RunProgress
     from prime_jax.train import Interrupted, Preempted, fill_fingerprint, train
@@ -96,12 +143,37 @@ def run_train(args: argparse.Namespace) -> int:
     config = fill_fingerprint(config, manifest.load(config.data.path))
     out = args.out or Path("runs") / run_id(config)
     with RunProgress() as progress:
+        distributed.start(progress.say)
         try:
             result = train(config, out, beat=progress.beat, say=progress.say)
         except Interrupted as stop:
             progress.say(f"{stop}; the same command continues it")
             return 85 if isinstance(stop, Preempted) else 1
     return report(result, out)
+
+
+def look_ahead(config: Any, args: argparse.Namespace) -> int:
+    """Predict a run on a slice and, with --check, compile it; 1 if it does not fit."""
+    from rich.console import Console
+
+    from prime_jax import aot, aot_report
+    from prime_jax.config import validate
+
+    where, prices = slice_of(args)
+    console, verdict = Console(), None
+    validate(config)
+    if args.check:
+        with console.status(f"compiling for {where.name}") as status:
+            if args.autofit:
+                verdict = aot.autofit(config, where, say=status.update)
+            else:
+                verdict = aot.check(config, where)
+        aot_report.show([verdict], console)
+        config = verdict.config
+    console.print(aot_report.bill([config], where, prices), soft_wrap=True)
+    if verdict and args.autofit and verdict.fits:
+        console.print(f"settings: {aot.describe(config.mesh)}", soft_wrap=True)
+    return 0 if verdict is None or verdict.fits else 1
 
 
 def report(result: dict[str, Any], out: Path) -> int:

@@ -110,7 +110,9 @@ class EvalConfig:
 class MeshConfig:
     """Where a run executes; the numbers change by rounding at most."""
 
-    data: int = 0  # devices that share a batch; 0 means all of them
+    replica: int = 0  # groups of devices that share the batch, not the parameters; 0: automatic
+    data: int = 0  # devices that share the batch and the parameters; 0: automatic
+    model: int = 0  # devices that split heads, feed-forward and vocabulary; 0: automatic
     accumulate: int = 1  # micro-batches per step
     remat: Literal["none", "dots", "full"] = "dots"  # what a backward pass recomputes
 
@@ -133,12 +135,15 @@ class KernelConfig:
 class CheckpointConfig:
     every: int = 0  # steps between checkpoints; 0: only at the end and when interrupted
     minutes: float = 10.0  # and at least this often; 0 turns it off
-    keep: int = 2
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # and those of every so many steps, for good; 0: none
+    grace_seconds: float = 0.0  # a signal leaves this long for a save; 0: as long as it takes
 
 
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 10  # steps between rows of metrics.jsonl
+    profile: int = 0  # steps to trace for xprof, after the first few; 0: none
     tensorboard: bool = False
     wandb: str = ""  # project name; empty means off
 

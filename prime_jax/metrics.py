@@ -35,6 +35,76 @@ class Clock:
         return time.perf_counter() - self.started
 
 
+class Pace:
+    """Speed between two rows of the log, from a clock's phases.
+
+    Args:
+        tokens: of one step, over all devices.
+        flops: per token, by convention; peak: FLOP/s of all devices together, or None.
+    """
+
+    def __init__(self, clock: Clock, tokens: int, flops: dict[str, float], peak: float | None):
+        self.clock, self.tokens, self.flops, self.peak = clock, tokens, flops, peak
+        self._mark: tuple[int, float, float] | None = None
+
+    def row(self, step: int) -> dict[str, Any]:
+        """Seconds a step and those of them spent waiting for input, tokens/s, MFU by convention,
+        and the device memory's high-water mark in bytes; empty for the first row."""
+        now = (step, time.perf_counter(), self.clock.seconds["input"])
+        before, self._mark = self._mark, now
+        if before is None or step <= before[0]:
+            return {}
+        steps, seconds, waited = (b - a for a, b in zip(before, now, strict=True))
+        speed = steps * self.tokens / seconds
+        row = {
+            "step_seconds": round(seconds / steps, 6),
+            "input_seconds": round(waited / steps, 6),
+            "tokens_per_second": round(speed, 1),
+        }
+        if self.peak:
+            row |= {f"mfu_{name}": f * speed / self.peak for name, f in self.flops.items()}
+        high = memory_high_water()
+        return row | ({"memory_bytes": high} if high else {})
+
+
+def memory_high_water() -> int:
+    """Most bytes in use on this process's first device so far; 0 where it is not known."""
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+class Profile:
+    """An xprof trace of some steps, begun when compilation and the first steps are over."""
+
+    AFTER = 3  # steps
+
+    def __init__(self, directory: Path, steps: int):
+        self.directory, self.steps = directory, steps
+        self._left: int | None = None
+
+    def step(self, done: int) -> None:
+        """To be called after each step of this process, `done` of them so far."""
+        import jax
+
+        if not self.steps:
+            return
+        if done == self.AFTER:
+            jax.profiler.start_trace(str(self.directory))
+            self._left = self.steps
+        elif self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                self.close()
+
+    def close(self) -> None:
+        import jax
+
+        if self._left is not None:
+            jax.profiler.stop_trace()
+            self._left = None
+
+
 class MetricsLog:
     """metrics.jsonl always, TensorBoard and W&B when asked.
 
@@ -67,6 +137,16 @@ class MetricsLog:
         self._stream.close()
         for writer in self._writers:
             writer.close()
+
+
+class NoLog:
+    """What the processes beside the writer have for a log."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _step(line: str) -> float:

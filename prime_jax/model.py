@@ -14,6 +14,7 @@ from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.kernels import selection
 from prime_jax.kernels.attention import SAVED, attention
 from prime_jax.kernels.embedding import subtoken_embedding
+from prime_jax.sharding import WHOLE, Shardings, enter_split, leave_split
 from prime_jax.subtokens import Codebook
 
 
@@ -56,37 +57,54 @@ class Block(nn.Module):
     causal: bool
     length: int
     attention: selection.Choice
+    shardings: Shardings = WHOLE
 
     @nn.compact
     def __call__(self, x_NxD, layer, segment_ids_BxL, keys_B):
         c = self.config
-        heads, groups = c.heads, c.kv_heads or c.heads
         size, ffn = c.width // c.heads, c.ffn_multiple * c.width
+        split = self.shardings.model
+        groups = c.kv_heads or c.heads
+        shared = c.heads // groups  # query heads of a group
         inward = nn.initializers.normal(c.init_std)
         residual = nn.initializers.normal(c.init_std / (2 * c.layers) ** 0.5)
 
-        def dense(name, y_NxI, outputs, init=inward):
-            w_IxO = self.param(name, init, (y_NxI.shape[-1], outputs))
-            return y_NxI @ w_IxO.astype(y_NxI.dtype)
+        def weight(name, shape, init):
+            part = self.param(name, init, self.shardings.local(name, shape))
+            return self.shardings.gathered(name, shape, part, c.dtype)
 
         def norm(name, y):
             scale = self.param(name, nn.initializers.ones, (y.shape[-1],))
             return rms_norm(y, scale, c.norm_eps)
 
-        qkv = dense("qkv", norm("attention_norm", x_NxD), (heads + 2 * groups) * size)
-        qkv = qkv.reshape(-1, self.length, heads + 2 * groups, size)
-        q, k, v = jnp.split(qkv, [heads, heads + groups], axis=2)
+        def columns(y_NxD):
+            """Inputs of matrices whose columns are split."""
+            return enter_split(y_NxD) if split > 1 else y_NxD
+
+        def summed(y_NxD):
+            """Outputs of matrices whose rows are split."""
+            return leave_split(y_NxD) if split > 1 else y_NxD
+
+        h_NxD = columns(norm("attention_norm", x_NxD))
+        # Columns by group: its query heads, its key, its value. So groups can be split.
+        qkv = h_NxD @ weight("qkv", (c.width, groups * (shared + 2) * size), inward)
+        qkv = qkv.reshape(-1, self.length, groups // split, shared + 2, size)
+        q, k, v = jnp.split(qkv, [shared, shared + 1], axis=3)
+        q, k, v = (y.reshape(*y.shape[:2], -1, size) for y in (q, k, v))
         if c.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
         tables = rope_tables(self.length, size, c.rope_base)
         q, k = rotate(q, *tables), rotate(k, *tables)
         a = attention(q, k, v, self.causal, segment_ids_BxL, *self.attention[:2])
-        a_NxD = dense("attention_out", a.reshape(-1, c.width), c.width, residual)
-        x_NxD = x_NxD + dropout(a_NxD, keys_B, c.dropout, 2 * layer)
+        a_NxD = a.reshape(x_NxD.shape[0], -1) @ weight(
+            "attention_out", (c.width, c.width), residual
+        )
+        x_NxD = x_NxD + dropout(summed(a_NxD), keys_B, c.dropout, 2 * layer)
 
-        h_NxD = norm("ffn_norm", x_NxD)
-        h_NxF = jax.nn.silu(dense("gate", h_NxD, ffn)) * dense("up", h_NxD, ffn)
-        m_NxD = dense("down", h_NxF, c.width, residual)
+        h_NxD = columns(norm("ffn_norm", x_NxD))
+        gate_NxF = h_NxD @ weight("gate", (c.width, ffn), inward)
+        h_NxF = jax.nn.silu(gate_NxF) * (h_NxD @ weight("up", (c.width, ffn), inward))
+        m_NxD = summed(h_NxF @ weight("down", (ffn, c.width), residual))
         return x_NxD + dropout(m_NxD, keys_B, c.dropout, 2 * layer + 1), None
 
 
@@ -107,6 +125,7 @@ class Transformer(nn.Module):
     attention: selection.Choice
     embedding: selection.Choice
     remat: str = "none"
+    shardings: Shardings = WHOLE
 
     @nn.compact
     def __call__(
@@ -117,11 +136,16 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states [B, L, D] and head rows [V, D] in code order, both in `config.dtype`."""
         c = self.config
+
+        def weight(name, shape, dtype):
+            part = self.param(name, init, self.shardings.local(name, shape))
+            return self.shardings.gathered(name, shape, part, dtype)
+
         batch, length, _ = digits_BxLxS.shape
         rows, size = self.base + 1, c.width if c.embedding == "sum" else c.width // self.slots
         tables = 1 if c.embedding == "cat_shared" else self.slots
         init = nn.initializers.normal(c.init_std)
-        table_TxRxE = self.param("embedding", init, (tables, rows, size))
+        table_TxRxE = weight("embedding", (tables, rows, size), jnp.float32)
         digits_NxS = digits_BxLxS.reshape(-1, self.slots)
         implementation = self.embedding.implementation
         x_NxD = subtoken_embedding(
@@ -142,19 +166,23 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.layers,
-        )(c, self.causal, length, self.attention, name="layers")
+        )(c, self.causal, length, self.attention, self.shardings, name="layers")
         x_NxD, _ = layers(x_NxD, jnp.arange(c.layers), segment_ids_BxL, dropout_keys_B)
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))
         h_NxD = rms_norm(x_NxD, scale, c.norm_eps)
         if c.tied_head:
-            head_VxD = table_TxRxE.reshape(-1, c.width)[: c.vocab_size]
+            head_VxD = table_TxRxE.reshape(-1, c.width)[: c.vocab_size].astype(c.dtype)
         else:
-            head_VxD = self.param("head", init, (c.vocab_size, c.width))
-        return h_NxD.reshape(batch, length, c.width), head_VxD.astype(c.dtype)
+            head_VxD = weight("head", (c.vocab_size, c.width), c.dtype)
+        return h_NxD.reshape(batch, length, c.width), head_VxD
 
 
-def build(config: RunConfig, codebook: Codebook) -> Transformer:
-    """The network of a run: causal for ARM, bidirectional otherwise."""
+def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -> Transformer:
+    """The network of a run: causal for ARM, bidirectional otherwise.
+
+    Args:
+        shardings: of the parameters that `apply` is given; `init` makes whole ones by default.
+    """
     device_kind = selection.target_kind()
     return Transformer(
         config=config.model,
@@ -164,4 +192,5 @@ def build(config: RunConfig, codebook: Codebook) -> Transformer:
         attention=selection.attention(config, device_kind),
         embedding=selection.embedding(config, device_kind),
         remat=config.mesh.remat,
+        shardings=shardings,
     )

@@ -43,10 +43,17 @@ class Inputs(NamedTuple):
     whole_BxL: jax.Array | None = None
 
 
-def make_head(config: RunConfig, codebook: Codebook) -> Head:
+def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = None) -> Head:
+    """The head of a run.
+
+    Args:
+        axis_name: mesh axis of the surrounding `shard_map` that splits the head's rows.
+    """
     o = config.objective
     choice = selection.head(config, selection.target_kind())
-    return Head(codebook, o.carry_over, o.loss, choice.implementation, choice.blocks)
+    return Head(
+        codebook, o.carry_over, o.loss, choice.implementation, choice.blocks, axis_name=axis_name
+    )
 
 
 def segments(config: RunConfig, token_BxL: jax.Array, eos_id: int) -> jax.Array | None:

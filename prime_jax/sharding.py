@@ -1,44 +1,161 @@
-"""The device mesh: the batch is shared over `data`, parameters are replicated.
+"""How a run is spread over devices: the mesh, and the one place for every PartitionSpec.
 
-Gradient sums and token counts are reduced over the mesh, so a step computes the same numbers on
-any number of devices, up to the order of additions.
+Three axes. `data` shares the batch and, between its devices, every parameter and its optimizer
+state (fully sharded data parallelism): a layer's weights are gathered when it runs and its
+gradients are scattered back. `replica` shares the batch only, for slices with slow links between
+them and for small models. `model` splits heads, feed-forward and vocabulary (tensor parallelism).
+
+The step computes inside `shard_map`, so kernels see plain local arrays. Sums over devices are
+those of a whole batch: the numbers do not depend on the mesh, up to the order of additions.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prime_jax.config import MeshConfig
-from prime_jax.errors import UserError
+from prime_jax.config import ModelConfig
 
-DATA = "data"
-BATCH = PartitionSpec(DATA)
+REPLICA, DATA, MODEL = AXES = ("replica", "data", "model")
+BATCH = PartitionSpec((REPLICA, DATA))
 REPLICATED = PartitionSpec()
 
+# The dimensions of each parameter that DATA and MODEL split; what is not named is replicated.
+SPLIT = {
+    "embedding": (2, None),
+    "qkv": (0, 1),
+    "attention_out": (1, 0),
+    "gate": (0, 1),
+    "up": (0, 1),
+    "down": (1, 0),
+    "head": (1, 0),
+}
+# Replicated over MODEL, but each device uses them for its own heads only.
+PARTIAL = ("q_norm", "k_norm")
+STACKED = "layers"  # parameters below this name have a leading axis of layers
 
-def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
-    """A mesh over `config.data` devices, or as many of this machine's as divide the batch.
 
-    Raises:
-        UserError: more devices than there are, or a batch that they cannot share.
+@dataclass(frozen=True)
+class Shardings:
+    """Every PartitionSpec of a run, and what they mean inside `shard_map`; static under `jit`.
+
+    A dimension that an axis does not divide stays whole.
+
+    Attributes:
+        replica, data, model: sizes of the mesh axes.
     """
-    devices = jax.devices()
-    rows = batch_size // config.accumulate
-    if config.data > len(devices):
-        raise UserError(f"mesh.data = {config.data}: this machine has {len(devices)} devices")
-    if config.data and rows % config.data:
-        raise UserError(
-            f"mesh.data = {config.data}: does not divide the {rows} sequences of a micro-batch"
+
+    replica: int = 1
+    data: int = 1
+    model: int = 1
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "Shardings":
+        return cls(*(mesh.shape[axis] for axis in AXES))
+
+    def axes(self, name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+        """The mesh axis of each dimension of a parameter (one layer's, without the stack)."""
+        out: list[str | None] = [None] * len(shape)
+        for dimension, axis in zip(SPLIT.get(name, (None, None)), (DATA, MODEL), strict=True):
+            size = getattr(self, axis)
+            if dimension is not None and size > 1 and shape[dimension] % size == 0:
+                out[dimension] = axis
+        return tuple(out)
+
+    def local(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The part of a parameter that one device holds."""
+        axes = self.axes(name, shape)
+        return tuple(
+            n // getattr(self, axis) if axis else n for n, axis in zip(shape, axes, strict=True)
         )
-    count = config.data or max(n for n in range(1, len(devices) + 1) if rows % n == 0)
-    return Mesh(np.array(devices[:count]), (DATA,), axis_types=(AxisType.Explicit,))
+
+    def gathered(self, name: str, shape: tuple[int, ...], value: jax.Array, dtype) -> jax.Array:
+        """A parameter ready for use in `dtype`: whole over DATA, still split over MODEL.
+
+        Args:
+            shape: of the whole parameter; `value` is this device's part.
+        """
+        axes = self.axes(name, shape)
+        if DATA not in axes:
+            return value.astype(dtype)
+        return _gather(value, axes.index(DATA), dtype)
+
+    def head_axis(self, model: ModelConfig) -> str | None:
+        """The mesh axis that splits the head's rows, if one does."""
+        shape = (model.vocab_size, model.width)
+        return MODEL if not model.tied_head and MODEL in self.axes("head", shape) else None
+
+    def specs(self, params: Any) -> Any:
+        """The PartitionSpec of every parameter of a tree (arrays or their shapes)."""
+
+        def spec(path, x):
+            stacked = _names(path)[0] == STACKED
+            axes = self.axes(_names(path)[-1], x.shape[1:] if stacked else x.shape)
+            return PartitionSpec(*((None,) if stacked else ()), *axes)
+
+        return jax.tree_util.tree_map_with_path(spec, params)
+
+    def summed(self, gradients: Any, specs: Any) -> Any:
+        """Gradients of one device's rows, summed over the devices that hold the same parameter."""
+
+        def total(path, gradient, spec):
+            over = [REPLICA] if DATA in spec else [REPLICA, DATA]
+            if self.model > 1 and _names(path)[-1] in PARTIAL:
+                over.append(MODEL)
+            return jax.lax.psum(gradient, tuple(over))
+
+        return jax.tree_util.tree_map_with_path(total, gradients, specs)
+
+
+WHOLE = Shardings()  # one device
+
+
+def _names(path: Any) -> list[str]:
+    return [str(getattr(key, "key", key)) for key in path]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: jax.Array, dimension: int, dtype) -> jax.Array:
+    """Travels in the compute dtype; its gradient is summed and scattered back in float32."""
+    return jax.lax.all_gather(part.astype(dtype), DATA, axis=dimension, tiled=True)
+
+
+def _gather_forward(part, dimension, dtype):
+    return _gather(part, dimension, dtype), None
+
+
+def _gather_backward(dimension, dtype, _, gradient):
+    gradient = gradient.astype(jnp.float32)
+    return (jax.lax.psum_scatter(gradient, DATA, scatter_dimension=dimension, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+@jax.custom_vjp
+def enter_split(x: jax.Array) -> jax.Array:
+    """Activations, equal on all MODEL devices, before each multiplies them by its own columns."""
+    return x
+
+
+enter_split.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.psum(g, MODEL),))
+
+
+@jax.custom_vjp
+def leave_split(x: jax.Array) -> jax.Array:
+    """The sum of the MODEL devices' partial products."""
+    return jax.lax.psum(x, MODEL)
+
+
+leave_split.defvjp(lambda x: (leave_split(x), None), lambda _, g: (g,))
 
 
 def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` on each device's share of the batch; it sums over `DATA` itself."""
+    """`function` on each device's share; it sums over devices itself."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -50,5 +167,9 @@ def share_batch(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+def spread(mesh: Mesh, tree: Any) -> Any:
+    """A global batch that every process holds whole, placed over the mesh."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]), tree
+    )

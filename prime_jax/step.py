@@ -5,24 +5,25 @@ once. A step is a function of (seed, step, tokens): resuming continues to the bi
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from prime_jax import hardware, optim, sharding
+from prime_jax import hardware, meshes, optim, sharding
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
 from prime_jax.evaluate import likelihood
 from prime_jax.kernels import selection
 from prime_jax.kernels.subtoken_head import HeadLoss
 from prime_jax.metrics import Clock
-from prime_jax.model import build
+from prime_jax.model import Transformer, build
 from prime_jax.objectives import loss_sums, make_head, training_inputs
+from prime_jax.sharding import Shardings
 from prime_jax.subtokens import Codebook
 
 
@@ -50,26 +51,44 @@ class Compiled:
 
     Args:
         name: for the warning that a kernel does not compile and plain XLA takes its place.
-        make: the jitted function that computes what a config says.
+        make: the jitted function that computes what a config says; called inside the mesh.
     """
 
-    def __init__(self, name: str, config: RunConfig, make: Callable[[RunConfig], Any]):
-        self.name, self.config, self.make = name, config, make
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        mesh: Mesh | AbstractMesh,
+        make: Callable[[RunConfig], Any],
+    ):
+        self.name, self.config, self.mesh, self.make = name, config, mesh, make
         self.executable: Any = None
 
     def __call__(self, clock: Clock, *args: Any) -> Any:
         if self.executable is None:
             with clock.measure("compile"):
-                self.executable = self.compile(args)
+                self.executable = self.compile(*args)
         return self.executable(*args)
 
-    def compile(self, args: tuple) -> Any:
-        def attempt(config: RunConfig) -> Any:
+    def compile(self, *args: Any, options: dict[str, Any] | None = None) -> Any:
+        """Compiled for the mesh; `args` may be shapes with shardings."""
+        if options is None:
             options = hardware.compiler_options(jax.default_backend())
-            return self.make(config).lower(*args).compile(options)
+
+        def attempt(config: RunConfig) -> Any:
+            return self.lower(*args, config=config).compile(options)
 
         plain = dataclasses.replace(self.config, kernels=selection.PLAIN)
         return selection.fallback(lambda: attempt(self.config), lambda: attempt(plain), self.name)
+
+    def lower(self, *args: Any, config: RunConfig | None = None) -> Any:
+        """Traced for the mesh, which may lack its devices."""
+        config = config or self.config
+        if isinstance(self.mesh, AbstractMesh):
+            with jax.sharding.use_abstract_mesh(self.mesh):
+                return self.make(config).trace(*args).lower(lowering_platforms=("tpu",))
+        with jax.set_mesh(self.mesh):
+            return self.make(config).lower(*args)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +97,9 @@ class Program:
 
     config: RunConfig
     codebook: Codebook
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
+    mesh_choice: meshes.Choice
+    abstract: State  # shapes and shardings
     init: Any  # (clock, seed) -> State
     train: Compiled  # (clock, state, tokens, rows, seed, horizon) -> (state, Metrics)
     draw: Any  # (clock, estimator, params, tokens, row) -> {label: nats [B]}
@@ -110,42 +131,87 @@ def program(config: RunConfig, eos_id: int) -> Program:
 @lru_cache(maxsize=32)
 def _program(config: RunConfig, eos_id: int) -> Program:
     hardware.keep_heap()
+    return make_program(config, eos_id, jax.devices())
+
+
+def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -> Program:
+    """The program of `config` on `devices`, which may be described by a topology only.
+
+    Given just their number, it can be lowered for a TPU and neither compiled nor run.
+    """
     codebook = Codebook.create(config.model.vocab_size, config.subtokens)
-    mesh = sharding.make_mesh(config.mesh, config.batch_size)
+    mesh, choice = meshes.make(config, devices)
     tx = optim.optimizer(config.optim)
-    train = partial(_train_function, codebook=codebook, tx=tx, mesh=mesh, eos_id=eos_id)
+    init, abstract = _make_init(config, codebook, tx, mesh)
+    shardings = Shardings.of(mesh)
+    parts = _Parts(config, codebook, mesh, shardings, shardings.specs(abstract.params), eos_id)
+
+    def train(config: RunConfig) -> Any:
+        return _train_function(parts._replace(config=config), tx)
+
     return Program(
         config=config,
         codebook=codebook,
         mesh=mesh,
-        init=_make_init(config, codebook, tx, mesh),
-        train=Compiled("training step", config, train),
-        draw=_make_draw(config, codebook, mesh, eos_id),
+        mesh_choice=choice,
+        abstract=abstract,
+        init=init,
+        train=Compiled("training step", config, mesh, train),
+        draw=_make_draw(parts),
     )
 
 
-def _make_init(config, codebook, tx, mesh):
+class _Parts(NamedTuple):
+    """What the compiled functions of a program share."""
+
+    config: RunConfig
+    codebook: Codebook
+    mesh: Mesh | AbstractMesh
+    shardings: Shardings
+    specs: Any  # of the parameters
+    eos_id: int
+
+    def network(self) -> Transformer:
+        return build(self.config, self.codebook, self.shardings)
+
+    def head_axis(self) -> str | None:
+        return self.shardings.head_axis(self.config.model)
+
+
+def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
+    """(clock, seed) -> State, and the shapes and shardings of that state."""
     digits = jnp.zeros((1, config.data.seq_len, codebook.length), jnp.int32)
 
-    def make(config: RunConfig) -> Any:
-        network = build(config, codebook)
+    plain = dataclasses.replace(config, kernels=selection.PLAIN)  # no kernel makes a parameter
 
-        @jax.jit
-        def init(seed) -> State:
-            key = jax.random.fold_in(jax.random.key(seed), 0x1417)
-            params = network.init(key, digits)["params"]
-            ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
-            return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+    def values(seed):
+        network = build(plain, codebook)
+        return network.init(jax.random.fold_in(jax.random.key(seed), 0x1417), digits)["params"]
 
-        return init
+    specs = Shardings.of(mesh).specs(jax.eval_shape(values, np.uint32(0)))
 
-    compiled = Compiled("initialisation", config, make)
-    return lambda clock, seed: sharding.replicate(mesh, compiled(clock, np.uint32(seed)))
+    def init(seed) -> State:
+        place = lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
+        params = jax.tree.map(place, values(seed), specs)
+        ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
+        step = place(jnp.zeros((), jnp.int32), sharding.REPLICATED)
+        return State(step, params, tx.init(params), ema)  # which takes over their shardings
+
+    compiled = Compiled("initialisation", config, mesh, lambda _: jax.jit(init))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        shapes = jax.eval_shape(init, np.uint32(0))
+
+    def on_mesh(x):
+        spec = x.sharding.spec if x.sharding else sharding.REPLICATED
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    abstract = jax.tree.map(on_mesh, shapes)
+    return lambda clock, seed: compiled(clock, np.uint32(seed)), abstract
 
 
-def _train_function(config, codebook, tx, mesh, eos_id):
-    network = build(config, codebook)
-    head = make_head(config, codebook)
+def _train_function(p: _Parts, tx) -> Any:
+    config, codebook, eos_id = p.config, p.codebook, p.eos_id
+    network, head = p.network(), make_head(config, codebook, p.head_axis())
     chosen = config.objective.loss
     parts = config.mesh.accumulate
 
@@ -175,13 +241,15 @@ def _train_function(config, codebook, tx, mesh, eos_id):
             zero = jnp.zeros((), jnp.float32)
             start = (jax.tree.map(jnp.zeros_like, params), HeadLoss(zero, zero), zero)
             total, _ = jax.lax.scan(micro, start, (split(tokens_BxL), split(row_B)))
-        return jax.lax.psum(total, sharding.DATA)
+        gradient, losses, n_tokens = total
+        sums_everywhere = jax.lax.psum((losses, n_tokens), (sharding.REPLICA, sharding.DATA))
+        return p.shardings.summed(gradient, p.specs), *sums_everywhere
 
     shared = sharding.per_device(
         device_sums,
-        mesh,
-        (sharding.REPLICATED, sharding.BATCH, sharding.BATCH, sharding.REPLICATED),
-        sharding.REPLICATED,
+        p.mesh,
+        (p.specs, sharding.BATCH, sharding.BATCH, sharding.REPLICATED),
+        (p.specs, sharding.REPLICATED, sharding.REPLICATED),
     )
 
     @jax.jit(donate_argnames="state")
@@ -203,24 +271,26 @@ def _train_function(config, codebook, tx, mesh, eos_id):
     return train
 
 
-def _make_draw(config, codebook, mesh, eos_id):
-    specs = (sharding.REPLICATED, sharding.BATCH, sharding.BATCH)
-
+def _make_draw(p: _Parts):
     def make(config: RunConfig, name: str) -> Any:
-        network = build(config, codebook)
-        task = likelihood.make_task(config, codebook, eos_id)
+        parts = p._replace(config=config)
+        network = parts.network()
+        task = likelihood.make_task(config, p.codebook, p.eos_id, parts.head_axis())
 
         def device(params, tokens_BxL, row: likelihood.Row):
             apply = lambda *args: network.apply({"params": params}, *args)  # noqa: E731
-            return likelihood.draw(task, name, apply, tokens_BxL, *row)
+            nats = likelihood.draw(task, name, apply, tokens_BxL, *row)
+            over = (sharding.REPLICA, sharding.DATA)
+            return jax.tree.map(lambda x: jax.lax.all_gather(x, over, tiled=True), nats)
 
-        return jax.jit(sharding.per_device(device, mesh, specs, sharding.BATCH))
+        specs = (p.specs, sharding.BATCH, sharding.BATCH)
+        return jax.jit(sharding.per_device(device, p.mesh, specs, sharding.REPLICATED))
 
     @lru_cache
     def compiled(name: str):
-        return Compiled(f"estimator {name}", config, partial(make, name=name))
+        return Compiled(f"estimator {name}", p.config, p.mesh, partial(make, name=name))
 
     def draw(clock: Clock, name: str, params, tokens_BxL: np.ndarray, row: likelihood.Row):
-        return compiled(name)(clock, params, *sharding.share_batch(mesh, (tokens_BxL, row)))
+        return compiled(name)(clock, params, *sharding.spread(p.mesh, (tokens_BxL, row)))
 
     return draw

@@ -6,11 +6,8 @@ undamaged checkpoint, the data order and all randomness from (seed, step).
 
 import dataclasses
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,23 @@ import flax
 import jax
 import numpy as np
 
-from prime_jax import __version__, checkpoint, flops, hardware, optim, schedule, sharding
+from prime_jax import (
+    __version__,
+    checkpoint,
+    costs,
+    distributed,
+    flops,
+    hardware,
+    meshes,
+    optim,
+    schedule,
+    sharding,
+)
 from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
 from prime_jax.data import loader, manifest
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood
-from prime_jax.metrics import Clock, MetricsLog
+from prime_jax.metrics import Clock, MetricsLog, NoLog, Pace, Profile
 from prime_jax.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
 from prime_jax.step import Metrics, Program, State, program
 
@@ -71,8 +79,12 @@ def train(
     return Run(config, run_dir, earlier, beat, say).complete()
 
 
-def prepare_directory(config: RunConfig, run_dir: Path) -> dict[str, Any] | None:
-    """Create or check a run directory; returns the result of a run that is finished already."""
+def prepare_directory(config: RunConfig, run_dir: Path) -> None:
+    """Create or check a run directory.
+
+    Raises:
+        UserError: it cannot be made, or holds another run.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,8 +97,6 @@ def prepare_directory(config: RunConfig, run_dir: Path) -> dict[str, Any] | None
                 f"{run_dir} holds run {other}, not {run_id(config)}: use another directory"
             )
     write_json_atomic(existing, to_dict(config))
-    finished = run_dir / "result.json"
-    return read_json(finished) if finished.exists() else None
 
 
 def fill_fingerprint(config: RunConfig, data: manifest.Manifest) -> RunConfig:
@@ -109,22 +119,30 @@ class Run:
         self.beat, self.say = beat, say
         self.id = run_id(self.config)
         self.program: Program = program(self.config, self.data.eos_id)
+        self.checkpoints = checkpoint.Writer(
+            self.run_dir / "checkpoints", self._about(), config.checkpoint
+        )
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
-        self.signal: int | None = None
         self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread
         self.last_beat = self.last_save = time.monotonic()
         self.speed = 0.0
+        self.first_seconds: float | None = None  # from the start to the first step's numbers
+        tokens = config.batch_size * config.data.seq_len
+        by_convention = {n: flops.flops_per_token(config, n) for n in flops.CONVENTIONS}
+        self.pace = Pace(self.clock, tokens, by_convention, self._peak())
         self.loss = float("nan")
 
     def complete(self) -> dict[str, Any]:
-        finished = prepare_directory(self.config, self.run_dir)
+        finished = self._prepare()
         if finished is not None:
             return finished
-        np.save(self.run_dir / "codebook.npy", self.program.codebook.codes)
+        if jax.device_count() > 1:
+            self.say(str(self.program.mesh_choice))
         state = self._restore()
         self.first_step = self.last_step = int(state.step)
-        self.log = MetricsLog(self.config.log, self.run_dir, self.id, self.first_step)
-        with self._signals():
+        logged = (self.config.log, self.run_dir, self.id, self.first_step)
+        self.log = MetricsLog(*logged) if distributed.is_writer() else NoLog()
+        with distributed.Notice() as self.notice, self.checkpoints:
             try:
                 with self.clock.measure("train"):
                     state = self._train(state)
@@ -134,8 +152,18 @@ class Run:
                 result = self._result("diverged", [], str(error))
             finally:
                 self.log.close()
-        write_json_atomic(self.run_dir / "result.json", result)
+        if distributed.is_writer():
+            write_json_atomic(self.run_dir / "result.json", result)
         return result
+
+    def _prepare(self) -> dict[str, Any] | None:
+        """The run directory: made by one process, then read by all."""
+        if distributed.is_writer():
+            prepare_directory(self.config, self.run_dir)
+            np.save(self.run_dir / "codebook.npy", self.program.codebook.codes)
+        distributed.barrier("run directory")
+        finished = self.run_dir / "result.json"
+        return read_json(finished) if finished.exists() else None
 
     # --- training
 
@@ -153,6 +181,7 @@ class Run:
             process_count=jax.process_count(),
         )
         row = None
+        profile = Profile(self.run_dir / "profile", c.log.profile)
         mark, marked_step = time.perf_counter(), self.first_step
         for step in range(self.first_step, steps):
             with self.clock.measure("input"):
@@ -164,6 +193,7 @@ class Run:
             state, metrics = self.program.train(self.clock, state, tokens, row, seed, horizon)
             self.last_step = step + 1
             self._read_pending()  # only now: the device already has work
+            profile.step(step + 1 - self.first_step)
             self.pending = (step + 1, metrics)
             now = time.perf_counter()
             if now - mark >= BEAT_SECONDS:
@@ -175,8 +205,10 @@ class Run:
                 self._evaluate(state, final=False)
             self._attend(step + 1, state, "train")
         self._read_pending()
+        profile.close()
         if self.first_step < steps:
             self._save(steps, state)
+        self.checkpoints.wait()
         return state
 
     def _read_pending(self) -> None:
@@ -186,10 +218,15 @@ class Run:
         (step, metrics), self.pending = self.pending, None
         values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
         self.loss = values["loss"]
+        if self.first_seconds is None:
+            self.first_seconds = self.clock.total()
+            if self.first_step:
+                self.say(f"first step after {self.first_seconds:.1f} s")
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if step % self.config.log.every == 0 or step in (1, self.config.steps) or not finite:
             named = {k: v if np.isfinite(v) else None for k, v in values.items()}
-            self.log.write({"step": step, **named, "seconds": round(self.clock.total(), 3)})
+            seconds = round(self.clock.total(), 3)
+            self.log.write({"step": step, **named, "seconds": seconds, **self.pace.row(step)})
         if not finite:
             raise Diverged(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
@@ -213,49 +250,25 @@ class Run:
     def _save(self, step: int, state: State) -> None:
         self._read_pending()  # a diverged state is never saved
         with self.clock.measure("checkpoint"):
-            directory = self.run_dir / "checkpoints"
-            checkpoint.save(directory, step, state, self._about(), self.config.checkpoint.keep)
+            self.checkpoints.save(step, state)
             self.last_save = time.monotonic()
 
     def _restore(self) -> State:
         with self.clock.measure("checkpoint"):
             directories = [d / "checkpoints" for d in (self.run_dir, *self.earlier)]
-            fresh = self.program.init(self.clock, self.config.seed)
-            about = self._about()
-            state = checkpoint.restore(directories, fresh, self.program.mesh, about, self.say)
-        if state is None:
-            return fresh
+            state = checkpoint.restore(directories, self.program.abstract, self._about(), self.say)
+            if state is None:
+                return self.program.init(self.clock, self.config.seed)
         self.say(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")
         return state
 
     # --- interruption
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGTERM and SIGINT for the next step; a second one acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-        def note(number: int, _frame: Any) -> None:
-            self.signal = number
-            for s, handler in previous.items():
-                signal.signal(s, handler)
-
-        for s in previous:
-            signal.signal(s, note)
-        try:
-            yield
-        finally:
-            for s, handler in previous.items():
-                signal.signal(s, handler)
-
     def _attend(self, step: int, state: State, phase: str) -> None:
         """Between two units of work: tell `beat`, and stop if a signal or `beat` says so."""
         now = time.monotonic()
         wanted = True
-        if now - self.last_beat >= BEAT_SECONDS:
+        if now - self.last_beat >= BEAT_SECONDS and distributed.is_writer():
             self.last_beat = now
             wanted = self.beat(
                 {
@@ -267,14 +280,26 @@ class Run:
                     "phase": phase,
                 }
             )
-        if self.signal is None and wanted:
+        if not wanted and jax.process_count() > 1:
+            self.notice.tell_all()
+        if not self.notice.due() and (wanted or jax.process_count() > 1):
             return
-        directory = self.run_dir / "checkpoints"
-        if step not in checkpoint.steps(directory):
-            self._save(step, state)
+        saved = self._save_before_leaving(step, state)
         if not wanted:
-            raise Stopped(f"another attempt owns run {self.id}; saved step {step}")
-        raise Preempted(f"signal {self.signal}: saved step {step} of run {self.id}")
+            raise Stopped(f"another attempt owns run {self.id}; {saved}")
+        raise Preempted(f"asked to stop: {saved} of run {self.id}")
+
+    def _save_before_leaving(self, step: int, state: State) -> str:
+        """Save, unless that took longer than the grace period the last time."""
+        grace, needed = self.config.checkpoint.grace_seconds, self.checkpoints.seconds
+        if step not in self.checkpoints.steps():
+            if grace and needed > grace:
+                self.checkpoints.wait()
+                last = (self.checkpoints.steps() or [0])[-1]
+                return f"a save takes {needed:.0f} s, longer than the grace of {grace:g} s: step {last} is the last saved"
+            self._save(step, state)
+        self.checkpoints.wait()
+        return f"saved step {step}"
 
     # --- evaluation and record
 
@@ -292,29 +317,33 @@ class Run:
                 self.blocks.doc,
                 self.data.eos_id,
                 tick=lambda: self._attend(step, state, "evaluate"),
-                devices=self.program.mesh.size,
+                devices=self.program.mesh_choice.replica * self.program.mesh_choice.data,
             )
         self.log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
-        if final:
+        if final and distributed.is_writer():
             np.savez(self.run_dir / "eval.npz", n_tokens=n_tokens, **nats)
-        else:
+        if not final:
             shown = ", ".join(f"{x.estimator} {x.kind} {x.value:.4f}" for x in losses)
             self.say(f"step {step}: {shown} nats/token")
         return losses
 
-    def _mfu(self, tokens_per_second: float, convention: flops.Convention) -> float | None:
+    def _peak(self) -> float | None:
+        """FLOP/s of all devices of the run, where their kind is known."""
         devices = self.program.mesh.devices.reshape(-1)
         peak = hardware.peak_flops(devices[0].device_kind)
-        if peak is None:
-            return None
-        rate = flops.flops_per_token(self.config, convention) * tokens_per_second
-        return rate / (peak * len(devices))
+        return peak and peak * len(devices)
+
+    def _mfu(self, tokens_per_second: float, convention: flops.Convention) -> float | None:
+        peak = self.pace.peak
+        return peak and self.pace.flops[convention] * tokens_per_second / peak
 
     def _result(self, status: str, losses: list[Loss], reason: str = "") -> dict[str, Any]:
         c, seconds = self.config, self.clock.seconds
         tokens_here = (self.last_step - self.first_step) * c.batch_size * c.data.seq_len
         speed = tokens_here / max(seconds["train"] + seconds["input"], 1e-9)
         n_bytes = int(self.blocks.n_bytes.sum())
+        devices = self.program.mesh.devices.reshape(-1)
+        kind, slices = devices[0].device_kind, meshes.count_slices(devices)
         return {
             "schema": SCHEMA,
             "run": self.id,
@@ -345,8 +374,14 @@ class Run:
                 "python": platform.python_version(),
             },
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "seconds": {"total": self.clock.total(), **{k: seconds[k] for k in PHASES}},
+            "seconds": {
+                "total": self.clock.total(),
+                "first_step": self.first_seconds,
+                **{k: seconds[k] for k in PHASES},
+            },
             "first_step": self.first_step,
             "tokens_per_second": speed,
             "mfu": {name: self._mfu(speed, name) for name in flops.CONVENTIONS},
+            "step_seconds": c.batch_size * c.data.seq_len / speed if speed else None,
+            "predicted": costs.of_run(c, self.program.mesh_choice, kind, slices),
         }

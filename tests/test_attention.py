@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from prime_jax.config import MeshConfig
 from prime_jax.errors import UserError
 from prime_jax.kernels import attention_pallas
 from prime_jax.kernels.attention import SAVED, attention, attention_reference, cudnn_serves
 from prime_jax.kernels.attention_visits import Blocks, fitted, visits
-from prime_jax.sharding import BATCH, make_mesh, per_device, share_batch
+from prime_jax.sharding import AXES, BATCH, per_device, share_batch
 
 jitted_visits = jax.jit(visits, static_argnums=(0, 1, 4))
 SMALL = (16, 32)  # blocks of queries and keys: only the interpreter takes them
@@ -201,7 +200,8 @@ def test_no_races_and_no_uninitialised_memory():
 
 
 def test_eight_devices_share_a_batch():
-    mesh = make_mesh(MeshConfig(data=8), batch_size=8)
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    mesh = jax.make_mesh((1, 8, 1), AXES, axis_types=explicit)
     qkv = arrays(32, 16, batch=8)
     ids = jnp.asarray([[0] * 20 + [1] * 12] * 8, jnp.int32)
 

@@ -22,6 +22,7 @@ from prime_jax.subtokens import Codebook
 from prime_jax.train import train
 
 FAMILIES = {"arm": 1, "mdm": 1, "prime": 4}
+EACH = [pytest.param(f, marks=[] if f == "prime" else pytest.mark.slow) for f in FAMILIES]
 
 
 def run_on(data, family: str, **changes) -> RunConfig:
@@ -51,7 +52,7 @@ def documents(tmp_path_factory):
     return out, markov.parse(spec)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_no_number_falls_below_the_entropy_of_the_stream(documents, family, tmp_path):
     """Document ends are part of the stream: nothing tells a network where they are."""
     data, source = documents
@@ -63,7 +64,7 @@ def test_no_number_falls_below_the_entropy_of_the_stream(documents, family, tmp_
         assert error < 0.03
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_a_uniform_source_gives_log_v(family, tmp_path):
     spec = "V=16,order=0,seed=0,tokens=60000,concentration=1e9"
     data = tmp_path / "data"

@@ -8,7 +8,7 @@ import pytest
 
 from prime_jax.config import LogConfig
 from prime_jax.errors import UserError
-from prime_jax.metrics import Clock, MetricsLog
+from prime_jax.metrics import Clock, MetricsLog, Pace
 
 
 def test_a_phase_inside_another_is_not_counted_twice(monkeypatch):
@@ -18,6 +18,18 @@ def test_a_phase_inside_another_is_not_counted_twice(monkeypatch):
     with clock.measure("train"), clock.measure("compile"):
         pass
     assert clock.seconds == {"compile": 3.0, "train": 5.0}
+
+
+def test_the_pace_between_two_rows(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Clock()
+    pace = Pace(clock, tokens=100, flops={"matmul": 5.0, "reference": 6.0}, peak=1000.0)
+    assert pace.row(1) == {}
+    now[0], clock.seconds["input"] = 8.0, 2.0
+    row = pace.row(5)  # four steps in eight seconds
+    assert (row["step_seconds"], row["input_seconds"], row["tokens_per_second"]) == (2.0, 0.5, 50.0)
+    assert (row["mfu_matmul"], row["mfu_reference"]) == (0.25, 0.3)
 
 
 def test_rows_beyond_the_restored_step_are_dropped(tmp_path):

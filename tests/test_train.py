@@ -45,13 +45,19 @@ def tiny(markov_data) -> RunConfig:
         optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
         eval=EvalConfig(examples=16, replicates=8, batch_size=64),
         log=LogConfig(every=1),
-        mesh=MeshConfig(data=1),
+        mesh=MeshConfig(replica=1, data=1),
     )
 
 
 def losses(run_dir) -> list[float]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def quick(tiny) -> RunConfig:
+    """For tests of training: the evaluation compiles one estimator only."""
+    return set_path(tiny, "eval.estimators", ("subtoken",))
 
 
 def values(result) -> list[float]:
@@ -150,12 +156,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tiny, t
 
 def test_an_unfinished_save_is_no_checkpoint(tiny, tmp_path):
     state = {"x": np.arange(8.0)}
-    checkpoint.save(tmp_path, 1, state, {}, keep=2)
-    checkpoint.save(tmp_path, 2, state, {}, keep=2)
+    writer = checkpoint.Writer(tmp_path, {}, CheckpointConfig(keep=2))
+    writer.save(1, state)
+    writer.save(2, state)
+    writer.wait()
     (tmp_path / "000000002.json").unlink()
     assert checkpoint.steps(tmp_path) == [1]
-    checkpoint.save(tmp_path, 2, state, {}, keep=2)
-    checkpoint.save(tmp_path, 3, state, {}, keep=2)
+    writer.save(2, state)
+    writer.save(3, state)
+    writer.wait()
     assert checkpoint.steps(tmp_path) == [2, 3]
     assert not (tmp_path / "000000001").exists()
 
@@ -165,14 +174,18 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):
     code = f"""
         import resource, signal, numpy as np, pathlib
         from prime_jax import checkpoint
+        from prime_jax.config import CheckpointConfig
         from prime_jax.errors import UserError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         where = pathlib.Path({str(tmp_path)!r})
         big = {{"x": np.random.default_rng(0).normal(size=300_000)}}
-        checkpoint.save(where, 1, big, {{}}, keep=2)
+        writer = checkpoint.Writer(where, {{}}, CheckpointConfig())
+        writer.save(1, big)
+        writer.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            checkpoint.save(where, 2, big, {{}}, keep=2)
+            writer.save(2, big)
+            writer.wait()
         except UserError as error:
             print(error)
     """
@@ -185,8 +198,8 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_a_diverged_run_is_a_result_with_a_reason(tiny, tmp_path):
-    wild = set_path(set_path(tiny, "optim.peak_lr", 1e30), "optim.clip", 0.0)
+def test_a_diverged_run_is_a_result_with_a_reason(quick, tmp_path):
+    wild = set_path(set_path(quick, "optim.peak_lr", 1e30), "optim.clip", 0.0)
     result = train(wild, tmp_path, say=SILENT)
     assert result["status"] == "diverged"
     assert result["losses"] == []
@@ -199,14 +212,11 @@ def test_a_diverged_run_is_a_result_with_a_reason(tiny, tmp_path):
     assert last["step"] <= made + 0.5 < wild.steps  # steps that were made, not those planned
 
 
-@pytest.mark.parametrize("family", ["arm", "mdm", "prime"])
-def test_devices_and_micro_batches_change_rounding_only(tiny, tmp_path, family):
-    length = 4 if family == "prime" else 1
-    config = dataclasses.replace(
-        tiny, family=family, subtokens=SubtokenConfig(length=length), steps=6
-    )
-    eight = dataclasses.replace(config, mesh=MeshConfig(data=8))
-    micro = dataclasses.replace(config, mesh=MeshConfig(data=1, accumulate=4))
+def test_devices_and_micro_batches_change_rounding_only(quick, tmp_path):
+    """The other families and meshes are in test_sharding.py."""
+    config = dataclasses.replace(quick, steps=6)
+    eight = dataclasses.replace(config, mesh=MeshConfig(replica=1, data=8))
+    micro = dataclasses.replace(config, mesh=MeshConfig(replica=1, data=1, accumulate=4))
     a = train(eight, tmp_path / "8", say=SILENT)
     b = train(micro, tmp_path / "1", say=SILENT)
     np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=2e-5)
@@ -214,8 +224,15 @@ def test_devices_and_micro_batches_change_rounding_only(tiny, tmp_path, family):
     assert a["run"] == b["run"]  # where a run executes is not what it is
 
 
-def test_prime_with_one_subtoken_is_mdm_to_the_bit(tiny, tmp_path):
-    one = dataclasses.replace(tiny, subtokens=SubtokenConfig(length=1), steps=5)
+def test_a_profile_is_a_trace_of_some_steps(quick, tmp_path):
+    train(set_path(quick, "log.profile", 2), tmp_path, say=SILENT)
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["input_seconds"] < row["step_seconds"] for row in rows[1:] if "loss" in row)
+
+
+def test_prime_with_one_subtoken_is_mdm_to_the_bit(quick, tmp_path):
+    one = dataclasses.replace(quick, subtokens=SubtokenConfig(length=1), steps=5)
     results = {}
     for family in ("mdm", "prime"):
         run_dir = tmp_path / family
@@ -236,9 +253,16 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options_train(tiny, tmp_path, name):
-    config = dataclasses.replace(tiny, steps=4, **OPTIONS[name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "random length, mixture",
+        pytest.param("published recipe", marks=pytest.mark.slow),
+        pytest.param("flat weight, wsd, ema", marks=pytest.mark.slow),
+    ],
+)
+def test_options_train(quick, tmp_path, name):
+    config = dataclasses.replace(quick, steps=4, **OPTIONS[name])
     result = train(config, tmp_path, say=SILENT)
     assert result["status"] == "done"
     assert all(np.isfinite(losses(tmp_path)))

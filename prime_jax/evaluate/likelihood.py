@@ -260,5 +260,8 @@ def bits_per_byte(loss: Loss, n_bytes: int) -> float | None:
     return loss.value * loss.n_tokens / np.log(2) / n_bytes
 
 
-def make_task(config: RunConfig, codebook: Codebook, eos_id: int) -> Task:
-    return Task(config, make_head(config, codebook), eos_id)
+def make_task(
+    config: RunConfig, codebook: Codebook, eos_id: int, axis_name: str | None = None
+) -> Task:
+    """Args: axis_name: mesh axis that splits the head's rows (`make_head`)."""
+    return Task(config, make_head(config, codebook, axis_name), eos_id)

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from prime_jax import commands as commands_of_train
+
 ROOT = "the directory that holds the whole sweep"
 WIDTH = 110  # that a plan needs at least; narrower terminals wrap its lines
 
@@ -58,6 +60,15 @@ def _plan(commands: argparse._SubParsersAction) -> None:
         type=float,
         metavar="F",
         help="speed to estimate hours with, e.g. 5e10",
+    )
+    commands_of_train.add_slice(parser)
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const="largest",
+        choices=("largest", "all"),
+        help="compile the largest shape of each family for the slice, and smaller ones until one "
+        "fits; --check=all compiles every shape. What does not fit is dropped",
     )
     parser.set_defaults(run=plan)
 
@@ -133,13 +144,34 @@ def plan(args: argparse.Namespace) -> None:
     datasets = planning.load_datasets(experiment, required=args.root is not None)
     listed = planning.candidates(experiment, datasets)
     console = Console(width=max(WIDTH, Console().width))
+    where, prices = commands_of_train.slice_of(args)
+    if args.check:
+        listed = _checked(args, listed, where, console)
     console.print(planning.table(experiment, listed, args.flops_per_second))
+    if where:
+        from prime_jax import aot_report
+
+        good = [candidate.config for candidate in listed if not candidate.drop]
+        console.print(aot_report.bill(good, where, prices), soft_wrap=True)
     if args.root is not None:
         added = planning.write(args.root, experiment, listed)
         console.print(
             f"{args.root}: {added} runs added; next: prime-jax sweep run {args.root}",
             soft_wrap=True,
         )
+
+
+def _checked(args: argparse.Namespace, listed, where, console):
+    """The candidates after the compiler has seen them."""
+    from prime_jax import aot_report
+    from prime_jax.sweep import check
+
+    cache = args.root / check.CACHE if args.root else None
+    options = check.Options(every=args.check == "all", autofit=args.autofit, cache=cache)
+    listed, verdicts = check.check(listed, where, options)
+    if verdicts:
+        aot_report.show(verdicts, console)
+    return listed
 
 
 def run(args: argparse.Namespace) -> int:

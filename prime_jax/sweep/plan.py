@@ -22,6 +22,8 @@ from prime_jax.sweep.grid import Experiment, Row
 # The N that goes with each convention of C, as in `fit`.
 PARAMS = {"matmul": "nonembedding_plus_head", "reference": "reference"}
 
+OWN = ("state", "cache")  # what may be in a sweep directory before it is one
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -226,7 +228,7 @@ def _open(root: Path) -> list[dict[str, Any]]:
     """Make the folders of a sweep unless they are there; the plans it already holds."""
     try:
         if not (root / "sweep.json").exists():
-            if root.exists() and any(p.name != "state" for p in root.iterdir()):
+            if root.exists() and any(p.name not in OWN for p in root.iterdir()):
                 raise UserError(f"{root}: not empty and not a sweep; give a new directory")
             (root / "state").mkdir(parents=True, exist_ok=True)
             write_json_atomic(root / "sweep.json", {"schema": state.SCHEMA, "plans": []})

@@ -1,0 +1,253 @@
+"""Does a run fit a slice that nobody has rented? The compiler for its chips answers.
+
+The real training step, optimizer and donation included, is compiled for the slice's topology in a
+process of its own (`aot_worker`), which needs the compiler (libtpu) and no TPU. Compiling takes
+half a minute to some minutes; answers are cached where the caller says.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prime_jax import __version__, aot_worker, costs, meshes, step
+from prime_jax.config import MeshConfig, RunConfig, to_dict
+from prime_jax.errors import UserError
+from prime_jax.records import read_json, write_json_atomic
+from prime_jax.slices import GIB, Slice
+
+TRIES = 6  # of autofit
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu waits for the metadata server of a cloud
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process waits for a lock
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these three only keep libtpu quiet
+    "TPU_WORKER_ID": "0",
+}
+UNWANTED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the caller: virtual devices, dumps
+Compile = Callable[[RunConfig, Slice], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A shape on a slice, judged by the compiler.
+
+    Attributes:
+        config: with the mesh settings that were tried.
+        where: the slice.
+        record: what `aot_worker.check` found.
+    """
+
+    config: RunConfig
+    where: Slice
+    record: dict[str, Any]
+
+    @property
+    def fits(self) -> bool:
+        return self.record["verdict"] == "OK"
+
+    @property
+    def mesh(self) -> meshes.Choice:
+        return meshes.Choice(*self.record["mesh"], self.record["why"])
+
+    @property
+    def limit(self) -> float:
+        return self.record["limit"]
+
+    @property
+    def total(self) -> float:
+        """Bytes per chip; where the compiler gave up, its temporaries and our count of the rest."""
+        memory = self.record["memory"]
+        if "arguments" in memory:
+            return sum(memory.values())
+        state, temporaries = costs.memory(self.config, self.mesh)
+        return state + memory.get("temporaries", temporaries)
+
+    @property
+    def prediction(self) -> costs.Prediction:
+        return costs.predict(self.config, self.mesh, self.where.chip, self.where.slices)
+
+
+def compiler() -> str:
+    """The versions that a verdict depends on."""
+    found = [f"prime_jax {__version__}"]
+    for package in ("jax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def key(config: RunConfig, where: Slice) -> str:
+    """Names the question: what is compiled (mesh settings included), for what, and by what."""
+    asked = [to_dict(step.shape_of(config)), where.name, compiler(), aot_worker.SCHEMA]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check(
+    config: RunConfig, where: Slice, cache: Path | None = None, compile: Compile | None = None
+) -> Verdict:
+    """Compile the training step of `config` for `where`, or remember that it was.
+
+    Args:
+        cache: directory of earlier answers.
+        compile: stands in for the compiler (tests).
+
+    Raises:
+        UserError: no compiler for these chips here, a mesh that does not fit, or the compiler
+            failed for another reason than memory.
+    """
+    meshes.choose(config, where.devices, where.slices)
+    known = cache / f"{key(config, where)}.json" if cache else None
+    if known and known.exists():
+        return Verdict(config, where, read_json(known))
+    record = (compile or compile_apart)(config, where)
+    if known:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(known, {**record, "compiler": compiler()})
+    return Verdict(config, where, record)
+
+
+def compile_apart(config: RunConfig, where: Slice) -> dict[str, Any]:
+    """`aot_worker.check` in its own process: its environment is set, and a crash is its own."""
+    kept = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+    with tempfile.TemporaryDirectory() as folder:
+        question, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
+        write_json_atomic(question, {"config": to_dict(config), "slice": where.name})
+        command = [sys.executable, "-m", "prime_jax.aot_worker", str(question), str(answer)]
+        done = subprocess.run(
+            command, env=kept | ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+        if not answer.exists():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"the compiler for {where.name} failed ({done.returncode}): {last}")
+        record = read_json(answer)
+    if "refused" in record:
+        raise UserError(record["refused"])
+    return record
+
+
+def alternatives(config: RunConfig, where: Slice) -> list[RunConfig]:
+    """`config` under other recomputation, micro-batches and tensor parallelism, fastest first.
+
+    What the config says of replicas and shared parameters stays. No chip is idle that need not be.
+    """
+    found = []
+    for candidate in _variants(config):
+        try:
+            mesh = meshes.choose(candidate, where.devices, where.slices)
+        except UserError:
+            continue
+        seconds = costs.predict(candidate, mesh, where.chip, where.slices).step_seconds
+        found.append((-mesh.devices, seconds, candidate.mesh.accumulate, candidate))
+    most = min((item[0] for item in found), default=0)
+    usable = sorted((item for item in found if item[0] == most), key=lambda item: item[1:3])
+    return [item[-1] for item in usable]
+
+
+def _variants(config: RunConfig) -> Iterator[RunConfig]:
+    for model in [config.mesh.model] if config.mesh.model else [1, 2, 4, 8]:
+        for remat in ("none", "dots", "full"):
+            accumulate = 1
+            while accumulate <= config.batch_size:
+                if config.batch_size % accumulate == 0:
+                    mesh = replace(config.mesh, model=model, remat=remat, accumulate=accumulate)
+                    yield replace(config, mesh=mesh)
+                accumulate *= 2
+
+
+def expected(config: RunConfig, where: Slice, seen: Verdict | None = None) -> float:
+    """Bytes per chip on paper, corrected by how far off the paper was for a verdict seen."""
+    mesh = meshes.choose(config, where.devices, where.slices)
+    state, temporaries = costs.memory(config, mesh)
+    if seen and (measured := seen.record["memory"].get("temporaries")):
+        temporaries *= measured / costs.memory(seen.config, seen.mesh)[1]
+    return state + temporaries
+
+
+def autofit(
+    config: RunConfig,
+    where: Slice,
+    cache: Path | None = None,
+    compile: Compile | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Verdict:
+    """The fastest combination that fits, among at most `TRIES` that are compiled.
+
+    Tried in the order of predicted speed, leaving out those that by what was seen cannot fit.
+    Without success, the verdict that came closest.
+    """
+    waiting, seen = alternatives(config, where), []
+    while waiting and len(seen) < TRIES:
+        last = seen[-1] if seen else None
+        limit = where.chip.memory
+        hopeful = [c for c in waiting if expected(c, where, last) <= limit]
+        chosen = hopeful[0] if hopeful else min(waiting, key=lambda c: expected(c, where, last))
+        say(f"trying {describe(chosen.mesh)}")
+        verdict = check(chosen, where, cache, compile)
+        if verdict.fits:
+            return verdict
+        seen.append(verdict)
+        if not hopeful:
+            break
+        waiting.remove(chosen)
+    if not seen:
+        return check(config, where, cache, compile)  # which says what is wrong with its mesh
+    return min(seen, key=lambda verdict: verdict.total)
+
+
+def fixes(verdict: Verdict) -> list[str]:
+    """Single changes that should make an oversized run fit, each with the memory expected."""
+    config, where = verdict.config, verdict.where
+    now, out = config.mesh, []
+    changes = [replace(now, remat="full")] if now.remat != "full" else []
+    changes += _more_parts(config)
+    mesh = verdict.mesh
+    if mesh.replica > where.slices:  # parameters are copied that could be shared
+        groups = mesh.replica * mesh.data
+        changes.append(replace(now, replica=where.slices, data=groups // where.slices))
+    changes += [replace(now, model=size) for size in (2, 4, 8) if size > mesh.model]
+    wanted: set[str] = set()
+    for change in changes:
+        try:
+            size = expected(replace(config, mesh=change), where, verdict)
+        except UserError:
+            continue
+        names = describe(change, now)
+        kind = names.split(" = ")[0]
+        if size <= verdict.limit and kind not in wanted:
+            wanted.add(kind)
+            out.append(f"{names} (about {size / GIB:.1f} GiB)")
+    if not out:
+        state = costs.memory(config, mesh)[0]
+        needed = state * where.devices / verdict.limit
+        out.append(
+            f"no single change is enough: try --autofit or more chips (the state alone fills {needed:.1f})"
+        )
+    return out
+
+
+def _more_parts(config: RunConfig) -> list[MeshConfig]:
+    """More micro-batches, fewest first."""
+    now, out, parts = config.mesh, [], 2 * config.mesh.accumulate
+    while parts <= config.batch_size:
+        if config.batch_size % parts == 0:
+            out.append(replace(now, accumulate=parts))
+        parts *= 2
+    return out
+
+
+def describe(mesh: MeshConfig, before: MeshConfig | None = None) -> str:
+    """Settings in words; with `before`, only those that differ."""
+    old = to_dict(before) if before else {}
+    changed = {k: v for k, v in to_dict(mesh).items() if v != old.get(k) and (before or v)}
+    return ", ".join(f"mesh.{name} = {value}" for name, value in changed.items())

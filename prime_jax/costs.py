@@ -1,0 +1,194 @@
+"""Step time and memory of a run on paper, hours, and what they cost. No JAX.
+
+A roofline: matrix products, HBM traffic and messages of one step, each divided by the speed of the
+chip (slices.py) times a stated efficiency. Messages that gather parameters and scatter gradients
+overlap with computing; those of tensor parallelism do not:
+
+    step = max(matmul, hbm, overlapped messages) + exposed messages
+
+Every result keeps the prediction beside the measured time, so that the efficiencies can be judged.
+"""
+
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from prime_jax import flops
+from prime_jax.config import RunConfig
+from prime_jax.errors import UserError
+from prime_jax.slices import Chip, Slice, of_device
+
+# Shares of the peak that well-kept programs reach. Matrix products: public dense trainings (MaxText
+# reports 65 % on v5p and 44-50 % on v6e for 8B to 70B parameters); narrow models stay below.
+MATMUL = {"TPU v6 lite": 0.5, "TPU7x": 0.45}
+EFFICIENCY = {"matmul": 0.6, "hbm": 0.8, "link": 0.8, "network": 0.7}
+ADAM_BYTES = 32  # read and write value and two moments in float32, write and read the gradient
+# Numbers moved per token and layer in a forward pass, with elementwise work fused into products:
+# this many of the width, and this many of the feed-forward width.
+MOVED_WIDTH, MOVED_FFN = 12, 5
+
+
+class Mesh(Protocol):
+    """`meshes.Choice`: sizes of the axes."""
+
+    replica: int
+    data: int
+    model: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one step, all per device; `messages` are overlapped, `exposed` are not."""
+
+    matmul: float
+    hbm: float
+    messages: float
+    exposed: float
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.matmul, self.hbm, self.messages) + self.exposed
+
+    @property
+    def bound(self) -> str:
+        parts = {"matmul": self.matmul, "hbm": self.hbm, "messages": self.messages}
+        return max(parts, key=parts.get)
+
+    @property
+    def communication(self) -> float:
+        """Share of the step during which the links are busy."""
+        return (self.messages + self.exposed) / self.step_seconds
+
+    def as_dict(self) -> dict[str, float]:
+        return {"step_seconds": self.step_seconds, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers that both estimates need, per device unless said otherwise."""
+
+    layers: float  # parameters of all layers' matrices, split over `model` only
+    outer: float  # embedding and head, likewise
+    held: float  # parameters that a device keeps
+    tokens: float  # of a micro-batch in a group of `model` devices
+    item: int  # bytes of a number that is computed with
+
+
+def sizes(config: RunConfig, mesh: Mesh) -> Sizes:
+    counts, m = flops.param_counts(config), config.model
+    layers = counts["nonembedding"] / mesh.model
+    outer = (counts["total"] - counts["nonembedding"]) / mesh.model
+    rows = config.batch_size / (mesh.replica * mesh.data * config.mesh.accumulate)
+    return Sizes(
+        layers=layers,
+        outer=outer,
+        held=(layers + outer) / mesh.data,
+        tokens=rows * config.data.seq_len,
+        item=2 if m.dtype == "bfloat16" else 4,
+    )
+
+
+def predict(config: RunConfig, mesh: Mesh, chip: Chip, slices: int = 1) -> Prediction:
+    """The roofline of one training step."""
+    s, parts, remat = sizes(config, mesh), config.mesh.accumulate, config.mesh.remat
+    devices = mesh.replica * mesh.data * mesh.model
+    step_tokens = config.batch_size * config.data.seq_len
+    passes = 4 / 3 if remat == "full" else 1.0  # forward, backward (twice a forward), again forward
+    arithmetic = flops.flops_per_token(config, "matmul") * step_tokens * passes / devices
+    speed = chip.peak * MATMUL.get(chip.kind, EFFICIENCY["matmul"])
+    overlapped, exposed = _message_seconds(config, mesh, s, chip, slices)
+    width, ffn = config.model.width, config.model.ffn_multiple * config.model.width
+    moved = MOVED_WIDTH * width + MOVED_FFN * ffn / mesh.model
+    activations = 3 * passes * config.model.layers * s.tokens * parts * moved * s.item
+    weights = parts * (s.layers + s.outer) * (3 * passes * s.item + 2 * 4)
+    traffic = activations + weights + ADAM_BYTES * s.held
+    return Prediction(
+        matmul=arithmetic / speed,
+        hbm=traffic / (chip.memory_speed * EFFICIENCY["hbm"]),
+        messages=overlapped,
+        exposed=exposed,
+    )
+
+
+def _message_seconds(config, mesh: Mesh, s: Sizes, chip: Chip, slices: int) -> tuple[float, float]:
+    """(overlapped, exposed) seconds of a step's messages."""
+    link = chip.link_speed * EFFICIENCY["link"]
+    network = chip.network_speed * EFFICIENCY["network"]
+    parts, remat = config.mesh.accumulate, config.mesh.remat
+    params = s.layers + s.outer
+    apart = slices > 1  # then replicas are slices, or the shared parameters cross the network
+    across = network if apart and mesh.replica % slices else link
+    # Gathered in the compute type, again for the backward pass unless kept; scattered in float32.
+    gathered = (s.layers * (1 if remat == "none" else 2) + s.outer) * s.item
+    shared = parts * (gathered + 4 * params) * _ring(mesh.data) / across
+    between = network if apart and mesh.replica > 1 else link
+    summed = 2 * 4 * s.held * _ring(mesh.replica) / between  # gradients over replicas
+    sums = {"none": 4, "dots": 6, "full": 6}[remat]  # of activations, per layer
+    activations = config.model.layers * parts * s.tokens * config.model.width * s.item
+    return shared + summed, 2 * sums * activations * _ring(mesh.model) / link
+
+
+def _ring(n: int) -> float:
+    """Share of an array that a device sends to gather or scatter it among n."""
+    return (n - 1) / n
+
+
+def memory(config: RunConfig, mesh: Mesh) -> tuple[float, float]:
+    """(arguments, temporaries): bytes per device, for choosing what to compile first.
+
+    The compiler has the last word. Left out: padding, fragmentation, the head's chunks.
+    """
+    s, m, remat = sizes(config, mesh), config.model, config.mesh.remat
+    width, ffn = m.width, m.ffn_multiple * m.width
+    key_values = 2 * width // m.heads * (m.kv_heads or m.heads)
+    dots = 3 * width + (2 * width + key_values + 2 * ffn) / mesh.model  # what `dots` keeps
+    everything = dots + 5 * width + 3 * ffn / mesh.model
+    kept = {"full": width, "dots": dots, "none": everything}[remat]
+    activations = s.tokens * s.item * (m.layers * kept + 2 * everything * (remat != "none"))
+    one_layer = s.layers if remat == "none" else 2 * s.layers / m.layers
+    weights = s.item * one_layer * (mesh.data > 1) + s.outer * (s.item + 4)
+    gradients = 4 * s.held * (2 if config.mesh.accumulate > 1 else 1)
+    state = s.held * (12 + 4 * (config.optim.ema > 0))
+    return state, activations + weights + gradients
+
+
+def of_run(config: RunConfig, mesh: Mesh, device_kind: str, slices: int = 1) -> dict | None:
+    """What result.json says under `predicted`; None on devices that are not in the table."""
+    chip = of_device(device_kind)
+    return predict(config, mesh, chip, slices).as_dict() if chip else None
+
+
+@dataclass(frozen=True)
+class Prices:
+    """A price list that its reader owns: money per chip and hour by generation."""
+
+    date: str
+    currency: str
+    per_chip_hour: dict[str, float]
+
+    def of(self, where: Slice, hours: float) -> float | None:
+        """Of all chips of a slice; None where the list does not say."""
+        price = self.per_chip_hour.get(where.generation)
+        return None if price is None else price * where.chips * hours
+
+
+def load_prices(path: Path) -> Prices:
+    """Read a price file (docs/prices.toml shows the form).
+
+    Raises:
+        UserError: missing, not TOML, or without a date, currency and prices.
+    """
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+    prices = values.get("per_chip_hour")
+    numbers = isinstance(prices, dict) and all(isinstance(p, (int, float)) for p in prices.values())
+    if not numbers or "date" not in values or "currency" not in values:
+        raise UserError(
+            f"{path}: needs date, currency and [per_chip_hour] with v5e = 1.23 and so on"
+        )
+    return Prices(str(values["date"]), str(values["currency"]), prices)

@@ -1,0 +1,198 @@
+"""One run on several processes: who they are, how they meet, and what they agree on.
+
+Every process runs the same command. Process 0 alone writes records; all of them save checkpoints
+together and stop at the same step.
+"""
+
+import os
+import re
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from prime_jax.errors import UserError
+
+PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
+WAIT_SECONDS, HEARTBEAT_SECONDS = 1800, 60
+EXPLICIT = ("PRIME_COORDINATOR", "PRIME_PROCESSES", "PRIME_PROCESS_ID")
+
+
+@dataclass(frozen=True)
+class Gang:
+    """The processes of one run.
+
+    Attributes:
+        coordinator: host:port of process 0; "" where JAX finds it itself (Cloud TPU).
+        found: where this was read from, for messages.
+    """
+
+    coordinator: str
+    processes: int
+    process: int
+    found: str
+
+
+def detect(environment: Mapping[str, str]) -> Gang | None:
+    """The gang that the environment describes, or None for a process on its own.
+
+    Explicit variables come first, then JobSet (Kubernetes), Slurm and Cloud TPU pods.
+
+    Raises:
+        UserError: variables that are incomplete or contradict each other.
+    """
+    given = [name for name in EXPLICIT if name in environment]
+    if given:
+        missing = [name for name in EXPLICIT if name not in environment]
+        if missing:
+            raise UserError(f"{', '.join(given)} set, but not {', '.join(missing)}")
+        address, count, index = (environment[name] for name in EXPLICIT)
+        return _gang(address, count, index, "PRIME_* variables")
+    if "JOBSET_NAME" in environment:
+        e = environment
+        for name in ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"):
+            if name not in e:
+                raise UserError(f"JOBSET_NAME is set, but not {name}; render the job again")
+        job = (
+            f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{e.get('JOB_INDEX', 0)}"
+        )
+        host = f"{job}-0.{e['JOBSET_NAME']}:{PORT}"
+        return _gang(host, e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], "JobSet")
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        host = first_host(environment["SLURM_STEP_NODELIST"])
+        # Two steps of one job on one node would share a port that depends on the job alone.
+        number = int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID", 0))
+        return _gang(
+            f"{host}:{20_000 + number % 20_000}",
+            environment["SLURM_STEP_NUM_TASKS"],
+            environment["SLURM_PROCID"],
+            "Slurm",
+        )
+    hosts = [h for h in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
+    if len(hosts) > 1:
+        return _gang(f"{hosts[0]}:{PORT}", str(len(hosts)), environment["TPU_WORKER_ID"], "TPU pod")
+    return None
+
+
+def _gang(coordinator: str, processes: str, process: str, found: str) -> Gang | None:
+    try:
+        count, index = int(processes), int(process)
+    except ValueError:
+        raise UserError(
+            f"{found}: {processes!r} processes, number {process!r}: not whole numbers"
+        ) from None
+    if not 0 <= index < count:
+        raise UserError(f"{found}: process {index} of {count}; the first one is number 0")
+    if ":" not in coordinator:
+        raise UserError(f"{found}: coordinator {coordinator!r} has no port; write host:{PORT}")
+    return Gang(coordinator, count, index, found) if count > 1 else None
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm list: `a[03-05,7],b` gives a03."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", nodes)
+    if not match:
+        raise UserError(f"SLURM_STEP_NODELIST = {nodes!r}: no host in it")
+    return match[1] + (match[2] or "")
+
+
+def start(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> None:
+    """Meet the other processes of the gang, if there is one; to be called before any JAX work.
+
+    Raises:
+        UserError: not all came within 30 minutes.
+    """
+    gang = detect(environment)
+    if gang is None:
+        return
+    import jax
+
+    wait = int(environment.get("PRIME_WAIT_SECONDS", WAIT_SECONDS))
+    others = f"{gang.processes} processes ({gang.found}), coordinator {gang.coordinator}"
+    say(f"process {gang.process}: waiting for {others}")
+    if environment.get("JAX_PLATFORMS", "") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            gang.coordinator,
+            gang.processes,
+            gang.process,
+            initialization_timeout=wait,
+            heartbeat_timeout_seconds=int(
+                environment.get("PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
+            ),
+        )
+    except Exception as error:  # the client raises several types, all with the reason inside
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(
+            f"not all of {others} came within {wait} s ({reason}); check that every host runs the "
+            "same command and can reach the coordinator's port"
+        ) from error
+    say(f"process {gang.process}: all {gang.processes} are here")
+
+
+def is_writer() -> bool:
+    """Whether this process writes records."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes; a no-op for one."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class Notice:
+    """Signals to stop, on which all processes act at the same point.
+
+    SIGTERM and SIGINT are noted; a second one acts at once. With several processes JAX's own
+    SIGTERM handler tells the others, and `due` is True everywhere at one and the same call.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._calls = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Notice":
+        import threading
+
+        import jax
+
+        self.alone = jax.process_count() == 1
+        if threading.current_thread() is threading.main_thread():
+            noted = (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,)
+            self._previous = {s: signal.getsignal(s) for s in noted}
+            for s in noted:
+                signal.signal(s, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        for s, handler in self._previous.items():
+            signal.signal(s, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.number = number
+        self._forget()
+        if not self.alone:
+            self.tell_all()
+
+    def tell_all(self) -> None:
+        """Make every process stop, as if this one had been preempted."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def due(self) -> bool:
+        """Whether to stop now; every process must call this equally often."""
+        if self.alone:
+            return self.number is not None
+        from jax.experimental import multihost_utils
+
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)

@@ -1,0 +1,92 @@
+"""NVIDIA GPUs described to XLA's CUDA compiler, which then needs neither a GPU nor a driver."""
+
+import importlib.metadata
+from typing import Any, NamedTuple
+
+from prime_jax.errors import UserError
+from prime_jax.slices import Slice
+
+PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
+
+
+class Spec(NamedTuple):
+    """NVIDIA's data sheets and the CUDA programming guide."""
+
+    name: str
+    capability: tuple[int, int]
+    cores: int  # streaming multiprocessors
+    shared_core: int  # bytes of shared memory per core
+    shared_block: int  # and at most per block
+    bandwidth: int
+    cache: int  # bytes of L2
+    gigahertz: float
+    memory: int
+    units: int  # float32 units per core
+
+
+SPECS = {
+    "a100": Spec(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 167936, 166912, 2_039_000_000_000, 40 << 20, 1.41,
+        85_100_068_864, 64,
+    ),
+    "h100": Spec(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 233472, 232448, 3_352_000_000_000, 50 << 20, 1.98,
+        84_942_979_072, 128,
+    ),
+    "h200": Spec(
+        "NVIDIA H200", (9, 0), 132, 233472, 232448, 4_800_000_000_000, 50 << 20, 1.98,
+        150_754_820_096, 128,
+    ),
+}  # fmt: skip
+
+
+def devices(where: Slice) -> list[Any]:
+    """The GPUs of a slice.
+
+    Raises:
+        UserError: no CUDA compiler on this machine.
+    """
+    from jax.experimental import topologies
+
+    if not any(_installed(plugin) for plugin in PLUGINS):
+        raise UserError("no CUDA compiler here; get it with: pip install 'prime_jax[cuda]'")
+    each = where.devices // where.slices
+    found = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        topology=f"{where.slices}x1x{each}",
+        target_config=text(SPECS[where.generation]),
+    )
+    return list(found.devices)
+
+
+def text(spec: Spec) -> str:
+    """XLA's GpuTargetConfigProto, as text."""
+    major, minor = spec.capability
+    extra = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""gpu_device_info {{
+  name: "{spec.name}" device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability {{ major: {major} minor: {minor} {extra} }}
+  core_count: {spec.cores} fpus_per_core: {spec.units} clock_rate_ghz: {spec.gigahertz}
+  threads_per_core_limit: 2048 threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_core: {spec.shared_core} shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {spec.shared_block}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {spec.bandwidth} l2_cache_size: {spec.cache} device_memory_size: {spec.memory}
+  driver_version: "13.0.0" runtime_version: "12.9.0" compile_time_toolkit_version: "12.9.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{spec.name}"
+"""
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,105 @@
+"""The device mesh of a run: as asked, or chosen from the devices, the batch and the parameters."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from prime_jax.config import RunConfig
+from prime_jax.errors import UserError
+from prime_jax.flops import param_counts
+from prime_jax.sharding import AXES
+
+# Value, gradient and two moments in float32: below this many parameters a device holds them all
+# in a GiB, and sharing them would only cost messages.
+SMALL = 64_000_000
+
+
+class Choice(NamedTuple):
+    """Sizes of the mesh axes, and why they were chosen."""
+
+    replica: int
+    data: int
+    model: int
+    why: str
+
+    @property
+    def devices(self) -> int:
+        return self.replica * self.data * self.model
+
+    def __str__(self) -> str:
+        return f"mesh {self.replica} replica x {self.data} data x {self.model} model: {self.why}"
+
+
+def choose(config: RunConfig, devices: int, slices: int = 1) -> Choice:
+    """Sizes for `devices` devices in `slices` groups with fast links inside.
+
+    Sizes that the config gives (not 0) are kept. Otherwise: tensor parallelism only if the batch
+    has fewer sequences than there are devices, replicas across slices, and parameters shared
+    within a slice unless they are few. Devices that cannot be used stay idle, and `why` says so.
+
+    Raises:
+        UserError: what the config gives does not fit the devices, the batch or the model.
+    """
+    m, rows = config.mesh, config.batch_size // config.mesh.accumulate
+    model, why = m.model, []
+    if not model:
+        model = 1
+        while rows * model < devices and _divides_model(config, 2 * model):
+            model *= 2
+        if model > 1:
+            why.append(f"{rows} sequences for {devices} devices")
+    if not _divides_model(config, model):
+        raise UserError(
+            f"mesh.model = {model}: must divide heads, kv_heads and the feed-forward width of the model"
+        )
+    groups = devices // model
+    given = (m.replica or 1) * (m.data or 1)
+    if given > groups or rows % given:
+        limit = f"there are {groups}" if given > groups else f"they cannot share {rows} sequences"
+        raise UserError(
+            f"mesh.replica x mesh.data = {given} groups of {model} devices, but {limit}"
+        )
+    if m.replica and m.data:
+        return Choice(m.replica, m.data, model, "as asked")
+    if m.replica or m.data:
+        other = max(n for n in range(1, groups // given + 1) if rows % (n * given) == 0)
+        replica, data = (m.replica, other) if m.replica else (1, m.data)
+        return Choice(replica, data, model, "as asked")
+    used = max(n for n in range(1, groups + 1) if rows % n == 0)
+    params = param_counts(config)["total"]
+    if params <= SMALL:
+        replica, data = used, 1
+        why.append("so few parameters that every device holds all of them")
+    elif slices > 1 and used % slices == 0:
+        replica, data = slices, used // slices
+        why.append(f"parameters shared inside each of {slices} slices")
+    else:
+        replica, data = 1, used
+        why.append("parameters shared by all" if used > 1 else "one device")
+    if used * model < devices:
+        why.append(f"{devices - used * model} of {devices} devices idle: {rows} sequences a step")
+    return Choice(replica, data, model, "; ".join(why))
+
+
+def make(config: RunConfig, devices: Sequence | int) -> tuple[Mesh | AbstractMesh, Choice]:
+    """The mesh of a run over some of `devices` (real, described by a topology, or just counted)."""
+    if isinstance(devices, int):
+        choice = choose(config, devices)
+        return AbstractMesh(choice[:3], AXES, axis_types=(AxisType.Explicit,) * 3), choice
+    choice = choose(config, len(devices), count_slices(devices))
+    shape = (choice.replica, choice.data, choice.model)
+    grid = np.array(devices[: choice.devices]).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3), choice
+
+
+def count_slices(devices: Sequence) -> int:
+    """Groups with fast links inside."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _divides_model(config: RunConfig, size: int) -> bool:
+    m = config.model
+    parts = (m.heads, m.kv_heads or m.heads, m.ffn_multiple * m.width)
+    return all(part % size == 0 for part in parts)

@@ -1,0 +1,134 @@
+"""The shapes of a plan, tried on a slice by its compiler: largest first, as few as it takes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from prime_jax import aot, flops
+from prime_jax.aot import Verdict
+from prime_jax.config import MeshConfig, RunConfig
+from prime_jax.slices import Slice
+from prime_jax.sweep.plan import Candidate
+
+CACHE = Path("cache", "checks")  # below ROOT
+
+
+@dataclass(frozen=True)
+class Options:
+    """Attributes:
+    every: compile every shape, not only the largest of each family.
+    autofit: look for mesh settings under which a shape fits.
+    cache: directory of earlier verdicts.
+    """
+
+    every: bool = False
+    autofit: bool = False
+    cache: Path | None = None
+
+
+def check(
+    listed: Sequence[Candidate],
+    where: Slice,
+    options: Options,
+    compile: aot.Compile | None = None,
+) -> tuple[list[Candidate], list[Verdict]]:
+    """Compile shapes, family by family, until one fits; what does not fit is dropped.
+
+    A shape that fits stands for all smaller ones of its family; with `autofit` these take over
+    the settings found for it.
+
+    Raises:
+        UserError: no compiler here, or a mesh that does not fit the slice.
+    """
+    out, verdicts = list(listed), []
+    families = _shapes(listed, where)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, *times, transient=True) as progress:
+        total = sum(len(shapes) if options.every else 1 for shapes in families.values())
+        task = progress.add_task(f"compiling for {where.name}", total=total)
+        for family, shapes in families.items():
+            for number, (config, members) in enumerate(shapes):
+                m = config.model
+                name = f"{family} {m.layers}x{m.width}"
+                verdict = _one(
+                    config,
+                    where,
+                    options,
+                    compile,
+                    lambda text, name=name: progress.update(task, description=f"{name}: {text}"),
+                )
+                verdicts.append(verdict)
+                progress.advance(task)
+                for i in members:
+                    out[i] = _judged(out[i], verdict)
+                if verdict.fits and not options.every:
+                    if options.autofit:
+                        rest = [i for _, members in shapes[number + 1 :] for i in members]
+                        for i in rest:
+                            out[i] = _with_mesh(out[i], verdict.config.mesh)
+                    break
+                if not options.every and number + 1 < len(shapes):
+                    progress.update(task, total=progress.tasks[task].total + 1)
+    return out, verdicts
+
+
+def _one(
+    config: RunConfig,
+    where: Slice,
+    options: Options,
+    compile: aot.Compile | None,
+    say: Callable[[str], None],
+) -> Verdict:
+    say("as written")
+    if options.autofit:
+        return aot.autofit(config, where, options.cache, compile, say)
+    return aot.check(config, where, options.cache, compile)
+
+
+def _shapes(
+    listed: Sequence[Candidate], where: Slice
+) -> dict[str, list[tuple[RunConfig, list[int]]]]:
+    """By family: different compiled programs and the candidates that share each, largest first."""
+    groups: dict[tuple[str, str], tuple[RunConfig, list[int]]] = {}
+    for i, candidate in enumerate(listed):
+        if candidate.config is None or candidate.drop:
+            continue
+        shape = (candidate.row.family, aot.key(candidate.config, where))
+        groups.setdefault(shape, (candidate.config, []))[1].append(i)
+    out: dict[str, list[tuple[RunConfig, list[int]]]] = {}
+    for (family, _), group in sorted(groups.items(), key=lambda item: _size(item[1][0])):
+        out.setdefault(family, []).append(group)
+    return out
+
+
+def _size(config: RunConfig) -> tuple[int, int]:
+    """Sorts by parameters, then by tokens of a micro-batch, downwards."""
+    rows = config.batch_size // config.mesh.accumulate
+    return -flops.param_counts(config)["total"], -rows * config.data.seq_len
+
+
+def _judged(candidate: Candidate, verdict: Verdict) -> Candidate:
+    if verdict.fits:
+        return _with_mesh(candidate, verdict.config.mesh)
+    gib = (verdict.total - verdict.limit) / aot.GIB
+    reason = f"{gib:.1f} GiB too much for {verdict.where.name}: {aot.fixes(verdict)[0]}"
+    return replace(candidate, drop=reason)
+
+
+def _with_mesh(candidate: Candidate, mesh: MeshConfig) -> Candidate:
+    """The mesh is no part of a run's identity: its id stays."""
+    if candidate.config is None or candidate.drop:
+        return candidate
+    if candidate.config.batch_size % mesh.accumulate:
+        return candidate
+    return replace(candidate, config=replace(candidate.config, mesh=mesh))

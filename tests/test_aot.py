@@ -1,0 +1,321 @@
+"""Plans that a compiler checks: the program it is shown, its answer, and what is made of it."""
+
+import dataclasses
+import importlib.util
+import re
+
+import pytest
+
+from prime_jax import aot, aot_worker, costs, hlo, meshes, slices, step
+from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
+from prime_jax.errors import UserError
+from prime_jax.experiment import call
+from prime_jax.slices import GIB
+from prime_jax.sweep import check, grid, plan
+from prime_jax.sweep.grid import Sweep
+
+V5E = slices.parse("v5e-16")
+BIG = RunConfig(
+    family="mdm",
+    batch_size=256,
+    model=ModelConfig(vocab_size=32000, layers=24, width=2048, heads=16, dtype="bfloat16"),
+    data=DataConfig(seq_len=2048),
+    mesh=MeshConfig(remat="dots"),
+)
+needs_libtpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="libtpu: pip install 'prime_jax[tpu-compile]'"
+)
+
+
+class Compiler:
+    """Says what the paper model says, times a factor; counts how often it is asked."""
+
+    def __init__(self, factor=1.0):
+        self.factor, self.asked = factor, []
+
+    def __call__(self, config, where):
+        self.asked.append(config)
+        mesh = meshes.choose(config, where.devices, where.slices)
+        state, temporaries = costs.memory(config, mesh)
+        memory = {"arguments": state, "temporaries": self.factor * temporaries}
+        fits = sum(memory.values()) <= where.chip.memory
+        return {
+            "schema": 1,
+            "verdict": "OK" if fits else "OOM",
+            "mesh": list(mesh[:3]),
+            "why": mesh.why,
+            "limit": where.chip.memory,
+            "memory": memory,
+            "compile_seconds": 1.0,
+        }
+
+
+def test_an_oversized_run_is_told_the_least_change_that_fits():
+    verdict = aot.check(BIG, V5E, compile=Compiler())
+    assert not verdict.fits
+    said = aot.fixes(verdict)
+    found = {text.split(" = ")[0]: text for text in said}
+    parts = int(re.search(r"accumulate = (\d+)", found["mesh.accumulate"])[1])
+
+    def fits(accumulate):
+        mesh = dataclasses.replace(BIG.mesh, accumulate=accumulate)
+        return aot.check(dataclasses.replace(BIG, mesh=mesh), V5E, compile=Compiler()).fits
+
+    assert fits(parts)
+    assert not fits(parts // 2)
+
+
+def test_copied_parameters_are_told_to_be_shared():
+    mesh = MeshConfig(replica=16, data=1, remat="full", accumulate=16)
+    verdict = aot.check(dataclasses.replace(BIG, mesh=mesh), V5E, compile=Compiler())
+    assert not verdict.fits
+    assert any("mesh.replica = 1, mesh.data = 16" in text for text in aot.fixes(verdict))
+
+
+def test_what_no_setting_can_mend_asks_for_more_chips():
+    huge = dataclasses.replace(BIG, model=dataclasses.replace(BIG.model, layers=80, width=8192))
+    verdict = aot.check(huge, V5E, compile=Compiler())
+    (said,) = aot.fixes(verdict)
+    assert "more chips" in said
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.6])
+def test_autofit_finds_the_fastest_that_fits_in_few_tries(factor):
+    compiler = Compiler(factor)
+    verdict = aot.autofit(BIG, V5E, compile=compiler)
+    assert verdict.fits
+    assert len(compiler.asked) <= aot.TRIES
+    judged = [aot.check(c, V5E, compile=Compiler(factor)) for c in aot.alternatives(BIG, V5E)]
+    fastest = min(v.prediction.step_seconds for v in judged if v.fits)
+    # Those left out unseen were left out by the paper, so a compiler that needs less may allow more.
+    assert verdict.prediction.step_seconds <= fastest * (1.01 if factor >= 1 else 1.5)
+
+
+def test_autofit_without_success_gives_the_closest():
+    huge = dataclasses.replace(BIG, model=dataclasses.replace(BIG.model, layers=80, width=8192))
+    compiler = Compiler()
+    verdict = aot.autofit(huge, V5E, compile=compiler)
+    assert not verdict.fits
+    assert len(compiler.asked) <= aot.TRIES
+
+
+def test_verdicts_are_remembered_by_what_is_compiled(tmp_path):
+    compiler = Compiler()
+
+    def ask(config, where=V5E):
+        return aot.check(config, where, tmp_path, compiler)
+
+    first = ask(BIG)
+    assert ask(dataclasses.replace(BIG, seed=7, steps=9)).record["memory"] == first.record["memory"]
+    assert len(compiler.asked) == 1
+    ask(dataclasses.replace(BIG, mesh=MeshConfig(remat="full")))
+    ask(BIG, slices.parse("v5e-64"))
+    assert len(compiler.asked) == 3
+
+
+def listed(**base) -> list[plan.Candidate]:
+    sweep = Sweep(
+        name="t",
+        base=dataclasses.replace(BIG, **base),
+        families={"arm": {}, "mdm": {}},
+        budgets=[1e21],
+        sizes=[(8, 1024, 8), (24, 2048, 16), (4, 512, 8)],
+        batch="fixed:256",
+        lr="fixed:1e-4",
+    )
+    experiment = grid.Experiment("t", tuple(grid.rows(sweep)), "")
+    return plan.candidates(experiment, {})
+
+
+def test_the_largest_shapes_are_compiled_until_one_fits():
+    compiler = Compiler()
+    out, verdicts = check.check(listed(), V5E, check.Options(), compiler)
+    assert [(c.family, c.model.width) for c in compiler.asked] == [
+        ("arm", 2048),
+        ("arm", 1024),
+        ("mdm", 2048),
+        ("mdm", 1024),
+    ]
+    assert [v.fits for v in verdicts] == [False, True, False, True]
+    assert {c.row.width for c in out if c.drop} == {2048}
+    assert all("too much for v5e-16" in c.drop for c in out if c.drop)
+
+
+def test_every_shape_is_compiled_where_that_is_asked():
+    compiler = Compiler()
+    check.check(listed(), V5E, check.Options(every=True), compiler)
+    assert len(compiler.asked) == 6
+
+
+def test_settings_that_were_found_reach_the_runs_and_keep_their_ids():
+    before = listed()
+    out, verdicts = check.check(before, V5E, check.Options(autofit=True), Compiler())
+    assert [v.fits for v in verdicts] == [True, True]
+    assert [c.id for c in out] == [c.id for c in before]
+    assert not any(c.drop for c in out)
+    found = {v.config.family: v.config.mesh for v in verdicts}
+    assert all(c.config.mesh == found[c.row.family] for c in out)
+
+
+def test_a_refusal_of_the_compiler_is_read():
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (25.45G) exceeds available HBM (15.75G)."
+    )
+    found = aot_worker._refused(said)
+    assert found["memory"] == {"temporaries": 25.45 * GIB}
+    assert found["limit"] == 15.75 * GIB
+
+
+HLO = """HloModule step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%chained (p: bf16[4,8]) -> bf16[16,8] {
+  ROOT %all-gather.9 = bf16[16,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="5"}
+}
+
+%chained.2 (p: bf16[4,8]) -> bf16[16,8] {
+  ROOT %all-gather.10 = bf16[16,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="5"}
+}
+
+%layer (x: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %all-gather.1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%w), replica_groups=[2,4]<=[8], dimensions={0}
+  %fusion.1 = bf16[16,8]{1,0} fusion(%w), kind=kCustom, calls=%chained
+  %fusion.2 = bf16[16,8]{1,0} fusion(%w), kind=kCustom, calls=%chained.2
+  %scatter = f32[4,8]{1,0} reduce-scatter(%g), replica_groups={{0,1,2,3}}, to_apply=%sum
+  %kept = f32[16,1]{1,0:T(8,128)} copy(%y), metadata={op_name="jit(train)/keep"}
+  ROOT %out = (s32[], f32[16,8]) tuple(%i, %x)
+}
+
+%more (x: (s32[], f32[16,8])) -> pred[] {
+  %limit = s32[] constant(12)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (p: f32[16,8]) -> f32[16,8] {
+  %loop = (s32[], f32[16,8]) while(%start), condition=%more, body=%layer
+  ROOT %all-reduce.1 = (f32[16,8]{1,0}, f32[8]{0}) all-reduce(%a, %b), replica_groups={{0,1,2,3}}, to_apply=%sum
+}
+"""
+
+
+def test_messages_of_a_program_by_hand():
+    found = {message.kind: message for message in hlo.messages(HLO)}
+    assert found["all-gather"].count == 24  # twice in each of 12 layers: a chain counts once
+    assert found["all-gather"].bytes == 24 * (16 * 8 * 2) * 3 / 4
+    assert found["reduce-scatter"].bytes == 12 * (4 * 8 * 4) * 3
+    assert found["all-reduce"].bytes == 2 * (16 * 8 + 8) * 4 * 3 / 4
+
+
+def test_the_largest_array_is_padded_to_its_tiles():
+    found = hlo.largest(HLO)
+    assert found.bytes == 16 * 128 * 4
+    assert found.source == "jit(train)/keep"
+
+
+PRESETS = {"c4_grid": "prime", "owt_92m": "mdm", "slimpajama_1b": "arm"}
+
+
+def largest_run(preset: str, family: str) -> RunConfig:
+    sweep = call(f"experiments/{preset}.py", "sweep", Sweep)
+    runs = [grid.to_config(r) for r in grid.rows(sweep) if r.family.startswith(family)]
+    run = max(runs, key=lambda c: c.model.layers * c.model.width**2)
+    return dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, accumulate=1, data=256))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_real_step_lowers_for_256_devices(preset):
+    config = largest_run(preset, PRESETS[preset])
+    program = step.make_program(step.shape_of(config), 0, 256)
+    text = program.train.lower(*aot_worker.arguments(program)).as_text()
+    assert text.count("mhlo.num_partitions = 256") == 1
+    gathered = re.findall(r'"stablehlo.all_gather".*-> tensor<([\dx]+)x(\w+)>', text)
+    head = f"{config.model.vocab_size}x{config.model.width}"
+    assert (head, "bf16") in gathered
+    assert (head, "f32") not in gathered  # twice the bytes of what the head computes with
+    # Every matrix of a layer is gathered in bfloat16, and its gradient scattered, not summed whole.
+    assert {dtype for dims, dtype in gathered if dims.count("x") == 1} == {"bf16"}
+    assert text.count('"stablehlo.reduce_scatter"') >= 6
+    summed = re.findall(r'"stablehlo.all_reduce"[^}]*\}\) : \(tensor<([\dx]*)', text, re.DOTALL)
+    assert head not in [dims.rstrip("x") for dims in summed]
+
+
+def test_without_the_compiler_the_way_to_get_it_is_named(monkeypatch):
+    def missing(name):
+        raise aot_worker.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(aot_worker.importlib.metadata, "version", missing)
+    with pytest.raises(UserError, match="tpu-compile"):
+        aot_worker.devices_of(V5E)
+    with pytest.raises(UserError, match="CUDA compiler"):
+        aot_worker.devices_of(slices.parse("h100-8"))
+
+
+SMALL = RunConfig(  # the size of experiments/quickstart.py
+    family="prime",
+    batch_size=32,
+    model=ModelConfig(vocab_size=256, layers=4, width=128, heads=2, dtype="bfloat16"),
+    subtokens=SubtokenConfig(length=8),
+    data=DataConfig(seq_len=64),
+)
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_the_whole_step_compiles_for_v5e_4x4():
+    """A CPU-sized model: what the compiler says of its memory, and what sharding makes of it."""
+    verdict = aot.check(dataclasses.replace(SMALL, mesh=MeshConfig(data=16)), V5E)
+    assert verdict.fits
+    memory = verdict.record["memory"]
+    state, _ = costs.memory(verdict.config, verdict.mesh)
+    assert memory["arguments"] == pytest.approx(state, rel=0.25)  # tiles pad it
+    assert memory["outputs"] < 0.1 * state  # the state is donated
+    assert verdict.total < 0.1 * verdict.limit
+    kinds = {message["kind"] for message in verdict.record["messages"]}
+    assert "all-gather" in kinds
+    assert kinds & {"reduce-scatter", "all-reduce"}
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_the_compiler_itself_refuses_an_oversized_run():
+    """Two thin layers whose head, gradient and moments fill more than a chip of 15.75 GiB."""
+    model = ModelConfig(vocab_size=400_000, layers=2, width=4096, heads=32, dtype="bfloat16")
+    config = dataclasses.replace(SMALL, family="mdm", model=model, subtokens=SubtokenConfig())
+    config = dataclasses.replace(config, mesh=MeshConfig(replica=16, data=1, model=1))
+    verdict = aot.check(config, V5E)
+    assert not verdict.fits
+    assert verdict.limit == V5E.chip.memory
+    assert verdict.total > verdict.limit
+    assert "Ran out of memory" in verdict.record["message"]
+    assert aot.fixes(verdict)
+
+
+def test_a_plan_for_a_slice_says_hours_and_price(capsys):
+    from prime_jax import cli
+
+    asked = ["sweep", "plan", "experiments/text8.py", "--slice", "v5litepod-8"]
+    assert cli.main([*asked, "--prices", "docs/prices.toml"]) == 0
+    said = capsys.readouterr().out
+    assert "chip-hours" in said
+    assert "v5e-8" in said
+    assert "USD" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--check"], "need --slice"),
+        (["--slice", "v5e-16", "--autofit"], "needs --check"),
+        (["--slice", "v5e-17", "--check"], "v5e has sizes"),
+        (["--slice", "v5e-16", "--mesh.model", "64", "--check"], "mesh.model = 64"),
+    ],
+)
+def test_options_that_do_not_go_together(capsys, options, message):
+    from prime_jax import cli
+
+    assert cli.main(["train", "experiments/quickstart.py", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""The paper model of step time, memory and money, and the names of slices."""
+
+import dataclasses
+
+import pytest
+
+from prime_jax import costs, flops, meshes, slices
+from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig
+from prime_jax.errors import UserError
+from prime_jax.slices import GIB
+
+BIG = RunConfig(
+    family="mdm",
+    steps=100,
+    batch_size=256,
+    model=ModelConfig(vocab_size=32000, layers=24, width=2048, heads=16, dtype="bfloat16"),
+    data=DataConfig(seq_len=2048),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical", "topology", "devices", "chips"),
+    [
+        ("v5e-16", "v5e-16", "v5e:4x4", 16, 16),
+        ("v5litepod-256", "v5e-256", "v5e:16x16", 256, 256),
+        ("v5e-8", "v5e-8", "v5e:2x4", 8, 8),
+        ("v5p-128", "v5p-128", "v5p:4x4x4", 64, 64),
+        ("v5p-512", "v5p-512", "v5p:4x8x8", 256, 256),
+        ("v4-32", "v4-32", "v4:2x2x4", 16, 16),
+        ("v4-8", "v4-8", "v4:2x2x1", 4, 4),
+        ("2xv6e-256", "2xv6e-256", "v6e:16x16", 512, 512),
+        ("TPU7x-8", "tpu7x-8", "tpu7x:2x2x1", 8, 4),
+        ("v6e-1", "v6e-1", "v6e:1x1", 1, 1),
+    ],
+)
+def test_slice_names(name, canonical, topology, devices, chips):
+    found = slices.parse(name)
+    assert (found.name, found.topology) == (canonical, topology)
+    assert (found.devices, found.chips) == (devices, chips)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "expected CHIP-N"),
+        ("v5q-16", "did you mean v5"),
+        ("v5p-7", "counts cores"),
+        ("v5e-12", "has sizes"),
+        ("v6e-512", "has sizes"),
+        ("0xv5e-16", "slice '0xv5e-16'"),
+        ("h100-64", "8xh100-8"),
+    ],
+)
+def test_a_bad_slice_name_says_what_is_right(name, message):
+    with pytest.raises(UserError, match=message):
+        slices.parse(name)
+
+
+def test_a_tpu7x_device_is_half_a_chip():
+    assert slices.of_device("TPU7x").per_chip == 2
+    assert slices.of_device("TPU v5 lite") is slices.CHIPS["v5e"]  # not v5p, a prefix of it
+    assert slices.of_device("TPU v5") is slices.CHIPS["v5p"]
+    assert slices.of_device("cpu") is None
+
+
+def predicted(config=BIG, name="v5e-16", **mesh):
+    where = slices.parse(name)
+    config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
+    choice = meshes.choose(config, where.devices, where.slices)
+    return costs.predict(config, choice, where.chip, where.slices)
+
+
+def test_matmul_time_is_flops_over_the_stated_share_of_the_peak():
+    tokens = 256 * 2048
+    work = flops.flops_per_token(BIG, "matmul") * tokens
+    assert predicted().matmul == pytest.approx(work / (16 * 197e12 * 0.6))
+    assert predicted(remat="full").matmul == pytest.approx(4 / 3 * predicted().matmul)
+
+
+def test_fully_sharded_messages_by_hand():
+    counts = flops.param_counts(BIG)
+    layers = counts["nonembedding"]
+    outer = counts["total"] - layers
+    sent = (2 * layers + outer) * 2 + (layers + outer) * 4  # bfloat16 twice, then float32
+    seconds = sent * 15 / 16 / (200e9 * 0.8)
+    assert predicted(remat="dots").messages == pytest.approx(seconds)
+    assert predicted(remat="dots", accumulate=4).messages == pytest.approx(4 * seconds)
+    assert predicted(remat="dots").exposed == 0
+
+
+def test_gradients_of_two_slices_cross_the_network():
+    two = predicted(name="2xv5e-16")
+    counts = flops.param_counts(BIG)["total"]
+    network = 2 * 4 * counts / 16 / 2 / (3.125e9 * 0.7)
+    assert two.messages == pytest.approx(predicted(name="v5e-16").messages + network)
+
+
+def test_tensor_parallel_messages_are_on_the_critical_path():
+    split = predicted(model=4)
+    assert split.exposed > 0
+    assert split.step_seconds == pytest.approx(
+        max(split.matmul, split.hbm, split.messages) + split.exposed
+    )
+    assert 0 < split.communication < 1
+
+
+def test_memory_falls_with_what_frees_it():
+    def total(**mesh):
+        config = dataclasses.replace(BIG, mesh=MeshConfig(**mesh))
+        return sum(costs.memory(config, meshes.choose(config, 16)))
+
+    assert total(remat="full") < total(remat="dots") < total(remat="none")
+    assert total(accumulate=16) < total(accumulate=2)
+    assert total(replica=16, data=1) > total(replica=1, data=16)
+    state, _ = costs.memory(BIG, meshes.choose(BIG, 16))
+    assert state == pytest.approx(12 * flops.param_counts(BIG)["total"] / 16)
+
+
+def test_memory_agrees_with_a_whole_program_that_the_compiler_made():
+    """12 x 768 on v5e-16, 32 Ki tokens a chip: 10.92 GiB of temporaries (libtpu 0.0.42)."""
+    model = ModelConfig(vocab_size=50257, layers=12, width=768, heads=12, dtype="bfloat16")
+    config = dataclasses.replace(BIG, model=model, mesh=MeshConfig(remat="dots"))
+    _, temporaries = costs.memory(config, meshes.choose(config, 16))
+    assert temporaries / GIB == pytest.approx(10.92, rel=0.1)
+
+
+def test_devices_without_a_data_sheet_have_no_prediction():
+    assert costs.of_run(BIG, meshes.choose(BIG, 16), "cpu") is None
+    found = costs.of_run(BIG, meshes.choose(BIG, 16), "TPU v5 lite")
+    assert found["step_seconds"] == pytest.approx(predicted().step_seconds)
+
+
+def test_prices(tmp_path):
+    path = tmp_path / "prices.toml"
+    path.write_text(
+        'date = "2026-11-01"\ncurrency = "EUR"\n[per_chip_hour]\nv5e = 1.5\ntpu7x = 8\n'
+    )
+    prices = costs.load_prices(path)
+    assert prices.of(slices.parse("2xv5e-16"), hours=10) == 2 * 16 * 1.5 * 10
+    assert prices.of(slices.parse("tpu7x-8"), hours=1) == 4 * 8  # chips, not cores
+    assert prices.of(slices.parse("v6e-8"), hours=1) is None
+
+
+@pytest.mark.parametrize(
+    "text", [None, "date = ", 'date = "today"\n', '[per_chip_hour]\nv5e = "x"\n']
+)
+def test_a_bad_price_list_is_refused(tmp_path, text):
+    path = tmp_path / "prices.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"prices\.toml"):
+        costs.load_prices(path)

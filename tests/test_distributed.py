@@ -1,0 +1,230 @@
+"""Several processes on one machine: who they are, that they agree, and how they end."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prime_jax import checkpoint, distributed
+from prime_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SubtokenConfig,
+    to_dict,
+)
+from prime_jax.errors import UserError
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_STEP_NODELIST": "node[03-04,7],other",
+    "SLURM_JOB_ID": "11",
+    "SLURM_STEP_ID": "0",
+}
+WORKER = """
+import json, sys
+from pathlib import Path
+from prime_jax import distributed
+from prime_jax.config import RunConfig, from_dict
+from prime_jax.errors import UserError
+say = lambda line: print(line, flush=True)
+try:
+    distributed.start(say)
+    import jax
+    from prime_jax import train
+    train.BEAT_SECONDS = 0.0
+    config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
+    slow = float(sys.argv[3])
+    def beat(now):
+        import time
+        time.sleep(slow)
+        return True
+    train.train(config, Path(sys.argv[2]), beat=beat, say=say)
+    say("done")
+except train.Preempted as stop:
+    say(f"preempted: {stop}")
+    sys.exit(85)
+except UserError as error:
+    say(f"error: {error}")
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (
+            {"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "1"},
+            ("a:1", 2, 1),
+        ),
+        ({"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "1", "PRIME_PROCESS_ID": "0"}, None),
+        (SLURM, ("node03:20077", 4, 2)),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
+        (
+            {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"},
+            ("10.0.0.1:8476", 2, 1),
+        ),
+        (
+            {"JOBSET_NAME": "js", "PRIME_HOSTS": "8", "JOB_COMPLETION_INDEX": "3"},
+            ("js-workers-0-0.js:8476", 8, 3),
+        ),
+    ],
+)
+def test_the_gang_is_read_from_the_environment(environment, expected):
+    gang = distributed.detect(environment)
+    assert (gang and (gang.coordinator, gang.processes, gang.process)) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PRIME_COORDINATOR": "a:1"}, "not PRIME_PROCESSES, PRIME_PROCESS_ID"),
+        (
+            {"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "2"},
+            "first one is number 0",
+        ),
+        (
+            {"PRIME_COORDINATOR": "a", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "0"},
+            "has no port",
+        ),
+        ({"JOBSET_NAME": "js"}, "not PRIME_HOSTS"),
+    ],
+)
+def test_a_half_described_gang_is_refused(environment, message):
+    with pytest.raises(UserError, match=message):
+        distributed.detect(environment)
+
+
+@pytest.fixture(scope="module")
+def config(markov_data) -> RunConfig:
+    return RunConfig(
+        family="prime",
+        steps=20,
+        batch_size=8,
+        model=ModelConfig(vocab_size=16, layers=1, width=32, heads=2),
+        subtokens=SubtokenConfig(length=4),
+        data=DataConfig(path=str(markov_data), seq_len=16),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
+        eval=EvalConfig(examples=16, replicates=2, batch_size=16, estimators=("subtoken",)),
+        mesh=MeshConfig(replica=1),
+        checkpoint=CheckpointConfig(every=5, keep=10),
+        log=LogConfig(every=1),
+    )
+
+
+def start(config: RunConfig, out: Path, processes: int, slow: float = 0.0) -> list:
+    """The processes of a gang with eight devices between them."""
+    path = out.with_suffix(".config.json")
+    path.write_text(json.dumps(to_dict(config)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={8 // processes}"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "PRIME_COORDINATOR": f"127.0.0.1:{port}",
+        "PRIME_PROCESSES": str(processes),
+        "PRIME_WAIT_SECONDS": "120",
+        "PRIME_HEARTBEAT_SECONDS": "10",
+    }
+    command = [sys.executable, "-u", "-c", WORKER, str(path), str(out), str(slow)]
+    return [
+        subprocess.Popen(
+            command,
+            env={**environment, "PRIME_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def ended(gang: list) -> tuple[list[int], list[str]]:
+    texts = [process.communicate(timeout=300)[0] for process in gang]
+    return [process.returncode for process in gang], texts
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The run in one process with eight devices."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    codes, texts = ended(start(config, out, 1))
+    assert codes == [0], texts
+    return out
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(config, whole, tmp_path):
+    out = tmp_path / "run"
+    codes, texts = ended(start(config, out, 2))
+    assert codes == [0, 0], texts
+    assert any("waiting for 2 processes" in text for text in texts)
+    np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-5)
+    one, two = (json.loads((path / "result.json").read_text()) for path in (whole, out))
+    assert two["run"] == one["run"]
+    values = [[loss["value"] for loss in result["losses"]] for result in (one, two)]
+    np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and len(losses(out)) >= step:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
+    long = dataclasses.replace(config, checkpoint=CheckpointConfig(keep=10))
+    out = tmp_path / "run"
+    gang = start(long, out, 2, slow=0.3)
+    wait_for_step(out, 4)
+    gang[1].send_signal(signal.SIGTERM)
+    codes, texts = ended(gang)
+    assert codes == [85, 85], texts
+    saved = checkpoint.steps(out / "checkpoints")
+    assert len(saved) == 1
+    assert all(f"saved step {saved[0]}" in text for text in texts)
+    codes, texts = ended(start(long, out, then))
+    assert codes == [0] * then, texts
+    assert f"continues at step {saved[0]}" in texts[0]
+    np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others(config, tmp_path):
+    out = tmp_path / "run"
+    gang = start(config, out, 2, slow=0.3)
+    wait_for_step(out, 3)
+    gang[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    gang[0].wait(timeout=120)
+    assert gang[0].returncode != 0
+    assert time.monotonic() - began < 60
+    gang[0].stdout.close()
+    gang[1].communicate()

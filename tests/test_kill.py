@@ -1,0 +1,128 @@
+"""A run that is killed without warning loses nothing that was saved, and ends with the same numbers."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prime_jax import checkpoint
+from prime_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SubtokenConfig,
+    to_dict,
+)
+
+STEPS = 60
+WORKER = """
+import json, sys
+from pathlib import Path
+import jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+hits = []
+jax.monitoring.register_event_listener(
+    lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None
+)
+from prime_jax import train
+from prime_jax.config import RunConfig, from_dict
+config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
+say = lambda line: print(line, flush=True)
+train.train(config, Path(sys.argv[2]), say=say)
+say(f"compiled from the cache: {len(hits)}")
+"""
+
+
+@pytest.fixture(scope="module")
+def run(markov_data, tmp_path_factory):
+    """Starts the run, saving at every other step, in a directory; returns the process."""
+    config = RunConfig(
+        family="prime",
+        steps=STEPS,
+        batch_size=8,
+        model=ModelConfig(vocab_size=16, layers=1, width=64, heads=2),
+        subtokens=SubtokenConfig(length=4),
+        data=DataConfig(path=str(markov_data), seq_len=16),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
+        eval=EvalConfig(examples=8, replicates=2, batch_size=16, estimators=("subtoken",)),
+        mesh=MeshConfig(replica=1, data=1, model=1),
+        checkpoint=CheckpointConfig(every=2, keep=3),
+        log=LogConfig(every=1),
+    )
+    folder = tmp_path_factory.mktemp("kill")
+    path = folder / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+
+    def start(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-u", "-c", WORKER, str(path), str(out), str(folder / "cache")]
+        return subprocess.Popen(
+            command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+def finish(process: subprocess.Popen) -> str:
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    return text
+
+
+def losses(out: Path) -> dict[int, float]:
+    """The loss of each step; a step that was made twice counts once, by its last row."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(run(out))
+    return out
+
+
+def killed(run, out: Path, rng: random.Random) -> int:
+    """Let the run make some steps, kill it; returns its newest finished save (0: none)."""
+    process = run(out)
+    before = max(checkpoint.steps(out / "checkpoints"), default=0)
+    target = before + rng.randint(3, 12)
+    while process.poll() is None:
+        started = (out / "checkpoints" / f"{target:09d}").exists()  # perhaps half written
+        if started or max(checkpoint.steps(out / "checkpoints"), default=0) >= target:
+            break
+        time.sleep(0.002)
+    time.sleep(rng.random() * 0.05)
+    process.kill()
+    process.communicate()
+    return max(checkpoint.steps(out / "checkpoints"), default=0)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_change_nothing(run, whole, tmp_path, kills):
+    rng, out, saved = random.Random(kills), tmp_path / "run", 0
+    for _ in range(kills):
+        if (out / "result.json").exists():
+            break
+        newest = killed(run, out, rng)
+        assert newest >= saved  # what was saved once stays
+        saved = newest
+    text = finish(run(out))
+    if saved < STEPS:
+        assert f"continues at step {saved} of {STEPS}" in text
+        assert "first step after" in text
+        assert "compiled from the cache: 0" not in text
+    assert losses(out) == losses(whole)
+    one, two = (json.loads((path / "result.json").read_text()) for path in (whole, out))
+    assert two["losses"] == one["losses"]
