@@ -60,10 +60,10 @@ def compare(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from prime_jax.records import write_json_atomic
-    from prime_jax.scaling import compare_record
+    from prime_jax.scaling import compare_record, labels
     from prime_jax.scaling.compare import compare
 
-    console = Console()
+    console = Console(width=max(labels.WIDTH, Console().width))
     runs, settings = _read(args)
     with console.status("comparing") as status:
         found = compare(runs, args.baseline, args.against, settings, status.update)
@@ -97,9 +97,9 @@ def validate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from prime_jax.records import write_json_atomic
-    from prime_jax.scaling import record, validate
+    from prime_jax.scaling import labels, record, validate
 
-    console = Console()
+    console = Console(width=max(labels.WIDTH, Console().width))
     runs, settings = _read(args)
     families = {}
     with console.status("validating") as status:
