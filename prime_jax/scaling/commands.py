@@ -173,7 +173,8 @@ def _replicates(value: str) -> int:
     return number
 
 
-def _print(console: "Console", result: dict[str, Any]) -> None:
+def print_head(console: "Console", result: dict[str, Any]) -> None:
+    """What was read, and in which conventions."""
     from prime_jax.scaling import labels
 
     conventions = result["conventions"]
@@ -182,13 +183,21 @@ def _print(console: "Console", result: dict[str, Any]) -> None:
         f"FLOPs {labels.convention(conventions['flops'])}; {result['method']['level']:.0%} intervals",
         highlight=False,
     )
+
+
+def print_warnings(console: "Console", where: str, warnings: list[dict[str, Any]]) -> None:
+    """One line for each; `where` stands before its message."""
+    for item in warnings:
+        colour, word = ("red", "refused") if item["refusal"] else ("yellow", "warning")
+        console.print(f"[{colour}]{word}[/] {where}{item['message']}", highlight=False)
+
+
+def _print(console: "Console", result: dict[str, Any]) -> None:
+    print_head(console, result)
     console.print(_summary(result))
-    groups = {"": result["warnings"]}
-    groups |= {f"{name}: ": family["warnings"] for name, family in result["families"].items()}
-    for where, warnings in groups.items():
-        for item in warnings:
-            colour, word = ("red", "refused") if item["refusal"] else ("yellow", "warning")
-            console.print(f"[{colour}]{word}[/] {where}{item['message']}", highlight=False)
+    print_warnings(console, "", result["warnings"])
+    for name, family in result["families"].items():
+        print_warnings(console, f"{name}: ", family["warnings"])
     if result["excluded"]:
         console.print(f"left out: {len(result['excluded'])}; the report says why", highlight=False)
 

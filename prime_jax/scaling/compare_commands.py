@@ -71,7 +71,7 @@ def compare(args: argparse.Namespace) -> int:
     out = fit_commands.make(args.out or fit_commands.default_out(args.runs))
     write_json_atomic(out / "compare.json", result)
     files = [out / "compare.json", *_draw(result, list(runs.families), out)]
-    _head(console, result)
+    fit_commands.print_head(console, result)
     for name, family in result["families"].items():
         _print_family(console, name, family, result)
     for path in files:
@@ -109,12 +109,12 @@ def validate(args: argparse.Namespace) -> int:
     result = {"schema": validate.SCHEMA, **record.origin(runs, settings), "families": families}
     path = fit_commands.make(args.out or fit_commands.default_out(args.runs)) / "validate.json"
     write_json_atomic(path, result)
-    _head(console, result)
+    fit_commands.print_head(console, result)
     for name, family in families.items():
         rows = sum(len(step["budgets"]) for step in family["steps"])
         if rows:
             console.print((_steps if rows <= MOST_ROWS else _distances)(name, family))
-        _warnings(console, name, family["warnings"])
+        fit_commands.print_warnings(console, f"{name}: ", family["warnings"])
     console.print(f"wrote  {path}", soft_wrap=True, highlight=False)
     return 0 if any(family["steps"] for family in families.values()) else 3
 
@@ -126,23 +126,6 @@ def _read(args: argparse.Namespace) -> "tuple[Runs, Settings]":
     return runs, fit_commands.settings_of(args)
 
 
-def _head(console: "Console", result: dict[str, Any]) -> None:
-    from prime_jax.scaling import labels
-
-    conventions = result["conventions"]
-    console.print(
-        f"{result['source']['name']}: {result['metric']}; N {labels.convention(conventions['params'])}, "
-        f"FLOPs {labels.convention(conventions['flops'])}; {result['method']['level']:.0%} intervals",
-        highlight=False,
-    )
-
-
-def _warnings(console: "Console", name: str, warnings: list[dict[str, Any]]) -> None:
-    for item in warnings:
-        colour, word = ("red", "refused") if item["refusal"] else ("yellow", "warning")
-        console.print(f"[{colour}]{word}[/] {name}: {item['message']}", highlight=False)
-
-
 def _print_family(
     console: "Console", name: str, family: dict[str, Any], result: dict[str, Any]
 ) -> None:
@@ -150,7 +133,7 @@ def _print_family(
     if "multiplier" in family:
         console.print(_multipliers(name, base, family, result["method"]["bootstrap"]))
         console.print(_tests(name, base, family))
-    _warnings(console, name, family["warnings"])
+    fit_commands.print_warnings(console, f"{name}: ", family["warnings"])
 
 
 def _multipliers(name: str, base: str, family: dict[str, Any], replicates: int) -> "Table":
