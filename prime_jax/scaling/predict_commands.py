@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from prime_jax.scaling import commands as fit_commands
 from prime_jax.scaling import fit_options
 
 if TYPE_CHECKING:
@@ -86,9 +87,8 @@ def _show(found: "list[Prediction]", result: dict[str, Any], console: "Console")
         if one.launch:
             for note in one.launch.notes:
                 console.print(f"[dim]note[/] {one.family}: {note}", highlight=False)
-        for item in one.findings:
-            colour, word = ("red", "refused") if item.refusal else ("yellow", "warning")
-            console.print(f"[{colour}]{word}[/] {one.family}: {item.message}", highlight=False)
+        warnings = [finding.as_dict() for finding in one.findings]
+        fit_commands.print_warnings(console, f"{one.family}: ", warnings)
 
 
 def _table(found: "list[Prediction]") -> "Table":
