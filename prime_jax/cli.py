@@ -11,6 +11,7 @@ def parser() -> argparse.ArgumentParser:
     from prime_jax import commands
     from prime_jax.data import commands as data_commands
     from prime_jax.kernels import commands as kernels_commands
+    from prime_jax.sample import commands as sample_commands
     from prime_jax.scaling import commands as fit_commands
     from prime_jax.scaling import scaling_commands
     from prime_jax.sweep import commands as sweep_commands
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         fit_commands,
         scaling_commands,
         kernels_commands,
+        sample_commands,
     ):
         package.register(subparsers)
     return top
