@@ -28,14 +28,14 @@ from prime_jax.sample import Options, Sampler  # noqa: E402
 from prime_jax.sample.orders import idle_share, plan  # noqa: E402
 from prime_jax.subtokens import Codebook  # noqa: E402
 
-VOCAB = 4096
+VOCAB, LAYERS, WIDTH = 4096, 2, 128
 FAMILIES = {"mdm": ("mdm", 1), "prime l=2": ("prime", 2), "prime l=12": ("prime", 12)}
 
 
 def random_run(family: str, slots: int, length: int) -> SimpleNamespace:
     config = RunConfig(
         family=family,
-        model=ModelConfig(vocab_size=VOCAB, layers=4, width=256, heads=4),
+        model=ModelConfig(vocab_size=VOCAB, layers=LAYERS, width=WIDTH, heads=2),
         subtokens=SubtokenConfig(length=slots),
         data=DataConfig(seq_len=length),
     )
@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(
-        f"{jax.devices()[0].device_kind}, L = {args.length}, T = {args.steps}, V = {VOCAB}, 4 x 256"
+        f"{jax.devices()[0].device_kind}, L = {args.length}, T = {args.steps}, V = {VOCAB}, "
+        f"{LAYERS} layers of {WIDTH}"
     )
     print("| family | batch | idle (expected) | calls | tokens/s plain | cached | ratio |")
     print("|---|---|---|---|---|---|---|")

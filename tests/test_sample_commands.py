@@ -22,31 +22,40 @@ def failing(arguments, capsys) -> str:
 
 def test_samples_are_written_one_object_per_line(tiny_run, tmp_path, capsys):
     out = tmp_path / "samples.jsonl"
-    command = ["sample", str(tiny_run), "--num", "3", "--prompt", "3 5 ", "-o", str(out)]
+    command = ["sample", str(tiny_run), "--num", "4", "--prompt", "3 5 ", "-o", str(out)]
     assert cli.main([*command, "--steps", "8", "--batch-size", "2"]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         assert len(line["tokens"]) == 16
         assert line["tokens"][:2] == [3, 5]
         assert [int(word) for word in line["text"].split()] == line["tokens"]
-    assert len({line["text"] for line in lines}) == 3
+    assert len({line["text"] for line in lines}) == 4
     assert "entropy" in capsys.readouterr().err
 
 
-def test_infill_keeps_what_is_given_on_a_measured_grid(tiny_run, tmp_path, capsys):
+def test_infill_keeps_what_is_given(tiny_run, tmp_path):
     out = tmp_path / "filled.jsonl"
     text = "3 5 [[MASK*4]]7 [[KEEP:2 9 ]]"
-    command = ["infill", str(tiny_run), text, "-o", str(out), "--grid", "measured", "--steps", "4"]
-    assert cli.main(command) == 0
+    assert cli.main(["infill", str(tiny_run), text, "-o", str(out), "--steps", "4"]) == 0
     (line,) = [json.loads(row) for row in out.read_text().splitlines()]
     assert len(line["tokens"]) == 8
     assert (line["tokens"][:2], line["tokens"][6]) == ([3, 5], 7)
+
+
+@pytest.mark.slow
+def test_a_measured_grid_says_what_it_costs(tiny_run, capsys):
+    command = ["sample", str(tiny_run), "--grid", "measured"]
+    assert cli.main([*command, "--steps", "4"]) == 0
     told = capsys.readouterr().err
     assert "4 steps: measured grid" in told
     assert "nelbo" in told
+    assert cli.main([*command, "--within", "0.5"]) == 0
+    assert "steps: measured grid" in capsys.readouterr().err
+    assert "--within 0.0" in failing([*command, "--within", "0.0"], capsys)
 
 
+@pytest.mark.slow
 def test_watching_draws_the_text(tiny_run, capsys):
     assert cli.main(["sample", str(tiny_run), "--steps", "3", "--watch"]) == 0
     assert "100% of 64 sub-tokens" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--watch", action="store_true", help="show sub-tokens resolving on the terminal")
 
 
-def run_sample(args: argparse.Namespace) -> None:
+def run_sample(args: argparse.Namespace) -> int:
     if args.prompt == "":
         raise UserError("--prompt is empty; leave it out to sample without one")
     from prime_jax import trained
@@ -97,17 +97,17 @@ def run_sample(args: argparse.Namespace) -> None:
     prompt = [] if args.prompt is None else run.tokenizer.encode(args.prompt).tolist()
     sampler = Sampler(run)
     options = _options(args, run, sampler, gen_length=args.gen_length)
-    _draw(args, run, sampler, sampler.canvas(prompt, args.gen_length), options)
+    return _draw(args, run, sampler, sampler.canvas(prompt, args.gen_length), options)
 
 
-def run_infill(args: argparse.Namespace) -> None:
+def run_infill(args: argparse.Namespace) -> int:
     from prime_jax import trained
     from prime_jax.sample import Sampler, infill
 
     run = trained.load(args.run_name)
     sampler = Sampler(run)
     canvas = infill.canvas(args.text, run.tokenizer, run.codebook)
-    _draw(args, run, sampler, canvas, _options(args, run, sampler))
+    return _draw(args, run, sampler, canvas, _options(args, run, sampler))
 
 
 def _options(args: argparse.Namespace, run: Any, sampler: Any, **more: Any) -> Any:
@@ -147,6 +147,8 @@ def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, 
             f"--grid measured needs the run's dataset, and {run.config.data.path} is not on this "
             "machine"
         )
+    if args.block_length:
+        raise UserError("--block-length: --grid measured is the grid of one block")
     if args.steps > grids.MOST_STEPS:
         raise UserError(f"--grid measured: --steps must be at most {grids.MOST_STEPS}")
     console = Console(stderr=True)
@@ -172,45 +174,66 @@ def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, 
     return tuple(found.tolist())
 
 
-def _draw(args: argparse.Namespace, run: Any, sampler: Any, canvas: Any, options: Any) -> None:
-    """Draw --num samples of one canvas, print them, write them, and say what they are like."""
+def _draw(args: argparse.Namespace, run: Any, sampler: Any, canvas: Any, options: Any) -> int:
+    """Draw --num samples of one canvas, print or write them, and say what they are like."""
+    import time
+
+    from rich.console import Console
+
+    console, done, began = Console(), [], time.monotonic()
+    hidden = (canvas == run.codebook.base).any(axis=1)
+    try:
+        for samples in _batches(args, run, sampler, canvas, options, console):
+            done.append(samples)
+    except KeyboardInterrupt:
+        kept = f" are in {args.out}" if args.out else ""
+        console.print(f"interrupted: {sum(len(s.tokens) for s in done)} samples{kept}")
+        return 130
+    tokens = [x for samples in done for x in samples.tokens]
+    if args.out is None:
+        for x in tokens:
+            if len(tokens) > 1:
+                console.rule(style="dim")
+            text = run.tokenizer.decode(x)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    drawn = [x[hidden[: len(x)]] for x in tokens]
+    spent = f"{sum(sum(samples.calls) for samples in done)} network calls"
+    idle = [share for samples in done for share in samples.idle]
+    if any(idle) and not options.remasking:
+        spent += f" ({sum(idle) / len(idle):.1%} of the steps were idle and skipped)"
+    _tell(drawn, f"{spent}, {time.monotonic() - began:.1f} s with compiling")
+    if args.out:
+        console.print(f"samples: {args.out}", highlight=False)
+    return 0
+
+
+def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: Any) -> Any:
+    """The samples, batch by batch; each is written before the next is drawn."""
     import contextlib
     import json
-    import time
 
     from rich.console import Console
     from rich.progress import track
 
     from prime_jax.sample.watch import Watcher
 
-    console, tokenizer = Console(), run.tokenizer
-    texts, drawn, idle, calls, began = [], [], [], 0, time.monotonic()
-    hidden = (canvas == run.codebook.base).any(axis=1)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_open(args.out)) if args.out else None
         watch = None
         if args.watch:
-            watch = stack.enter_context(Watcher(run.codebook, tokenizer, canvas, console))
+            watch = stack.enter_context(Watcher(run.codebook, run.tokenizer, canvas, console))
         starts = range(0, args.num, options.batch_size)
         if len(starts) > 1 and console.is_terminal:
             starts = track(starts, description="sampling", console=Console(stderr=True))
         for start in starts:
             count = min(options.batch_size, args.num - start)
             samples = sampler.sample([canvas] * count, options, watch, first=start)
-            calls += sum(samples.calls)
-            idle += samples.idle
-            for tokens in samples.tokens:
-                texts.append(tokenizer.decode(tokens))
-                drawn.append(tokens[hidden[: len(tokens)]])
-                if out:
-                    line = {"tokens": tokens.tolist(), "text": texts[-1]}
-                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for tokens in samples.tokens if out else []:
+                line = {"tokens": tokens.tolist(), "text": run.tokenizer.decode(tokens)}
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
             if out:
                 out.flush()
-    spent = f"{calls} network calls"
-    if any(idle) and not options.remasking:
-        spent += f" ({sum(idle) / len(idle):.1%} of the steps were idle and skipped)"
-    _tell(console, args, texts, drawn, f"{spent}, {time.monotonic() - began:.1f} s")
+            yield samples
 
 
 def _open(path: Path) -> Any:
@@ -220,24 +243,17 @@ def _open(path: Path) -> Any:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _tell(console: Any, args, texts: list, drawn: list, spent: str) -> None:
+def _tell(drawn: list, spent: str) -> None:
+    """One line about the drawn tokens of all samples."""
     from rich.console import Console
 
     from prime_jax.sample.quality import REPEAT, quality
 
-    for text in [] if args.out else texts:
-        if len(texts) > 1:
-            console.rule(style="dim")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
     measured = quality(drawn)
-    tokens = sum(len(x) for x in drawn)
     ones = " / ".join(f"{x:.2f}" for x in measured.distinct)
     Console(stderr=True).print(
-        f"{tokens} tokens in {spent} with compiling; entropy "
-        f"{measured.entropy:.2f} nats/token, repeated {REPEAT}-grams {measured.repetition:.1%}, "
-        f"distinct-1/2/3 {ones}",
+        f"{sum(len(x) for x in drawn)} tokens in {spent}; entropy {measured.entropy:.2f} "
+        f"nats/token, repeated {REPEAT}-grams {measured.repetition:.1%}, distinct-1/2/3 {ones}",
         highlight=False,
         soft_wrap=True,
     )
-    if args.out:
-        console.print(f"samples: {args.out}", highlight=False)

@@ -107,6 +107,7 @@ def validate(options: Options, family: str) -> Options:
         falls = all(a > b for a, b in zip(o.knots, o.knots[1:], strict=False))
         ends = o.knots[0] == 1 and o.knots[-1] == 0
         _require(falls and ends, "knots", o.knots, "must fall from 1 to 0")
+        _require(not o.block_length, "block_length", o.block_length, "does not go with knots")
     return o
 
 
