@@ -99,6 +99,19 @@ def _work(commands: argparse._SubParsersAction) -> None:
         "Any number of workers may share ROOT. Exit code: 0 nothing left, 1 runs failed, 85 interrupted.",
     )
     parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument(
+        "--slice",
+        default="",
+        metavar="NAME",
+        help="what this worker runs on, e.g. v5e-16: it leaves runs planned for others alone "
+        "(default: it takes any run)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="MINUTES",
+        help="when this machine is taken away: the worker saves and leaves (exit code 85) before",
+    )
     parser.set_defaults(run=work)
 
 
@@ -154,7 +167,7 @@ def plan(args: argparse.Namespace) -> None:
         good = [candidate.config for candidate in listed if not candidate.drop]
         console.print(aot_report.bill(good, where, prices), soft_wrap=True)
     if args.root is not None:
-        added = planning.write(args.root, experiment, listed)
+        added = planning.write(args.root, experiment, listed, where.name if where else "")
         console.print(
             f"{args.root}: {added} runs added; next: prime-jax sweep run {args.root}",
             soft_wrap=True,
@@ -183,9 +196,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def work(args: argparse.Namespace) -> int:
+    from prime_jax import slices
     from prime_jax.sweep import worker
 
-    return worker.work(args.root)
+    name = getattr(args, "slice", "")
+    slice = slices.parse(name).name if name else ""
+    return worker.work(args.root, slice=slice, minutes=getattr(args, "time_limit", None))
 
 
 def show_status(args: argparse.Namespace) -> None:

@@ -80,8 +80,8 @@ def load_datasets(experiment: Experiment, *, required: bool) -> dict[str, Any]:
     return out
 
 
-def write(root: Path, experiment: Experiment, listed: Sequence[Candidate]) -> int:
-    """Create or extend the sweep directory `root`.
+def write(root: Path, experiment: Experiment, listed: Sequence[Candidate], slice: str = "") -> int:
+    """Create or extend the sweep directory `root`, with runs for `slice` (empty: any machine).
 
     Returns:
         The number of runs that were not there before.
@@ -98,13 +98,13 @@ def write(root: Path, experiment: Experiment, listed: Sequence[Candidate]) -> in
     added = 0
     for candidate in good:
         path = root / "state" / f"{candidate.id}.spec"
-        added += not path.exists() and state.create(path, spec(candidate))
+        added += not path.exists() and state.create(path, spec(candidate, slice))
     if entry not in plans:
         write_json_atomic(root / "sweep.json", {"schema": state.SCHEMA, "plans": [*plans, entry]})
     return added
 
 
-def spec(candidate: Candidate) -> dict[str, Any]:
+def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     """What `ROOT/state/<id>.spec` says: the whole run, and what it should cost."""
     row, config = candidate.row, candidate.config
     if "://" not in config.data.path:  # a worker may start in another directory
@@ -112,6 +112,7 @@ def spec(candidate: Candidate) -> dict[str, Any]:
     return {
         "schema": state.SCHEMA,
         "id": candidate.id,
+        "slice": slice,
         "family": row.family,
         "budget": row.budget,
         "convention": row.flops,

@@ -140,7 +140,7 @@ def _exit_code(root: Path, team: Sequence[Member], stopped: bool, screen: Screen
     if stopped:
         return PREEMPTED
     runs = state.list_runs(root)
-    left = [run for run in runs if run.opens_in(time.time()) is not None]
+    left = [run for run in runs if run.opens_in() is not None]
     if left:
         screen.say(f"{len(left)} runs are still open, but every worker has ended", "red")
         for member in team:

@@ -42,6 +42,7 @@ class Run:
     Attributes:
         state: pending, running, lost, failed, preempted, killed or done.
         certain: a running owner was seen alive, by its process or by a beat that changed.
+        ended_for: seconds since this reader first saw the newest attempt's end, on its own clock.
     """
 
     id: str
@@ -50,11 +51,21 @@ class Run:
     result: dict[str, Any] | None
     state: str
     certain: bool
+    ended_for: float = 0.0
 
     @property
     def k(self) -> int:
         """Number of the newest attempt, 0 when there is none."""
         return self.attempts[-1].k if self.attempts else 0
+
+    @property
+    def slice(self) -> str:
+        """The accelerators it was planned for; empty: any."""
+        return self.spec.get("slice", "")
+
+    def fits(self, slice: str) -> bool:
+        """Whether a worker on `slice` may take it; one without a slice takes anything."""
+        return not slice or self.slice in ("", slice)
 
     @property
     def reason(self) -> str:
@@ -78,12 +89,11 @@ class Run:
         ]
         return sum(1 for a in ended if a.end is None or a.end["state"] == "preempted")
 
-    def opens_in(self, now: float, backoff: float = BACKOFF) -> float | None:
+    def opens_in(self, *, backoff: float = BACKOFF) -> float | None:
         """Seconds until a worker may take this run, or None if none will.
 
-        Args:
-            now: seconds of the wall clock.
-            backoff: seconds to wait after a first failure.
+        Hosts need not agree on the time of day: a failure's age is what this reader has seen of
+        it, so one that has just started waits the whole `backoff` (seconds, after one failure).
         """
         if self.state == "pending":
             return 0.0
@@ -91,12 +101,9 @@ class Run:
             return 0.0 if self.interruptions < INTERRUPTIONS else None
         if self.state != "failed" or self.failures >= FAILURES:
             return None
-        end = self.attempts[-1].end
-        return (
-            max(0.0, end["time"] + backoff * 2 ** (self.failures - 1) - now)
-            if end["retry"]
-            else None
-        )
+        if not self.attempts[-1].end["retry"]:
+            return None
+        return max(0.0, backoff * 2 ** (self.failures - 1) - self.ended_for)
 
 
 @dataclass
@@ -107,6 +114,11 @@ class Watch:
     clock: Callable[[], float] = time.monotonic
     _seen: dict[tuple[str, int], tuple[Any, float]] = field(default_factory=dict)
     _moved: set[tuple[str, int]] = field(default_factory=set)
+    _ended: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def ended_for(self, run: str, attempt: Attempt) -> float:
+        now = self.clock()
+        return now - self._ended.setdefault((run, attempt.k), now)
 
     def judge(self, run: str, attempt: Attempt) -> tuple[str, bool]:
         """State of an attempt that has not ended (running or lost), and whether that is certain."""
@@ -176,6 +188,17 @@ def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
             found.setdefault(run, {})[int(k or 0), kind] = state / name
     runs = [_run(i, files, watch) for i, files in found.items() if (0, "spec") in files]
     return sorted(runs, key=lambda run: (run.spec["flops"]["matmul"], run.id))
+
+
+def open_runs(root: Path, slice: str = "", watch: Watch | None = None) -> list[Run]:
+    """The runs that a worker on `slice` may take now or after a while, running ones left out.
+
+    Args:
+        root: the sweep.
+        slice: canonical name of accelerators; empty: those of every slice.
+        watch: as in `list_runs`.
+    """
+    return [run for run in list_runs(root, watch) if run.fits(slice) and run.opens_in() is not None]
 
 
 def claim(root: Path, run: str, k: int, by: str = "worker") -> bool:
@@ -292,11 +315,12 @@ def _run(name: str, files: dict[tuple[int, str], Path], watch: Watch) -> Run:
         Attempt(k, *(read(k, kind) for kind in ("claim", "beat", "end"))) for k in claims
     )
     result = read(0, "result")
-    state, certain = "pending", True
+    state, certain, ended_for = "pending", True, 0.0
     if result is not None:
         state = "done"
     elif attempts and attempts[-1].end:
         state = {"reset": "pending"}.get(attempts[-1].end["state"], attempts[-1].end["state"])
+        ended_for = watch.ended_for(name, attempts[-1])
     elif attempts:
         state, certain = watch.judge(name, attempts[-1])
-    return Run(name, read(0, "spec"), attempts, result, state, certain)
+    return Run(name, read(0, "spec"), attempts, result, state, certain, ended_for)

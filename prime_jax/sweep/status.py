@@ -1,6 +1,5 @@
 """A sweep as people read it: one line per run, counts, and the last words of what failed."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -76,7 +75,6 @@ def show(runs: Sequence[Run], console: Console) -> None:
 
 def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What `--json` prints: per run its id, state, attempts, last beat, and reason if it stopped."""
-    now = time.time()
     return [
         {
             "run": run.id,
@@ -87,7 +85,7 @@ def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "attempts": run.k,
             "failures": run.failures,
             "interruptions": run.interruptions,
-            "opens_in": run.opens_in(now),
+            "opens_in": run.opens_in(),
             "steps": run.spec["config"]["steps"],
             "beat": run.attempts[-1].beat if run.attempts else None,
             "host": run.attempts[-1].claim["host"] if run.attempts else None,

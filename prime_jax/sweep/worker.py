@@ -117,6 +117,8 @@ class Screen:
 def work(
     root: Path,
     *,
+    slice: str = "",
+    minutes: float | None = None,
     trainer: Trainer | None = None,
     console: Console | None = None,
     beat_seconds: float = 30.0,
@@ -127,6 +129,8 @@ def work(
 
     Args:
         root: the sweep directory.
+        slice: canonical name of this machine; runs planned for another one are left alone.
+        minutes: when this machine is taken away, counted from now.
         trainer: `prime_jax.train` unless a test brings its own.
         console: where progress goes.
         beat_seconds: between two beats.
@@ -144,7 +148,7 @@ def work(
     with signals() as stopping, Screen.open(console or Console()) as screen:
         trainer = trainer or _jax_trainer(root)
         while True:
-            runs = state.list_runs(root, watch)
+            runs = [run for run in state.list_runs(root, watch) if run.fits(slice)]
             screen.sweep(runs)
             run = _choose(runs, last, backoff)
             if stopping.is_set() or (run is None and not _worth_waiting(runs, backoff)):
@@ -234,8 +238,7 @@ def _attempt(
 
 def _choose(runs: Sequence[Run], last: str, backoff: float) -> Run | None:
     """The largest open run, preferably one that the last compilation fits."""
-    now = time.time()
-    ready = [run for run in runs if run.opens_in(now, backoff) == 0.0]
+    ready = [run for run in runs if run.opens_in(backoff=backoff) == 0.0]
     return max(
         ready,
         key=lambda run: (_compiled_shape(run) == last, run.spec["flops"]["matmul"]),
@@ -245,9 +248,8 @@ def _choose(runs: Sequence[Run], last: str, backoff: float) -> Run | None:
 
 def _worth_waiting(runs: Sequence[Run], backoff: float) -> bool:
     """Whether a run may open soon: one that backs off, or whose owner may be dead."""
-    now = time.time()
     return any(
-        run.opens_in(now, backoff) is not None or (run.state == "running" and not run.certain)
+        run.opens_in(backoff=backoff) is not None or (run.state == "running" and not run.certain)
         for run in runs
     )
 
