@@ -52,11 +52,13 @@ def detect(environment: Mapping[str, str]) -> Gang | None:
         for name in ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"):
             if name not in e:
                 raise UserError(f"JOBSET_NAME is set, but not {name}; render the job again")
-        job = (
-            f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{e.get('JOB_INDEX', 0)}"
-        )
-        host = f"{job}-0.{e['JOBSET_NAME']}:{PORT}"
-        return _gang(host, e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], "JobSet")
+        count, index, job = e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], e.get("JOB_INDEX", "0")
+        slices = int(e.get("PRIME_SLICES", "1"))
+        if slices > 1:  # each job of the set is a slice, all together one gang
+            index, job = str(int(job) * int(count) + int(index)), "0"
+            count = str(slices * int(count))
+        name = f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{job}-0"
+        return _gang(f"{name}.{e['JOBSET_NAME']}:{PORT}", count, index, "JobSet")
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         host = first_host(environment["SLURM_STEP_NODELIST"])
         # Two steps of one job on one node would share a port that depends on the job alone.

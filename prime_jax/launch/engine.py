@@ -2,18 +2,18 @@
 
 An engine is a module of this package with
 
-    Options                                  a frozen dataclass: its command-line options
-    render(pools, options) -> {file: text}   what would be sent
-    up(pools, options, desk) -> exit code    start workers; safe to run twice
-    down(sweep, options, desk) -> exit code  list and remove what `up` of this sweep made
+    Options                                   a frozen dataclass: its command-line options
+    render(sweep, options) -> {file: text}    what would be sent
+    up(sweep, options, desk) -> exit code     start workers; safe to run twice
+    down(sweep, options, desk) -> exit code   list and remove what `up` of this sweep made
 
 A rendered target has APPLY, the command that takes its files, in place of `up` and `down`.
 """
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,18 +26,19 @@ REPO = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as engines name it.
+    """A sweep as engines see it: a name, and pools that are counted anew at every look.
 
     Attributes:
         root: absolute path or URL; it makes the name, so that `down` finds what `up` made.
+        source: the same as the state's functions take it.
+        workers: at most so many per pool.
+        only: the pool of this slice alone; it takes the runs planned for no slice, too.
     """
 
     root: str
-
-    @classmethod
-    def at(cls, root: Any) -> "Sweep":
-        text = str(root).rstrip("/")
-        return cls(text if "://" in text else str(Path(text).resolve()))
+    source: Any
+    workers: int = 1
+    only: Slice | None = None
 
     @property
     def name(self) -> str:
@@ -47,6 +48,40 @@ class Sweep:
     def on_object_store(self) -> bool:
         return "://" in self.root
 
+    def pools(self) -> "list[Pool]":
+        """One pool per slice that runs were planned for.
+
+        Raises:
+            UserError: no sweep is there.
+        """
+        from prime_jax import slices
+        from prime_jax.sweep import state
+
+        state.check_root(self.source)
+        groups: dict[str, list[Any]] = {}
+        for run in state.list_runs(self.source):
+            name = run.slice or (self.only.name if self.only else "")
+            unfinished = run.state == "running" or run.opens_in() is not None
+            groups.setdefault(name, []).extend([run] if unfinished else [])
+        if self.only:
+            groups = {self.only.name: groups.get(self.only.name, [])}
+        return [
+            Pool(self, slices.parse(name) if name else None, len(runs), _data(runs))
+            for name, runs in sorted(groups.items())
+        ]
+
+
+def sweep_at(root: Any, workers: int = 1, only: Slice | None = None) -> Sweep:
+    """The sweep at a path or URL.
+
+    Raises:
+        UserError: fewer than one worker.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
+    text = str(root).rstrip("/")
+    return Sweep(text if "://" in text else str(Path(text).resolve()), root, workers, only)
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -54,14 +89,12 @@ class Pool:
 
     Attributes:
         where: None for runs that any machine may take.
-        workers: at most so many at a time.
         runs: how many are unfinished, running ones included.
         data: local folders of prepared data that these runs read.
     """
 
     sweep: Sweep
     where: Slice | None
-    workers: int
     runs: int
     data: tuple[str, ...] = ()
 
@@ -72,7 +105,7 @@ class Pool:
     @property
     def want(self) -> int:
         """Workers that have something to do."""
-        return min(self.workers, self.runs)
+        return min(self.sweep.workers, self.runs)
 
     @property
     def hosts(self) -> int:
@@ -133,47 +166,7 @@ class Desk:
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A field of an engine's Options: its default, its text in --help and what argparse needs."""
-    made = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**made, metadata={"help": help, **more})
-
-
-def default_of(one: Any) -> Any:
-    return one.default if one.default is not MISSING else one.default_factory()
-
-
-def unfinished(root: Any) -> Iterator[Any]:
-    """Runs that a worker has or may still take."""
-    from prime_jax.sweep import state
-
-    state.check_root(root)
-    return (r for r in state.list_runs(root) if r.state == "running" or r.opens_in() is not None)
-
-
-def pools(root: Any, workers: int, only: Slice | None = None) -> list[Pool]:
-    """One pool per slice that unfinished runs were planned for.
-
-    Args:
-        root: the sweep.
-        workers: at most so many per pool.
-        only: the pool of this slice alone; it takes the runs planned for no slice, too.
-
-    Raises:
-        UserError: no sweep, or fewer than one worker.
-    """
-    from prime_jax import slices
-
-    if workers < 1:
-        raise UserError(f"--workers {workers}: at least 1")
-    groups: dict[str, list[Any]] = {}
-    for run in unfinished(root):
-        groups.setdefault(run.spec.get("slice") or (only.name if only else ""), []).append(run)
-    if only:
-        groups = {only.name: groups.get(only.name, [])}
-    sweep = Sweep.at(root)
-    return [
-        Pool(sweep, slices.parse(name) if name else None, workers, len(runs), _data(runs))
-        for name, runs in sorted(groups.items())
-    ]
+    return field(default=default, metadata={"help": help, **more})
 
 
 def _data(runs: Sequence[Any]) -> tuple[str, ...]:
@@ -198,8 +191,3 @@ def template(name: str) -> str:
             f"no {path}: `up` and `render` need a checkout of prime_jax (pip install -e .)"
         )
     return path.read_text()
-
-
-def options_of(engine: Any) -> dict[str, Any]:
-    """Fields of an engine's Options by name."""
-    return {one.name: one for one in fields(engine.Options)}

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from prime_jax import commands as commands_of_train
+from prime_jax.launch import commands as commands_of_launch
 
 ROOT = "the directory that holds the whole sweep"
 WIDTH = 110  # that a plan needs at least; narrower terminals wrap its lines
@@ -37,6 +38,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="A running worker leaves the run at its next beat (within 30 seconds) and "
         "takes the next one. `retry` opens the run again.",
     )
+    commands_of_launch.register(commands, {"type": Path, "help": ROOT})
 
 
 def _plan(commands: argparse._SubParsersAction) -> None:

@@ -1,0 +1,126 @@
+"""Kubernetes: a rendered JobSet per worker, queued by Kueue; on GKE the only way to TPU7x.
+
+One JobSet per gang, so that the restart of one leaves the others alone. Exit codes 1 and 2 end it;
+85, a crash or a lost node restart the whole gang, which continues from its checkpoint.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from string import Template
+
+from prime_jax.errors import UserError
+from prime_jax.launch.engine import Pool, Sweep, option, template
+
+APPLY = "kubectl apply -f"
+LONGEST = 28  # of a JobSet's name: pods, services and Kueue's objects are named after it
+# Node labels of Google Kubernetes Engine.
+TPUS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
+}
+GPUS = {"a100": "nvidia-a100-80gb", "h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
+
+
+@dataclass(frozen=True)
+class Options:
+    image: str = option("", "container image built from launch/Dockerfile")
+    namespace: str = option("default", "Kubernetes namespace")
+    queue: str = option("", "Kueue's local queue (default: none, start at once)")
+    spot: bool = option(False, "rent what may be taken away at any time, for less")
+    service_account: str = option("default", "Kubernetes service account that may write to ROOT")
+    data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+
+
+def render(sweep: Sweep, options: Options) -> dict[str, str]:
+    """One file per pool, of a JobSet per worker.
+
+    Raises:
+        UserError: no image, a ROOT that pods cannot reach, or runs without a slice.
+    """
+    if not options.image:
+        raise UserError("--on k8s needs --image, e.g. REGION-docker.pkg.dev/PROJECT/REPO/prime_jax")
+    if not sweep.on_object_store():
+        raise UserError(f"{sweep.root}: pods cannot see it; ROOT must be gs://BUCKET/DIR")
+    pools = [pool for pool in sweep.pools() if pool.runs]
+    return {f"{pool.name}.yaml": "---\n".join(_jobsets(pool, options)) for pool in pools}
+
+
+def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
+    if pool.where is None:
+        raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
+    where, made = pool.where, Template(template("jobset.yaml"))
+    if where.slices > 1 and where.chip.platform == "tpu":
+        jobs, hosts = where.slices, where.hosts // where.slices
+    else:
+        jobs, hosts = 1, where.hosts
+    for index in range(pool.want):
+        name = f"{pool.name}-{index}"
+        if len(name) > LONGEST:
+            raise UserError(f"{name}: longer than {LONGEST} characters; lower --workers")
+        yield made.substitute(
+            name=name,
+            sweep=pool.sweep.name,
+            namespace=options.namespace,
+            queue=_lines(4, [f"kueue.x-k8s.io/queue-name: {options.queue}"] * bool(options.queue)),
+            jobs=jobs,
+            hosts=hosts,
+            image=options.image,
+            service_account=options.service_account,
+            arguments=", ".join(f'"{word}"' for word in pool.work()),
+            selector=_lines(16, _selector(pool, options)),
+            resource="google.com/tpu" if where.chip.platform == "tpu" else "nvidia.com/gpu",
+            chips=where.chips_per_host,
+            annotations=_lines(16, ['gke-gcsfuse/volumes: "true"'] * bool(pool.data)),
+            mounts=_lines(20, _mounts(pool, options)),
+            volumes=_lines(16, _volumes(pool, options)),
+        )
+
+
+def _selector(pool: Pool, options: Options) -> list[str]:
+    where = pool.where
+    if where.chip.platform == "tpu":
+        lines = [
+            f"cloud.google.com/gke-tpu-accelerator: {TPUS[where.generation]}",
+            f"cloud.google.com/gke-tpu-topology: {where.sides}",
+        ]
+    else:
+        lines = [f"cloud.google.com/gke-accelerator: {GPUS[where.generation]}"]
+    return lines + ['cloud.google.com/gke-spot: "true"'] * options.spot
+
+
+def _mounts(pool: Pool, options: Options) -> list[str]:
+    """Each data folder where the runs look for it, read from the bucket when needed."""
+    lines = []
+    for source, path in pool.copies(options.data):
+        inside = source.removeprefix("gs://").partition("/")[2]
+        lines += [
+            "- name: data",
+            f"  mountPath: {path}",
+            f"  subPath: {inside}",
+            "  readOnly: true",
+        ]
+    return ["volumeMounts:", *lines] if lines else []
+
+
+def _volumes(pool: Pool, options: Options) -> list[str]:
+    if not pool.data:
+        return []
+    bucket = options.data.removeprefix("gs://").partition("/")[0]
+    return [
+        "volumes:",
+        "- name: data",
+        "  csi:",
+        "    driver: gcsfuse.csi.storage.gke.io",
+        "    readOnly: true",
+        "    volumeAttributes:",
+        f"      bucketName: {bucket}",
+        "      mountOptions: implicit-dirs",
+    ]
+
+
+def _lines(indent: int, lines: list[str]) -> str:
+    """Lines of a template's slot, the first one's indentation being there already."""
+    return f"\n{' ' * indent}".join(lines) if lines else "# none"
