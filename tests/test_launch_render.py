@@ -143,6 +143,7 @@ def test_a_sky_task(sweep, name, accelerators, nodes):
     task = yaml.safe_load(text)
     assert task["resources"]["accelerators"] == accelerators
     assert task["num_nodes"] == nodes
+    assert ("accelerator_args" in task["resources"]) == accelerators.startswith("tpu")
     assert task["resources"]["use_spot"] is True
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [85]
     assert task["file_mounts"] == {"/data/c4": "gs://bucket/data/c4"}

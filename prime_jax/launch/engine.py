@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from string import Template
 from typing import Any
 
 from prime_jax.costs import Prices
@@ -191,3 +192,17 @@ def template(name: str) -> str:
             f"no {path}: `up` and `render` need a checkout of prime_jax (pip install -e .)"
         )
     return path.read_text()
+
+
+def fill(file: str, **values: Any) -> str:
+    """A template of launch/ with its $names replaced.
+
+    A list takes the place of a line that holds nothing but its $name: one line each, at the same
+    indentation; an empty one leaves nothing.
+    """
+    lines: list[str] = []
+    for line in template(file).splitlines():
+        slot = values.get(line.strip().removeprefix("$"))
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += [indent + one for one in slot] if isinstance(slot, list) else [line]
+    return Template("\n".join(lines) + "\n").substitute(values)

@@ -6,10 +6,9 @@ One JobSet per gang, so that the restart of one leaves the others alone. Exit co
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from string import Template
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, Sweep, option, template
+from prime_jax.launch.engine import Pool, Sweep, fill, option
 
 APPLY = "kubectl apply -f"
 LONGEST = 28  # of a JobSet's name: pods, services and Kueue's objects are named after it
@@ -22,6 +21,12 @@ TPUS = {
     "tpu7x": "tpu7x",
 }
 GPUS = {"a100": "nvidia-a100-80gb", "h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
+# A slice of several hosts is one node pool, and one job at a time has all of it.
+EXCLUSIVE = [
+    "annotations:",
+    "  alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool",
+]
+FUSE = ["metadata:", "  annotations:", '    gke-gcsfuse/volumes: "true"']
 
 
 @dataclass(frozen=True)
@@ -51,31 +56,30 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
 def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
     if pool.where is None:
         raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
-    where, made = pool.where, Template(template("jobset.yaml"))
-    if where.slices > 1 and where.chip.platform == "tpu":
-        jobs, hosts = where.slices, where.hosts // where.slices
-    else:
-        jobs, hosts = 1, where.hosts
+    where, tpu = pool.where, pool.where.chip.platform == "tpu"
+    jobs = where.slices if tpu else 1
     for index in range(pool.want):
         name = f"{pool.name}-{index}"
         if len(name) > LONGEST:
             raise UserError(f"{name}: longer than {LONGEST} characters; lower --workers")
-        yield made.substitute(
+        yield fill(
+            "jobset.yaml",
             name=name,
             sweep=pool.sweep.name,
             namespace=options.namespace,
-            queue=_lines(4, [f"kueue.x-k8s.io/queue-name: {options.queue}"] * bool(options.queue)),
+            queue=[f"kueue.x-k8s.io/queue-name: {options.queue}"] * bool(options.queue),
+            exclusive=EXCLUSIVE * (tpu and where.hosts > jobs),
             jobs=jobs,
-            hosts=hosts,
+            hosts=where.hosts // jobs,
             image=options.image,
             service_account=options.service_account,
             arguments=", ".join(f'"{word}"' for word in pool.work()),
-            selector=_lines(16, _selector(pool, options)),
-            resource="google.com/tpu" if where.chip.platform == "tpu" else "nvidia.com/gpu",
+            selector=_selector(pool, options),
+            resource="google.com/tpu" if tpu else "nvidia.com/gpu",
             chips=where.chips_per_host,
-            annotations=_lines(16, ['gke-gcsfuse/volumes: "true"'] * bool(pool.data)),
-            mounts=_lines(20, _mounts(pool, options)),
-            volumes=_lines(16, _volumes(pool, options)),
+            metadata=FUSE * bool(pool.data),
+            mounts=_mounts(pool, options),
+            volumes=_volumes(pool, options),
         )
 
 
@@ -119,8 +123,3 @@ def _volumes(pool: Pool, options: Options) -> list[str]:
         f"      bucketName: {bucket}",
         "      mountOptions: implicit-dirs",
     ]
-
-
-def _lines(indent: int, lines: list[str]) -> str:
-    """Lines of a template's slot, the first one's indentation being there already."""
-    return f"\n{' ' * indent}".join(lines) if lines else "# none"

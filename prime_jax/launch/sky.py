@@ -2,13 +2,12 @@
 
 import shlex
 from dataclasses import dataclass
-from string import Template
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, Sweep, option, template
+from prime_jax.launch.engine import Pool, Sweep, fill, option
+from prime_jax.launch.tpu_request import CLOUD
 
 APPLY = "sky jobs launch"
-TPUS = {"v4": "tpu-v4", "v5e": "tpu-v5litepod", "v5p": "tpu-v5p", "v6e": "tpu-v6e"}
 GPUS = {"a100": "A100-80GB", "h100": "H100", "h200": "H200"}
 
 
@@ -37,18 +36,23 @@ def _task(pool: Pool, options: Options) -> str:
         raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
     if where.chip.platform == "cuda":
         kind, nodes, extra = f"{GPUS[where.generation]}:{where.chips_per_host}", where.hosts, "cuda"
-    elif where.generation in TPUS and where.slices == 1:
+        arguments = []
+    elif where.generation in CLOUD and where.slices == 1:
         # All hosts of a slice are one node to SkyPilot; it starts the command on each.
-        kind, nodes, extra = f"{TPUS[where.generation]}-{where.name.rpartition('-')[2]}", 1, "tpu"
+        family, runtime = CLOUD[where.generation]
+        kind, nodes, extra = f"tpu-{family}-{where.name.rpartition('-')[2]}", 1, "tpu"
+        arguments = ["accelerator_args:", f"  runtime_version: {runtime}"]
     else:
         raise UserError(f"{where.name}: not for SkyPilot; render for k8s")
     copies = [f"  {path}: {source}" for source, path in pool.copies(options.data)]
-    return Template(template("sky.yaml")).substitute(
+    return fill(
+        "sky.yaml",
         name=pool.name,
         nodes=nodes,
         accelerators=kind,
+        arguments=arguments,
         spot=str(options.spot).lower(),
-        files="\n".join(["file_mounts:", *copies] if copies else ["file_mounts: {}"]),
+        files=["file_mounts:", *copies] if copies else [],
         extra=extra,
         command=shlex.join(pool.work()),
     )
