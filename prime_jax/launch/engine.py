@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prime_jax.costs import Prices
 from prime_jax.errors import UserError
 from prime_jax.slices import Slice
+
+if TYPE_CHECKING:
+    from prime_jax.costs import Prices
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -136,7 +138,7 @@ class Desk:
 
     console: Any
     yes: bool
-    prices: Prices | None
+    prices: "Prices | None"
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)

@@ -4,6 +4,8 @@ More array tasks than workers, so that a preempted or timed-out one has a succes
 the site requeues jobs; tasks that find nothing open leave at once. Nothing polls the accounting.
 """
 
+import contextlib
+import io
 import shlex
 import shutil
 import subprocess
@@ -77,9 +79,13 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
     for pool in new:
         executor = _executor(pool, options)
         try:
+            executor.folder.mkdir(parents=True, exist_ok=True)
             # Not a pickled function: the worker's command is the same as on every other engine.
-            job = executor._submit_command(shlex.join(_command(pool, options)))
-        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats Slurm's words
+                job = executor._submit_command(shlex.join(_command(pool, options)))
+        except OSError as error:
+            raise UserError(f"cannot write {executor.folder}: {error.strerror}") from error
+        except (FailedJobError, FailedSubmissionError) as error:
             words = [line for line in str(error).splitlines() if line.strip()]
             raise UserError(f"Slurm: {words[-1] if words else error}") from error
         desk.say(f"{pool.name}: job {job.job_id}; logs in {executor.folder}")
