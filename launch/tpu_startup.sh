@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Start-up script of a Cloud TPU VM: runs as root at every boot, on every host of the slice.
 # `prime-jax sweep up --on tpu` puts exports above it: PRIME_ROOT, PRIME_SLICE, PRIME_CODE,
-# PRIME_NAME, PRIME_PROJECT, PRIME_ZONE, PRIME_DATA (lines FROM TO), PRIME_SETUP (shell lines)
-# and JAX_COORDINATOR_PORT. `prime-jax sweep render --on tpu` prints the whole.
+# PRIME_NAME, PRIME_PROJECT, PRIME_ZONE, PRIME_DATA (lines FROM TO), PRIME_MOUNT, PRIME_SETUP
+# (shell lines) and JAX_COORDINATOR_PORT. `prime-jax sweep render --on tpu` prints the whole.
 set -euo pipefail
 
 home=${PRIME_HOME:-/opt/prime}
@@ -80,16 +80,22 @@ if [[ ! -e $home/installed || $(<"$home/installed") != "$PRIME_CODE" ]]; then
   echo "$PRIME_CODE" >"$home/installed"
 fi
 
-stage='copying data'
-while read -r from to; do
-  [[ -n $from ]] || continue
-  say "copying $from to $to"
-  mkdir -p "$to"
-  gcloud storage rsync --recursive "$from" "$to"
-done <<<"$PRIME_DATA"
-
 stage='the setup of the user'
 eval "$PRIME_SETUP"
+
+stage='fetching data'
+while read -r from to; do
+  [[ -n $from ]] || continue
+  mkdir -p "$to"
+  if [[ -z ${PRIME_MOUNT:-} ]]; then
+    say "copying $from to $to"
+    gcloud storage rsync --recursive "$from" "$to"
+  elif ! mountpoint -q "$to"; then
+    say "mounting $from at $to"
+    from=${from#gs://}
+    gcsfuse -o ro --implicit-dirs --only-dir "${from#*/}" "${from%%/*}" "$to"
+  fi
+done <<<"$PRIME_DATA"
 
 stage='the worker'
 crashes=0

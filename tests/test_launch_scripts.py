@@ -50,6 +50,9 @@ echo "uv $*" >>"$BUCKETS/calls"
 if [[ $1 == venv ]]; then mkdir -p "$4/bin"; cp "$HERE/tools/worker" "$4/bin/prime-jax"; fi
 [[ $1 != pip ]] || test -f constraints.txt
 """
+FUSE = """#!/usr/bin/env bash
+echo "gcsfuse $*" >>"$BUCKETS/calls"
+"""
 WORKER = """#!/usr/bin/env bash
 # Leaves with the next of $CODES; `wait` waits for SIGTERM and leaves with 85.
 echo "worker $* at ${PRIME_COORDINATOR:-alone} ${PRIME_PROCESS_ID:-0}/${PRIME_PROCESSES:-1}" >>"$BUCKETS/calls"
@@ -100,6 +103,7 @@ class Vm:
         tools = path / "tools"
         tools.mkdir(parents=True)
         stand_ins = {"gcloud": GCLOUD, "python3": PYTHON3, "uv-stand-in": UV, "worker": WORKER}
+        stand_ins["gcsfuse"] = FUSE
         for name, text in stand_ins.items():
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
@@ -189,6 +193,15 @@ def test_a_machine_installs_itself_works_and_gives_itself_back(vm):
         ["prime-x-v5e-16-abcd", "--project", "p", "--zone", "z", "--force", "--quiet", "--async"]
     )
     assert "installing" in vm.log()
+
+
+def test_data_can_be_mounted_instead(vm):
+    script = vm.script.replace("export PRIME_MOUNT=''", "")
+    (vm.path / "startup.sh").write_text(script)
+    assert vm.run("0", PRIME_MOUNT="yes") == 0
+    (mount,) = [call for call in vm.calls if call.startswith("gcsfuse")]
+    assert mount.endswith(f"--only-dir data/c4 bucket {vm.path}/disk/c4")
+    assert "-o ro" in mount
 
 
 def test_the_second_boot_installs_nothing(vm):

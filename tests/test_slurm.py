@@ -116,7 +116,7 @@ def test_two_pools_one_of_them_a_gang_that_is_preempted(slurm, markov_data, tmp_
     gang = runs[long]
     assert [attempt.end and attempt.end["state"] for attempt in gang.attempts[:1]] == ["preempted"]
     assert gang.k == 2
-    saved = checkpoint.steps(first)[-1]
+    saved = checkpoint.steps(first / "checkpoints")[-1]
     assert saved == steps(first)[-1], "saved where it was stopped"
     assert stopped_at(root) == [saved, saved], "both processes at one step"
     second = steps(root / "runs" / long / "2")

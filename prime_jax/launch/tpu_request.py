@@ -34,6 +34,7 @@ class Options:
         "", "identity of the machines (default: the project's)", metavar="EMAIL"
     )
     data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+    mount: bool = option(False, "mount the data with gcsfuse instead of copying it")
     setup: tuple[str, ...] = option(
         (), "shell line to run before the worker; may be repeated", metavar="LINE"
     )
@@ -103,6 +104,7 @@ def startup(pool: Pool, options: Options, name: str, code: str) -> str:
         "PRIME_ZONE": options.zone,
         "PRIME_SLICE": pool.where.name,
         "PRIME_DATA": "\n".join(f"{a} {b}" for a, b in pool.copies(options.data)),
+        "PRIME_MOUNT": "yes" if options.mount else "",
         "PRIME_SETUP": "\n".join(options.setup),
         "JAX_COORDINATOR_PORT": str(PORT),
     }
