@@ -13,7 +13,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ["slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2", "libhwloc15", "liblua5.1-0"]
+PACKAGES = [
+    "slurmctld",
+    "slurmd",
+    "slurm-client",
+    "slurm-wlm-basic-plugins",
+    "munge",
+    "libmunge2",
+    "libhwloc15",
+    "liblua5.1-0",
+]
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
 CONTROL_PORT, NODE_PORT = 27817, 27818
 

@@ -204,6 +204,8 @@ def _cloud() -> Iterator[Any]:
         yield client()
     except GoogleAPICallError as error:
         raise UserError(f"Cloud TPU: {' '.join(error.message.split())}") from error
+    except TimeoutError as error:
+        raise UserError(f"Cloud TPU: an operation takes longer than {WAIT:.0f} s") from error
     except RetryError as error:
         raise UserError(f"Cloud TPU does not answer: {' '.join(str(error).split())}") from error
     except GoogleAuthError as error:
@@ -258,4 +260,4 @@ def _transient(error: BaseException | None) -> bool:
     from google.api_core import exceptions
 
     kinds = exceptions.ServiceUnavailable, exceptions.DeadlineExceeded, exceptions.RetryError
-    return isinstance(error, kinds)
+    return isinstance(error, (*kinds, TimeoutError))

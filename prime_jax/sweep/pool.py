@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from prime_jax.errors import UserError
-from prime_jax.sweep import state, status
+from prime_jax.sweep import accelerators, state, status
 from prime_jax.sweep.state import Run
 from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, Screen, share, signals
 
@@ -27,6 +27,7 @@ class Member:
     command: Sequence[str]
     cores: set[int]
     log: Path
+    environment: dict[str, str]
     restarts: int = 0
     stopped: bool = False
 
@@ -34,7 +35,11 @@ class Member:
         with self.log.open("a") as out:
             # Its own session: Ctrl-C reaches it once, from us.
             self.process = subprocess.Popen(
-                self.command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                self.command,
+                env=os.environ | self.environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(self.process.pid, self.cores)
@@ -88,11 +93,13 @@ def supervise(
 
 def _start(root: Path, workers: int, command: Sequence[str]) -> list[Member]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    logs = root / "logs"
+    logs, mine = root / "logs", accelerators.shares(workers)
     try:
         logs.mkdir(exist_ok=True)
         return [
-            Member(command, set(cores[i::workers] or cores), logs / f"worker-{i}.log").start()
+            Member(
+                command, set(cores[i::workers] or cores), logs / f"worker-{i}.log", mine[i]
+            ).start()
             for i in range(workers)
         ]
     except OSError as error:
