@@ -125,6 +125,24 @@ def test_two_pools_one_of_them_a_gang_that_is_preempted(slurm, markov_data, tmp_
     assert "no jobs" in prime_jax(slurm, "down", root, "--on", "slurm", "--yes")
 
 
+def test_a_sweep_moves_from_slurm_to_this_machine(slurm, markov_data, tmp_path):
+    moved, stayed = tmp_path / "moved", tmp_path / "stayed"
+    for root in (moved, stayed):
+        runs = planned(root, markov_data, ALONE, (2e8, 4e8, 6e9))
+    prime_jax(slurm, "up", moved, "--on", "slurm", "--yes", "--time", 30, "--tasks", 1)
+    (longest,) = [run.id for run in state.list_runs(moved) if run.spec["budget"] == 6e9]
+    until(lambda: steps(moved / "runs" / longest / "1")[-1:] > [100], "it trains", moved)
+    prime_jax(slurm, "down", moved, "--on", "slurm", "--yes")
+    until(lambda: not queue(slurm), "it saves and leaves", moved)
+    assert [run.state for run in state.list_runs(moved)].count("preempted") == 1
+    for root in (moved, stayed):
+        prime_jax(slurm, "run", root)
+        prime_jax(slurm, "collect", root, "-o", root / "runs.csv")
+    text = (moved / "runs.csv").read_text()
+    assert text == (stayed / "runs.csv").read_text()
+    assert text.count(",done,") == len(runs)
+
+
 def test_down_cancels_this_sweeps_jobs_and_no_others(slurm, markov_data, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     for root in (one, other):
