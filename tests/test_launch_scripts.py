@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -13,10 +14,12 @@ import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fake_trainer
 import pytest
 
 from prime_jax import slices
-from prime_jax.launch import engine, tpu_request
+from prime_jax.launch import archive, engine, tpu_request
+from prime_jax.sweep import state
 
 LAUNCH = engine.REPO / "launch"
 ROOT = "gs://bucket/sweep"
@@ -70,11 +73,13 @@ exit "${codes[n]}"
 """
 
 
-def metadata(index: int, hosts: int, tpu_env: str = "") -> ThreadingHTTPServer:
+def metadata(index: int, hosts: int, tpu_env: str, network: str) -> ThreadingHTTPServer:
     """The attributes of host `index`, served as the metadata server does."""
     attributes = {
         "agent-worker-number": str(index),
-        "worker-network-endpoints": ",".join(f"unknown:{k}:10.0.0.{k}" for k in range(hosts)),
+        "worker-network-endpoints": ",".join(
+            f"unknown:{k}:{network.format(k)}" for k in range(hosts)
+        ),
         "tpu-env": f"ACCELERATOR_TYPE: 'v5litepod-{4 * hosts}'\n{tpu_env}",
     }
 
@@ -98,8 +103,8 @@ def metadata(index: int, hosts: int, tpu_env: str = "") -> ThreadingHTTPServer:
 class Vm:
     """One host in a sandbox: its disk, the bucket, and stand-ins first on PATH."""
 
-    def __init__(self, path: Path):
-        self.path, self.buckets = path, path / "buckets"
+    def __init__(self, path: Path, buckets: Path | None = None):
+        self.path, self.buckets = path, buckets or path / "buckets"
         tools = path / "tools"
         tools.mkdir(parents=True)
         stand_ins = {"gcloud": GCLOUD, "python3": PYTHON3, "uv-stand-in": UV, "worker": WORKER}
@@ -107,23 +112,18 @@ class Vm:
         for name, text in stand_ins.items():
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
-        (self.buckets / "bucket/data/c4").mkdir(parents=True)
-        (self.buckets / "bucket/data/c4/manifest.json").write_text("{}")
-        (self.buckets / "bucket/sweep/launch").mkdir(parents=True)
-        with tarfile.open(self.buckets / "bucket/sweep/launch/code.tar.gz", "w:gz") as tar:
-            tar.add(engine.REPO / "constraints.txt", "constraints.txt")
-        sweep = engine.Sweep(ROOT, None, 1)
-        pool = engine.Pool(sweep, slices.parse("v5e-16"), 1, (str(path / "disk/c4"),))
-        options = tpu_request.Options(
-            project="p", zone="z", data="gs://bucket/data", setup=(f"touch {path}/was-set-up",)
-        )
-        self.script = tpu_request.startup(
-            pool, options, "prime-x-v5e-16-abcd", f"{ROOT}/launch/code.tar.gz"
-        )
-        (path / "startup.sh").write_text(self.script)
 
-    def boot(self, codes: str, *, index=0, hosts=1, tpu_env="", **environment: str):
-        self.server = metadata(index, hosts, tpu_env)
+    def install(self, pool: engine.Pool, code: str) -> None:
+        """Write the start-up script."""
+        setup = (f"touch {self.path}/was-set-up",)
+        options = tpu_request.Options(project="p", zone="z", data="gs://bucket/data", setup=setup)
+        self.script = tpu_request.startup(pool, options, "prime-x-v5e-16-abcd", code)
+        (self.path / "startup.sh").write_text(self.script)
+
+    def boot(
+        self, codes: str, *, index=0, hosts=1, tpu_env="", network="10.0.0.{}", **environment: str
+    ):
+        self.server = metadata(index, hosts, tpu_env, network)
         values = {
             "PATH": f"{self.path}/tools:{os.environ['PATH']}",
             "HERE": str(self.path),
@@ -168,7 +168,18 @@ class Vm:
 
 @pytest.fixture
 def vm(tmp_path):
-    return Vm(tmp_path)
+    """A host whose worker, code and data are stand-ins, too."""
+    made = Vm(tmp_path)
+    (made.buckets / "bucket/data/c4").mkdir(parents=True)
+    (made.buckets / "bucket/data/c4/manifest.json").write_text("{}")
+    (made.buckets / "bucket/sweep/launch").mkdir(parents=True)
+    code = "bucket/sweep/launch/code.tar.gz"
+    with tarfile.open(made.buckets / code, "w:gz") as tar:
+        tar.add(engine.REPO / "constraints.txt", "constraints.txt")
+    data = (str(tmp_path / "disk/c4"),)
+    pool = engine.Pool(engine.Sweep(ROOT, None, 1), slices.parse("v5e-16"), 1, data)
+    made.install(pool, f"gs://{code}")
+    return made
 
 
 def test_scripts_pass_shellcheck(vm):
@@ -280,3 +291,50 @@ def test_the_image_copies_files_that_exist_and_installs_extras_that_exist():
     project = tomllib.loads((engine.REPO / "pyproject.toml").read_text())["project"]
     assert {"tpu", "cuda", "gcp"} <= set(project["optional-dependencies"])
     assert f"ENTRYPOINT {json.dumps(['prime-jax'])}" in lines
+
+
+REAL = """#!/usr/bin/env bash
+cd "$HERE/home/code"
+exec {python} -m prime_jax.cli "$@"
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_install_the_archive_and_train_as_one(markov_data, tmp_path):
+    """All but the tools is real: code from the archive, data from the bucket, a gang of two."""
+    root, where = tmp_path / "sweep", slices.parse("v5e-16")
+    data = tmp_path / "disk" / "markov"
+    shutil.copytree(markov_data, data)
+    fake_trainer.planned_on(root, data, where.name)
+    shutil.move(data, tmp_path / "buckets/bucket/data/markov")
+    sweep = engine.sweep_at(root, 1, where)
+    code = archive.publish(sweep.root, archive.pack())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = []
+    for index in range(2):
+        host = Vm(tmp_path / f"host{index}", tmp_path / "buckets")
+        (host.path / "tools/worker").write_text(REAL.format(python=sys.executable))
+        host.install(sweep.pools()[0], code)
+        text = host.script.replace("PORT=8476", f"PORT={port}")
+        (host.path / "startup.sh").write_text(text)
+        hosts.append(host)
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
+    machines = [
+        host.boot("", index=index, hosts=2, network="127.0.0.1", **environment)
+        for index, host in enumerate(hosts)
+    ]
+    try:
+        codes = [machine.wait(timeout=300) for machine in machines]
+    finally:
+        for host, machine in zip(hosts, machines, strict=True):
+            machine.kill()
+            host.halt()
+    logs = [(host.path / "home/startup.log").read_text() for host in hosts]
+    assert codes == [0, 0], logs
+    (run,) = state.list_runs(root)
+    assert (run.state, run.k) == ("done", 1), logs
+    assert all("all 2 are here" in log for log in logs)
+    assert (root / "launch" / "prime-x-v5e-16-abcd.idle").exists()
+    assert "all 2 are here" in (root / "logs/prime-x-v5e-16-abcd/host-1.log").read_text()

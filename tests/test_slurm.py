@@ -9,19 +9,11 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
+from fake_trainer import planned_on
 
 from prime_jax import checkpoint
-from prime_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-)
 from prime_jax.launch import engine
-from prime_jax.sweep import grid, plan, state
+from prime_jax.sweep import state
 
 pytestmark = pytest.mark.slurm
 ALONE, GANG = "h100-1", "2xh100-1"
@@ -41,32 +33,6 @@ def slurm(tmp_path_factory):
             }
     except slurm_cluster.Unavailable as reason:
         pytest.skip(f"no Slurm: {reason}")
-
-
-def planned(root: Path, data: Path, slice: str, budgets: tuple[float, ...]) -> list[str]:
-    """Add runs for a slice to the sweep; their ids."""
-    base = RunConfig(
-        model=ModelConfig(vocab_size=16, layers=1, width=32, heads=2),
-        data=DataConfig(path=str(data), seq_len=16),
-        optim=OptimConfig(warmup_steps=3),
-        eval=EvalConfig(examples=16, replicates=2, batch_size=16, estimators=("subtoken",)),
-        checkpoint=CheckpointConfig(every=100, keep=10),
-        log=LogConfig(every=1),
-    )
-    made = grid.Sweep(
-        name=f"on {slice}",
-        base=base,
-        families={"prime": {"subtokens.length": 4}},
-        budgets=budgets,
-        sizes=((1, 32, 2),),
-        batch="fixed:8",
-        lr="fixed:1e-3",
-    )
-    experiment = grid.Experiment(made.name, tuple(grid.rows(made)), "0" * 64, epochs_limit=1e9)
-    datasets = plan.load_datasets(experiment, required=True)
-    listed = plan.candidates(experiment, datasets)
-    plan.write(root, experiment, listed, slice)
-    return [candidate.id for candidate in listed if not candidate.drop]
 
 
 def prime_jax(environment: dict[str, str], *words: object) -> str:
@@ -93,8 +59,8 @@ def until(true, what: str, root: Path, seconds: float = 240) -> None:
 
 def test_two_pools_one_of_them_a_gang_that_is_preempted(slurm, markov_data, tmp_path):
     root = tmp_path / "sweep"
-    short = planned(root, markov_data, ALONE, (2e8, 4e8))
-    (long,) = planned(root, markov_data, GANG, (3e9,))
+    short = planned_on(root, markov_data, ALONE, (2e8, 4e8))
+    (long,) = planned_on(root, markov_data, GANG, (3e9,))
     prices = engine.REPO / "docs" / "prices.toml"
     options = ("--on", "slurm", "--yes", "--time", 30, "--tasks", 4, "--prices", prices)
     text = prime_jax(slurm, "up", root, *options)
@@ -128,7 +94,7 @@ def test_two_pools_one_of_them_a_gang_that_is_preempted(slurm, markov_data, tmp_
 def test_a_sweep_moves_from_slurm_to_this_machine(slurm, markov_data, tmp_path):
     moved, stayed = tmp_path / "moved", tmp_path / "stayed"
     for root in (moved, stayed):
-        runs = planned(root, markov_data, ALONE, (2e8, 4e8, 6e9))
+        runs = planned_on(root, markov_data, ALONE, (2e8, 4e8, 6e9))
     prime_jax(slurm, "up", moved, "--on", "slurm", "--yes", "--time", 30, "--tasks", 1)
     (longest,) = [run.id for run in state.list_runs(moved) if run.spec["budget"] == 6e9]
     until(lambda: steps(moved / "runs" / longest / "1")[-1:] > [100], "it trains", moved)
@@ -146,7 +112,7 @@ def test_a_sweep_moves_from_slurm_to_this_machine(slurm, markov_data, tmp_path):
 def test_down_cancels_this_sweeps_jobs_and_no_others(slurm, markov_data, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     for root in (one, other):
-        planned(root, markov_data, ALONE, (2e8,))
+        planned_on(root, markov_data, ALONE, (2e8,))
         wait = ("--sbatch", "begin=now+1hour")
         prime_jax(slurm, "up", root, "--on", "slurm", "--yes", *wait)
     assert len(queue(slurm)) == 2
@@ -158,7 +124,7 @@ def test_down_cancels_this_sweeps_jobs_and_no_others(slurm, markov_data, tmp_pat
 
 
 def test_slurms_refusal_in_its_own_words(slurm, markov_data, tmp_path):
-    planned(tmp_path / "sweep", markov_data, ALONE, (2e8,))
+    planned_on(tmp_path / "sweep", markov_data, ALONE, (2e8,))
     words = f"sweep up {tmp_path}/sweep --on slurm --yes --partition nowhere".split()
     command = [sys.executable, "-m", "prime_jax.cli", *words]
     done = subprocess.run(command, env=slurm, capture_output=True, text=True)
