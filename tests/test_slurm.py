@@ -60,7 +60,7 @@ def until(true, what: str, root: Path, seconds: float = 240) -> None:
 def test_two_pools_one_of_them_a_gang_that_is_preempted(slurm, markov_data, tmp_path):
     root = tmp_path / "sweep"
     short = planned_on(root, markov_data, ALONE, (2e8, 4e8))
-    (long,) = planned_on(root, markov_data, GANG, (3e9,))
+    (long,) = planned_on(root, markov_data, GANG, (3e10,))
     prices = engine.REPO / "docs" / "prices.toml"
     options = ("--on", "slurm", "--yes", "--time", 30, "--tasks", 4, "--prices", prices)
     text = prime_jax(slurm, "up", root, *options)
@@ -84,7 +84,7 @@ def test_two_pools_one_of_them_a_gang_that_is_preempted(slurm, markov_data, tmp_
     assert gang.k == 2
     saved = checkpoint.steps(first / "checkpoints")[-1]
     assert saved == steps(first)[-1], "saved where it was stopped"
-    assert stopped_at(root) == [saved, saved], "both processes at one step"
+    assert stopped_at(first) == [saved, saved], "both processes at one step"
     second = steps(root / "runs" / long / "2")
     assert second[0] == saved + 1, "and goes on from there"
     assert second[-1] == gang.spec["config"]["steps"]
@@ -140,7 +140,7 @@ def steps(attempt: Path) -> list[int]:
     return [int(n) for n in re.findall(r'"step": (\d+), "(?!eval)', path.read_text())]
 
 
-def stopped_at(root: Path) -> list[int]:
-    """The step at which each process of a preempted gang says that it saved."""
-    texts = [path.read_text() for path in (root / "logs/slurm").glob("*.out")]
-    return sorted(int(n) for text in texts for n in re.findall(r"preempted.* step (\d+)", text))
+def stopped_at(attempt: Path) -> list[int]:
+    """The step at which each process of the gang says that it saved."""
+    texts = [path.read_text() for path in attempt.glob("log.*.txt")]
+    return [int(n) for text in texts for n in re.findall(r"saved step (\d+)", text)]
