@@ -12,8 +12,9 @@ from rich.console import Console
 
 from prime_jax.errors import UserError
 from prime_jax.sweep import state, status
+from prime_jax.sweep.screen import Screen
 from prime_jax.sweep.state import Run
-from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, Screen, share, signals
+from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, share, signals
 
 POLL = 0.5
 RESTARTS = 3  # of one worker that is killed
