@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from prime_jax.errors import UserError
-from prime_jax.launch import archive
+from prime_jax.launch import archive, engine
 
 
 @pytest.fixture
@@ -62,8 +62,9 @@ def test_a_deleted_tracked_file_is_no_error(checkout):
 
 def test_it_is_written_once(checkout, tmp_path):
     packed = archive.pack(checkout)
-    url = archive.publish(str(tmp_path / "root"), packed)
-    assert archive.publish(str(tmp_path / "root"), packed) == url
+    sweep = engine.sweep_at(tmp_path / "root")
+    url = archive.publish(sweep, packed)
+    assert archive.publish(sweep, packed) == url
     with open(url, "rb") as file:
         assert file.read() == packed.data
 
@@ -73,5 +74,5 @@ def test_what_cannot_be(checkout, tmp_path):
         archive.pack(tmp_path)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        archive.publish(str(blocked), archive.pack(checkout))
+    with pytest.raises(UserError, match="cannot"):
+        archive.publish(engine.sweep_at(blocked), archive.pack(checkout))

@@ -76,10 +76,11 @@ def test_a_page_shows_what_is_rendered(name, texts):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_commands_on_a_page_exist(name):
-    """Every prime-jax line of a page parses, up to shell variables."""
-    from prime_jax import cli
+def test_commands_on_a_page_exist(name, monkeypatch):
+    """Every prime-jax line of a page parses."""
+    from prime_jax import cli, storage
 
+    monkeypatch.setattr(storage, "_filesystem", lambda protocol: None)  # no client of gs://
     text = (DOCS / name).read_text().replace("\\\n", " ")
     blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     lines = [

@@ -308,7 +308,7 @@ def test_two_hosts_install_the_archive_and_train_as_one(markov_data, tmp_path):
     fake_trainer.planned_on(root, data, where.name)
     shutil.move(data, tmp_path / "buckets/bucket/data/markov")
     sweep = engine.sweep_at(root, 1, where)
-    code = archive.publish(sweep.root, archive.pack())
+    code = archive.publish(sweep, archive.pack())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,8 +3,6 @@ from dataclasses import replace
 
 import fake_trainer
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.registry import _registry
 from rich.console import Console
 
 from prime_jax import slices
@@ -24,32 +22,13 @@ OPTIONS = Options(project="p", zone="us-west4-a", spot=True, data="gs://bucket/d
 V5E = slices.parse("v5e-16")
 
 
-class Bucket(MemoryFileSystem):
-    """gs:// in this process's memory."""
-
-    protocol = ("gs",)
-    store, pseudo_dirs = {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").strip("/")
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    monkeypatch.setitem(_registry, "gs", Bucket)
-    Bucket.store.clear()
-    Bucket.clear_instance_cache()
-    return Bucket()
-
-
 @pytest.fixture(scope="module")
 def packed():
     return archive.pack()
 
 
 @pytest.fixture
-def cloud(bucket, monkeypatch, packed):
+def cloud(monkeypatch, packed):
     fake = fake_tpu.FakeTpu()
     monkeypatch.setattr(tpu.archive, "pack", lambda: packed)
     with fake_tpu.serve(fake) as client:
@@ -59,7 +38,7 @@ def cloud(bucket, monkeypatch, packed):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Eight runs, at most three machines."""
+    """Eight runs, at most three machines; their files stay in a local folder."""
     fake_trainer.planned(tmp_path / "sweep")
     return engine.Sweep("gs://bucket/sweep", tmp_path / "sweep", 3, V5E)
 
@@ -92,11 +71,11 @@ def down(sweep) -> str:
     return console.export_text()
 
 
-def test_up_makes_what_is_missing_and_says_what_it_costs(cloud, sweep, bucket, packed):
+def test_up_makes_what_is_missing_and_says_what_it_costs(cloud, sweep, packed):
     text = up(sweep)
     assert len(cloud.resources) == 3
     assert "72.00 USD per hour" in text  # 3 machines of 16 chips
-    assert bucket.cat_file(f"/bucket/sweep/launch/{packed.name}") == packed.data
+    assert (sweep.notes / packed.name).read_bytes() == packed.data
     for full, one in cloud.resources.items():
         name = full.rpartition("/")[2]
         assert name.startswith(f"{sweep.name}-v5e-16-")
@@ -153,12 +132,12 @@ def test_what_failed_is_shown_in_the_clouds_words_and_replaced(cloud, sweep):
     assert len(cloud.states()) == 3
 
 
-def test_an_idle_machine_is_deleted_and_a_working_one_is_not(cloud, sweep, bucket):
+def test_an_idle_machine_is_deleted_and_a_working_one_is_not(cloud, sweep):
     up(sweep)
     cloud.settle()
     finish(sweep, leave=1)
     idle, *working = sorted(cloud.states())
-    bucket.pipe_file(f"/bucket/sweep/launch/{idle}.idle", b"exit code 0\n")
+    (sweep.notes / f"{idle}.idle").write_text("exit code 0\n")
     up(sweep)
     assert sorted(cloud.states()) == working, "the other one leaves by itself"
 
@@ -170,11 +149,11 @@ def test_machines_that_still_wait_go_when_there_is_nothing_for_them(cloud, sweep
     assert cloud.states() == {}
 
 
-def test_machines_that_cannot_work_stop_the_making_of_more(cloud, sweep, bucket):
+def test_machines_that_cannot_work_stop_the_making_of_more(cloud, sweep):
     up(sweep)
     cloud.settle()
     broken = min(cloud.states())
-    bucket.pipe_file(f"/bucket/sweep/launch/{broken}.failed", b"host 0: installing failed\n")
+    (sweep.notes / f"{broken}.failed").write_text("host 0: installing failed\n")
     with pytest.raises(UserError, match=r"host 0: installing failed.*--again"):
         up(sweep)
     assert broken not in cloud.states(), "it costs and does nothing"
@@ -235,7 +214,7 @@ def test_refusals_in_the_clouds_own_words(cloud, sweep, method, code, words):
     assert "\n" not in str(caught.value)
 
 
-def test_no_credentials(sweep, bucket, monkeypatch, tmp_path):
+def test_no_credentials(sweep, monkeypatch, tmp_path):
     for name in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
         monkeypatch.setenv(name, str(tmp_path / "nowhere"))
     monkeypatch.setenv("NO_GCE_CHECK", "True")  # no look for a metadata server

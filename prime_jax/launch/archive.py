@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from prime_jax import storage
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import REPO
+from prime_jax.launch.engine import REPO, Sweep
 
 LARGEST = 1_000_000  # bytes of an untracked file
 KEYS = (".env*", "*.pem", "*.key", "*.p12", "id_*", "*credential*", "*secret*", "*token*.json")
@@ -72,28 +73,20 @@ def pack(repo: Path = REPO) -> Archive:
     return Archive(data, name, files, tuple(f"{n} ({r})" for n, r in sorted(refused.items())))
 
 
-def publish(root: str, archive: Archive) -> str:
+def publish(sweep: Sweep, archive: Archive) -> str:
     """Put the archive into the sweep unless it is there; its address.
 
     Raises:
         UserError: ROOT cannot be written to.
     """
-    import fsspec
-
-    url = address(root, archive)
-    try:
-        store, path = fsspec.core.url_to_fs(url)
-        if not store.exists(path):
-            store.makedirs(path.rpartition("/")[0], exist_ok=True)
-            store.pipe_file(path, archive.data)
-    except Exception as error:  # each store has its own exceptions
-        words = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"cannot write {url}: {words[0]}") from error
-    return url
+    storage.make_folder(sweep.notes)
+    if not storage.exists(sweep.notes / archive.name):
+        storage.write(sweep.notes / archive.name, archive.data)
+    return address(sweep, archive)
 
 
-def address(root: str, archive: Archive) -> str:
-    return f"{root}/launch/{archive.name}"
+def address(sweep: Sweep, archive: Archive) -> str:
+    return f"{sweep.root}/launch/{archive.name}"
 
 
 def _refuse(path: Path) -> str:

@@ -48,6 +48,11 @@ class Sweep:
         """Beginning of the names of everything that engines make for this sweep."""
         return f"prime-{hashlib.sha256(self.root.encode()).hexdigest()[:6]}"
 
+    @property
+    def notes(self) -> Any:
+        """Where engines and their machines leave files."""
+        return self.source / "launch"
+
     def on_object_store(self) -> bool:
         return "://" in self.root
 

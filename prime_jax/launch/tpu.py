@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prime_jax import storage
 from prime_jax.errors import UserError
 from prime_jax.launch import archive
 from prime_jax.launch.engine import Desk, Pool, Sweep, needs
@@ -45,7 +46,7 @@ class Machine:
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:
     """The request and the start-up script of one machine of each pool."""
-    code, out = archive.address(sweep.root, archive.pack()), {}
+    code, out = archive.address(sweep, archive.pack()), {}
     for pool in filter(lambda pool: pool.runs, sweep.pools()):
         made = request(pool, options, f"{pool.name}-0000", code)
         metadata = made["tpu"]["node_spec"][0]["node"]["metadata"]
@@ -70,7 +71,7 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
         try:
             busy = reconcile(sweep, replace(options, again=False), calm)
         except UserError as error:
-            if not _transient(error.__cause__):
+            if not (isinstance(error, storage.Unreachable) or _transient(error.__cause__)):
                 raise
             desk.say(f"{error}; trying again", "yellow")
     return 0
@@ -79,7 +80,7 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
 def reconcile(sweep: Sweep, options: Options, desk: Desk) -> bool:
     """One pass; whether there is something to come back for."""
     parent, packed, pools = parent_of(options), archive.pack(), sweep.pools()
-    code = archive.address(sweep.root, packed)
+    code = archive.address(sweep, packed)
     for pool in pools:  # all mistakes before anything is made
         request(pool, options, f"{pool.name}-0000", code)
     marks = Marks.read(sweep)
@@ -95,10 +96,10 @@ def reconcile(sweep: Sweep, options: Options, desk: Desk) -> bool:
         elif not desk.agree([packed.summary(), *lines], "go ahead?"):
             return False
         _delete(cloud, parent, [machine.name for _, gone, _ in todo for machine in gone], desk)
-        if options.again:
-            marks.forget_failures()
+        for name in marks.failed if options.again else ():
+            storage.remove(sweep.notes / f"{name}.failed")
         if any(new for _, _, new in todo):
-            archive.publish(sweep.root, packed)
+            archive.publish(sweep, packed)
         for pool, _, new in todo:
             for _ in range(new):
                 desk.say(f"requested {_create(cloud, parent, pool, options, code)}")
@@ -150,39 +151,25 @@ def _counts(pool: Pool, machines: Sequence[Machine]) -> str:
     return f"{pool.name}: {pool.runs} runs, {', '.join(states) or 'no machines'}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Marks:
-    """What machines left in ROOT/launch when their worker ended: NAME.idle or NAME.failed."""
+    """What machines left in ROOT/launch when their worker ended: NAME.idle or NAME.failed.
+
+    Attributes:
+        idle: their names.
+        failed: what each said, by name.
+    """
 
     idle: frozenset[str] = frozenset()
-    failed: dict[str, str] = field(default_factory=dict)  # what each said
-    store: Any = None
-    folder: str = ""
+    failed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, sweep: Sweep) -> "Marks":
-        import fsspec
-
-        try:
-            store, folder = fsspec.core.url_to_fs(f"{sweep.root}/launch")
-            store.invalidate_cache()
-            paths = store.ls(folder, detail=False) if store.exists(folder) else []
-            names = [path.rpartition("/")[2] for path in paths]
-            failed = {
-                name.removesuffix(".failed"): store.cat_file(f"{folder}/{name}").decode().strip()
-                for name in names
-                if name.endswith(".failed")
-            }
-        except Exception as error:  # each store has its own exceptions
-            words = str(error).splitlines() or [type(error).__name__]
-            raise UserError(f"cannot read {sweep.root}/launch: {words[0]}") from error
+        names = storage.names(sweep.notes)
+        failed = [name.removesuffix(".failed") for name in names if name.endswith(".failed")]
+        said = {name: storage.read(sweep.notes / f"{name}.failed").decode() for name in failed}
         idle = frozenset(name.removesuffix(".idle") for name in names if name.endswith(".idle"))
-        return cls(idle, failed, store, folder)
-
-    def forget_failures(self) -> None:
-        for name in self.failed:
-            self.store.rm_file(f"{self.folder}/{name}.failed")
-        self.failed = {}
+        return cls(idle, {name: text.strip() for name, text in said.items()})
 
 
 def client() -> Any:
@@ -249,9 +236,11 @@ def _delete(cloud: Any, parent: str, names: Sequence[str], desk: Desk) -> None:
     for name in names:
         whole = {"name": f"{parent}/queuedResources/{name}", "force": True}
         with contextlib.suppress(NotFound):  # it deleted itself, or another `up` was faster
-            begun.append((name, cloud.delete_queued_resource(request=whole)))
+            begun.append(cloud.delete_queued_resource(request=whole))
             desk.say(f"deleting {name}")
-    for _, operation in begun:
+    if begun:
+        desk.say("waiting until they are gone: they hold quota")
+    for operation in begun:
         with contextlib.suppress(NotFound):
             operation.result(timeout=WAIT)
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_jax import storage
 from prime_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every command on RUNS_OR_CSV takes."""
-    parser.add_argument("runs", type=Path, metavar="RUNS_OR_CSV")
+    parser.add_argument("runs", type=storage.path, metavar="RUNS_OR_CSV")
     parser.add_argument(
         "--metric",
         default="best-valid",
@@ -136,7 +137,9 @@ def _templates(source: Path) -> dict[str, Any]:
 
 
 def default_out(source: Path) -> Path:
-    """RUNS/fit for a sweep; beside a CSV, its name and `-fit`."""
+    """RUNS/fit for a sweep; beside a CSV, or here for a bucket, its name and `-fit`."""
+    if storage.is_remote(source):
+        return Path(f"{source.stem}-fit")
     return source / "fit" if source.is_dir() else source.with_name(f"{source.stem}-fit")
 
 

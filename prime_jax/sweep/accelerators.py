@@ -22,7 +22,9 @@ def shares(
         return [{}] * workers
     if gpus := _gpus(environment, system):
         if workers > len(gpus):
-            raise UserError(f"{workers} workers, but {len(gpus)} GPUs: each worker needs its own (or JAX_PLATFORMS=cpu)")
+            raise UserError(
+                f"{workers} workers, but {len(gpus)} GPUs: each worker needs its own (or JAX_PLATFORMS=cpu)"
+            )
         return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i::workers])} for i in range(workers)]
     if chips := _chips(system):
         if workers not in (1, chips):

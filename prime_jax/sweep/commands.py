@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from prime_jax import commands as commands_of_train
+from prime_jax import storage
 from prime_jax.launch import commands as commands_of_launch
 
-ROOT = "the directory that holds the whole sweep"
+ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s3://BUCKET/..."
 WIDTH = 110  # that a plan needs at least; narrower terminals wrap its lines
 
 
@@ -38,7 +39,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="A running worker leaves the run at its next beat (within 30 seconds) and "
         "takes the next one. `retry` opens the run again.",
     )
-    commands_of_launch.register(commands, {"type": Path, "help": ROOT})
+    commands_of_launch.register(commands, {"type": storage.path, "help": ROOT})
 
 
 def _plan(commands: argparse._SubParsersAction) -> None:
@@ -55,7 +56,7 @@ def _plan(commands: argparse._SubParsersAction) -> None:
         help="a Python file with sweep(), or a JSON list of rows",
     )
     parser.add_argument(
-        "root", type=Path, metavar="ROOT", nargs="?", help=f"{ROOT}; left out: only print"
+        "root", type=storage.path, metavar="ROOT", nargs="?", help=f"{ROOT}; left out: only print"
     )
     parser.add_argument(
         "--flops-per-second",
@@ -82,7 +83,7 @@ def _run(commands: argparse._SubParsersAction) -> None:
         description="Trains the open runs, largest first. Ctrl-C saves and stops; the same "
         "command continues. Exit code: 0 all done, 1 runs failed, 85 interrupted.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument(
         "--workers",
         type=int,
@@ -100,7 +101,7 @@ def _work(commands: argparse._SubParsersAction) -> None:
         description="Claims the largest open run, trains it, publishes its result, and so on. "
         "Any number of workers may share ROOT. Exit code: 0 nothing left, 1 runs failed, 85 interrupted.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument(
         "--slice",
         default="",
@@ -123,7 +124,7 @@ def _status(commands: argparse._SubParsersAction) -> None:
         help="where every run stands, and why some failed",
         description="Counts, then one line per run: id, budget C, size N, family, seed, state, progress.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(run=show_status)
 
@@ -135,16 +136,21 @@ def _collect(commands: argparse._SubParsersAction) -> None:
         description="Writes the table that `prime-jax fit` reads. Runs without a result are rows "
         "with a status and a reason.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument(
-        "-o", "--out", type=Path, default=Path("runs.csv"), metavar="FILE", help="default runs.csv"
+        "-o",
+        "--out",
+        type=storage.path,
+        default=Path("runs.csv"),
+        metavar="FILE",
+        help="default runs.csv",
     )
     parser.set_defaults(run=collect)
 
 
 def _by_hand(commands: argparse._SubParsersAction, name: str, **texts: str) -> None:
     parser = commands.add_parser(name, **texts)
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument("ids", nargs="+", metavar="ID", help="ids of runs, or their beginnings")
     parser.set_defaults(run=by_hand, action=name)
 

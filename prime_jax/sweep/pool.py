@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from prime_jax import storage
 from prime_jax.errors import UserError
 from prime_jax.sweep import accelerators, state, status
+from prime_jax.sweep.screen import Screen
 from prime_jax.sweep.state import Run
-from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, Screen, share, signals
+from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, share, signals
 
 POLL = 0.5
 RESTARTS = 3  # of one worker that is killed
@@ -93,9 +96,13 @@ def supervise(
 
 def _start(root: Path, workers: int, command: Sequence[str]) -> list[Member]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    logs, mine = root / "logs", accelerators.shares(workers)
+    mine = accelerators.shares(workers)
     try:
-        logs.mkdir(exist_ok=True)
+        if storage.is_remote(root):
+            logs = Path(tempfile.mkdtemp(prefix="prime_jax-"))
+        else:
+            logs = root / "logs"
+            logs.mkdir(exist_ok=True)
         return [
             Member(
                 command, set(cores[i::workers] or cores), logs / f"worker-{i}.log", mine[i]

@@ -1,34 +1,37 @@
-"""The state of a sweep, derived from flat files in ROOT/state (launch.md section 1).
+"""The state of a sweep, derived from flat files in ROOT/state, a folder or a bucket.
 
 The one primitive is exclusive creation. Attempt k of a run belongs to whoever creates
 `<id>.<k>.claim`; taking over, `kill` and `retry` all create attempt k+1, which the owner of
 attempt k sees at its next beat. Nothing is ever rewritten but a beat, by its owner.
 """
 
-import contextlib
-import json
 import os
 import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from prime_jax import storage
 from prime_jax.errors import UserError
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.records import as_json, parse_json, read_json, write_json_atomic
+from prime_jax.storage import Path
 
 SCHEMA = 1
 FAILURES = 3  # a run that failed so often waits for `retry`
 INTERRUPTIONS = 100  # the same for preempted or lost attempts
 BACKOFF = 30.0  # seconds after the first failure, doubled with each further one
+GONE = ("preempted", "lost", "stalled")  # another worker may continue these at once
 NAME = re.compile(r"([0-9a-f]+)\.(?:(\d+)\.)?(spec|claim|beat|end|result)")
 
 
 @dataclass(frozen=True)
 class Attempt:
+    """Attempt k; `claim` and `beat` are empty (None) where nobody needs them: see `_wanted`."""
+
     k: int
     claim: dict[str, Any]
     beat: dict[str, Any] | None
@@ -40,7 +43,7 @@ class Run:
     """One run as its files tell it.
 
     Attributes:
-        state: pending, running, lost, failed, preempted, killed or done.
+        state: pending, running, stalled, lost, failed, preempted, killed or done.
         certain: a running owner was seen alive, by its process or by a beat that changed.
         ended_for: seconds since this reader first saw the newest attempt's end, on its own clock.
     """
@@ -83,10 +86,8 @@ class Run:
 
     @property
     def interruptions(self) -> int:
-        """Attempts since the last `retry` that were preempted or lost."""
-        ended = [
-            a for a in self._since_reset if a.k < self.k or self.state in ("lost", "preempted")
-        ]
+        """Attempts since the last `retry` that were preempted, lost or stalled."""
+        ended = [a for a in self._since_reset if a.k < self.k or self.state in GONE]
         return sum(1 for a in ended if a.end is None or a.end["state"] == "preempted")
 
     def opens_in(self, *, backoff: float = BACKOFF) -> float | None:
@@ -97,7 +98,7 @@ class Run:
         """
         if self.state == "pending":
             return 0.0
-        if self.state in ("lost", "preempted"):
+        if self.state in GONE:
             return 0.0 if self.interruptions < INTERRUPTIONS else None
         if self.state != "failed" or self.failures >= FAILURES:
             return None
@@ -108,10 +109,18 @@ class Run:
 
 @dataclass
 class Watch:
-    """The memory of one reader: how long each beat has stayed the same, on its own clock."""
+    """The memory of one reader: how long each beat has stayed the same, on its own clock.
+
+    Attributes:
+        timeout: seconds after which an unchanged beat means that the owner is lost.
+        stall: the same for an owner whose beat lives, but whose training makes no step.
+        kept: contents of the files that never change, by name.
+    """
 
     timeout: float = 300.0
+    stall: float = 1800.0
     clock: Callable[[], float] = time.monotonic
+    kept: dict[str, Any] = field(default_factory=dict)
     _seen: dict[tuple[str, int], tuple[Any, float]] = field(default_factory=dict)
     _moved: set[tuple[str, int]] = field(default_factory=set)
     _ended: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -121,7 +130,7 @@ class Watch:
         return now - self._ended.setdefault((run, attempt.k), now)
 
     def judge(self, run: str, attempt: Attempt) -> tuple[str, bool]:
-        """State of an attempt that has not ended (running or lost), and whether that is certain."""
+        """State of an attempt that has not ended, and whether that is certain."""
         alive = process_alive(attempt.claim)
         if alive is False:
             return "lost", True
@@ -132,6 +141,8 @@ class Watch:
             self._moved.add(key)
         if now - since > self.timeout:
             return "lost", True
+        if (attempt.beat or {}).get("quiet", 0.0) > self.stall:
+            return "stalled", True
         return "running", alive is True or key in self._moved
 
 
@@ -141,26 +152,12 @@ def create(path: Path, value: Any) -> bool:
     Raises:
         UserError: the place cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w") as file:
-            file.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return True
+    return storage.create(path, as_json(value))
 
 
 def check_root(root: Path) -> None:
     """Raises: UserError: `root` is not a sweep directory, or one of another version."""
-    if not (root / "sweep.json").is_file():
+    if not storage.exists(root / "sweep.json"):
         raise UserError(
             f"{root}: no sweep here; make one with: prime-jax sweep plan EXPERIMENT {root}"
         )
@@ -180,14 +177,38 @@ def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
         watch: the reader's memory; without one only a dead local process counts as lost.
     """
     watch = watch or Watch()
-    state = root / "state"
-    found: dict[str, dict[tuple[int, str], Path]] = {}
-    for name in os.listdir(state):
+    folder = root / "state"
+    found: dict[str, dict[tuple[int, str], str]] = {}
+    for name in storage.names(folder):
         if match := NAME.fullmatch(name):
             run, k, kind = match.groups()
-            found.setdefault(run, {})[int(k or 0), kind] = state / name
-    runs = [_run(i, files, watch) for i, files in found.items() if (0, "spec") in files]
+            found.setdefault(run, {})[int(k or 0), kind] = name
+    found = {run: files for run, files in found.items() if (0, "spec") in files}
+    wanted = [name for files in found.values() for name in _wanted(files, watch.kept)]
+    values = {}
+    for name, data in zip(wanted, storage.read_all(folder, wanted), strict=True):
+        value = parse_json(data, folder / name)
+        (values if name.endswith(".beat") else watch.kept)[name] = value
+    runs = [_run(i, files, ChainMap(values, watch.kept), watch) for i, files in found.items()]
     return sorted(runs, key=lambda run: (run.spec["flops"]["matmul"], run.id))
+
+
+def read_run(root: Path, run: str) -> Run:
+    """A run as its spec alone tells it, for those who are told the rest."""
+    return Run(run, read_json(root / "state" / f"{run}.spec"), (), None, "running", True)
+
+
+def _wanted(files: dict[tuple[int, str], str], kept: dict[str, Any]) -> list[str]:
+    """The files of one run that must be read: no beats once there is a result, and of claims only
+    the newest attempt's, whose owner may be alive."""
+    done, last = (0, "result") in files, max((k for k, _ in files), default=0)
+    return [
+        name
+        for (k, kind), name in files.items()
+        if name not in kept
+        and not (kind == "beat" and done)
+        and not (kind == "claim" and (done or k < last))
+    ]
 
 
 def open_runs(root: Path, slice: str = "", watch: Watch | None = None) -> list[Run]:
@@ -204,7 +225,8 @@ def open_runs(root: Path, slice: str = "", watch: Watch | None = None) -> list[R
 def claim(root: Path, run: str, k: int, by: str = "worker") -> bool:
     """Try to become the owner of attempt k."""
     return create(
-        root / "state" / f"{run}.{k}.claim", {**identity(), "by": by, "time": time.time()}
+        root / "state" / f"{run}.{k}.claim",
+        {**identity(), "by": by, "time": time.time(), "claim": uuid.uuid4().hex},
     )
 
 
@@ -214,7 +236,7 @@ def beat(root: Path, run: str, k: int, values: dict[str, Any]) -> None:
 
 def superseded(root: Path, run: str, k: int) -> bool:
     """Whether somebody has taken attempt k+1, so that the owner of k must stop."""
-    return (root / "state" / f"{run}.{k + 1}.claim").exists()
+    return storage.exists(root / "state" / f"{run}.{k + 1}.claim")
 
 
 def end(
@@ -282,7 +304,8 @@ def process_alive(claim: dict[str, Any]) -> bool | None:
 def _kernel() -> str | None:
     """Names this boot and this container's process numbers; None without Linux's /proc."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
@@ -291,7 +314,8 @@ def _kernel() -> str | None:
 def _started(pid: int) -> int | None:
     """Start time of a process in clock ticks after boot; None if it is gone or a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
@@ -306,15 +330,17 @@ def _close_next(root: Path, run: Run, how: str, reason: str) -> None:
     end(root, run.id, k, how, reason)
 
 
-def _run(name: str, files: dict[tuple[int, str], Path], watch: Watch) -> Run:
-    def read(k: int, kind: str) -> Any:
-        return read_json(files[k, kind]) if (k, kind) in files else None
+def _run(
+    name: str, files: dict[tuple[int, str], str], values: Mapping[str, Any], watch: Watch
+) -> Run:
+    def value(k: int, kind: str) -> Any:
+        return values.get(files.get((k, kind), ""))
 
     claims = sorted(k for k, kind in files if kind == "claim")
     attempts = tuple(
-        Attempt(k, *(read(k, kind) for kind in ("claim", "beat", "end"))) for k in claims
+        Attempt(k, value(k, "claim") or {}, value(k, "beat"), value(k, "end")) for k in claims
     )
-    result = read(0, "result")
+    result = value(0, "result")
     state, certain, ended_for = "pending", True, 0.0
     if result is not None:
         state = "done"
@@ -323,4 +349,4 @@ def _run(name: str, files: dict[tuple[int, str], Path], watch: Watch) -> Run:
         ended_for = watch.ended_for(name, attempts[-1])
     elif attempts:
         state, certain = watch.judge(name, attempts[-1])
-    return Run(name, read(0, "spec"), attempts, result, state, certain, ended_for)
+    return Run(name, value(0, "spec"), attempts, result, state, certain, ended_for)
