@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import fake_store
 import fake_trainer
 import pytest
 from rich.console import Console
@@ -353,3 +354,31 @@ def test_render_is_what_up_sends(cloud, sweep):
     expected = tpu_v2.QueuedResource(json.loads(text))
     sent = tpu_v2.QueuedResource({"tpu": sent.tpu, "spot": {}})
     assert tpu_v2.QueuedResource.to_dict(sent) == tpu_v2.QueuedResource.to_dict(expected)
+
+
+def test_from_the_command_line_with_the_sweep_in_a_bucket(cloud, packed, capsys):
+    from prime_jax import cli, storage
+
+    where = ["--project", "p", "--zone", "us-west4-a"]
+    with fake_store.bucket("gs") as bucket:
+        root = storage.path(bucket.url)
+        fake_trainer.planned(root)
+        up = ["sweep", "up", bucket.url, "--on", "tpu", "--slice", "v5e-16", "--workers", "2"]
+        up += [*where, "--data", "gs://bucket/data", "--yes"]
+        assert cli.main(up) == 0
+        assert "2 x v5e-16" in capsys.readouterr().out
+        assert storage.read(root / "launch" / packed.name) == packed.data
+        script = next(iter(cloud.resources.values())).tpu.node_spec[0].node.metadata
+        assert f"PRIME_ROOT={bucket.url}\n" in script["startup-script"]
+        storage.write(root / "launch" / f"{min(cloud.states())}.failed", b"no disk")
+        assert cli.main(up) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "no disk" in line
+        cloud.fail["list"] = (grpc.StatusCode.PERMISSION_DENIED, "you may not")
+        assert cli.main([*up, "--again"]) == 2
+        assert capsys.readouterr().err == "prime-jax: Cloud TPU: you may not\n"
+        bucket.store.denied = True
+        assert cli.main([*up, "--again"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert cli.main(["sweep", "down", bucket.url, "--on", "tpu", *where, "--yes"]) == 0
+    assert cloud.states() == {}
