@@ -55,10 +55,12 @@ def detect(environment: Mapping[str, str]) -> Gang | None:
             if name not in e:
                 raise UserError(f"JOBSET_NAME is set, but not {name}; render the job again")
         count, index, job = e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], e.get("JOB_INDEX", "0")
-        slices = int(e.get("PRIME_SLICES", "1"))
-        if slices > 1:  # each job of the set is a slice, all together one gang
-            index, job = str(int(job) * int(count) + int(index)), "0"
-            count = str(slices * int(count))
+        if e.get("PRIME_SLICES", "1") != "1":  # each job of the set is a slice, together one gang
+            try:
+                index, job = str(int(job) * int(count) + int(index)), "0"
+                count = str(int(e["PRIME_SLICES"]) * int(count))
+            except ValueError as error:
+                raise UserError(f"JobSet variables are not whole numbers: {error}") from error
         name = f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{job}-0"
         return _gang(f"{name}.{e['JOBSET_NAME']}:{PORT}", count, index, "JobSet")
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:

@@ -336,6 +336,12 @@ def test_slices_that_are_no_tpu_vms(cloud, sweep):
         up(replace(sweep, only=None))
 
 
+def test_finished_runs_without_a_slice_are_no_mistake(cloud, sweep):
+    finish(sweep, leave=0)
+    up(replace(sweep, only=None))
+    assert cloud.states() == {}
+
+
 def test_a_local_root_is_refused(cloud, sweep):
     with pytest.raises(UserError, match="gs://"):
         up(replace(sweep, root="/home/me/sweep"))

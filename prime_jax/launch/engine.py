@@ -78,6 +78,10 @@ class Sweep:
             for name, runs in sorted(groups.items())
         ]
 
+    def busy_pools(self) -> "list[Pool]":
+        """Those with something to do."""
+        return [pool for pool in self.pools() if pool.runs]
+
 
 def sweep_at(root: Any, workers: int = 1, only: Slice | None = None) -> Sweep:
     """The sweep at a path or URL.

@@ -49,8 +49,9 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
         raise UserError("--on k8s needs --image, e.g. REGION-docker.pkg.dev/PROJECT/REPO/prime_jax")
     if not sweep.on_object_store():
         raise UserError(f"{sweep.root}: pods cannot see it; ROOT must be gs://BUCKET/DIR")
-    pools = [pool for pool in sweep.pools() if pool.runs]
-    return {f"{pool.name}.yaml": "---\n".join(_jobsets(pool, options)) for pool in pools}
+    return {
+        f"{pool.name}.yaml": "---\n".join(_jobsets(pool, options)) for pool in sweep.busy_pools()
+    }
 
 
 def _jobsets(pool: Pool, options: Options) -> Iterator[str]:

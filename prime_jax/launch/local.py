@@ -18,8 +18,9 @@ class Options:
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:
     """The command that each worker is."""
-    pools = [pool for pool in sweep.pools() if pool.runs]
-    return {f"{pool.name}.txt": f"prime-jax {' '.join(pool.work())}\n" for pool in pools}
+    return {
+        f"{pool.name}.txt": f"prime-jax {' '.join(pool.work())}\n" for pool in sweep.busy_pools()
+    }
 
 
 def up(sweep: Sweep, options: Options, desk: Desk) -> int:

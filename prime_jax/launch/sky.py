@@ -27,7 +27,7 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
         raise UserError(
             f"{sweep.root}: machines elsewhere cannot see it; ROOT must be gs://BUCKET/DIR"
         )
-    return {f"{pool.name}.yaml": _task(pool, options) for pool in sweep.pools() if pool.runs}
+    return {f"{pool.name}.yaml": _task(pool, options) for pool in sweep.busy_pools()}
 
 
 def _task(pool: Pool, options: Options) -> str:

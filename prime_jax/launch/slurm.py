@@ -46,8 +46,7 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
         f"{pool.name}.sbatch": _executor(pool, options)._make_submission_file_text(
             shlex.join(_command(pool, options)), ""
         )
-        for pool in sweep.pools()
-        if pool.runs
+        for pool in sweep.busy_pools()
     }
 
 
@@ -60,7 +59,7 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
     if not shutil.which("sbatch"):
         raise UserError("no Slurm here: sbatch was not found; run this on a login node")
     there = {name for _, name, _ in _queue(sweep)}
-    pools = [pool for pool in sweep.pools() if pool.runs]
+    pools = sweep.busy_pools()
     new = [pool for pool in pools if pool.name not in there]
     for pool in pools:
         if pool.name in there:

@@ -47,7 +47,7 @@ class Machine:
 def render(sweep: Sweep, options: Options) -> dict[str, str]:
     """The request and the start-up script of one machine of each pool."""
     code, out = archive.address(sweep, archive.pack()), {}
-    for pool in filter(lambda pool: pool.runs, sweep.pools()):
+    for pool in sweep.busy_pools():
         made = request(pool, options, f"{pool.name}-0000", code)
         metadata = made["tpu"]["node_spec"][0]["node"]["metadata"]
         out[f"{pool.name}-startup.sh"] = metadata["startup-script"]
@@ -81,7 +81,7 @@ def reconcile(sweep: Sweep, options: Options, desk: Desk) -> bool:
     """One pass; whether there is something to come back for."""
     parent, packed, pools = parent_of(options), archive.pack(), sweep.pools()
     code = archive.address(sweep, packed)
-    for pool in pools:  # all mistakes before anything is made
+    for pool in sweep.busy_pools():  # all mistakes before anything is made
         request(pool, options, f"{pool.name}-0000", code)
     marks = Marks.read(sweep)
     stuck = bool(marks.failed) and not options.again
@@ -219,9 +219,9 @@ def _create(cloud: Any, parent: str, pool: Pool, options: Options, code: str) ->
     from google.api_core.exceptions import AlreadyExists
 
     while True:
-        name = f"{pool.name}-{secrets.token_hex(2)}"
+        name = f"{pool.name}-{secrets.token_hex(4)}"
         made = request(pool, options, name, code)
-        with contextlib.suppress(AlreadyExists):  # somebody else's `up` drew the same four digits
+        with contextlib.suppress(AlreadyExists):  # somebody else's `up` drew the same digits
             cloud.create_queued_resource(
                 parent=parent, queued_resource_id=name, queued_resource=made
             ).result(timeout=WAIT)
