@@ -174,7 +174,7 @@ def test_what_a_sky_task_runs_finds_its_gang(sweep, tmp_path):
 def test_sky_reads_its_task(sweep, tmp_path):
     skypilot = pytest.importorskip("sky", reason="pip install skypilot")
     for name in ("v5e-16", "v5p-128", "h100-8", "2xh100-8"):
-        (text,) = sky.render(on(sweep, name), sky.Options(spot=True)).values()
+        (text,) = sky.render(on(sweep, name), SKY).values()
         path = tmp_path / f"{name}.yaml"
         path.write_text(text.replace("workdir: .", f"workdir: {tmp_path}"))
         (resources,) = skypilot.Task.from_yaml(str(path)).resources
