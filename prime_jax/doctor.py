@@ -18,6 +18,7 @@ OPTIONAL = {  # package -> (what it is for, how to get it)
     "tokenizers": ("hf: tokenizers", "pip install 'prime_jax[tokenizers]'"),
     "tiktoken": ("tiktoken: tokenizers", "pip install 'prime_jax[tokenizers]'"),
     "gcsfs": ("gs:// paths", "pip install 'prime_jax[gcp]'"),
+    "s3fs": ("s3:// paths", "pip install 'prime_jax[s3]'"),
     "tensorboardX": ("--log.tensorboard", "pip install 'prime_jax[tensorboard]'"),
     "wandb": ("--log.wandb", "pip install 'prime_jax[wandb]'"),
 }

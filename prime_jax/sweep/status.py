@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from prime_jax.sweep.plan import PARAMS, human
 from prime_jax.sweep.state import Run
@@ -83,11 +82,15 @@ def failure(run: Run) -> str:
 
 
 def show(runs: Sequence[Run], console: Console, head: str) -> None:
-    console.print(escape(head), highlight=False, soft_wrap=True)
+    lines = [head]
     for run in runs:
-        console.print(escape(line(run)), highlight=False, soft_wrap=True)
+        lines.append(line(run))
         if run.state == "failed":
-            console.print(escape(failure(run)), style="red", highlight=False, soft_wrap=True)
+            console.out("\n".join(lines), highlight=False)
+            console.out(failure(run), style="red", highlight=False)
+            lines = []
+    if lines:
+        console.out("\n".join(lines), highlight=False)
 
 
 def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
