@@ -20,6 +20,7 @@ OPTIONAL = {  # package -> (what it is for, how to get it)
     "gcsfs": ("gs:// paths", "pip install 'prime_jax[gcp]'"),
     "google-cloud-tpu": ("sweep up --on tpu", "pip install 'prime_jax[gcp]'"),
     "submitit": ("sweep up --on slurm", "pip install 'prime_jax[slurm]'"),
+    "s3fs": ("s3:// paths", "pip install 'prime_jax[s3]'"),
     "tensorboardX": ("--log.tensorboard", "pip install 'prime_jax[tensorboard]'"),
     "wandb": ("--log.wandb", "pip install 'prime_jax[wandb]'"),
 }

@@ -1,6 +1,7 @@
 """`prime-jax fit`: from runs to numbers, figures and a report."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="FILE",
         help="training curves for approach 1 (a sweep has its own): a CSV with the columns run, step or tokens, loss, or a chart as W&B exports it; RUNS_OR_CSV has a row for each run",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, note="")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     choice = choice_of(args)
     data, logs = curves.read(args.runs, args.curves, args.metric)
+    if args.note:
+        data = dataclasses.replace(data, source=f"{data.source} ({args.note})")
     runs = points.select(data, choice)
     lines = curves.join(logs, data, runs, asked=bool(args.curves)) if logs else None
     settings = settings_of(args)

@@ -1,6 +1,7 @@
-"""`prime-jax sweep ...`: plan, run, work, status, collect, retry, kill."""
+"""`prime-jax sweep ...`: plan, run, work, status, report, logs, collect, retry, kill."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from prime_jax import commands as commands_of_train
@@ -24,6 +25,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     _run(commands)
     _work(commands)
     _status(commands)
+    _report(commands)
+    _logs(commands)
     _collect(commands)
     _by_hand(
         commands,
@@ -126,7 +129,43 @@ def _status(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="a table that renews itself until nothing is left to run; Ctrl-C leaves it",
+    )
+    parser.add_argument(
+        "--prices",
+        type=Path,
+        metavar="FILE",
+        help="your price list, like docs/prices.toml: says what the sweep has cost so far",
+    )
     parser.set_defaults(run=show_status)
+
+
+def _report(commands: argparse._SubParsersAction) -> None:
+    from prime_jax.scaling import commands as commands_of_fit
+
+    parser = commands.add_parser(
+        "report",
+        help="the fit's report; with --live from the runs that have finished so far",
+        description="Fits and writes the report as `prime-jax fit ROOT` does. With --live it uses "
+        "what has finished so far, and says of how many runs. Exit code: as `fit`.",
+    )
+    commands_of_fit.add_options(parser)
+    parser.add_argument("--live", action="store_true", help="do not wait for the last run")
+    parser.set_defaults(run=report, curves=None)
+
+
+def _logs(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "logs",
+        help="what the attempts at a run have said, host by host",
+        description="Prints the log of every attempt and host of one run, tracebacks included.",
+    )
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
+    parser.add_argument("id", metavar="ID", help="id of a run, or its beginning")
+    parser.set_defaults(run=show_logs)
 
 
 def _collect(commands: argparse._SubParsersAction) -> None:
@@ -217,14 +256,49 @@ def show_status(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from prime_jax.sweep import state, status
+    from prime_jax import costs
+    from prime_jax.sweep import live, state, status
 
     state.check_root(args.root)
+    prices = costs.load_prices(args.prices) if args.prices else None
+    if args.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            live.watch(args.root, Console(), prices)
+        return
     runs = state.list_runs(args.root)
     if args.json:
         print(json.dumps(status.as_dicts(runs), indent=2))
     else:
-        status.show(runs, Console())
+        status.show(runs, Console(), live.summary(runs, prices))
+
+
+def report(args: argparse.Namespace) -> int:
+    from prime_jax.errors import UserError
+    from prime_jax.scaling import commands as commands_of_fit
+    from prime_jax.sweep import state
+
+    state.check_root(args.runs)
+    runs = state.list_runs(args.runs)
+    done = sum(run.result is not None for run in runs)
+    if done < len(runs) and not args.live:
+        raise UserError(f"{args.runs}: {done} of {len(runs)} runs have finished; add --live")
+    args.note = f"live: {done} of {len(runs)} runs" if done < len(runs) else ""
+    return commands_of_fit.run(args)
+
+
+def show_logs(args: argparse.Namespace) -> None:
+    from prime_jax.sweep import state
+
+    state.check_root(args.root)
+    (run,) = state.select(state.list_runs(args.root), [args.id])
+    for attempt in run.attempts:
+        folder = args.root / "runs" / run.id / str(attempt.k)
+        logs = sorted(name for name in storage.names(folder) if name.startswith("log."))
+        how = f": {attempt.end['state']}, {attempt.end['reason']}" if attempt.end else ""
+        print(f"=== attempt {attempt.k}{how}")
+        for name in logs:
+            print(f"--- process {name.split('.')[1]}")
+            print(storage.read(folder / name).decode(errors="replace"), end="")
 
 
 def collect(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Several workers on this machine: started, watched, and replaced when one dies."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from prime_jax.sweep.state import Run
 from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, share, signals
 
 POLL = 0.5
+LOOK_REMOTE = 10.0  # seconds between listings of a bucket
 RESTARTS = 3  # of one worker that is killed
 COMMAND = (sys.executable, "-c", "from prime_jax.cli import main; raise SystemExit(main())")
 
@@ -50,7 +52,7 @@ class Member:
 
 
 def supervise(
-    root: Path,
+    root: storage.Path,
     workers: int,
     *,
     command: Sequence[str] = (),
@@ -74,12 +76,15 @@ def supervise(
     began, watch = time.monotonic(), state.Watch()
     command = command or (*COMMAND, "sweep", "work", str(root))
     told = {_event(run) for run in state.list_runs(root)}
-    results = []
+    results, look = [], 0.0
     with signals() as stopping, Screen.open(console or Console()) as screen:
         team = _start(root, workers, command)
         try:
             while _any_alive(team, stopping.is_set(), screen):
-                results += _news(root, watch, screen, told)
+                if time.monotonic() >= look:
+                    with contextlib.suppress(storage.Unreachable):
+                        results += _news(root, watch, screen, told)
+                    look = time.monotonic() + (LOOK_REMOTE if storage.is_remote(root) else 0.0)
                 if stopping.is_set():
                     _stop(team)
                 time.sleep(POLL)
@@ -94,15 +99,13 @@ def supervise(
         return _exit_code(root, team, stopping.is_set(), screen)
 
 
-def _start(root: Path, workers: int, command: Sequence[str]) -> list[Member]:
+def _start(root: storage.Path, workers: int, command: Sequence[str]) -> list[Member]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     mine = accelerators.shares(workers)
+    remote = storage.is_remote(root)  # each attempt's log is there; what else a worker prints, here
+    logs = Path(tempfile.mkdtemp(prefix="prime_jax-")) if remote else root / "logs"
     try:
-        if storage.is_remote(root):
-            logs = Path(tempfile.mkdtemp(prefix="prime_jax-"))
-        else:
-            logs = root / "logs"
-            logs.mkdir(exist_ok=True)
+        logs.mkdir(exist_ok=True)
         return [
             Member(
                 command, set(cores[i::workers] or cores), logs / f"worker-{i}.log", mine[i]
@@ -136,7 +139,7 @@ def _event(run: Run) -> tuple[str, int, str]:
     return run.id, run.k, run.state
 
 
-def _news(root: Path, watch: state.Watch, screen: Screen, told: set) -> list[Run]:
+def _news(root: storage.Path, watch: state.Watch, screen: Screen, told: set) -> list[Run]:
     """Show where the sweep stands; the runs that ended since the last look."""
     runs = state.list_runs(root, watch)
     screen.sweep(runs)
@@ -150,7 +153,7 @@ def _news(root: Path, watch: state.Watch, screen: Screen, told: set) -> list[Run
     return [run for run in ended if run.result]
 
 
-def _exit_code(root: Path, team: Sequence[Member], stopped: bool, screen: Screen) -> int:
+def _exit_code(root: storage.Path, team: Sequence[Member], stopped: bool, screen: Screen) -> int:
     if stopped:
         return PREEMPTED
     runs = state.list_runs(root)

@@ -5,6 +5,7 @@ The one primitive is exclusive creation. Attempt k of a run belongs to whoever c
 attempt k sees at its next beat. Nothing is ever rewritten but a beat, by its owner.
 """
 
+import functools
 import os
 import re
 import socket
@@ -301,6 +302,7 @@ def process_alive(claim: dict[str, Any]) -> bool | None:
     return claim["started"] is not None and _started(claim["pid"]) == claim["started"]
 
 
+@functools.cache
 def _kernel() -> str | None:
     """Names this boot and this container's process numbers; None without Linux's /proc."""
     try:
