@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install quickstart test test-slow test-tpu-compile lint format bench bound-demo clean
+.PHONY: install quickstart test test-slow test-slurm test-tpu-compile lint format bench bound-demo clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ test: install
 # The full matrices: minutes, not seconds.
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Sweeps on a real Slurm on this machine, from Debian's packages, which are not installed.
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm -rs
 
 # Compiles the kernels for TPUs that are not there. An environment of its own: where libtpu is
 # installed, every import of JAX looks for a TPU.

@@ -37,10 +37,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input ends in one line on stderr and exit code 2."""
     top = parser()
-    args, args.rest = top.parse_known_args(argv)
-    if args.rest and not getattr(args, "overridable", False):
-        top.error(f"no such option: {' '.join(args.rest)}")
     try:
+        args, args.rest = top.parse_known_args(argv)
+        if args.rest and not getattr(args, "overridable", False):
+            top.error(f"no such option: {' '.join(args.rest)}")
         return args.run(args) or 0
     except UserError as error:
         print(f"prime-jax: {error}", file=sys.stderr)

@@ -4,11 +4,13 @@ Every process runs the same command. Process 0 alone writes records; all of them
 together and stop at the same step.
 """
 
+import itertools
 import os
 import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prime_jax.errors import UserError
 
@@ -52,11 +54,15 @@ def detect(environment: Mapping[str, str]) -> Gang | None:
         for name in ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"):
             if name not in e:
                 raise UserError(f"JOBSET_NAME is set, but not {name}; render the job again")
-        job = (
-            f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{e.get('JOB_INDEX', 0)}"
-        )
-        host = f"{job}-0.{e['JOBSET_NAME']}:{PORT}"
-        return _gang(host, e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], "JobSet")
+        count, index, job = e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], e.get("JOB_INDEX", "0")
+        if e.get("PRIME_SLICES", "1") != "1":  # each job of the set is a slice, together one gang
+            try:
+                index, job = str(int(job) * int(count) + int(index)), "0"
+                count = str(int(e["PRIME_SLICES"]) * int(count))
+            except ValueError as error:
+                raise UserError(f"JobSet variables are not whole numbers: {error}") from error
+        name = f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{job}-0"
+        return _gang(f"{name}.{e['JOBSET_NAME']}:{PORT}", count, index, "JobSet")
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         host = first_host(environment["SLURM_STEP_NODELIST"])
         # Two steps of one job on one node would share a port that depends on the job alone.
@@ -95,15 +101,18 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def start(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> None:
+def start(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> Gang | None:
     """Meet the other processes of the gang, if there is one; to be called before any JAX work.
+
+    Returns:
+        The gang, None for a process on its own.
 
     Raises:
         UserError: not all came within 30 minutes.
     """
     gang = detect(environment)
     if gang is None:
-        return
+        return None
     import jax
 
     wait = int(environment.get("PRIME_WAIT_SECONDS", WAIT_SECONDS))
@@ -128,6 +137,14 @@ def start(say: Callable[[str], None], environment: Mapping[str, str] = os.enviro
             "same command and can reach the coordinator's port"
         ) from error
     say(f"process {gang.process}: all {gang.processes} are here")
+    return gang
+
+
+def is_alone() -> bool:
+    """Whether this run has one process."""
+    import jax
+
+    return jax.process_count() == 1
 
 
 def is_writer() -> bool:
@@ -146,6 +163,52 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+MESSAGE = 1 << 14  # bytes that `share` can carry
+
+
+def share(value: Any) -> Any:
+    """What process 0 passes, on every process; plain JSON values, a few thousand characters."""
+    import json
+
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    message = np.zeros(MESSAGE, np.uint8)
+    if jax.process_index() == 0:
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        message[: len(text)] = text
+    shared = np.asarray(multihost_utils.broadcast_one_to_all(message))
+    return json.loads(shared.tobytes().rstrip(b"\0"))
+
+
+def meet(name: str, seconds: float) -> bool:
+    """Whether all processes come here within `seconds`; needs no devices, unlike `barrier`."""
+    import jax
+    from jax._src.distributed import global_state
+
+    if jax.process_count() == 1:
+        return True
+    try:
+        global_state.client.wait_at_barrier(name, int(1000 * seconds))
+    except Exception:  # a time-out, or a peer that is gone: the client has no type of its own
+        return False
+    return True
+
+
+_calls = itertools.count(1)
+
+
+def notified() -> bool:
+    """Whether a process of the gang was told to stop; True on all of them at one and the same
+    call, which every process must make equally often."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_calls))
+
+
 class Notice:
     """Signals to stop, on which all processes act at the same point.
 
@@ -155,7 +218,6 @@ class Notice:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._calls = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Notice":
@@ -192,7 +254,4 @@ class Notice:
         """Whether to stop now; every process must call this equally often."""
         if self.alone:
             return self.number is not None
-        from jax.experimental import multihost_utils
-
-        self._calls += 1
-        return multihost_utils.reached_preemption_sync_point(self._calls)
+        return notified()

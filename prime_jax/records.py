@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from prime_jax import storage
 from prime_jax.errors import UserError
+from prime_jax.storage import Path
 
 SCHEMA = 1
 Kind = Literal["nll", "nelbo", "train_loss"]
@@ -56,13 +56,12 @@ def write_json_atomic(path: Path, value: Any) -> None:
     Raises:
         UserError: the place cannot be written to (missing rights, full disk).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    storage.write(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """Strict JSON, indented for people."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -71,9 +70,12 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is missing, unreadable or damaged.
     """
+    return parse_json(storage.read(path), path)
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """Raises: UserError: the content of `path` is damaged."""
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        return json.loads(data)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error

@@ -5,10 +5,10 @@ undamaged checkpoint, the data order and all randomness from (seed, step).
 """
 
 import dataclasses
+import io
 import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -26,6 +26,7 @@ from prime_jax import (
     optim,
     schedule,
     sharding,
+    storage,
 )
 from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
 from prime_jax.data import loader, manifest
@@ -34,6 +35,7 @@ from prime_jax.evaluate import likelihood
 from prime_jax.metrics import Clock, MetricsLog, NoLog, Pace, Profile
 from prime_jax.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
 from prime_jax.step import Metrics, Program, State, program
+from prime_jax.storage import Path
 
 BEAT_SECONDS = 1.0
 PHASES = ("train", "input", "compile", "eval", "checkpoint")
@@ -85,12 +87,9 @@ def prepare_directory(config: RunConfig, run_dir: Path) -> None:
     Raises:
         UserError: it cannot be made, or holds another run.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {run_dir}: {error.strerror}") from error
+    storage.make_folder(run_dir)
     existing = run_dir / "config.json"
-    if existing.exists():
+    if storage.exists(existing):
         other = run_id(from_dict(RunConfig, read_json(existing), str(existing)))
         if other != run_id(config):
             raise UserError(
@@ -115,7 +114,7 @@ class Run:
         self.data = manifest.load(config.data.path)
         manifest.check(self.data, config)
         self.config = fill_fingerprint(config, self.data)
-        self.run_dir, self.earlier = Path(run_dir), earlier
+        self.run_dir, self.earlier = storage.path(run_dir), earlier
         self.beat, self.say = beat, say
         self.id = run_id(self.config)
         self.program: Program = program(self.config, self.data.eos_id)
@@ -153,17 +152,24 @@ class Run:
             finally:
                 self.log.close()
         if distributed.is_writer():
-            write_json_atomic(self.run_dir / "result.json", result)
+            path = self.run_dir / "result.json"
+            storage.insist(lambda: write_json_atomic(path, result), self.say)
         return result
 
     def _prepare(self) -> dict[str, Any] | None:
         """The run directory: made by one process, then read by all."""
         if distributed.is_writer():
             prepare_directory(self.config, self.run_dir)
-            np.save(self.run_dir / "codebook.npy", self.program.codebook.codes)
+            codes = self.program.codebook.codes
+            self._write_arrays("codebook.npy", lambda stream: np.save(stream, codes))
         distributed.barrier("run directory")
         finished = self.run_dir / "result.json"
-        return read_json(finished) if finished.exists() else None
+        return read_json(finished) if storage.exists(finished) else None
+
+    def _write_arrays(self, name: str, save: Callable[[io.BytesIO], None]) -> None:
+        stream = io.BytesIO()
+        save(stream)
+        storage.insist(lambda: storage.write(self.run_dir / name, stream.getvalue()), self.say)
 
     # --- training
 
@@ -207,8 +213,7 @@ class Run:
         self._read_pending()
         profile.close()
         if self.first_step < steps:
-            self._save(steps, state)
-        self.checkpoints.wait()
+            self._save_surely(steps, state, storage.PATIENCE)
         return state
 
     def _read_pending(self) -> None:
@@ -250,8 +255,30 @@ class Run:
     def _save(self, step: int, state: State) -> None:
         self._read_pending()  # a diverged state is never saved
         with self.clock.measure("checkpoint"):
-            self.checkpoints.save(step, state)
+            for act in (self.checkpoints.wait, lambda: self.checkpoints.save(step, state)):
+                try:
+                    act()
+                except storage.Unreachable as error:
+                    self.say(f"{error}; training goes on")
             self.last_save = time.monotonic()
+
+    def _save_surely(self, step: int, state: State, patience: float) -> None:
+        """Save, as often as it takes while the store is out of reach."""
+        began, verdict = time.monotonic(), "again"
+        while verdict == "again":
+            self._save(step, state)
+            verdict = distributed.share(self._verdict(step, time.monotonic() - began > patience))
+        if verdict != "saved":
+            raise storage.Unreachable(f"step {step} of run {self.id} could not be saved")
+
+    def _verdict(self, step: int, late: bool) -> str:
+        try:
+            self.checkpoints.wait()
+            if not distributed.is_writer() or step in self.checkpoints.steps():
+                return "saved"
+        except storage.Unreachable as error:
+            self.say(str(error))
+        return "late" if late else "again"
 
     def _restore(self) -> State:
         with self.clock.measure("checkpoint"):
@@ -278,6 +305,7 @@ class Run:
                     "tokens_per_second": self.speed,
                     "mfu": self._mfu(self.speed, "matmul"),
                     "phase": phase,
+                    "save_seconds": self.checkpoints.seconds,
                 }
             )
         if not wanted and jax.process_count() > 1:
@@ -297,7 +325,7 @@ class Run:
                 self.checkpoints.wait()
                 last = (self.checkpoints.steps() or [0])[-1]
                 return f"a save takes {needed:.0f} s, longer than the grace of {grace:g} s: step {last} is the last saved"
-            self._save(step, state)
+            self._save_surely(step, state, grace or checkpoint.PATIENCE)
         self.checkpoints.wait()
         return f"saved step {step}"
 
@@ -321,7 +349,9 @@ class Run:
             )
         self.log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
         if final and distributed.is_writer():
-            np.savez(self.run_dir / "eval.npz", n_tokens=n_tokens, **nats)
+            self._write_arrays(
+                "eval.npz", lambda stream: np.savez(stream, n_tokens=n_tokens, **nats)
+            )
         if not final:
             shown = ", ".join(f"{x.estimator} {x.kind} {x.value:.4f}" for x in losses)
             self.say(f"step {step}: {shown} nats/token")
