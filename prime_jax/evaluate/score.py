@@ -151,10 +151,8 @@ class Scorer:
             raise UserError(f"--devices {devices}: this machine has {len(available)}")
         count = devices or len(available)
         self.run, self.guidance, self.clock = run, guidance, Clock()
-        config = dataclasses.replace(
-            run.config, batch_size=count, mesh=dataclasses.replace(MeshConfig(), model=1)
-        )
-        self.mesh, choice = meshes.make(config, available[:count])
+        config = dataclasses.replace(run.config, batch_size=count, mesh=MeshConfig(model=1))
+        self.mesh, _ = meshes.make(config, available[:count])
         self.config = config
         self.batch_size = -(-(batch_size or config.eval.batch_size) // count) * count
         self.shardings = Shardings.of(self.mesh)
