@@ -76,7 +76,8 @@ def reveal(order: Order, task: Task, network: Network, text: Text, key_B) -> tup
     units = slots if order.name == "subtokens" else 1  # revealed on their own, per position
     row_BxL = jnp.asarray(task.book.rows)[text.token_BxL]
     fixed_BxU = _fixed(order, key_B, length, units)
-    steps = -(-length * units // order.at_once)
+    most = length if text.most is None else text.most
+    steps = -(-most * units // order.at_once)
 
     def wide(unit_BxU):
         whole = unit_BxU.reshape(batch, length, units)

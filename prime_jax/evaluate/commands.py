@@ -131,8 +131,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.replicates < 1:
-        raise UserError(f"--replicates {args.replicates}: must be at least 1")
+    if args.replicates < 2:
+        raise UserError(
+            f"--replicates {args.replicates}: must be at least 2; the standard error is their spread"
+        )
     if args.scorer and not args.samples:
         raise UserError("--scorer needs --samples FILE")
     if (args.sensitivity or args.task_data or args.include_path or args.model_args) and not (

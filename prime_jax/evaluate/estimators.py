@@ -48,11 +48,13 @@ class Text(NamedTuple):
         token_BxL: the truth.
         target_BxL: positions that are hidden and charged; the others are context, visible and free.
         stop_B: positions from here on are padding that nothing sees; None where there is none.
+        most: at least the targets of any row, the same on all devices; None for the whole length.
     """
 
     token_BxL: jax.Array
     target_BxL: jax.Array
     stop_B: jax.Array | None = None
+    most: jax.Array | None = None
 
 
 def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> tuple:

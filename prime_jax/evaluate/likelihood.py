@@ -98,12 +98,14 @@ def draw(
     uniform_B,
     start_B=None,
     stop_B=None,
+    most_B=None,
 ) -> Values:
     """One draw for every row; keys depend on (replicate, example) alone.
 
     Args:
         start_B, stop_B: of the positions that are scored; before them is context, behind them
             padding. None: everything is scored.
+        most_B: the largest number of them in any row of the call, in every row.
     """
     target_BxL = targets(task.config, token_BxL, task.eos_id)
     if start_B is not None:
@@ -114,18 +116,19 @@ def draw(
             network = guided(task, network, before_BxL)
     key = jax.random.key(EVAL_SEED)
     fold = jax.vmap(lambda r, e: jax.random.fold_in(jax.random.fold_in(key, r), e))
-    text = Text(token_BxL, target_BxL, stop_B)
+    text = Text(token_BxL, target_BxL, stop_B, None if most_B is None else most_B[0])
     return estimator(name)(task, network, text, fold(replicate_B, example_B), uniform_B)
 
 
 class Row(NamedTuple):
-    """A batch of (replicate, example) pairs, their stratified draw in [0, 1), and their spans."""
+    """A batch of (replicate, example) pairs, their stratified draw in [0, 1), their spans (`draw`)."""
 
     replicate: np.ndarray
     example: np.ndarray
     uniform: np.ndarray
     start: np.ndarray | None = None
     stop: np.ndarray | None = None
+    most: np.ndarray | None = None
 
     def take(self, index: np.ndarray) -> "Row":
         return Row(*(None if x is None else x[index] for x in self))

@@ -137,7 +137,8 @@ class Scorer:
 
     Args:
         devices: how many share a batch; 0: all.
-        batch_size: windows per call; 0: that of the run's config. Rounded up to the devices.
+        batch_size: windows of full length per call, more of shorter ones; 0: that of the run's
+            config. Rounded up to the devices.
         guidance: scale of classifier-free guidance by the context (diffusion runs only).
     """
 
@@ -159,20 +160,25 @@ class Scorer:
         self.specs = self.shardings.specs(run.params)
         place = lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec))  # noqa: E731
         self.params = jax.tree.map(place, run.params, self.specs)
-        self._draws: dict[tuple[int, bool], Any] = {}
+        self._draws: dict[tuple[int, bool, int], Any] = {}
 
     @property
     def length(self) -> int:
         """Tokens that a window can have."""
         return self.config.data.seq_len
 
-    def _draw(self, length: int, whole: bool) -> Any:
-        """The compiled estimators for windows of this padded length.
+    def _batch(self, length: int, rows: int) -> int:
+        """Windows of a padded length per call: so many tokens, and not many more than there are."""
+        devices, most = self.mesh.size, self.batch_size * (self.length // length)
+        return min(most, devices * (1 << (-(-rows // devices) - 1).bit_length()))
+
+    def _draw(self, length: int, whole: bool, batch: int) -> Any:
+        """The compiled estimators for `batch` windows of this padded length.
 
         Args:
             whole: they are scored from end to end and need no padding.
         """
-        if (length, whole) not in self._draws:
+        if (length, whole, batch) not in self._draws:
             data = dataclasses.replace(self.config.data, seq_len=length)
             parts = Parts(
                 dataclasses.replace(self.config, data=data),
@@ -182,8 +188,8 @@ class Scorer:
                 self.specs,
                 self.run.eos_id,
             )
-            self._draws[length, whole] = make_draw(parts, self.guidance)
-        return self._draws[length, whole]
+            self._draws[length, whole, batch] = make_draw(parts, self.guidance)
+        return self._draws[length, whole, batch]
 
     def draws(
         self,
@@ -216,9 +222,12 @@ class Scorer:
 
         try:
             for size, whole in sorted(set(zip(sizes.tolist(), wholes.tolist(), strict=True))):
-                group = (sizes == size) & (wholes == whole)
-                for index in _batches(todo[group[window[todo]]], self.batch_size):
-                    waiting.append((index, self._run(name, windows, rows, window, index, size)))
+                group = ((sizes == size) & (wholes == whole))[window]
+                batch = self._batch(size, int(group.sum()))
+                for index in _batches(todo[group[todo]], batch):
+                    full = np.resize(index, batch)  # a last batch is filled up by repetition
+                    values = self._run(name, windows, rows.take(full), window[full], size)
+                    waiting.append((index, values))
                     if len(waiting) > AHEAD:
                         read()
             while waiting:
@@ -228,17 +237,17 @@ class Scorer:
             raise
         return partial.nats
 
-    def _run(self, name, windows, rows, window, index, size) -> Any:
-        full = np.resize(index, self.batch_size)  # a last batch is filled up by repetition
-        tokens = np.zeros((self.batch_size, size), np.int32)
-        for i, w in enumerate(window[full]):
+    def _run(self, name: str, windows: Windows, row: Row, window: np.ndarray, size: int) -> Any:
+        tokens = np.zeros((len(window), size), np.int32)
+        for i, w in enumerate(window):
             tokens[i, : len(windows.tokens[w])] = windows.tokens[w]
-        start = windows.start[window[full]].astype(np.int32)
-        stop = np.array([len(windows.tokens[w]) for w in window[full]], np.int32)
-        row, whole = rows.take(full), not start.any() and (stop == size).all()
+        start = windows.start[window].astype(np.int32)
+        stop = np.array([len(windows.tokens[w]) for w in window], np.int32)
+        whole = not start.any() and bool((stop == size).all())
         if not whole:
-            row = row._replace(start=start, stop=stop)
-        return self._draw(size, whole)(self.clock, name, self.params, tokens, row)
+            most = np.full(len(window), (stop - start).max(), np.int32)
+            row = row._replace(start=start, stop=stop, most=most)
+        return self._draw(size, whole, len(window))(self.clock, name, self.params, tokens, row)
 
 
 def _batches(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
