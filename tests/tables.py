@@ -6,15 +6,29 @@ token order, and `identity_head` has its rows in the order of codes.
 """
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from prime_jax.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, SubtokenConfig
 from prime_jax.subtokens import Codebook, base
 
 V, L = 16, 2
 ENTROPY = 4.423373  # nats per pair
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a sampler needs of a trained run; `network` is a function of `params`."""
+
+    config: RunConfig
+    codebook: Codebook
+    network: Callable[[Any], Any]
+    params: Any = ()
 
 
 def pair_probabilities() -> np.ndarray:
@@ -87,3 +101,12 @@ def wrong(book: Codebook, seed: int, scale: float = 1.0):
         return jnp.asarray(table)[index_B], identity_head(book)
 
     return network
+
+
+def p_value(observed: np.ndarray, law: np.ndarray) -> float:
+    """Of the chi-square test of counts against probabilities; rare cells are taken together."""
+    expected = law.reshape(-1).astype(float) / law.sum() * observed.sum()
+    cell = np.where(expected < 5, 0, np.arange(expected.size) + 1)
+    got = np.bincount(cell, observed.reshape(-1))
+    wanted = np.bincount(cell, expected)
+    return stats.chisquare(got[wanted > 0], wanted[wanted > 0]).pvalue
