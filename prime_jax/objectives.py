@@ -25,7 +25,9 @@ class Inputs(NamedTuple):
     """What the network sees and what it is charged for.
 
     Attributes:
-        digits_BxLxS: network input; the digit b stands for "masked" (ARM: BOS).
+        digits_BxLxS: network input; the digit b stands for "masked" (ARM: BOS). Block diffusion
+            appends the clean sequence, of which a position sees the blocks before its own, and so
+            has segment ids for both: [B, 2L, ...].
         token_BxL: the truth.
         masked_BxLxS: sub-tokens to predict (all of them for ARM).
         weight_BxL: weight of each position's loss; 0 where it is not a target.
@@ -93,15 +95,20 @@ def masked_inputs(
     config: RunConfig, book: Codebook, token_BxL, masked_BxLxS, weight_BxL, eos_id
 ) -> Inputs:
     """Diffusion: the given sub-tokens hidden, the others visible."""
-    digits_BxLxS = jnp.asarray(book.digits)[token_BxL]
+    clean_BxLxS = jnp.asarray(book.digits)[token_BxL]
+    digits_BxLxS = jnp.where(masked_BxLxS, book.base, clean_BxLxS)
+    segment_BxL = segments(config, token_BxL, eos_id)
+    if config.objective.block_length:
+        digits_BxLxS = jnp.concatenate([digits_BxLxS, clean_BxLxS], axis=1)
+        segment_BxL = None if segment_BxL is None else jnp.tile(segment_BxL, 2)
     target_BxL = targets(config, token_BxL, eos_id)
     return Inputs(
-        digits_BxLxS=jnp.where(masked_BxLxS, book.base, digits_BxLxS),
+        digits_BxLxS=digits_BxLxS,
         token_BxL=token_BxL,
         masked_BxLxS=masked_BxLxS & target_BxL[..., None],
         weight_BxL=weight_BxL * target_BxL,
         target_BxL=target_BxL,
-        segment_ids_BxL=segments(config, token_BxL, eos_id),
+        segment_ids_BxL=segment_BxL,
     )
 
 
@@ -118,8 +125,7 @@ def training_inputs(
         return autoregressive_inputs(config, book, token_BxL, eos_id)
     target_BxL = targets(config, token_BxL, eos_id)
     hidden = corrupt(config.objective, key, row_B, config.batch_size, target_BxL, book.length)
-    weight_BxL = jnp.broadcast_to(hidden.weight_B[:, None], token_BxL.shape)
-    inputs = masked_inputs(config, book, token_BxL, hidden.masked_BxLxS, weight_BxL, eos_id)
+    inputs = masked_inputs(config, book, token_BxL, hidden.masked_BxLxS, hidden.weight_BxL, eos_id)
     if config.objective.token_mask_rho > 0 and book.length > 1:
         inputs = inputs._replace(
             whole_BxL=jnp.broadcast_to(hidden.whole_B[:, None], token_BxL.shape)
@@ -132,12 +138,12 @@ def training_inputs(
 def cut(inputs: Inputs, length_B: jax.Array) -> Inputs:
     """Random-length training: positions from `length_B` on are padding, in a segment of their own."""
     kept_BxL = jnp.arange(inputs.token_BxL.shape[1]) < length_B[:, None]
-    segment_BxL = inputs.segment_ids_BxL
-    segment_BxL = jnp.zeros_like(inputs.token_BxL) if segment_BxL is None else segment_BxL
+    copies = inputs.digits_BxLxS.shape[1] // kept_BxL.shape[1]
+    segment_BxL = 0 if inputs.segment_ids_BxL is None else inputs.segment_ids_BxL
     return inputs._replace(
         weight_BxL=inputs.weight_BxL * kept_BxL,
         target_BxL=inputs.target_BxL & kept_BxL,
-        segment_ids_BxL=jnp.where(kept_BxL, segment_BxL, -1),
+        segment_ids_BxL=jnp.where(jnp.tile(kept_BxL, copies), segment_BxL, -1),
     )
 
 

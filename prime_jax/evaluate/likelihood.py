@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
 
 def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> tuple:
-    """Per sequence: (marginal, joint) cost in nats of the sub-tokens in `masked & ~later`.
+    """Per sequence: (marginal, joint) weighted cost in nats of the sub-tokens in `masked & ~later`.
 
     The marginal cost charges each of them alone, the joint cost within-token together. Without
     `later_BxLxS` nothing is left for later.
@@ -56,13 +56,15 @@ def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> 
     parts = (row_BxL, inputs.masked_BxLxS, later_BxLxS)
     h_NxD, *flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (h_BxLxD, *parts))
     marginal_N, joint_N = subtoken_log_masses(head, h_NxD, head_VxD, *flat)
-    shape = inputs.token_BxL.shape
-    return -marginal_N.reshape(shape).sum(1), -joint_N.reshape(shape).sum(1)
+    weight_BxL = inputs.weight_BxL
+    nats = (-(x_N.reshape(weight_BxL.shape) * weight_BxL).sum(1) for x_N in (marginal_N, joint_N))
+    return tuple(nats)
 
 
-def _hidden(task: Task, token_BxL, masked_BxLxS) -> Inputs:
-    ones_BxL = jnp.ones(token_BxL.shape, jnp.float32)
-    return masked_inputs(task.config, task.book, token_BxL, masked_BxLxS, ones_BxL, task.eos_id)
+def _hidden(task: Task, token_BxL, masked_BxLxS, weight_BxL=None) -> Inputs:
+    if weight_BxL is None:
+        weight_BxL = jnp.ones(token_BxL.shape, jnp.float32)
+    return masked_inputs(task.config, task.book, token_BxL, masked_BxLxS, weight_BxL, task.eos_id)
 
 
 def exact(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
@@ -80,6 +82,23 @@ def fixed_count(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.A
     return (rank_BxN < k_B[:, None]) & candidate_BxN, weight_B
 
 
+def hide_in_blocks(
+    config: RunConfig, score_BxLxS: jax.Array, candidate_BxLxS: jax.Array, uniform_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`fixed_count` in every block of block diffusion, else in the sequence: (mask, weight [B, L]).
+
+    Blocks shift the stratified draw by a golden ratio each: every level stays uniform.
+    """
+    batch, length, _ = score_BxLxS.shape
+    block = config.objective.block_length or length
+    shift_G = jnp.arange(length // block) * 0.6180339887
+    uniform_BxG = (uniform_B[:, None] + shift_G) % 1.0
+    by_block = (x.reshape(uniform_BxG.size, -1) for x in (score_BxLxS, candidate_BxLxS))
+    masked, weight = fixed_count(*by_block, uniform_BxG.reshape(-1))
+    weight_BxL = jnp.repeat(weight.reshape(batch, -1), block, axis=1)
+    return masked.reshape(score_BxLxS.shape), weight_BxL
+
+
 def subtoken(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
     """Marginal NELBO over sub-tokens, fixed-count masking, nats [B].
 
@@ -87,25 +106,22 @@ def subtoken(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Value
     """
     shape = (*token_BxL.shape, task.book.length)
     target_BxL = targets(task.config, token_BxL, task.eos_id)
-    candidate = jnp.broadcast_to(target_BxL[..., None], shape).reshape(shape[0], -1)
-    score = jax.vmap(lambda key: jax.random.uniform(key, candidate.shape[1:]))(key_B)
-    masked, weight_B = fixed_count(score, candidate, uniform_B)
-    inputs = _hidden(task, token_BxL, masked.reshape(shape))
-    marginal_B, joint_B = row_nats(task.head, network, inputs)
-    values = {"subtoken": weight_B * marginal_B}
-    if task.book.length > 1:
-        values["joint"] = weight_B * joint_B
-    return values
+    candidate_BxLxS = jnp.broadcast_to(target_BxL[..., None], shape)
+    score = jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))(key_B)
+    hidden = hide_in_blocks(task.config, score, candidate_BxLxS, uniform_B)
+    marginal_B, joint_B = row_nats(task.head, network, _hidden(task, token_BxL, *hidden))
+    return {"subtoken": marginal_B} | ({"joint": joint_B} if task.book.length > 1 else {})
 
 
 def token(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
     """NELBO of the token-level mask process: whole tokens hidden, joint cost, nats [B]."""
     target_BxL = targets(task.config, token_BxL, task.eos_id)
     score = jax.vmap(lambda key: jax.random.uniform(key, token_BxL.shape[1:]))(key_B)
-    masked_BxL, weight_B = fixed_count(score, target_BxL, uniform_B)
-    shape = (*token_BxL.shape, task.book.length)
-    inputs = _hidden(task, token_BxL, jnp.broadcast_to(masked_BxL[..., None], shape))
-    return {"token": weight_B * row_nats(task.head, network, inputs)[1]}
+    whole = (score[..., None], target_BxL[..., None])
+    masked_BxLx1, weight_BxL = hide_in_blocks(task.config, *whole, uniform_B)
+    masked_BxLxS = jnp.broadcast_to(masked_BxLx1, (*token_BxL.shape, task.book.length))
+    inputs = _hidden(task, token_BxL, masked_BxLxS, weight_BxL)
+    return {"token": row_nats(task.head, network, inputs)[1]}
 
 
 def finite(steps: int, task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
