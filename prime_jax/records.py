@@ -19,7 +19,7 @@ class Loss:
 
     Attributes:
         kind: `nll` (exact), `nelbo` (an upper bound on it) or `train_loss` (neither).
-        estimator: `ar`, `subtoken`, `token`, `finite:T` or `joint`.
+        estimator: `ar`, `subtoken`, `token`, `finite:T`, `chain:ORDER` or `joint`.
         value: the estimate.
         se_mc: standard error over the Monte-Carlo replicates (0 for an exact number).
         se_data: standard error from the finite evaluation set, clustered by document.

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from prime_jax import hardware, meshes, optim, sharding
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
-from prime_jax.evaluate import likelihood
+from prime_jax.evaluate import estimators, likelihood
 from prime_jax.kernels import selection
 from prime_jax.kernels.subtoken_head import HeadLoss
 from prime_jax.metrics import Clock
@@ -144,7 +144,7 @@ def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -
     tx = optim.optimizer(config.optim)
     init, abstract = _make_init(config, codebook, tx, mesh)
     shardings = Shardings.of(mesh)
-    parts = _Parts(config, codebook, mesh, shardings, shardings.specs(abstract.params), eos_id)
+    parts = Parts(config, codebook, mesh, shardings, shardings.specs(abstract.params), eos_id)
 
     def train(config: RunConfig) -> Any:
         return _train_function(parts._replace(config=config), tx)
@@ -157,11 +157,11 @@ def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -
         abstract=abstract,
         init=init,
         train=Compiled("training step", config, mesh, train),
-        draw=_make_draw(parts),
+        draw=make_draw(parts),
     )
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What the compiled functions of a program share."""
 
     config: RunConfig
@@ -209,7 +209,7 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     return lambda clock, seed: compiled(clock, np.uint32(seed)), abstract
 
 
-def _train_function(p: _Parts, tx) -> Any:
+def _train_function(p: Parts, tx) -> Any:
     config, codebook, eos_id = p.config, p.codebook, p.eos_id
     network, head = p.network(), make_head(config, codebook, p.head_axis())
     chosen = config.objective.loss
@@ -271,11 +271,13 @@ def _train_function(p: _Parts, tx) -> Any:
     return train
 
 
-def _make_draw(p: _Parts):
+def make_draw(p: Parts, guidance: float = 0.0) -> Any:
+    """(clock, estimator, params, tokens, row) -> {label: nats [B]} (`likelihood.draw`)."""
+
     def make(config: RunConfig, name: str) -> Any:
         parts = p._replace(config=config)
         network = parts.network()
-        task = likelihood.make_task(config, p.codebook, p.eos_id, parts.head_axis())
+        task = estimators.make_task(config, p.codebook, p.eos_id, parts.head_axis(), guidance)
 
         def device(params, tokens_BxL, row: likelihood.Row):
             apply = lambda *args: network.apply({"params": params}, *args)  # noqa: E731

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tables import L, all_masks, all_pairs, bayes, codebook, pair_probabilities, run_config, wrong
-from test_enumeration import BOOKS, entropy, mask_weights
+from test_enumeration import BOOKS, entropy, mask_weights, rows_of
 
 from prime_jax import model
 from prime_jax.config import (
@@ -23,7 +23,7 @@ from prime_jax.config import (
 )
 from prime_jax.corrupt import corrupt, step_key
 from prime_jax.errors import UserError
-from prime_jax.evaluate import likelihood
+from prime_jax.evaluate import estimators, likelihood
 from prime_jax.kernels.subtoken_head import subtoken_log_masses
 from prime_jax.objectives import loss_sums, make_head, masked_inputs, training_inputs
 from prime_jax.subtokens import Codebook
@@ -70,8 +70,9 @@ def exact_bounds(name: str, block: int, network) -> dict[str, np.ndarray]:
         eos_id=-1,
     )
     head = make_head(config, book)
-    marginal, joint = likelihood.row_nats(head, blockwise(network, book, block), inputs)
-    total = loss_sums(head, blockwise(network, book, block), inputs)
+    doubled = blockwise(network, book, block)
+    marginal, joint = jax.jit(partial(estimators.row_nats, head, doubled))(inputs)
+    total = jax.jit(partial(loss_sums, head, doubled))(inputs)
     assert float(total.marginal) == pytest.approx(float(marginal.sum()), rel=1e-12)
     per_pair = (np.asarray(x).reshape(len(pairs), -1).sum(1) for x in (marginal, joint))
     return dict(zip(("marginal", "joint"), per_pair, strict=True))
@@ -83,8 +84,9 @@ def double_precision():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 2])
-@pytest.mark.parametrize("name", ["l1", pytest.param("l4-affine", marks=SLOW)])
+@pytest.mark.parametrize("name", ["l1", "l4-affine"])
 def test_the_bound_of_a_network_that_knows_the_source_is_its_entropy(name, block, double_precision):
     network = bayes(codebook(*BOOKS[name]))
     p = pair_probabilities()[tuple(all_pairs().T)]
@@ -98,10 +100,12 @@ def single_pass_bound(name: str, network) -> np.ndarray:
     masks, pairs = all_masks(length), all_pairs()
     counts = masks.sum((1, 2))
     q = np.where(counts > 0, mask_weights(config.objective, L * length)[counts], 0.0)
-    task = likelihood.make_task(config, book, -1)
+    task = estimators.make_task(config, book, -1)
     tokens = jnp.asarray(np.repeat(pairs, len(masks), axis=0))
-    inputs = likelihood._hidden(task, tokens, jnp.asarray(np.tile(masks, (len(pairs), 1, 1))))
-    nats_B = likelihood.row_nats(task.head, network, inputs)[0]
+    inputs = estimators.hidden(
+        task, rows_of(tokens), jnp.asarray(np.tile(masks, (len(pairs), 1, 1)))
+    )
+    nats_B = jax.jit(partial(estimators.row_nats, task.head, network))(inputs)[0]
     return np.asarray(nats_B).reshape(len(pairs), -1) @ q
 
 
@@ -116,15 +120,15 @@ def table_chain_rule(name: str, network) -> np.ndarray:
     """-log p(x_1) - log p(x_2 | x_1) of every pair: a token hidden whole, those before it shown."""
     length, codes = BOOKS[name]
     book, config = codebook(length, codes), run_config(length)
-    task, pairs = likelihood.make_task(config, book, -1), jnp.asarray(all_pairs())
-    total = 0.0
+    task, pairs = estimators.make_task(config, book, -1), jnp.asarray(all_pairs())
+    cost, total = jax.jit(partial(estimators.row_nats, task.head, network)), 0.0
     for hidden, charged in ((0, 0), (1, 1)):
         masked = np.zeros((len(pairs), L, length), bool)
         masked[:, hidden:] = True
         later = masked.copy()
         later[:, charged] = False
-        inputs = likelihood._hidden(task, pairs, jnp.asarray(masked))
-        total += likelihood.row_nats(task.head, network, inputs, jnp.asarray(later))[1]
+        inputs = estimators.hidden(task, rows_of(pairs), jnp.asarray(masked))
+        total += cost(inputs, jnp.asarray(later))[1]
     return np.asarray(total)
 
 
@@ -136,10 +140,11 @@ def test_blocks_of_one_token_are_the_chain_rule(name, double_precision):
     network = wrong(book, 0)
     exact = table_chain_rule(name, network)
     assert np.exp(-exact).sum() == pytest.approx(1, abs=1e-12)  # a distribution over all pairs
-    task, pairs = likelihood.make_task(config, book, -1), jnp.asarray(all_pairs())
+    task, pairs = estimators.make_task(config, book, -1), jnp.asarray(all_pairs())
     keys, uniform = jax.random.split(jax.random.key(0), len(pairs)), jnp.linspace(0, 0.99, 256)
     doubled = blockwise(network, book, 1)
-    token = likelihood.token(task, doubled, pairs, keys, uniform)["token"]
+    draw = jax.jit(partial(estimators.token, "", task, doubled))
+    token = draw(rows_of(pairs), keys, uniform)["token"]
     np.testing.assert_allclose(token, exact, rtol=1e-12)
     bound = exact_bounds(name, 1, network)
     if length == 1:
@@ -181,7 +186,8 @@ def random_copies(book: Codebook, batch=3, length=8) -> tuple[jax.Array, jax.Arr
     return jnp.where(rng.random(clean.shape) < 0.5, book.base, clean), jnp.asarray(clean)
 
 
-@pytest.mark.parametrize("length", [pytest.param(1, marks=SLOW), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 4])
 def test_one_block_of_the_network_is_the_network_without_blocks(length):
     apply, params, book = network(tiny_run(8, length))
     noisy, clean = random_copies(book)
@@ -235,21 +241,30 @@ def decoded_log_prob(config: RunConfig, token_BxL) -> np.ndarray:
     return total
 
 
-@pytest.mark.parametrize(
-    ("length", "estimator"), [pytest.param(1, "subtoken", marks=SLOW), (4, "token")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "estimator"), [(1, "subtoken"), (4, "token"), (4, "chain:l2r")])
 def test_blocks_of_one_token_are_the_chain_rule_of_the_network(length, estimator):
     config = set_path(tiny_run(1, length, vocab_size=5), "data.seq_len", 3)
     apply, params, book = network(config)
     tokens = jnp.asarray(np.stack(np.meshgrid(*[np.arange(5)] * 3), -1).reshape(-1, 3))
-    task, rows = likelihood.make_task(config, book, -1), likelihood.grid(len(tokens), 1)
+    task, rows = estimators.make_task(config, book, -1), likelihood.grid(len(tokens), 1)
     drawn = likelihood.draw(
-        task, estimator, partial(apply, params), tokens, *map(jnp.asarray, rows)
+        task, estimator, partial(apply, params), tokens, *map(jnp.asarray, rows[:3])
     )
     np.testing.assert_allclose(-drawn[estimator], decoded_log_prob(config, tokens), atol=1e-4)
     assert float(jnp.exp(-drawn[estimator]).sum()) == pytest.approx(1, abs=1e-4)
 
 
+def test_sure_tokens_of_several_blocks_at_once_are_no_likelihood():
+    config = tiny_run(2)
+    apply, params, book = network(config)
+    task, rows = estimators.make_task(config, book, -1), likelihood.grid(2, 1)
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    with pytest.raises(UserError, match="block"):
+        likelihood.draw(task, "chain:confidence:2", partial(apply, params), tokens, *rows[:3])
+
+
+@pytest.mark.slow
 def test_documents_hold_for_both_copies():
     config = set_path(tiny_run(2), "data.segment_ids", True)
     apply, params, book = network(config)
@@ -265,6 +280,7 @@ def test_documents_hold_for_both_copies():
     assert np.abs(before[4:] - own[4:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_short_sequence_ends_in_both_copies():
     config = set_path(tiny_run(2), "objective.random_length", 1.0)
     book = Codebook.create(13, config.subtokens)
@@ -278,8 +294,9 @@ def test_a_short_sequence_ends_in_both_copies():
 
 
 def test_every_block_has_a_noise_level_of_its_own():
-    objective = ObjectiveConfig(block_length=2)
-    hidden = corrupt(objective, step_key(0, 0), jnp.arange(64), 64, jnp.ones((64, 8), bool), 1)
+    objective, target = ObjectiveConfig(block_length=2), jnp.ones((64, 8), bool)
+    draw = jax.jit(lambda rows: corrupt(objective, step_key(0, 0), rows, 64, target, 1))
+    hidden = draw(jnp.arange(64))
     t_BxG = 1 / np.asarray(hidden.weight_BxL).reshape(64, 4, 2)
     np.testing.assert_allclose(t_BxG[..., 0], t_BxG[..., 1])
     strata = np.sort(t_BxG[..., 0].reshape(-1) * 256)
@@ -287,7 +304,8 @@ def test_every_block_has_a_noise_level_of_its_own():
     assert t_BxG[..., 0].std(axis=1).mean() > 0.2  # and those of a sequence are spread
 
 
-@pytest.mark.parametrize("family", ["mdm", pytest.param("prime", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mdm", "prime"])
 def test_a_run_trains_and_is_evaluated(family, tiny, tmp_path):
     config = dataclasses.replace(
         tiny,
