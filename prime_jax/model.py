@@ -159,8 +159,9 @@ class Transformer(nn.Module):
         base: digits per slot; the digit `base` is the mask (for ARM: BOS).
         attention, embedding: what computes them.
         remat: `none`, `dots` (keep matmul outputs) or `full` (recompute each block).
-        block_length: above 0 for block diffusion: the digits are two copies of a sequence [B, 2L, S],
-            noisy and clean, and the hidden states those of the noisy one (kernels/attention.py).
+        block_length: above 0 for block diffusion. The digits are then two copies of a sequence
+            [B, 2, L, S], noisy and clean, and the hidden states those of the noisy one
+            (kernels/attention.py). One copy [B, L, S] stands for both: a text that is being written.
     """
 
     config: ModelConfig
@@ -193,6 +194,12 @@ class Transformer(nn.Module):
             part = self.param(name, init, self.shardings.local(name, shape))
             return self.shardings.gathered(name, shape, part, dtype)
 
+        doubled = self.block_length > 0 and cache is None
+        if doubled:
+            if digits_BxLxS.ndim == 3:
+                digits_BxLxS = jnp.stack([digits_BxLxS, digits_BxLxS], axis=1)
+            digits_BxLxS = digits_BxLxS.reshape(digits_BxLxS.shape[0], -1, self.slots)
+            segment_ids_BxL = None if segment_ids_BxL is None else jnp.tile(segment_ids_BxL, 2)
         batch, length, _ = digits_BxLxS.shape
         rows, size = self.base + 1, c.width if c.embedding == "sum" else c.width // self.slots
         tables = 1 if c.embedding == "cat_shared" else self.slots
@@ -231,7 +238,7 @@ class Transformer(nn.Module):
         x_NxD, kept = layers(
             x_NxD, jnp.arange(c.layers), kept, segment_ids_BxL, dropout_keys_B, start_B
         )
-        if self.block_length and cache is None:  # the clean copy was there to be seen
+        if doubled:  # the clean copy was there to be seen
             length //= 2
             x_NxD = x_NxD.reshape(batch, 2, -1)[:, 0].reshape(-1, c.width)
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))

@@ -25,9 +25,8 @@ class Inputs(NamedTuple):
     """What the network sees and what it is charged for.
 
     Attributes:
-        digits_BxLxS: network input; the digit b stands for "masked" (ARM: BOS). Block diffusion
-            appends the clean sequence, of which a position sees the blocks before its own, and so
-            has segment ids for both: [B, 2L, ...].
+        digits_BxLxS: network input; the digit b stands for "masked" (ARM: BOS). In block diffusion
+            [B, 2, L, S]: noisy, and clean, of which a position sees the blocks before its own.
         token_BxL: the truth.
         masked_BxLxS: sub-tokens to predict (all of them for ARM).
         weight_BxL: weight of each position's loss; 0 where it is not a target.
@@ -97,10 +96,8 @@ def masked_inputs(
     """Diffusion: the given sub-tokens hidden, the others visible."""
     clean_BxLxS = jnp.asarray(book.digits)[token_BxL]
     digits_BxLxS = jnp.where(masked_BxLxS, book.base, clean_BxLxS)
-    segment_BxL = segments(config, token_BxL, eos_id)
     if config.objective.block_length:
-        digits_BxLxS = jnp.concatenate([digits_BxLxS, clean_BxLxS], axis=1)
-        segment_BxL = None if segment_BxL is None else jnp.tile(segment_BxL, 2)
+        digits_BxLxS = jnp.stack([digits_BxLxS, clean_BxLxS], axis=1)
     target_BxL = targets(config, token_BxL, eos_id)
     return Inputs(
         digits_BxLxS=digits_BxLxS,
@@ -108,7 +105,7 @@ def masked_inputs(
         masked_BxLxS=masked_BxLxS & target_BxL[..., None],
         weight_BxL=weight_BxL * target_BxL,
         target_BxL=target_BxL,
-        segment_ids_BxL=segment_BxL,
+        segment_ids_BxL=segments(config, token_BxL, eos_id),
     )
 
 
@@ -138,12 +135,12 @@ def training_inputs(
 def cut(inputs: Inputs, length_B: jax.Array) -> Inputs:
     """Random-length training: positions from `length_B` on are padding, in a segment of their own."""
     kept_BxL = jnp.arange(inputs.token_BxL.shape[1]) < length_B[:, None]
-    copies = inputs.digits_BxLxS.shape[1] // kept_BxL.shape[1]
-    segment_BxL = 0 if inputs.segment_ids_BxL is None else inputs.segment_ids_BxL
+    segment_BxL = inputs.segment_ids_BxL
+    segment_BxL = jnp.zeros_like(inputs.token_BxL) if segment_BxL is None else segment_BxL
     return inputs._replace(
         weight_BxL=inputs.weight_BxL * kept_BxL,
         target_BxL=inputs.target_BxL & kept_BxL,
-        segment_ids_BxL=jnp.where(jnp.tile(kept_BxL, copies), segment_BxL, -1),
+        segment_ids_BxL=jnp.where(kept_BxL, segment_BxL, -1),
     )
 
 

@@ -180,7 +180,7 @@ class Parts(NamedTuple):
 
 def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     """(clock, seed) -> State, and the shapes and shardings of that state."""
-    digits = jnp.zeros((1, config.data.seq_len * config.copies, codebook.length), jnp.int32)
+    digits = jnp.zeros((1, config.data.seq_len, codebook.length), jnp.int32)
 
     plain = dataclasses.replace(config, kernels=selection.PLAIN)  # no kernel makes a parameter
 

@@ -25,7 +25,7 @@ from prime_jax.corrupt import corrupt, step_key
 from prime_jax.errors import UserError
 from prime_jax.evaluate import estimators, likelihood
 from prime_jax.kernels.subtoken_head import subtoken_log_masses
-from prime_jax.objectives import loss_sums, make_head, masked_inputs, training_inputs
+from prime_jax.objectives import cut, loss_sums, make_head, masked_inputs
 from prime_jax.subtokens import Codebook
 from prime_jax.train import train
 
@@ -35,8 +35,8 @@ SLOW = pytest.mark.slow
 def blockwise(network, book, block: int):
     """A table network over two copies: earlier blocks clean, its own noisy, later ones unseen."""
 
-    def doubled(digits_BxMxS, *_):
-        noisy, clean = jnp.split(digits_BxMxS, 2, axis=1)
+    def doubled(digits_Bx2xLxS, *_):
+        noisy, clean = digits_Bx2xLxS[:, 0], digits_Bx2xLxS[:, 1]
         hidden = []
         for start in range(0, L, block):
             unseen = jnp.full_like(noisy[:, start + block :], book.base)
@@ -172,7 +172,7 @@ def network(config: RunConfig):
     """(apply, parameters, codebook), with parameters large enough to matter."""
     book = Codebook.create(config.model.vocab_size, config.subtokens)
     net = model.build(config, book)
-    digits = jnp.zeros((1, config.data.seq_len * config.copies, book.length), jnp.int32)
+    digits = jnp.zeros((1, config.data.seq_len, book.length), jnp.int32)
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), digits))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), shapes)
@@ -192,7 +192,7 @@ def test_one_block_of_the_network_is_the_network_without_blocks(length):
     apply, params, book = network(tiny_run(8, length))
     noisy, clean = random_copies(book)
     plain, _, _ = network(tiny_run(0, length))
-    whole, _ = apply(params, jnp.concatenate([noisy, clean], axis=1))
+    whole, _ = apply(params, jnp.stack([noisy, clean], axis=1))
     np.testing.assert_allclose(whole, plain(params, noisy)[0], atol=1e-5)
 
 
@@ -200,13 +200,13 @@ def test_what_a_position_sees():
     """Its own noisy block and the clean blocks before it, one layer or several."""
     apply, params, book = network(tiny_run(2))
     noisy, clean = random_copies(book, batch=1)
-    before, _ = apply(params, jnp.concatenate([noisy, clean], axis=1))
-    for place in range(16):
-        both = jnp.concatenate([noisy, clean], axis=1)
-        after, _ = apply(params, both.at[0, place, 0].set((both[0, place, 0] + 1) % book.base))
+    both, block = jnp.stack([noisy, clean], axis=1), np.arange(8) // 2
+    before, _ = apply(params, both)
+    for copy, place in np.ndindex(2, 8):
+        other = (both[0, copy, place, 0] + 1) % book.base
+        after, _ = apply(params, both.at[0, copy, place, 0].set(other))
         changed = np.abs(after - before)[0].max(-1) > 1e-5
-        block = np.arange(8) // 2
-        seen = block == place // 2 if place < 8 else block > place % 8 // 2
+        seen = block > place // 2 if copy else block == place // 2
         np.testing.assert_array_equal(changed, seen)
 
 
@@ -216,7 +216,7 @@ def test_what_a_position_sees():
 def test_cached_blocks_equal_the_doubled_sequence(block, groups):
     apply, params, book = network(tiny_run(block, kv_heads=groups))
     noisy, clean = random_copies(book)
-    whole, _ = apply(params, jnp.concatenate([noisy, clean], axis=1))
+    whole, _ = apply(params, jnp.stack([noisy, clean], axis=1))
     cache = model.Cache.empty(tiny_run(block, kv_heads=groups).model, 3, 8)
     for start in range(0, 8, block):
         here = slice(start, start + block)
@@ -281,16 +281,18 @@ def test_documents_hold_for_both_copies():
 
 
 @pytest.mark.slow
-def test_a_short_sequence_ends_in_both_copies():
-    config = set_path(tiny_run(2), "objective.random_length", 1.0)
-    book = Codebook.create(13, config.subtokens)
-    token = jnp.zeros((4, 8), jnp.int32)
-    inputs = training_inputs(
-        dataclasses.replace(config, batch_size=4), book, token, jnp.arange(4), step_key(0, 0), -1
-    )
-    segment = np.asarray(inputs.segment_ids_BxL)
-    np.testing.assert_array_equal(segment[:, :8], segment[:, 8:])
-    np.testing.assert_array_equal(segment[:, :8] == 0, inputs.target_BxL)
+def test_what_is_cut_off_is_not_seen():
+    apply, params, book = network(tiny_run(2))
+    masked = jnp.zeros((1, 8, 4), bool).at[:, ::2].set(True)
+
+    def hidden(token):
+        inputs = masked_inputs(tiny_run(2), book, token, masked, jnp.ones((1, 8)), -1)
+        inputs = cut(inputs, jnp.asarray([5]))
+        return np.asarray(apply(params, inputs.digits_BxLxS, inputs.segment_ids_BxL)[0][0, :5])
+
+    token = jnp.asarray([[1, 2, 12, 3, 4, 5, 6, 7]])
+    np.testing.assert_allclose(hidden(token), hidden(token.at[0, 5:].set(9)), atol=1e-6)
+    assert np.abs(hidden(token) - hidden(token.at[0, 1].set(9))).max() > 1e-3
 
 
 def test_every_block_has_a_noise_level_of_its_own():

@@ -188,9 +188,10 @@ def guided(task: Task, network: Network, context_BxL: jax.Array) -> Network:
 
     def combined(digits_BxLxS, segment_ids_BxL, keys_B):
         h_BxLxD, head_VxD = network(digits_BxLxS, segment_ids_BxL, keys_B)
-        copies = digits_BxLxS.shape[1] // context_BxL.shape[1]  # two in block diffusion
-        blind = jnp.tile(context_BxL, copies)[..., None]
-        blind_BxLxS = jnp.where(blind, task.book.base, digits_BxLxS)
+        context = context_BxL[..., None]
+        if digits_BxLxS.ndim == 4:  # both copies of block diffusion
+            context = context[:, None]
+        blind_BxLxS = jnp.where(context, task.book.base, digits_BxLxS)
         without_BxLxD, _ = network(blind_BxLxS, segment_ids_BxL, keys_B)
         mixed_BxLxD = (1 + w) * h_BxLxD.astype(jnp.float32) - w * without_BxLxD
         return mixed_BxLxD.astype(h_BxLxD.dtype), head_VxD
