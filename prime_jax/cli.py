@@ -12,6 +12,7 @@ def parser() -> argparse.ArgumentParser:
     from prime_jax.data import commands as data_commands
     from prime_jax.evaluate import commands as eval_commands
     from prime_jax.kernels import commands as kernels_commands
+    from prime_jax.sample import commands as sample_commands
     from prime_jax.scaling import commands as fit_commands
     from prime_jax.scaling import scaling_commands
     from prime_jax.sweep import commands as sweep_commands
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         scaling_commands,
         kernels_commands,
         eval_commands,
+        sample_commands,
     ):
         package.register(subparsers)
     return top
