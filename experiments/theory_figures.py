@@ -52,10 +52,7 @@ def enumerated(out: Path) -> None:
     with jax.enable_x64(True):
         floor = enumeration.entropy()
         losses = {name: enumeration.enumerate_losses(name) for name in CODES}
-        finite = {
-            name: [enumeration.finite_nelbo(name, steps) for steps in STEPS]
-            for name in ("l1", "l4")
-        }
+        finite = {name: enumeration.finite_nelbos(name, STEPS) for name in ("l1", "l4")}
     print(f"entropy {floor:.6f} nats per pair")
     print("code              marginal   joint")
     for name, (marginal, joint) in losses.items():
