@@ -82,7 +82,7 @@ def enumerated(out: Path) -> None:
     left.set_xlabel("nats per pair")
     left.set_title("A network that knows the source", loc="left")
     left.annotate("entropy", (floor, 3.4), xytext=(-4, 0), textcoords="offset points", ha="right")
-    left.legend(loc="lower left")
+    left.legend(loc="upper left")
     for (name, values), colour in zip(finite.items(), (COLOURS[0], COLOURS[2]), strict=True):
         right.plot(STEPS, values, "o-", color=colour, markersize=4, label=CODES[name])
     right.set_xscale("log", base=2)
@@ -112,9 +112,8 @@ def markov(numbers: dict, out: Path) -> None:
     panel.invert_yaxis()
     panel.set_xlabel("nats per token, two standard errors")
     panel.set_title("Trained networks on a Markov source", loc="left")
-    panel.annotate(
-        "entropy", (floor, len(shown) - 0.6), xytext=(4, 0), textcoords="offset points", color=GREY
-    )
+    beside = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+    panel.annotate("entropy of\na sequence", (floor, 0.5), color=GREY, **beside)
     handles = [
         panel.plot([], [], marker, color=colour, label=label)[0]
         for label, marker, colour in KINDS.values()

@@ -1,6 +1,7 @@
 """`prime-jax eval`: likelihood on text, zero-shot sets, scored samples, tasks."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,12 +222,21 @@ def _tasks(args, found, out: Path, tick, console: Any) -> None:
     from prime_jax.evaluate import report, tasks
 
     call = tasks.Call(args.tasks, args.task_data, args.include_path, args.limit)
-    settings = tasks.settings(args.model_args)
+    settings = dataclasses.replace(
+        tasks.settings(args.model_args, offline=args.task_data is not None),
+        replicates=args.replicates,
+        stride=args.stride,
+        context=args.context,
+    )
     scorer = _scorer(args, found)
-    variants = tasks.variations(settings, found) if args.sensitivity else [settings]
+    variants = [settings]
+    if args.sensitivity:
+        variants = tasks.variations(settings, found, tasks.output_types(call))
     results = []
-    for variant in variants:
-        results.append(tasks.evaluate(scorer, call, variant, tick))
+    for number, variant in enumerate(variants, 1):
+        part = f"{number}/{len(variants)} " if args.sensitivity else ""
+        named = lambda what, *rest, part=part: tick(part + what, *rest)  # noqa: E731
+        results.append(tasks.evaluate(scorer, call, variant, named))
         if distributed.is_writer():
             report.store(found, out, "tasks", results[-1], ("tasks", "settings", "limit"))
     console.print(tasks.table(results))

@@ -86,7 +86,7 @@ def evaluate(
         kept = Partial(path, identity, len(window))
         told = functools.partial(tick, name, len(window))
         drawn = scorer.draws(name, texts.windows, rows, window, kept, told)
-        for label, nats in drawn.items():
+        for label, nats in sorted(drawn.items(), key=lambda item: item[0] != name):
             shaped = nats.reshape(count, -1)
             losses.append(likelihood.summarise(label, shaped, n_tokens_W, texts.cluster, given))
         kept.discard()
