@@ -165,7 +165,8 @@ def _best(q_BxLxHxK: jax.Array, block_length: int) -> str:
         # A whole head lies in VMEM; splash attention streams it, at any length and for any rule.
         fits = attention_pallas.fits(length, size, q_BxLxHxK.dtype.itemsize)
         return "pallas" if fits and not block_length else "splash"
-    return {"cpu": "scan", "gpu": "cudnn"}.get(platform, "xla")
+    gpu = "scan" if block_length else "cudnn"  # which would want the rule as a bias [B, H, L, L]
+    return {"cpu": "scan", "gpu": gpu}.get(platform, "xla")
 
 
 def _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length, library="xla"):

@@ -81,6 +81,14 @@ TABLE = (
         max_length=8192,
     ),
     Row("attention", "TPU", Choice("splash", (), "stores no scores and streams whole heads")),
+    Row(
+        "attention",
+        "NVIDIA",
+        Choice(
+            "scan", (), "stores no scores; cuDNN wants the rule as a bias [B, H, L, L]; not timed"
+        ),
+        block_diffusion=True,
+    ),
     Row("attention", "NVIDIA", Choice("cudnn", (), "the vendor's; XLA where it has no kernel")),
     Row("attention", "cpu", Choice("scan", (), "one head's scores stay in cache: measured")),
     Row("attention", "", Choice("xla", (), "runs everywhere")),
