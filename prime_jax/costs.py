@@ -84,7 +84,7 @@ def sizes(config: RunConfig, mesh: Mesh) -> Sizes:
         layers=layers,
         outer=outer,
         held=(layers + outer) / mesh.data,
-        tokens=rows * config.data.seq_len,
+        tokens=rows * config.data.seq_len * config.copies,
         item=2 if m.dtype == "bfloat16" else 4,
     )
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from prime_jax.config import DataConfig, KernelConfig, RunConfig, run_id
+from prime_jax.config import DataConfig, KernelConfig, RunConfig, run_id, set_path
 from prime_jax.kernels import selection
 
 DEVICES = ("cpu", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H100", "MI300")
@@ -51,6 +51,17 @@ def test_blocks_alone_keep_the_implementation_of_the_table():
     config = RunConfig(kernels=KernelConfig(attention_blocks=(256, 512, 128)))
     plain = selection.attention(RunConfig(), "cpu")
     assert selection.attention(config, "cpu") == plain._replace(blocks=(256, 512, 128))
+
+
+def test_block_diffusion_gets_no_kernel_that_cannot_do_it():
+    config = set_path(RunConfig(data=DataConfig(seq_len=2048)), "objective.block_length", 256)
+    for device in DEVICES:
+        choice = selection.attention(config, device)
+        assert choice.implementation != "pallas"
+        assert choice.implementation == "splash" or not device.startswith("TPU")
+    assert (
+        selection.attention(RunConfig(data=config.data), "TPU v6 lite").implementation == "pallas"
+    )
 
 
 def raising(error: Exception):

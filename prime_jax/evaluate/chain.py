@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prime_jax.errors import UserError
 from prime_jax.evaluate.estimators import Task, Text, Values, hidden, shifted
 from prime_jax.kernels.subtoken_head import subtoken_log_masses
 from prime_jax.objectives import Network
@@ -76,6 +77,11 @@ def reveal(order: Order, task: Task, network: Network, text: Text, key_B) -> tup
     units = slots if order.name == "subtokens" else 1  # revealed on their own, per position
     row_BxL = jnp.asarray(task.book.rows)[text.token_BxL]
     fixed_BxU = _fixed(order, key_B, length, units)
+    if fixed_BxU is None and order.at_once > 1 and task.config.objective.block_length:
+        raise UserError(
+            f"chain:{order.name}:{order.at_once}: block diffusion decides about one block at a "
+            "time, so give no K here"
+        )
     most = length if text.most is None else text.most
     steps = -(-most * units // order.at_once)
 

@@ -58,7 +58,7 @@ class Text(NamedTuple):
 
 
 def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> tuple:
-    """Per sequence: (marginal, joint) cost in nats of the sub-tokens in `masked & ~later`.
+    """Per sequence: (marginal, joint) weighted cost in nats of the sub-tokens in `masked & ~later`.
 
     The marginal cost charges each of them alone, the joint cost within-token together. Without
     `later_BxLxS` nothing is left for later.
@@ -68,15 +68,17 @@ def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> 
     parts = (row_BxL, inputs.masked_BxLxS, later_BxLxS)
     h_NxD, *flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (h_BxLxD, *parts))
     marginal_N, joint_N = subtoken_log_masses(head, h_NxD, head_VxD, *flat)
-    shape = inputs.token_BxL.shape
-    return -marginal_N.reshape(shape).sum(1), -joint_N.reshape(shape).sum(1)
+    weight_BxL = inputs.weight_BxL
+    nats = (-(x_N.reshape(weight_BxL.shape) * weight_BxL).sum(1) for x_N in (marginal_N, joint_N))
+    return tuple(nats)
 
 
-def hidden(task: Task, text: Text, masked_BxLxS) -> Inputs:
-    """The rows with these sub-tokens hidden."""
-    ones_BxL = jnp.ones(text.token_BxL.shape, jnp.float32)
+def hidden(task: Task, text: Text, masked_BxLxS, weight_BxL=None) -> Inputs:
+    """The rows with these sub-tokens hidden; what a position costs is weighted, by 1 if not given."""
+    if weight_BxL is None:
+        weight_BxL = jnp.ones(text.token_BxL.shape, jnp.float32)
     inputs = masked_inputs(
-        task.config, task.book, text.token_BxL, masked_BxLxS, ones_BxL, task.eos_id
+        task.config, task.book, text.token_BxL, masked_BxLxS, weight_BxL, task.eos_id
     )
     return inputs if text.stop_B is None else cut(inputs, text.stop_B)
 
@@ -84,7 +86,9 @@ def hidden(task: Task, text: Text, masked_BxLxS) -> Inputs:
 def shifted(task: Task, text: Text) -> Inputs:
     """The rows as an autoregressive model reads them, charged at the targets."""
     inputs = autoregressive_inputs(task.config, task.book, text.token_BxL, task.eos_id)
-    inputs = inputs._replace(masked_BxLxS=text.target_BxL[..., None])
+    inputs = inputs._replace(
+        masked_BxLxS=text.target_BxL[..., None], weight_BxL=text.target_BxL.astype(jnp.float32)
+    )
     return inputs if text.stop_B is None else cut(inputs, text.stop_B)
 
 
@@ -114,6 +118,21 @@ def independent(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.A
 MASKINGS = {"": fixed_count, "independent": independent}
 
 
+def _hide(masking: str, task: Task, score_BxLxU, candidate_BxLxU, uniform_B) -> tuple:
+    """(mask [B, L, U], weight [B, L]): each block of block diffusion, or the sequence, on its own.
+
+    Blocks shift the stratified draw by a golden ratio each: every level stays uniform.
+    """
+    batch, length, _ = score_BxLxU.shape
+    block = task.config.objective.block_length or length
+    shift_G = jnp.arange(length // block) * 0.6180339887
+    uniform_BxG = (uniform_B[:, None] + shift_G) % 1.0
+    by_block = (x.reshape(uniform_BxG.size, -1) for x in (score_BxLxU, candidate_BxLxU))
+    masked, weight = MASKINGS[masking](*by_block, uniform_BxG.reshape(-1))
+    weight_BxL = jnp.repeat(weight.reshape(batch, -1), block, axis=1)
+    return masked.reshape(score_BxLxU.shape), weight_BxL
+
+
 def _scores(key_B, shape: tuple[int, ...]) -> jax.Array:
     """Uniform [B, *shape], each row from its own key."""
     return jax.vmap(lambda key: jax.random.uniform(key, shape))(key_B)
@@ -125,27 +144,26 @@ def subtoken(masking: str, task: Task, network: Network, text: Text, key_B, unif
     With fixed-count masking and l > 1 the same pass gives the published joint loss, no bound.
     """
     shape = (*text.token_BxL.shape, task.book.length)
-    candidate = jnp.broadcast_to(text.target_BxL[..., None], shape).reshape(shape[0], -1)
-    score = _scores(key_B, candidate.shape[1:])
-    masked, weight_B = MASKINGS[masking](score, candidate, uniform_B)
-    inputs = hidden(task, text, masked.reshape(shape))
-    marginal_B, joint_B = row_nats(task.head, network, inputs)
+    candidate_BxLxS = jnp.broadcast_to(text.target_BxL[..., None], shape)
+    drawn = _hide(masking, task, _scores(key_B, shape[1:]), candidate_BxLxS, uniform_B)
+    marginal_B, joint_B = row_nats(task.head, network, hidden(task, text, *drawn))
     if masking:
-        return {f"subtoken:{masking}": weight_B * marginal_B}
-    values = {"subtoken": weight_B * marginal_B}
+        return {f"subtoken:{masking}": marginal_B}
+    values = {"subtoken": marginal_B}
     if task.book.length > 1:
-        values["joint"] = weight_B * joint_B
+        values["joint"] = joint_B
     return values
 
 
 def token(masking: str, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
     """NELBO of the token-level mask process: whole tokens hidden, joint cost, nats [B]."""
     score = _scores(key_B, text.token_BxL.shape[1:])
-    masked_BxL, weight_B = MASKINGS[masking](score, text.target_BxL, uniform_B)
-    shape = (*text.token_BxL.shape, task.book.length)
-    inputs = hidden(task, text, jnp.broadcast_to(masked_BxL[..., None], shape))
+    whole = (score[..., None], text.target_BxL[..., None])
+    masked_BxLx1, weight_BxL = _hide(masking, task, *whole, uniform_B)
+    masked_BxLxS = jnp.broadcast_to(masked_BxLx1, (*score.shape, task.book.length))
+    inputs = hidden(task, text, masked_BxLxS, weight_BxL)
     label = f"token:{masking}" if masking else "token"
-    return {label: weight_B * row_nats(task.head, network, inputs)[1]}
+    return {label: row_nats(task.head, network, inputs)[1]}
 
 
 def finite(steps: int, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
@@ -172,7 +190,10 @@ def guided(task: Task, network: Network, context_BxL: jax.Array) -> Network:
 
     def combined(digits_BxLxS, segment_ids_BxL, keys_B):
         h_BxLxD, head_VxD = network(digits_BxLxS, segment_ids_BxL, keys_B)
-        blind_BxLxS = jnp.where(context_BxL[..., None], task.book.base, digits_BxLxS)
+        context = context_BxL[..., None]
+        if digits_BxLxS.ndim == 4:  # both copies of block diffusion
+            context = context[:, None]
+        blind_BxLxS = jnp.where(context, task.book.base, digits_BxLxS)
         without_BxLxD, _ = network(blind_BxLxS, segment_ids_BxL, keys_B)
         mixed_BxLxD = (1 + w) * h_BxLxD.astype(jnp.float32) - w * without_BxLxD
         return mixed_BxLxD.astype(h_BxLxD.dtype), head_VxD

@@ -74,9 +74,9 @@ def cut(length: int, size: int, stride: int, context: int) -> Iterator[tuple[int
         yield max(0, start - context), start, min(start + stride, length)
 
 
-def padded_to(length: int, longest: int) -> int:
-    """The length that a window is padded to: the model's, halved while it still fits."""
-    while longest % 2 == 0 and longest // 2 >= max(length, SHORTEST):
+def padded_to(length: int, longest: int, block: int = 1) -> int:
+    """The length that a window is padded to: the model's, halved while whole blocks still fit."""
+    while longest % (2 * block) == 0 and longest // 2 >= max(length, SHORTEST):
         longest //= 2
     return longest
 
@@ -209,7 +209,8 @@ class Scorer:
         """
         partial = partial or Partial(None, {}, len(window))
         lengths = np.array([len(tokens) for tokens in windows.tokens], np.int32)
-        sizes = np.array([padded_to(n, self.length) for n in lengths])
+        block = self.config.objective.block_length or 1
+        sizes = np.array([padded_to(n, self.length, block) for n in lengths])
         wholes = (windows.start == 0) & (lengths == sizes)
         todo = partial.open()
         tick(len(window) - len(todo))
