@@ -10,6 +10,7 @@ from prime_jax.errors import UserError
 def parser() -> argparse.ArgumentParser:
     from prime_jax import commands
     from prime_jax.data import commands as data_commands
+    from prime_jax.interchange import commands as interchange_commands
     from prime_jax.kernels import commands as kernels_commands
     from prime_jax.scaling import commands as fit_commands
     from prime_jax.scaling import scaling_commands
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         fit_commands,
         scaling_commands,
         kernels_commands,
+        interchange_commands,
     ):
         package.register(subparsers)
     return top

@@ -20,6 +20,7 @@ FAMILIES: tuple[Family, ...] = typing.get_args(Family)
 T = TypeVar("T")
 
 HERE = {"excluded_from_identity": True}  # where and how a run executes, not what it is
+ADDED = {"counts_if_set": True}  # a later setting: at its default, configs keep their old identity
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ModelConfig:
     qk_norm: bool = True
     dropout: float = 0.0
     rope_base: float = 10_000.0
+    # What RoPE's cosines and sines are rounded to; bfloat16 in the published lit_gpt runs.
+    rope_tables: Literal["float32", "bfloat16"] = field(default="float32", metadata=ADDED)
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters stay float32
@@ -50,6 +53,7 @@ class SubtokenConfig:
     shuffle: float = 1.0  # share of the codes that is permuted; 0 is the identity
     scope: Literal["vocab", "codes"] = "vocab"  # permute the first V codes, or all b**l
     seed: int = 0
+    codes: str = field(default="", metadata=ADDED)  # hash of codes that came with imported weights
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,8 @@ def to_dict(config: Any, *, identity_only: bool = False) -> dict[str, Any]:
         if identity_only and f.metadata.get("excluded_from_identity"):
             continue
         value = getattr(config, f.name)
+        if identity_only and f.metadata.get("counts_if_set") and value == f.default:
+            continue
         if dataclasses.is_dataclass(value):
             value = to_dict(value, identity_only=identity_only)
         out[f.name] = list(value) if isinstance(value, tuple) else value

@@ -24,10 +24,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
-def rope_tables(length: int, size: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos, sin float32 [L, K/2] of the rotate-half convention."""
+def rope_tables(
+    length: int, size: int, base: float, rounded: str = "float32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin float32 [L, K/2] of the rotate-half convention, rounded to a dtype before."""
     angle = np.arange(length)[:, None] / base ** (np.arange(0, size, 2) / size)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    cos, sin = (f(angle).astype(jnp.dtype(rounded)) for f in (np.cos, np.sin))
+    return cos.astype(np.float32), sin.astype(np.float32)
 
 
 def rotate(x_BxLxHxK: jax.Array, cos_LxK: np.ndarray, sin_LxK: np.ndarray) -> jax.Array:
@@ -93,7 +96,7 @@ class Block(nn.Module):
         q, k, v = (y.reshape(*y.shape[:2], -1, size) for y in (q, k, v))
         if c.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
-        tables = rope_tables(self.length, size, c.rope_base)
+        tables = rope_tables(self.length, size, c.rope_base, c.rope_tables)
         q, k = rotate(q, *tables), rotate(k, *tables)
         a = attention(q, k, v, self.causal, segment_ids_BxL, *self.attention[:2])
         a_NxD = a.reshape(x_NxD.shape[0], -1) @ weight(
