@@ -9,6 +9,7 @@ from prime_jax.errors import UserError
 
 def parser() -> argparse.ArgumentParser:
     from prime_jax import commands
+    from prime_jax.analyse import commands as analyse_commands
     from prime_jax.data import commands as data_commands
     from prime_jax.interchange import commands as interchange_commands
     from prime_jax.kernels import commands as kernels_commands
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         fit_commands,
         scaling_commands,
         kernels_commands,
+        analyse_commands,
         interchange_commands,
     ):
         package.register(subparsers)

@@ -20,7 +20,7 @@ FAMILIES: tuple[Family, ...] = typing.get_args(Family)
 T = TypeVar("T")
 
 HERE = {"excluded_from_identity": True}  # where and how a run executes, not what it is
-ADDED = {"counts_if_set": True}  # a later setting: at its default, configs keep their old identity
+ADDED = {"excluded_at_default": True}  # a setting that came later: older runs keep their identity
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,12 @@ class RunConfig:
 
 
 def to_dict(config: Any, *, identity_only: bool = False) -> dict[str, Any]:
-    """Nested plain dict of a config; with `identity_only`, without the `HERE` fields."""
+    """Nested plain dict of a config; with `identity_only`, only what makes a run's identity."""
     out = {}
     for f in dataclasses.fields(config):
-        if identity_only and f.metadata.get("excluded_from_identity"):
-            continue
         value = getattr(config, f.name)
-        if identity_only and f.metadata.get("counts_if_set") and value == f.default:
+        at_default = f.metadata.get("excluded_at_default") and value == f.default
+        if identity_only and (at_default or f.metadata.get("excluded_from_identity")):
             continue
         if dataclasses.is_dataclass(value):
             value = to_dict(value, identity_only=identity_only)

@@ -98,6 +98,7 @@ class Block(nn.Module):
             q, k = norm("q_norm", q), norm("k_norm", k)
         tables = rope_tables(self.length, size, c.rope_base, c.rope_tables)
         q, k = rotate(q, *tables), rotate(k, *tables)
+        self.sow("attention", "query_key", (q, k))  # nothing, unless `apply` asks for it
         a = attention(q, k, v, self.causal, segment_ids_BxL, *self.attention[:2])
         a_NxD = a.reshape(x_NxD.shape[0], -1) @ weight(
             "attention_out", (c.width, c.width), residual
@@ -165,7 +166,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "attention": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.layers,

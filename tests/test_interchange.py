@@ -131,7 +131,7 @@ def test_vocabulary_rows_of_an_export_are_token_ids():
     np.testing.assert_array_equal(exported[token], head[rank])
 
 
-def test_an_exported_run_is_a_run(tiny_run, tiny, tmp_path, capsys, monkeypatch):
+def test_an_exported_run_is_a_run(tiny_run, tiny, tmp_path, capsys):
     run = trained.load(str(tiny_run))
     out, again = tmp_path / "out", tmp_path / "again"
     assert cli.main(["export", str(tiny_run), str(out)]) == 0
@@ -151,14 +151,18 @@ def test_an_exported_run_is_a_run(tiny_run, tiny, tmp_path, capsys, monkeypatch)
     assert "is there already" in capsys.readouterr().err
 
 
-def test_an_exported_folder_needs_no_dataset(tiny_run, tiny, markov_data, tmp_path, monkeypatch):
+def test_an_exported_folder_needs_no_dataset_and_any_devices(tiny_run, tiny, tmp_path):
     assert cli.main(["export", str(tiny_run), str(tmp_path / "out")]) == 0
     about = json.loads((tmp_path / "out" / "config.json").read_text())
     about["run"]["data"]["path"] = "nowhere"
+    about["run"]["mesh"] |= {"data": 4}
     (tmp_path / "out" / "config.json").write_text(json.dumps(about))
-    run = trained.load(str(tmp_path / "out"))
+    run, before = trained.load(str(tmp_path / "out")), trained.load(str(tiny_run))
     assert run.data is None
     assert run.tokenizer.vocab_size == tiny.model.vocab_size
+    assert len(run.params["head"].sharding.device_set) == 4
+    assert run.params["head"].addressable_shards[0].data.shape == (16, 4)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (run.params, before.params)))
 
 
 def test_import_from_the_command_line(tmp_path, capsys):
