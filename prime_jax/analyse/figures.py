@@ -190,13 +190,21 @@ def attention(rows: list[dict[str, Any]], abouts: list[dict[str, Any]]) -> Figur
                     )
             panel.axhline(about["uniform"][name], color=GREY, lw=0.9, ls=(0, (3, 2)))
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.set_ylim(bottom=0)
         line[0].set_title(about["run"])
         line[-1].set_xlabel("layer")
     for name, panel in zip(STATISTICS, panels[:, 0], strict=True):
         panel.set_ylabel(MEASURES[name])
+        panel.set_ylim(bottom=0)  # shared by the row: last, for it ends the automatic range
     handles = [
-        Line2D([], [], color=shade, lw=1.5, marker="o", ms=4, label=f"{ratio:.0%} hidden")
+        Line2D(
+            [],
+            [],
+            color=shade,
+            lw=1.5,
+            marker="o",
+            ms=4,
+            label=f"{ratio:.0%} hidden" if ratio else "none hidden",
+        )
         for ratio, shade in zip(ratios, shades, strict=False)
     ]
     handles += [

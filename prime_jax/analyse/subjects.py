@@ -67,16 +67,14 @@ class Subject:
 
 
 def load(names: list[str], data: Path | None = None) -> list[Subject]:
-    """The runs, each with a name of its own: family, l and the beginning of its id.
+    """The runs, each with a name of its own: family, l, the beginning of its id (and a number).
 
     Raises:
         UserError: no such run, an unfinished one, or a dataset that is not for it.
     """
     runs = [trained.load(name) for name in names]
     labels = [_label(run) for run in runs]
-    for k, label in enumerate(labels):
-        if labels.count(label) > 1:
-            labels[k] = f"{label} ({names[k]})"
+    labels = [f"{x} #{k + 1}" if labels.count(x) > 1 else x for k, x in enumerate(labels)]
     given = manifest.load(data) if data else None
     for run in runs if given else []:
         manifest.check(given, _any_data(run.config))
