@@ -13,6 +13,7 @@ def parser() -> argparse.ArgumentParser:
     from prime_jax.data import commands as data_commands
     from prime_jax.interchange import commands as interchange_commands
     from prime_jax.kernels import commands as kernels_commands
+    from prime_jax.sample import commands as sample_commands
     from prime_jax.scaling import commands as fit_commands
     from prime_jax.scaling import scaling_commands
     from prime_jax.sweep import commands as sweep_commands
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         kernels_commands,
         analyse_commands,
         interchange_commands,
+        sample_commands,
     ):
         package.register(subparsers)
     return top

@@ -5,6 +5,8 @@ biases. The network never sees the time; L positions, not l * L. Activations are
 between the attention calls, which is what XLA's CPU and TPU matmuls like best.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import numpy as np
 
 from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.kernels import selection
-from prime_jax.kernels.attention import SAVED, attention
+from prime_jax.kernels.attention import SAVED, attention, attention_to_kept
 from prime_jax.kernels.embedding import subtoken_embedding
 from prime_jax.sharding import WHOLE, Shardings, enter_split, leave_split
 from prime_jax.subtokens import Codebook
@@ -33,9 +35,9 @@ def rope_tables(
     return cos.astype(np.float32), sin.astype(np.float32)
 
 
-def rotate(x_BxLxHxK: jax.Array, cos_LxK: np.ndarray, sin_LxK: np.ndarray) -> jax.Array:
+def rotate(x_BxLxHxK: jax.Array, cos_BxLxK: jax.Array, sin_BxLxK: jax.Array) -> jax.Array:
     first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_LxK[None, :, None], sin_LxK[None, :, None]
+    cos, sin = cos_BxLxK[:, :, None], sin_BxLxK[:, :, None]
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return out.astype(x_BxLxHxK.dtype)
 
@@ -53,6 +55,33 @@ def dropout(x_NxD: jax.Array, keys_B: jax.Array | None, rate: float, salt: jax.A
     return jnp.where(keep_NxD, x_NxD / (1 - rate), 0).astype(x_NxD.dtype)
 
 
+class Cache(NamedTuple):
+    """Keys and values of what Z layers have read, so that a sequence can be read in parts.
+
+    Attributes:
+        k_ZxBxMxGxK, v_ZxBxMxGxK: room for M positions; those from `length_B` on are not yet read.
+        length_B: positions read of each sequence.
+    """
+
+    k_ZxBxMxGxK: jax.Array
+    v_ZxBxMxGxK: jax.Array
+    length_B: jax.Array
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, room: int) -> "Cache":
+        groups = config.kv_heads or config.heads
+        shape = (config.layers, batch, room, groups, config.width // config.heads)
+        zeros = jnp.zeros(shape, config.dtype)
+        return cls(zeros, zeros, jnp.zeros(batch, jnp.int32))
+
+
+def _written(kept_BxMxGxK: jax.Array, new_BxLxGxK: jax.Array, start_B: jax.Array) -> jax.Array:
+    def write(kept, new, start):
+        return jax.lax.dynamic_update_slice_in_dim(kept, new, start, axis=0)
+
+    return jax.vmap(write)(kept_BxMxGxK, new_BxLxGxK, start_B)
+
+
 class Block(nn.Module):
     """Attention and SwiGLU with residuals; scanned over layers."""
 
@@ -63,7 +92,8 @@ class Block(nn.Module):
     shardings: Shardings = WHOLE
 
     @nn.compact
-    def __call__(self, x_NxD, layer, segment_ids_BxL, keys_B):
+    def __call__(self, x_NxD, layer, kept, segment_ids_BxL, keys_B, start_B):
+        """`kept` are the layer's (keys, values) of a `Cache`, which come back extended, or None."""
         c = self.config
         size, ffn = c.width // c.heads, c.ffn_multiple * c.width
         split = self.shardings.model
@@ -96,10 +126,19 @@ class Block(nn.Module):
         q, k, v = (y.reshape(*y.shape[:2], -1, size) for y in (q, k, v))
         if c.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
-        tables = rope_tables(self.length, size, c.rope_base, c.rope_tables)
-        q, k = rotate(q, *tables), rotate(k, *tables)
-        self.sow("attention", "query_key", (q, k))  # nothing, unless `apply` asks for it
-        a = attention(q, k, v, self.causal, segment_ids_BxL, *self.attention[:2])
+        if kept is None:
+            tables = [x[None] for x in rope_tables(self.length, size, c.rope_base, c.rope_tables)]
+            q, k = rotate(q, *tables), rotate(k, *tables)
+            self.sow("attention", "query_key", (q, k))  # nothing, unless `apply` asks for it
+            a = attention(q, k, v, self.causal, segment_ids_BxL, *self.attention[:2])
+        else:
+            at_BxL = start_B[:, None] + jnp.arange(self.length)
+            tables = rope_tables(kept[0].shape[1], size, c.rope_base, c.rope_tables)
+            tables = [jnp.asarray(x)[at_BxL] for x in tables]
+            q, k = rotate(q, *tables), rotate(k, *tables)
+            kept = tuple(_written(old, new, start_B) for old, new in zip(kept, (k, v), strict=True))
+            last_BxL = at_BxL if self.causal else jnp.broadcast_to(at_BxL[:, -1:], at_BxL.shape)
+            a = attention_to_kept(q, *kept, last_BxL)
         a_NxD = a.reshape(x_NxD.shape[0], -1) @ weight(
             "attention_out", (c.width, c.width), residual
         )
@@ -109,7 +148,7 @@ class Block(nn.Module):
         gate_NxF = h_NxD @ weight("gate", (c.width, ffn), inward)
         h_NxF = jax.nn.silu(gate_NxF) * (h_NxD @ weight("up", (c.width, ffn), inward))
         m_NxD = summed(h_NxF @ weight("down", (ffn, c.width), residual))
-        return x_NxD + dropout(m_NxD, keys_B, c.dropout, 2 * layer + 1), None
+        return x_NxD + dropout(m_NxD, keys_B, c.dropout, 2 * layer + 1), kept
 
 
 class Transformer(nn.Module):
@@ -137,8 +176,13 @@ class Transformer(nn.Module):
         digits_BxLxS: jax.Array,
         segment_ids_BxL: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Hidden states [B, L, D] and head rows [V, D] in code order, both in `config.dtype`."""
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """Hidden states [B, L, D] and head rows [V, D] in code order, both in `config.dtype`.
+
+        With a cache the digits continue what it holds: all of that is visible, and the cache,
+        extended, is returned as well. Segments are not supported there.
+        """
         c = self.config
 
         def weight(name, shape, dtype):
@@ -168,17 +212,23 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0, "attention": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
         )(c, self.causal, length, self.attention, self.shardings, name="layers")
-        x_NxD, _ = layers(x_NxD, jnp.arange(c.layers), segment_ids_BxL, dropout_keys_B)
+        kept, start_B = (None, None) if cache is None else (cache[:2], cache.length_B)
+        x_NxD, kept = layers(
+            x_NxD, jnp.arange(c.layers), kept, segment_ids_BxL, dropout_keys_B, start_B
+        )
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))
         h_NxD = rms_norm(x_NxD, scale, c.norm_eps)
         if c.tied_head:
             head_VxD = table_TxRxE.reshape(-1, c.width)[: c.vocab_size].astype(c.dtype)
         else:
             head_VxD = weight("head", (c.vocab_size, c.width), c.dtype)
-        return h_NxD.reshape(batch, length, c.width), head_VxD
+        h_BxLxD = h_NxD.reshape(batch, length, c.width)
+        if cache is None:
+            return h_BxLxD, head_VxD
+        return h_BxLxD, head_VxD, Cache(*kept, start_B + length)
 
 
 def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -> Transformer:

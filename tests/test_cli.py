@@ -33,6 +33,8 @@ COMMANDS = [
     ["fit"],
     ["kernels"],
     ["kernels", "check"],
+    ["sample"],
+    ["infill"],
 ]
 
 

@@ -109,6 +109,14 @@ def attention(
     return _without_padding(out_BxLxHxK, segment_ids_BxL)
 
 
+def attention_to_kept(q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, last_BxL) -> jax.Array:
+    """Attention [B, L, H, K] of new positions, each to the keys 0 .. `last` of M kept ones."""
+    mask_BxLxM = jnp.arange(k_BxMxGxK.shape[1]) <= last_BxL[..., None]
+    return jax.nn.dot_product_attention(
+        q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, mask=mask_BxLxM[:, None], implementation="xla"
+    )
+
+
 def _platform() -> str:
     """cpu, gpu or tpu: of the mesh that the program is traced for, else of this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device

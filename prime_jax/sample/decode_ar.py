@@ -1,0 +1,94 @@
+"""Ordinary left-to-right decoding of an autoregressive model, with a cache of keys and values."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prime_jax.config import ModelConfig
+from prime_jax.model import Cache
+from prime_jax.sample.filters import Filters
+from prime_jax.sample.predict import Model, example_keys, propose
+
+READ = 32  # tokens of the prompt read at a time
+
+
+class Prompts(NamedTuple):
+    """B texts to be continued; arrays.
+
+    Attributes:
+        token_BxL: the prompts, then anything.
+        start_B: tokens of each prompt; may be 0.
+        stop_B: where each text is full, at most L.
+        example_B: uint32 numbers that, with the seed, give the examples their keys.
+    """
+
+    token_BxL: Any
+    start_B: Any
+    stop_B: Any
+    example_B: Any
+
+
+class Settings(NamedTuple):
+    """Traced; `end` is the token at which a text is over, -1 for none."""
+
+    filters: Filters
+    seed: Any
+    end: Any
+
+
+def read_prompts(model: Model, params: Any, config: ModelConfig, prompts: Prompts) -> Cache:
+    """A cache of BOS and each prompt less its last token: that one is read when drawing."""
+    batch, length = prompts.token_BxL.shape
+    room = -(-length // READ) * READ
+    network, base = model.network(params), model.head.codebook.base
+    input_BxM = jnp.pad(prompts.token_BxL, ((0, 0), (1, READ)), constant_values=base)[:, :room]
+
+    def read(state):
+        start, cache = state
+        part_BxR = jax.lax.dynamic_slice_in_dim(input_BxM, start, READ, axis=1)
+        return start + READ, network(part_BxR[..., None], cache=cache)[2]
+
+    begin = jnp.int32(0), Cache.empty(config, batch, room)
+    _, cache = jax.lax.while_loop(lambda s: s[0] < prompts.start_B.max(), read, begin)
+    # What was read beyond a prompt is overwritten before anything looks at it.
+    return cache._replace(length_B=prompts.start_B)
+
+
+def decode(
+    model: Model, params: Any, config: ModelConfig, prompts: Prompts, settings: Settings
+) -> tuple[jax.Array, jax.Array]:
+    """The texts [B, L], written up to `stop` or the end token, and network calls so far [B]."""
+    book, network = model.head.codebook, model.network(params)
+    cache = read_prompts(model, params, config, prompts)
+    batch, length = prompts.token_BxL.shape
+    row_B = jnp.arange(batch)
+
+    def unfinished(state):
+        _, _, open_B, _ = state
+        return open_B.any()
+
+    def write(state):
+        token_BxL, cache, open_B, count = state
+        at_B = jnp.minimum(cache.length_B, length - 1)
+        last_B = jnp.where(at_B > 0, token_BxL[row_B, at_B - 1], book.base)
+        h_Bx1xD, head_VxD, cache = network(last_B[:, None, None], cache=cache)
+        draw_B = jnp.full(batch, count)
+        row_N, _ = propose(
+            model.head,
+            None,
+            settings.filters,
+            h_Bx1xD[:, 0],
+            head_VxD,
+            last_B[:, None],
+            example_keys(settings.seed, prompts.example_B, draw_B),
+            open_B,
+        )
+        new_B = jnp.where(open_B, jnp.asarray(book.tokens)[row_N], token_BxL[row_B, at_B])
+        token_BxL = token_BxL.at[row_B, at_B].set(new_B)
+        open_B &= (cache.length_B < prompts.stop_B) & (new_B != settings.end)
+        return token_BxL, cache, open_B, count + 1
+
+    start = prompts.token_BxL, cache, prompts.start_B < prompts.stop_B, jnp.int32(0)
+    token_BxL, _, _, count = jax.lax.while_loop(unfinished, write, start)
+    return token_BxL, jnp.full(batch, count)

@@ -1,0 +1,134 @@
+"""Time grids from a measurement: for a number of steps the grid of the least loss, and for a loss
+the fewest steps.
+
+A step from hidden share u to s costs the joint negative log-probability of what it reveals; summed
+over a grid this is the bound `finite:T`, which the ancestral sampler of that grid attains. We
+measure the cost per revealed share, R(u, s / u), at a few points, interpolate, and find the
+cheapest path from 1 to 0 by dynamic programming.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prime_jax.config import RunConfig
+from prime_jax.kernels.subtoken_head import subtoken_log_masses
+from prime_jax.objectives import Inputs, masked_inputs
+from prime_jax.sample.predict import Model
+
+SHARES = (0.02, 0.05, *np.linspace(0.1, 1.0, 10).round(2))  # u: hidden before the step
+PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # s / u: of those, hidden after it; 1 is an infinitesimal step
+POINTS = 256  # knots lie on multiples of 1 / POINTS
+MOST_STEPS = 1024  # the search grows with their cube
+EXAMPLES = 64  # blocks to measure on
+MEASURE_SEED = 0x617D
+
+
+class Rates(NamedTuple):
+    """Nats per token for the whole sequence's sub-tokens: R(u, s / u).
+
+    Attributes:
+        rate_UxP: at SHARES and PARTS; the cost of a step is R(u, s / u) (u - s).
+    """
+
+    rate_UxP: np.ndarray
+
+    @property
+    def bound(self) -> float:
+        """Loss in the limit of infinitely many steps: the integral of R(u, 1)."""
+        u = np.linspace(0, 1, 4 * POINTS + 1)
+        return float(np.trapezoid(self.at(u, np.ones_like(u)), u))
+
+    def at(self, u: np.ndarray, part: np.ndarray) -> np.ndarray:
+        from scipy.interpolate import RegularGridInterpolator
+
+        table = RegularGridInterpolator((SHARES, PARTS), self.rate_UxP)
+        return table(np.stack([np.maximum(u, SHARES[0]), part], axis=-1))
+
+    def loss(self, knots: np.ndarray) -> float:
+        """Nats per token of a grid, falling from 1 to 0."""
+        u, s = knots[:-1], knots[1:]
+        return float((self.at(u, s / u) * (u - s)).sum())
+
+
+def measure(
+    model: Model, params: Any, config: RunConfig, token_ExL: np.ndarray, batch: int = 32
+) -> Rates:
+    """Rates on some sequences; all points share the same random numbers, so that the surface is
+    smooth. One network call per batch and share."""
+    cost = jax.jit(partial(_cost, model, config))
+    params = jax.device_put(params, jax.devices()[0])
+    total = np.zeros((len(SHARES), len(PARTS)))
+    batch = min(batch, len(token_ExL))
+    batches = len(token_ExL) // batch
+    for i in range(batches):
+        tokens = jnp.asarray(token_ExL[i * batch : (i + 1) * batch])
+        for k, u in enumerate(SHARES):
+            total[k] += np.asarray(cost(params, tokens, np.float32(u), np.uint32(i)))
+    return Rates(total / (batches * batch * token_ExL.shape[1]))
+
+
+def _cost(model: Model, config: RunConfig, params, token_BxL, share, index) -> jax.Array:
+    """Summed cost per revealed share, float32 [P], of steps that start at `share`."""
+    book, head = model.head.codebook, model.head
+    shape = (*token_BxL.shape, book.length)
+    level_BxLxS = jax.random.uniform(jax.random.fold_in(jax.random.key(MEASURE_SEED), index), shape)
+    hidden_BxLxS = level_BxLxS < share
+    ones_BxL = jnp.ones(token_BxL.shape, jnp.float32)
+    inputs: Inputs = masked_inputs(config, book, token_BxL, hidden_BxLxS, ones_BxL, -1)
+    h_BxLxD, head_VxD = model.network(params)(inputs.digits_BxLxS, None, None)
+    flat: Callable = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    h_NxD, hidden_NxS, level_NxS = map(flat, (h_BxLxD, hidden_BxLxS, level_BxLxS))
+    row_N = jnp.asarray(book.rows)[token_BxL].reshape(-1)
+
+    def nats(later_NxS):
+        return subtoken_log_masses(head, h_NxD, head_VxD, row_N, hidden_NxS, later_NxS)
+
+    def rate(part):
+        return -nats(level_NxS < part * share)[1].sum() / (share * (1 - part))
+
+    rates = jax.lax.map(rate, jnp.array(PARTS[:-1], jnp.float32))
+    return jnp.append(rates, -nats(None)[0].sum() / share)
+
+
+def best(rates: Rates, steps: int) -> np.ndarray:
+    """The knots [steps + 1] of the least loss, on multiples of 1 / POINTS (or finer for more)."""
+    points = max(POINTS, steps)
+    _, previous = _cheapest(rates, points, steps)
+    at, path = points, [points]
+    for step in reversed(range(steps)):
+        at = previous[step, at]
+        path.append(at)
+    return np.array(path) / points
+
+
+def fewest(rates: Rates, loss: float) -> int | None:
+    """The fewest steps whose best grid costs at most `loss` nats per token; None beyond POINTS."""
+    least, _ = _cheapest(rates, POINTS, POINTS)
+    enough = np.flatnonzero(least <= loss)
+    return int(enough[0]) + 1 if len(enough) else None
+
+
+def _cheapest(rates: Rates, points: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Least loss from 1 with 1 .. steps steps, and for each number the knot that comes next.
+
+    Dynamic programme: loss_k[u] = min over s < u of cost(u, s) + loss_{k-1}[s], loss_0[0] = 0.
+    """
+    index = np.arange(points + 1)
+    u, s = index[1:, None] / points, index[None, :] / points
+    inside = s < u
+    part = np.where(inside, s / u, 0.0)
+    cost = rates.at(np.broadcast_to(u, part.shape), part) * (u - s)
+    cost = np.vstack([np.full((1, points + 1), np.inf), np.where(inside, cost, np.inf)])
+    loss = np.where(index == 0, 0.0, np.inf)
+    least, following = np.empty(steps), np.zeros((steps, points + 1), int)
+    for k in range(steps):
+        total = cost + loss
+        following[k] = total.argmin(axis=1)
+        loss = total.min(axis=1)
+        least[k] = loss[points]
+    return least, following

@@ -1,0 +1,67 @@
+"""Texts with holes: `def add(a, b):[[MASK*8]] + b`, and tokens of which some sub-tokens are kept.
+
+    [[MASK]]            one hidden token; [[MASK*8]] eight
+    [[KEEP:3 word]]     the tokens of `word`, of which the first three sub-tokens are kept and the
+                        others drawn again
+    [[KEEP:++?+ word]]  the same with a sign for every sub-token: + kept, ? drawn again
+
+Everything else is given. Sub-token 1 is the most significant digit of the token's code.
+"""
+
+import re
+
+import numpy as np
+
+from prime_jax.data.tokenizer import Tokenizer
+from prime_jax.errors import UserError
+from prime_jax.subtokens import Codebook
+
+PART = re.compile(r"\[\[(?P<kind>MASK|KEEP)(?P<rest>.*?)\]\]", re.DOTALL)
+MASK = re.compile(r"(?:\*(\d+))?")
+KEEP = re.compile(r":(\d+|[+?]+) (.+)", re.DOTALL)
+
+
+def canvas(text: str, tokenizer: Tokenizer, codebook: Codebook) -> np.ndarray:
+    """Digits int32 [L, S] of a text, `codebook.base` where something is hidden.
+
+    Raises:
+        UserError: nothing is hidden, or a hole that cannot be read.
+    """
+    parts, at = [], 0
+    for match in PART.finditer(text):
+        parts.append(codebook.encode(tokenizer.encode(text[at : match.start()])))
+        parts.append(_hole(match, tokenizer, codebook))
+        at = match.end()
+    parts.append(codebook.encode(tokenizer.encode(text[at:])))
+    digits = np.concatenate(parts).astype(np.int32)
+    if not (digits == codebook.base).any():
+        raise UserError(
+            "nothing to fill in: write [[MASK*8]] for eight hidden tokens, or [[KEEP:3 word]] to "
+            "draw the sub-tokens of a word after the third again"
+        )
+    return digits
+
+
+def _hole(match: re.Match, tokenizer: Tokenizer, codebook: Codebook) -> np.ndarray:
+    rest = match["rest"]
+    if match["kind"] == "MASK":
+        size = MASK.fullmatch(rest)
+        if size is None or size[1] == "0":
+            raise UserError(f"{match[0]}: write [[MASK]] or [[MASK*8]]")
+        return np.full((int(size[1] or 1), codebook.length), codebook.base)
+    keep = KEEP.fullmatch(rest)
+    if keep is None:
+        raise UserError(f"{match[0]}: write [[KEEP:3 word]], or [[KEEP:++? word]] with + and ?")
+    digits = codebook.encode(tokenizer.encode(keep[2]))
+    return np.where(_kept(match[0], keep[1], codebook.length), digits, codebook.base)
+
+
+def _kept(hole: str, pattern: str, length: int) -> np.ndarray:
+    """bool [S] of `3` or `++?+`."""
+    if pattern.isdigit():
+        if int(pattern) > length:
+            raise UserError(f"{hole}: a token has {length} sub-tokens")
+        return np.arange(length) < int(pattern)
+    if len(pattern) != length:
+        raise UserError(f"{hole}: {len(pattern)} signs, but a token has {length} sub-tokens")
+    return np.array([sign == "+" for sign in pattern])

@@ -1,0 +1,115 @@
+"""How to sample: the names that people know, and what can be combined."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from prime_jax.config import nearest
+from prime_jax.errors import UserError
+
+# Orders that do not look at the model's predictions, and those that reveal the surest tokens first.
+FIXED = ("ancestral", "random", "first-hitting", "left-to-right")
+ADAPTIVE = ("confidence", "margin", "entropy")
+GRIDS = ("uniform", "cosine")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to sample.
+
+    Attributes:
+        gen_length: tokens to write; 0 fills the context.
+        steps: reveal steps, over all blocks; what changes nothing is skipped.
+        order: what is revealed when (`orders`).
+        grid: share of hidden sub-tokens over the steps: `uniform` or `cosine`.
+        knots: those shares themselves, from 1 down to 0, in place of steps and grid (`grids`).
+        block_length: write blocks of so many tokens, left to right; 0 for one block.
+        threshold: in place of steps, reveal all tokens whose confidence or margin is at least this
+            (entropy in nats: at most this), and at least one; None to reveal by steps.
+        temperature: 0 takes the likeliest token.
+        top_k: draw among so many likeliest tokens; 0 for all.
+        top_p: draw among the likeliest tokens that have this mass together (nucleus).
+        cfg_scale: guidance away from what the model says without the prompt; 0 for none.
+        remasking: share of the largest possible rate at which revealed sub-tokens are hidden
+            again (ReMDM, arXiv 2503.00307, "rescale").
+        cached: skip steps that reveal nothing; the samples are the same.
+        stop: token at which a text ends; -1 for none.
+        seed: with the example's number it determines the sample.
+        batch_size: examples at a time; does not change the samples.
+    """
+
+    gen_length: int = 0
+    steps: int = 64
+    order: str = "ancestral"
+    grid: str = "uniform"
+    knots: tuple[float, ...] = ()
+    block_length: int = 0
+    threshold: float | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    cfg_scale: float = 0.0
+    remasking: float = 0.0
+    cached: bool = True
+    stop: int = -1
+    seed: int = 0
+    batch_size: int = 32
+
+
+# What an autoregressive model has no use for.
+DIFFUSION_ONLY = (
+    *("steps", "order", "grid", "knots", "block_length", "threshold"),
+    *("cfg_scale", "remasking", "cached"),
+)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def validate(options: Options, family: str) -> Options:
+    """Return `options` if they make sense together for a model of that family.
+
+    Raises:
+        UserError: naming the option, its value and what would be right.
+    """
+    o = options
+    ranges = {
+        "gen_length": (o.gen_length >= 0, "0 or more"),
+        "steps": (o.steps >= 1, "1 or more"),
+        "block_length": (o.block_length >= 0, "0 or more"),
+        "temperature": (o.temperature >= 0, "0 or more"),
+        "top_k": (o.top_k >= 0, "0 or more"),
+        "top_p": (0 < o.top_p <= 1, "above 0 and at most 1"),
+        "cfg_scale": (o.cfg_scale >= 0, "0 or more"),
+        "remasking": (0 <= o.remasking <= 1, "between 0 and 1"),
+        "batch_size": (o.batch_size >= 1, "1 or more"),
+    }
+    for name, (ok, right) in ranges.items():
+        _require(ok, name, getattr(o, name), f"must be {right}")
+    if family == "arm":
+        for name in DIFFUSION_ONLY:
+            changed = getattr(o, name) != getattr(Options, name)
+            _require(
+                not changed, name, getattr(o, name), "an autoregressive model writes left to right"
+            )
+        return o
+    for name, valid in (("order", FIXED + ADAPTIVE), ("grid", GRIDS)):
+        value = getattr(o, name)
+        _require(value in valid, name, value, f"no such {name}{nearest(value, valid)}")
+    if o.threshold is not None:
+        _require(
+            o.order in ADAPTIVE, "threshold", o.threshold, f"needs --order {', '.join(ADAPTIVE)}"
+        )
+    if o.remasking:
+        _require(o.order == "ancestral", "remasking", o.remasking, "needs --order ancestral")
+        _require(not o.block_length, "remasking", o.remasking, "does not go with --block-length")
+    if o.knots:
+        falls = all(a > b for a, b in zip(o.knots, o.knots[1:], strict=False))
+        ends = o.knots[0] == 1 and o.knots[-1] == 0
+        _require(falls and ends, "knots", o.knots, "must fall from 1 to 0")
+    return o
+
+
+def _require(ok: bool, name: str, value: Any, right: str) -> None:
+    if not ok:
+        raise UserError(f"{flag(name)} {value}: {right}")

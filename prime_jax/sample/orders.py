@@ -1,0 +1,166 @@
+"""What is revealed when.
+
+An order is either fixed, a function from random numbers to the step at which every sub-token is
+revealed, or adaptive: the steps only say how many tokens are revealed at each, and a score of the
+model's prediction says which. Fixed plans are made on the host, example by example, so that they
+depend on (seed, example) alone. Steps at which nothing is revealed are known beforehand and cost
+nothing.
+
+With u_0 = 1 > u_1 > .. > u_T = 0 the share still hidden before each step, a sub-token of level v
+in [0, 1) is revealed at the step i with u_{i+1} <= v < u_i.
+
+    ancestral      independent levels: the reverse process with T steps, whose bound is `finite:T`
+    random         levels spread evenly in random order: a fixed count at each step
+    left-to-right  levels spread evenly from the first sub-token to the last
+    first-hitting  one sub-token a step in random order: the limit T -> inf (arXiv 2409.02908)
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prime_jax.sample.options import ADAPTIVE, Options
+
+NEVER = np.int32(2**31 - 1)
+
+
+def spread(count: int) -> np.ndarray:
+    """Levels of `count` units revealed one after the other, evenly over the shares."""
+    return 1 - (np.arange(count) + 0.5) / count
+
+
+def ancestral(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.random(count)
+
+
+def shuffled(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.permutation(spread(count))
+
+
+def in_order(rng: np.random.Generator, count: int) -> np.ndarray:
+    return spread(count)
+
+
+LEVELS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "ancestral": ancestral,
+    "random": shuffled,
+    "first-hitting": shuffled,
+    "left-to-right": in_order,
+}
+
+
+def knots(options: Options, steps: int) -> np.ndarray:
+    """Shares hidden before each of `steps` steps and after the last: float64 [steps + 1]."""
+    if options.knots:
+        return np.array(options.knots)
+    u = np.linspace(1, 0, steps + 1)
+    return 1 - np.cos(np.pi / 2 * u) if options.grid == "cosine" else u
+
+
+def step_of(level_N: np.ndarray, knots: np.ndarray) -> np.ndarray:
+    """The step at which a level is revealed: the number of later knots above it."""
+    return np.searchsorted(-knots[1:-1], -level_N)
+
+
+class Plan(NamedTuple):
+    """When an example's sub-tokens are revealed; arrays of a batch have a leading axis.
+
+    Attributes:
+        when_LxS: int32 step of each sub-token, NEVER where it is given. An adaptive order has the
+            same step for a whole token; only how often each step occurs counts.
+        block_L: int32 number of the block that each token belongs to.
+        steps: of the plan, those that reveal nothing included.
+    """
+
+    when_LxS: np.ndarray
+    block_L: np.ndarray
+    steps: np.ndarray
+
+
+def plan(options: Options, hidden_LxS: np.ndarray, rng: np.random.Generator) -> Plan:
+    """The plan of one example: blocks left to right, each with its share of the steps."""
+    drawn_L = hidden_LxS.any(axis=1)
+    total = int(drawn_L.sum())
+    length = options.block_length or max(total, 1)
+    block_L = np.maximum(np.cumsum(drawn_L) - 1, 0) // length
+    blocks = -(-total // length)
+    when_LxS = np.full(hidden_LxS.shape, NEVER, np.int32)
+    one_each = options.order == "first-hitting" or options.threshold is not None
+    start = 0
+    for block in range(blocks):
+        inside_L = drawn_L & (block_L == block)
+        units = hidden_LxS & inside_L[:, None]
+        adaptive = options.order in ADAPTIVE
+        count = int((inside_L if adaptive else units).sum())
+        steps = count if one_each else max(1, options.steps // blocks)
+        shares = np.linspace(1, 0, steps + 1) if one_each else knots(options, steps)
+        levels = spread(count) if adaptive else LEVELS[options.order](rng, count)
+        when = start + step_of(levels, shares)
+        if adaptive:
+            when_LxS[inside_L] = np.where(hidden_LxS[inside_L], when[:, None], NEVER)
+        else:
+            when_LxS[units] = when
+        start += len(shares) - 1
+    return Plan(when_LxS, block_L.astype(np.int32), np.int32(start))
+
+
+def idle_share(plan: Plan) -> float:
+    """Share of the steps of an example's plan that reveal nothing; 0 without steps."""
+    busy = len(np.unique(plan.when_LxS[plan.when_LxS < NEVER]))
+    return 1 - busy / max(int(plan.steps), busy, 1)
+
+
+# Scores of a prediction: log-probabilities [N, V] and the drawn index [N] to [N]; larger is surer.
+
+
+def confidence(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
+    return jnp.exp(jnp.take_along_axis(logp_NxV, index_N[:, None], axis=1)[:, 0])
+
+
+def margin(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
+    best_Nx2 = jnp.exp(jax.lax.top_k(logp_NxV, 2)[0])
+    return best_Nx2[:, 0] - best_Nx2[:, 1]
+
+
+def entropy(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
+    p_NxV = jnp.exp(logp_NxV)
+    return jnp.where(p_NxV > 0, p_NxV * logp_NxV, 0.0).sum(axis=1)
+
+
+SCORES = {"confidence": confidence, "margin": margin, "entropy": entropy}
+
+
+# What a step reveals: (plan, hidden [B, L, S], score [B, L], ...) to the sub-tokens [B, L, S].
+
+
+def next_fixed(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
+    """The next step, int32 [B], at which a fixed plan reveals something; NEVER at the end."""
+    return jnp.where(hidden_BxLxS, plan.when_LxS, NEVER).min(axis=(1, 2))
+
+
+def due(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
+    """How many tokens, int32 [B], the next step of an adaptive plan reveals."""
+    time_BxL = jnp.sort(plan.when_LxS.min(axis=2), axis=1)
+    length = time_BxL.shape[1]
+    done_B = (time_BxL < NEVER).sum(axis=1) - hidden_BxLxS.any(axis=2).sum(axis=1)
+    at_Bx1 = jnp.minimum(done_B, length - 1)[:, None]
+    next_Bx1 = jnp.take_along_axis(time_BxL, at_Bx1, axis=1)
+    later_BxL = jnp.arange(length) >= done_B[:, None]
+    return (later_BxL & (time_BxL == next_Bx1)).sum(axis=1)
+
+
+def active_block(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
+    """bool [B, L]: tokens with something hidden in the first block that has one."""
+    open_BxL = hidden_BxLxS.any(axis=2)
+    block_BxL = jnp.where(open_BxL, plan.block_L, NEVER)
+    return open_BxL & (block_BxL == block_BxL.min(axis=1, keepdims=True))
+
+
+def surest(active_BxL, score_BxL, count_B, threshold) -> jax.Array:
+    """bool [B, L]: the `count` active tokens of the highest score, and all above the threshold."""
+    key_BxL = jnp.where(active_BxL, -score_BxL, jnp.inf)
+    rank_BxL = jnp.argsort(jnp.argsort(key_BxL, axis=1), axis=1)
+    return active_BxL & ((rank_BxL < count_B[:, None]) | (score_BxL >= threshold))
