@@ -9,8 +9,10 @@ from prime_jax.errors import UserError
 
 def parser() -> argparse.ArgumentParser:
     from prime_jax import commands
+    from prime_jax.analyse import commands as analyse_commands
     from prime_jax.data import commands as data_commands
     from prime_jax.evaluate import commands as eval_commands
+    from prime_jax.interchange import commands as interchange_commands
     from prime_jax.kernels import commands as kernels_commands
     from prime_jax.sample import commands as sample_commands
     from prime_jax.scaling import commands as fit_commands
@@ -32,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
         scaling_commands,
         kernels_commands,
         eval_commands,
+        analyse_commands,
+        interchange_commands,
         sample_commands,
     ):
         package.register(subparsers)

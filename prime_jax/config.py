@@ -38,6 +38,8 @@ class ModelConfig:
     qk_norm: bool = True
     dropout: float = 0.0
     rope_base: float = 10_000.0
+    # What RoPE's cosines and sines are rounded to; bfloat16 in the published lit_gpt runs.
+    rope_tables: Literal["float32", "bfloat16"] = field(default="float32", metadata=ADDED)
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters stay float32
@@ -51,6 +53,7 @@ class SubtokenConfig:
     shuffle: float = 1.0  # share of the codes that is permuted; 0 is the identity
     scope: Literal["vocab", "codes"] = "vocab"  # permute the first V codes, or all b**l
     seed: int = 0
+    codes: str = field(default="", metadata=ADDED)  # hash of codes that came with imported weights
 
 
 @dataclass(frozen=True)

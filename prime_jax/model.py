@@ -26,10 +26,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
-def rope_tables(length: int, size: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos, sin float32 [L, K/2] of the rotate-half convention."""
+def rope_tables(
+    length: int, size: int, base: float, rounded: str = "float32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin float32 [L, K/2] of the rotate-half convention, rounded to a dtype before."""
     angle = np.arange(length)[:, None] / base ** (np.arange(0, size, 2) / size)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    cos, sin = (f(angle).astype(jnp.dtype(rounded)) for f in (np.cos, np.sin))
+    return cos.astype(np.float32), sin.astype(np.float32)
 
 
 def rotate(x_BxLxHxK: jax.Array, cos_BxLxK: jax.Array, sin_BxLxK: jax.Array) -> jax.Array:
@@ -126,14 +129,15 @@ class Block(nn.Module):
             q, k = norm("q_norm", q), norm("k_norm", k)
         if kept is None:
             copies = 2 if self.block_length else 1  # which share their positions
-            tables = rope_tables(self.length // copies, size, c.rope_base)
+            tables = rope_tables(self.length // copies, size, c.rope_base, c.rope_tables)
             tables = [np.tile(x, (copies, 1))[None] for x in tables]
             q, k = rotate(q, *tables), rotate(k, *tables)
+            self.sow("attention", "query_key", (q, k))  # nothing, unless `apply` asks for it
             see = (self.causal, segment_ids_BxL, *self.attention[:2], self.block_length)
             a = attention(q, k, v, *see)
         else:
             at_BxL = start_B[:, None] + jnp.arange(self.length)
-            tables = rope_tables(kept[0].shape[1], size, c.rope_base)
+            tables = rope_tables(kept[0].shape[1], size, c.rope_base, c.rope_tables)
             tables = [jnp.asarray(x)[at_BxL] for x in tables]
             q, k = rotate(q, *tables), rotate(k, *tables)
             kept = tuple(_written(old, new, start_B) for old, new in zip(kept, (k, v), strict=True))
@@ -221,7 +225,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "attention": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,

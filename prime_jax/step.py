@@ -125,22 +125,31 @@ def shape_of(config: RunConfig) -> RunConfig:
     )
 
 
-def program(config: RunConfig, eos_id: int) -> Program:
-    """The functions that train and evaluate `config`; shared by all configs of one shape."""
-    return _program(shape_of(config), eos_id)
+def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) -> Program:
+    """The functions that train and evaluate `config`; shared by all configs of one shape.
+
+    Args:
+        codebook: codes that came with imported weights; by default those that the config makes.
+    """
+    return _program(shape_of(config), eos_id, codebook)
 
 
 @lru_cache(maxsize=32)
-def _program(config: RunConfig, eos_id: int) -> Program:
-    return make_program(config, eos_id, jax.devices())
+def _program(config: RunConfig, eos_id: int, codebook: Codebook | None) -> Program:
+    return make_program(config, eos_id, jax.devices(), codebook)
 
 
-def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -> Program:
+def make_program(
+    config: RunConfig,
+    eos_id: int,
+    devices: Sequence[Any] | int,
+    codebook: Codebook | None = None,
+) -> Program:
     """The program of `config` on `devices`, which may be described by a topology only.
 
     Given just their number, it can be lowered for a TPU and neither compiled nor run.
     """
-    codebook = Codebook.create(config.model.vocab_size, config.subtokens)
+    codebook = codebook or Codebook.create(config.model.vocab_size, config.subtokens)
     mesh, choice = meshes.make(config, devices)
     tx = optim.optimizer(config.optim)
     init, abstract = _make_init(config, codebook, tx, mesh)
