@@ -136,6 +136,7 @@ class KernelConfig:
     attention: Literal["auto", "pallas", "splash", "cudnn", "xla", "scan"] = "auto"
     embedding: Literal["auto", "pallas", "xla"] = "auto"
     head_blocks: tuple[int, ...] = ()
+    head_skip: bool = False  # head=pallas: sort rows, skip tiles without a consistent token
     attention_blocks: tuple[int, ...] = ()
 
 

@@ -53,7 +53,13 @@ def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = Non
     o = config.objective
     choice = selection.head(config, selection.target_kind())
     return Head(
-        codebook, o.carry_over, o.loss, choice.implementation, choice.blocks, axis_name=axis_name
+        codebook,
+        o.carry_over,
+        o.loss,
+        choice.implementation,
+        choice.blocks,
+        config.kernels.head_skip,
+        axis_name,
     )
 
 
