@@ -145,7 +145,10 @@ def _sent(kind: str, i: _Instruction) -> float:
 
 
 def _group(rest: str) -> int:
-    """Devices of a replica group, written `{{0,1},{2,3}}` or `[2,2]<=[4]`."""
+    """Devices of a replica group, written `{{0,1},{2,3}}`, `[2,2]<=[4]` or `mesh['a'=2] {'a'}`."""
+    if over := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", over[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", over[2]))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(iota[1])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)

@@ -216,15 +216,34 @@ def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
     np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-5)
 
 
+def test_a_process_that_waits_in_vain_says_what_to_check():
+    environment = {**os.environ, "PRIME_COORDINATOR": "127.0.0.1:9", "PRIME_PROCESSES": "2"}
+    environment |= {"PRIME_PROCESS_ID": "1", "PRIME_WAIT_SECONDS": "1"}
+    command = "from prime_jax import distributed; distributed.start(print)"
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "waiting for 2 processes" in done.stdout
+    assert "came within 1 s; check that every host" in done.stdout
+    assert "stack trace" not in done.stderr
+
+
 @pytest.mark.slow
-def test_a_lost_process_ends_the_others(config, tmp_path):
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path, dies):
     out = tmp_path / "run"
     gang = start(config, out, 2, slow=0.3)
     wait_for_step(out, 3)
-    gang[1].send_signal(signal.SIGKILL)
+    gang[dies].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    gang[0].wait(timeout=120)
-    assert gang[0].returncode != 0
-    assert time.monotonic() - began < 60
-    gang[0].stdout.close()
-    gang[1].communicate()
+    text = gang[1 - dies].communicate(timeout=120)[0]
+    assert gang[1 - dies].returncode == 1, text
+    assert time.monotonic() - began < 30  # the heartbeat is 10 s
+    (line,) = [
+        line for line in text.splitlines() if line.startswith(f"process {1 - dies}: process")
+    ]
+    assert f"process {dies}" in line
+    assert "the same command on every host continues" in line
+    assert "stack trace" not in text
+    gang[dies].communicate()

@@ -52,7 +52,7 @@ def trained(config: RunConfig) -> np.ndarray:
     out = []
     for _ in range(STEPS):
         tokens = rng.integers(0, 64, (8, 16), np.int32)
-        batch = sharding.share_batch(program.mesh, (tokens, rows))
+        batch = sharding.spread(program.mesh, (tokens, rows))
         state, metrics = program.train(clock, state, *batch, np.uint32(0), optim.horizon(config))
         out.append((float(metrics.loss), float(metrics.grad_norm)))
     return np.array(out)
