@@ -1,6 +1,6 @@
 """Tokens/s, MFU and memory of the real training step for ARM, MDM and MDM-Prime, in bfloat16.
 
-    python benchmarks/mfu.py [--sizes 92M 354M 1.1B] [--length 2048] [--tokens 32768] [--rounds 5]
+    python benchmarks/mfu.py [--sizes 92M 354M 1.1B] [--length 2048] [--tokens 32768] [--rounds 3]
 
 Every (size, family) is a process of its own, run one after the other; families of one size are
 measured in turn `rounds` times and the median is printed, with the ratio of tokens/s to MDM in the

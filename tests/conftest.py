@@ -27,6 +27,25 @@ def markov_data(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_run(markov_data):
+    """The smallest run that trains, saves and evaluates, on one device."""
+    from prime_jax import config
+
+    return config.RunConfig(
+        family="prime",
+        steps=12,
+        batch_size=8,
+        model=config.ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
+        subtokens=config.SubtokenConfig(length=4),
+        data=config.DataConfig(path=str(markov_data), seq_len=16),
+        optim=config.OptimConfig(peak_lr=3e-3, warmup_steps=3),
+        eval=config.EvalConfig(examples=16, replicates=8, batch_size=64, estimators=("subtoken",)),
+        log=config.LogConfig(every=1),
+        mesh=config.MeshConfig(replica=1, data=1),
+    )
+
+
 @pytest.fixture
 def lower_for():
     """`lower_for(chip, case)` is the program of a kernel's check case, lowered for an absent TPU.

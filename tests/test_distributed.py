@@ -14,18 +14,7 @@ import numpy as np
 import pytest
 
 from prime_jax import checkpoint, distributed
-from prime_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SubtokenConfig,
-    to_dict,
-)
+from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
 
 SLURM = {
@@ -111,19 +100,12 @@ def test_a_half_described_gang_is_refused(environment, message):
 
 
 @pytest.fixture(scope="module")
-def config(markov_data) -> RunConfig:
-    return RunConfig(
-        family="prime",
+def config(tiny_run) -> RunConfig:
+    return dataclasses.replace(
+        tiny_run,
         steps=20,
-        batch_size=8,
-        model=ModelConfig(vocab_size=16, layers=1, width=32, heads=2),
-        subtokens=SubtokenConfig(length=4),
-        data=DataConfig(path=str(markov_data), seq_len=16),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
-        eval=EvalConfig(examples=16, replicates=2, batch_size=16, estimators=("subtoken",)),
         mesh=MeshConfig(replica=1),
         checkpoint=CheckpointConfig(every=5, keep=10),
-        log=LogConfig(every=1),
     )
 
 

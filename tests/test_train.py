@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +19,6 @@ from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    LogConfig,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -34,30 +35,19 @@ SILENT = lambda _: None  # noqa: E731
 
 
 @pytest.fixture(scope="module")
-def tiny(markov_data) -> RunConfig:
-    return RunConfig(
-        family="prime",
-        steps=12,
-        batch_size=8,
-        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
-        subtokens=SubtokenConfig(length=4),
-        data=DataConfig(path=str(markov_data), seq_len=16),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
-        eval=EvalConfig(examples=16, replicates=8, batch_size=64),
-        log=LogConfig(every=1),
-        mesh=MeshConfig(replica=1, data=1),
-    )
+def quick(tiny_run) -> RunConfig:
+    """For tests of training: the evaluation compiles one estimator only."""
+    return tiny_run
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_run) -> RunConfig:
+    return set_path(tiny_run, "eval.estimators", EvalConfig().estimators)
 
 
 def losses(run_dir) -> list[float]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
-
-
-@pytest.fixture(scope="module")
-def quick(tiny) -> RunConfig:
-    """For tests of training: the evaluation compiles one estimator only."""
-    return set_path(tiny, "eval.estimators", ("subtoken",))
 
 
 def values(result) -> list[float]:
@@ -167,6 +157,22 @@ def test_an_unfinished_save_is_no_checkpoint(tiny, tmp_path):
     writer.wait()
     assert checkpoint.steps(tmp_path) == [2, 3]
     assert not (tmp_path / "000000001").exists()
+
+
+def test_a_checkpoint_is_restored_onto_another_mesh_and_dtype(tmp_path):
+    one, eight = (
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        jax.sharding.NamedSharding(
+            jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec("data")
+        ),
+    )
+    values = np.linspace(0, 1, 16, dtype=np.float32)
+    with checkpoint.Writer(tmp_path, {}, CheckpointConfig()) as writer:
+        writer.save(1, {"x": jax.device_put(values, one)})
+    wanted = {"x": jax.ShapeDtypeStruct((16,), jnp.bfloat16, sharding=eight)}
+    found = checkpoint.restore([tmp_path], wanted, {}, SILENT)["x"]
+    assert (found.dtype, found.sharding) == (jnp.bfloat16, eight)
+    np.testing.assert_array_equal(found, values.astype(jnp.bfloat16))
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):
