@@ -167,7 +167,8 @@ class Notice:
     """Signals to stop, on which all processes act at the same point.
 
     SIGTERM and SIGINT are noted; a second one acts at once. With several processes JAX's own
-    SIGTERM handler tells the others, and `due` is True everywhere at one and the same call.
+    SIGTERM handler tells the others, and `due` is True everywhere at one and the same call; a
+    second SIGTERM acts from then on.
     """
 
     def __init__(self) -> None:
@@ -210,4 +211,7 @@ class Notice:
         from jax.experimental import multihost_utils
 
         self._calls += 1
-        return multihost_utils.reached_preemption_sync_point(self._calls)
+        reached = multihost_utils.reached_preemption_sync_point(self._calls)
+        if reached and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler swallows all others
+        return reached

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -209,6 +210,34 @@ def test_a_process_that_waits_in_vain_says_what_to_check():
     assert "waiting for 2 processes" in done.stdout
     assert "came within 1 s; check that every host" in done.stdout
     assert "stack trace" not in done.stderr
+
+
+def test_a_second_sigterm_ends_a_process_of_a_gang_at_once():
+    """Also while it saves, which is when JAX's handler would swallow it."""
+    code = """
+        import os, signal, jax
+        from prime_jax import distributed
+        jax.distributed.initialize("127.0.0.1:" + os.environ["PORT"], 1, 0)
+        jax.process_count = lambda: 2
+        with distributed.Notice() as notice:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not notice.due():
+                pass
+            print("saving", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here")
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PORT": port},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "saving\n"), done.stderr
 
 
 @pytest.mark.slow
