@@ -16,7 +16,6 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
 }
 
-CUBES = ("TPU v4", "TPU v5", "TPU7x")  # and v5e, which does not mind
 ASYNC_GATHER = (
     "xla_enable_async_all_gather",
     "xla_tpu_prefer_async_allgather_to_allreduce",
@@ -35,12 +34,13 @@ def compiler_options(device_kind: str) -> dict[str, int]:
     """XLA options for a kind of device.
 
     A CPU's time goes into library matmuls, so that LLVM's higher levels buy about 2 % of a step and
-    cost half as much compilation again. On a three-dimensional torus the TPU compiler replaces an
-    all-gather by an all-reduce of zeros, twice the bytes, unless it may run in the background.
+    cost half as much compilation again. A TPU gathers the next weights while it computes only where
+    that is asked for; without it the compiler even turns the all-gathers of a three-dimensional
+    torus into all-reduces of zeros, twice the bytes.
     """
     if device_kind == "cpu":
         return {"xla_backend_optimization_level": 1}
-    return dict.fromkeys(ASYNC_GATHER, True) if device_kind.startswith(CUBES) else {}
+    return dict.fromkeys(ASYNC_GATHER, True) if device_kind.startswith("TPU") else {}
 
 
 def keep_heap() -> None:

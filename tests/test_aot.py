@@ -243,6 +243,8 @@ def test_messages_of_a_program_by_hand():
     found = {message.kind: message for message in hlo.messages(HLO)}
     assert found["all-gather"].count == 24  # twice in each of 12 layers: a chain counts once
     assert found["all-gather"].bytes == 24 * (16 * 8 * 2) * 3 / 4
+    assert found["all-gather"].background == found["all-gather"].bytes / 2
+    assert found["reduce-scatter"].background == 0
     assert found["reduce-scatter"].bytes == 12 * (4 * 8 * 4) * 3
     assert found["all-reduce"].bytes == 2 * (16 * 8 + 8 + 8) * 4 * 3 / 4
 
