@@ -17,6 +17,7 @@ import pytest
 from prime_jax import checkpoint, distributed
 from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
+from prime_jax.train import train
 
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "4",
@@ -154,8 +155,7 @@ def losses(out: Path) -> list[float]:
 def whole(config, tmp_path_factory):
     """The run in one process with eight devices."""
     out = tmp_path_factory.mktemp("one") / "run"
-    codes, texts = ended(start(config, out, 1))
-    assert codes == [0], texts
+    train(config, out, say=lambda _: None)
     return out
 
 
@@ -170,6 +170,21 @@ def test_two_processes_give_the_numbers_of_one(config, whole, tmp_path):
     assert two["run"] == one["run"]
     values = [[loss["value"] for loss in result["losses"]] for result in (one, two)]
     np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_may_be_split_between_processes(config, whole, tmp_path):
+    """All eight devices share the rows of each sequence: both processes load the whole batch."""
+    model = dataclasses.replace(config.model, width=64, heads=8)
+    split = dataclasses.replace(config, steps=6, model=model)
+    apart, one = (
+        dataclasses.replace(split, mesh=mesh)
+        for mesh in (MeshConfig(replica=1, data=1, model=8), MeshConfig(1, 1, 1))
+    )
+    codes, texts = ended(start(apart, tmp_path / "two", 2))
+    assert codes == [0, 0], texts
+    train(one, tmp_path / "one", say=lambda _: None)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def wait_for_step(out: Path, step: int) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from prime_jax import checkpoint
-from prime_jax.config import CheckpointConfig, to_dict
+from prime_jax.config import CheckpointConfig, RunConfig, to_dict
+from prime_jax.train import train
 
 STEPS = 60
 WORKER = """
@@ -35,10 +36,15 @@ say(f"compiled from the cache: {len(hits)}")
 
 
 @pytest.fixture(scope="module")
-def run(tiny_run, tmp_path_factory):
-    """Starts the run, saving at every other step, in a directory; returns the process."""
+def config(tiny_run) -> RunConfig:
+    """Saves at every other step."""
     saving = CheckpointConfig(every=2, keep=3)
-    config = dataclasses.replace(tiny_run, steps=STEPS, checkpoint=saving)
+    return dataclasses.replace(tiny_run, steps=STEPS, checkpoint=saving)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """Starts the run in a directory; returns the process."""
     folder = tmp_path_factory.mktemp("kill")
     path = folder / "config.json"
     path.write_text(json.dumps(to_dict(config)))
@@ -66,9 +72,9 @@ def losses(out: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
+def whole(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    finish(run(out))
+    train(config, out, say=lambda _: None)
     return out
 
 
