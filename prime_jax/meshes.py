@@ -91,11 +91,11 @@ def make(config: RunConfig, devices: Sequence | int) -> tuple[Mesh | AbstractMes
         return AbstractMesh(choice[:3], AXES, axis_types=(AxisType.Explicit,) * 3), choice
     choice = choose(config, len(devices), count_slices(devices))
     used = devices[: choice.devices]
-    left_out = {d.process_index for d in devices} - {d.process_index for d in used}
-    if left_out:
+    idle = {d.process_index for d in devices} - {d.process_index for d in used}
+    if idle:
         raise UserError(
-            f"{choice}; processes {sorted(left_out)} would have no device: use fewer hosts, a "
-            "larger batch, or mesh.model"
+            f"{choice}; {len(idle)} hosts would have nothing to do: use fewer of them, a larger "
+            "batch, or mesh.model"
         )
     return Mesh(_grid(used, choice), AXES, axis_types=(AxisType.Explicit,) * 3), choice
 

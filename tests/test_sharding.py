@@ -142,3 +142,16 @@ def test_the_mesh_that_is_chosen(devices, slices, batch, width, expected):
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
     with pytest.raises(UserError, match=message):
         meshes.choose(dataclasses.replace(TINY, mesh=mesh), 8)
+
+
+def test_hosts_without_work_are_refused():
+    """A process outside the mesh could not take part in the step."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        process_index: int
+        platform: str = "cpu"
+
+    config = dataclasses.replace(TINY, mesh=MeshConfig(replica=1, data=2, model=2))
+    with pytest.raises(UserError, match="2 hosts would have nothing to do"):
+        meshes.make(config, [Device(i // 2) for i in range(8)])
