@@ -1,12 +1,15 @@
 """Notices when a process of the gang dies, and ends this one with a line that says so.
 
-JAX ends the others too, but by a C++ abort with a stack trace, or leaves them in a collective that
-nobody answers. So every process writes a beat into the coordinator's key-value store and reads the
-others'; JAX's own time-out is set longer and is the second line of defence.
+By itself JAX leaves the others in a collective that nobody answers, and aborts them in C++ after its
+heartbeat. So every process writes a beat into the coordinator's key-value store and reads the
+others'; JAX's own time-out is set longer. Only when the coordinator itself dies JAX is quicker: its
+abort is then given a last line.
 """
 
 import atexit
+import ctypes
 import os
+import signal
 import socket
 import sys
 import threading
@@ -16,7 +19,6 @@ from contextlib import contextmanager
 from typing import Any
 
 BEATS = "prime_jax/beat/"  # + process number; the value is `host count`, or LEFT
-NEVER = "prime_jax/never"  # a key that nobody writes: waiting for it ends when the coordinator does
 LEFT = "left"
 ADVICE = (
     "a run needs all its processes, so this one stops too; the same command on every host "
@@ -26,7 +28,7 @@ _watched: list["Watch"] = []  # at most one
 
 
 class Watch:
-    """Two threads that end the process when another one of the gang does.
+    """A thread that ends the process when another one of the gang does.
 
     Args:
         client: JAX's client of the coordinator.
@@ -43,52 +45,55 @@ class Watch:
     ):
         self.client, self.process, self.processes = client, process, processes
         self.seconds, self.say = seconds, say
-        self.leaving = threading.Event()
+        self._leaving = threading.Event()
+        self._ending = threading.Lock()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._coordinator_lost())
 
     def start(self) -> None:
-        atexit.register(self.leaving.set)
-        for target in (self._beat, self._wait_for_coordinator):
-            threading.Thread(target=target, daemon=True).start()
+        atexit.register(self._leave)  # which runs before JAX's own farewell
+        self._thread.start()
+        if hasattr(signal, "SIGABRT") and os.name == "posix":
+            # Python's own handlers would run in the main thread, which never gets there.
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), self._abort)
+
+    def _leave(self) -> None:
+        """Stop watching; a thread inside JAX's client would not survive the interpreter's end."""
+        self._leaving.set()
+        self._thread.join()
 
     def _beat(self) -> None:
         count, host = 0, socket.gethostname()
         seen = {p: ("", time.monotonic()) for p in range(self.processes) if p != self.process}
-        while True:
-            count += 1
-            mine = LEFT if self.leaving.is_set() else f"{host} {count}"
-            try:
-                self.client.key_value_set(f"{BEATS}{self.process}", mine, allow_overwrite=True)
+        try:
+            while not self._leaving.wait(min(self.seconds / 10, 5)):
+                count += 1
+                self._publish(f"{host} {count}")
                 found = dict(self.client.key_value_dir_get(BEATS))
-            except Exception as error:  # several types, all of them a connection that is no more
-                return self._coordinator_lost(error)
-            for process, (before, since) in seen.items():
-                value = found.get(f"{BEATS}{process}", "")
-                if value != before:
-                    seen[process] = (value, time.monotonic())
-                elif time.monotonic() - since > self.seconds:
-                    return self.end(_describe(process, value, self.seconds))
-            time.sleep(min(self.seconds / 10, 5))
+                for process, (before, since) in seen.items():
+                    value = found.get(f"{BEATS}{process}", "")
+                    if value != before:
+                        seen[process] = (value, time.monotonic())
+                    elif time.monotonic() - since > self.seconds:
+                        self._end(_describe(process, value, self.seconds))
+            self._publish(LEFT)
+        except Exception:  # several types, all of them a connection that is no more
+            self._coordinator_lost()
 
-    def _wait_for_coordinator(self) -> None:
-        while True:
-            try:
-                self.client.blocking_key_value_get(NEVER, 60_000)
-            except Exception as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    return self._coordinator_lost(error)
+    def _publish(self, value: str) -> None:
+        self.client.key_value_set(f"{BEATS}{self.process}", value, allow_overwrite=True)
 
-    def _coordinator_lost(self, error: Exception) -> None:
-        reason = str(error).splitlines()[0][:80]
-        self.end(f"process 0, which coordinates the others, cannot be reached ({reason})")
+    def _coordinator_lost(self) -> None:
+        self._end("process 0, which coordinates the others, cannot be reached")
 
-    def end(self, what: str) -> None:
+    def _end(self, what: str) -> None:
         """Say what happened and end, unless this process is leaving anyway."""
-        if self.leaving.is_set():
+        if self._leaving.is_set():
             return
-        self.leaving.set()
-        self.say(f"process {self.process}: {what}; {ADVICE}")
-        sys.stdout.flush()
-        os._exit(1)  # other threads may wait for the lost one for ever
+        with self._ending:  # kept: who comes second waits for the end
+            self.say(f"process {self.process}: {what}; {ADVICE}")
+            sys.stdout.flush()
+            os._exit(1)  # other threads may wait for the lost one for ever
 
 
 def _describe(process: int, value: str, seconds: float) -> str:

