@@ -106,9 +106,12 @@ def test_abandoned_iterators_leave_no_threads(prepared):
     assert threading.active_count() <= before + loader.THREADS + 1
 
 
-def test_hosts_must_divide_the_batch(prepared):
-    with pytest.raises(UserError, match="batch_size = 12"):
-        batches(prepared, process_count=5)
+def test_hosts_may_have_rows_in_common(prepared):
+    whole = batches(prepared, start=7, stop=9)
+    rows = np.array([0, 3, 4, 11])
+    assert_equal(
+        batches(prepared, start=7, stop=9, rows=rows), [(t[rows], e[rows]) for t, e in whole]
+    )
 
 
 def test_eval_blocks_are_spread_evenly_and_fixed(prepared):
