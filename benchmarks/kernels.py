@@ -180,7 +180,7 @@ TABLES: dict[str, Callable[[list[int], Any], list[Table]]] = {
 
 def compiled(side: Side) -> tuple[Callable[[], Any], int]:
     """(a call that waits for its result, bytes of temporaries)."""
-    options = hardware.compiler_options(jax.default_backend())
+    options = hardware.compiler_options(jax.devices()[0].device_kind)
     program = jax.jit(side.function).lower(*side.arguments).compile(options)
     memory = program.memory_analysis()
     call = partial(lambda *args: jax.block_until_ready(program(*args)), *side.arguments)

@@ -8,10 +8,13 @@ import itertools
 import os
 import re
 import signal
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prime_jax import peers
 from prime_jax.errors import UserError
 
 PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
@@ -104,11 +107,14 @@ def first_host(nodes: str) -> str:
 def start(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> Gang | None:
     """Meet the other processes of the gang, if there is one; to be called before any JAX work.
 
+    If they do not come in time the process ends with a line that says so, and exit code 2: JAX
+    waits where no exception can reach it, and would abort with a stack trace.
+
     Returns:
         The gang, None for a process on its own.
 
     Raises:
-        UserError: not all came within 30 minutes.
+        UserError: the coordinator's address cannot be used.
     """
     gang = detect(environment)
     if gang is None:
@@ -116,27 +122,36 @@ def start(say: Callable[[str], None], environment: Mapping[str, str] = os.enviro
     import jax
 
     wait = int(environment.get("PRIME_WAIT_SECONDS", WAIT_SECONDS))
+    heartbeat = int(environment.get("PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS))
     others = f"{gang.processes} processes ({gang.found}), coordinator {gang.coordinator}"
+    advice = "check that every host runs the same command and can reach the coordinator's port"
     say(f"process {gang.process}: waiting for {others}")
     if environment.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+
+    def give_up() -> None:
+        say(f"error: not all of {others} came within {wait} s; {advice}")
+        sys.stdout.flush()
+        os._exit(2)
+
+    timer = threading.Timer(wait, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             gang.coordinator,
             gang.processes,
             gang.process,
-            initialization_timeout=wait,
-            heartbeat_timeout_seconds=int(
-                environment.get("PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
-            ),
+            initialization_timeout=2 * wait + 60,  # `give_up` speaks first
+            heartbeat_timeout_seconds=2 * heartbeat,  # and later `peers`
         )
     except Exception as error:  # the client raises several types, all with the reason inside
         reason = str(error).splitlines()[0][:160]
-        raise UserError(
-            f"not all of {others} came within {wait} s ({reason}); check that every host runs the "
-            "same command and can reach the coordinator's port"
-        ) from error
+        raise UserError(f"cannot meet {others} ({reason}); {advice}") from error
+    finally:
+        timer.cancel()
     say(f"process {gang.process}: all {gang.processes} are here")
+    peers.watch(gang, heartbeat, say)
     return gang
 
 
@@ -154,13 +169,15 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait for all processes; a no-op for one."""
+def barrier(name: str, say: Callable[[str], None]) -> None:
+    """Wait for all processes, and say so before and after; a no-op for one."""
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
+        say(f"process {jax.process_index()}: {name}: waiting for the others")
         multihost_utils.sync_global_devices(name)
+        say(f"process {jax.process_index()}: {name}: all are here")
 
 
 MESSAGE = 1 << 14  # bytes that `share` can carry
@@ -213,7 +230,8 @@ class Notice:
     """Signals to stop, on which all processes act at the same point.
 
     SIGTERM and SIGINT are noted; a second one acts at once. With several processes JAX's own
-    SIGTERM handler tells the others, and `due` is True everywhere at one and the same call.
+    SIGTERM handler tells the others, and `due` is True everywhere at one and the same call; a
+    second SIGTERM acts from then on.
     """
 
     def __init__(self) -> None:
@@ -221,8 +239,6 @@ class Notice:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Notice":
-        import threading
-
         import jax
 
         self.alone = jax.process_count() == 1
@@ -254,4 +270,7 @@ class Notice:
         """Whether to stop now; every process must call this equally often."""
         if self.alone:
             return self.number is not None
-        return notified()
+        reached = notified()
+        if reached and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler swallows all others
+        return reached

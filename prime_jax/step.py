@@ -72,10 +72,9 @@ class Compiled:
                 self.executable = self.compile(*args)
         return self.executable(*args)
 
-    def compile(self, *args: Any, options: dict[str, Any] | None = None) -> Any:
+    def compile(self, *args: Any) -> Any:
         """Compiled for the mesh; `args` may be shapes with shardings."""
-        if options is None:
-            options = hardware.compiler_options(jax.default_backend())
+        options = hardware.compiler_options(self.mesh.devices.flat[0].device_kind)
 
         def attempt(config: RunConfig) -> Any:
             return self.lower(*args, config=config).compile(options)

@@ -24,6 +24,7 @@ from prime_jax import (
     hardware,
     meshes,
     optim,
+    peers,
     schedule,
     sharding,
     storage,
@@ -78,7 +79,8 @@ def train(
         UserError: bad config, data, checkpoint or disk.
         Preempted, Stopped: interrupted after saving.
     """
-    return Run(config, run_dir, earlier, beat, say).complete()
+    with peers.blamed():
+        return Run(config, run_dir, earlier, beat, say).complete()
 
 
 def prepare_directory(config: RunConfig, run_dir: Path) -> None:
@@ -162,7 +164,7 @@ class Run:
             prepare_directory(self.config, self.run_dir)
             codes = self.program.codebook.codes
             self._write_arrays("codebook.npy", lambda stream: np.save(stream, codes))
-        distributed.barrier("run directory")
+        distributed.barrier("run directory", self.say)
         finished = self.run_dir / "result.json"
         return read_json(finished) if storage.exists(finished) else None
 
@@ -183,8 +185,7 @@ class Run:
             batch_size=c.batch_size,
             start=self.first_step,
             stop=steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.program.mesh, c.batch_size),
         )
         row = None
         profile = Profile(self.run_dir / "profile", c.log.profile)
@@ -194,8 +195,8 @@ class Run:
                 tokens, example = next(batches)
                 if row is None:  # the same rows of every global batch live here
                     row = (example - step * c.batch_size).astype(np.int32)
-                    row = sharding.share_batch(self.program.mesh, row)
-                tokens = sharding.share_batch(self.program.mesh, tokens)
+                    row = sharding.share_batch(self.program.mesh, row, c.batch_size)
+                tokens = sharding.share_batch(self.program.mesh, tokens, c.batch_size)
             state, metrics = self.program.train(self.clock, state, tokens, row, seed, horizon)
             self.last_step = step + 1
             self._read_pending()  # only now: the device already has work

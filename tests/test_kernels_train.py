@@ -7,17 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from prime_jax.config import (
-    DataConfig,
-    EvalConfig,
-    KernelConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SubtokenConfig,
-)
+from prime_jax.config import EvalConfig, KernelConfig, MeshConfig, OptimConfig, RunConfig
 from prime_jax.kernels import attention_pallas, embedding_pallas, subtoken_head_pallas
 from prime_jax.train import train
 
@@ -42,17 +32,13 @@ def exact_products():
 
 
 @pytest.fixture(scope="module")
-def tiny(markov_data) -> RunConfig:
-    return RunConfig(
-        family="prime",
+def tiny(quick) -> RunConfig:
+    return dataclasses.replace(
+        quick,
         steps=4,
         batch_size=4,
-        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
-        subtokens=SubtokenConfig(length=4),
-        data=DataConfig(path=str(markov_data), seq_len=16),
         optim=OptimConfig(peak_lr=1e-2, warmup_steps=1),
         eval=EvalConfig(examples=4, replicates=2, batch_size=8, estimators=("subtoken",)),
-        log=LogConfig(every=1),
         mesh=MeshConfig(data=1, remat="none"),
     )
 
