@@ -78,9 +78,10 @@ def test_a_sweep_is_worked_and_collected_like_a_local_one(bucket, tmp_path):
         collect.write(place, tmp_path / f"{place.name}.csv")
     assert (tmp_path / "here.csv").read_text() == (tmp_path / "local.csv").read_text()
     victim = state.list_runs(root)[0].id
-    assert f"attempt 1 of run {victim}" in storage.read(
-        root / "runs" / victim / "1" / "log.0.txt"
-    ).decode()
+    assert (
+        f"attempt 1 of run {victim}"
+        in storage.read(root / "runs" / victim / "1" / "log.0.txt").decode()
+    )
     assert main(["sweep", "status", bucket.url]) == 0
 
 
