@@ -20,7 +20,7 @@ from prime_jax.config import (
 STEPS = 20
 
 
-@pytest.fixture(params=["gs", "s3"])
+@pytest.fixture(params=["gs", pytest.param("s3", marks=pytest.mark.slow)])
 def bucket(request):
     with fake_store.bucket(request.param) as made:
         yield made
@@ -74,6 +74,7 @@ def test_a_run_continues_in_a_bucket_after_a_damaged_save(config, whole, bucket,
     assert train.train(config, root / "2") == result
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_a_bucket_and_a_folder(config, whole, tmp_path, monkeypatch):
     every_step(monkeypatch)
     with fake_store.bucket("gs") as made:
