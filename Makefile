@@ -23,8 +23,9 @@ quickstart: install
 	$(BIN)/prime-jax sweep collect $(RUN) -o $(RUN)/runs.csv
 	$(BIN)/prime-jax fit $(RUN) || test $$? -eq 3  # 3: fitted, and some answers refused with a reason
 
+# Two processes: most of the time goes into compiling, on one core each.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The full matrices: minutes, not seconds.
 test-slow: install

@@ -27,6 +27,35 @@ def markov_data(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny(markov_data):
+    """A Prime run of 12 steps on the Markov source, on one device."""
+    from prime_jax import config as configs
+
+    return configs.RunConfig(
+        family="prime",
+        steps=12,
+        batch_size=8,
+        model=configs.ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
+        subtokens=configs.SubtokenConfig(length=4),
+        data=configs.DataConfig(path=str(markov_data), seq_len=16),
+        optim=configs.OptimConfig(peak_lr=3e-3, warmup_steps=3),
+        eval=configs.EvalConfig(examples=16, replicates=8, batch_size=64),
+        log=configs.LogConfig(every=1),
+        mesh=configs.MeshConfig(replica=1, data=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny, tmp_path_factory):
+    """The directory of `tiny`, trained."""
+    from prime_jax.train import train
+
+    run_dir = tmp_path_factory.mktemp("tiny-run")
+    train(tiny, run_dir, say=lambda _: None)
+    return run_dir
+
+
 @pytest.fixture
 def lower_for():
     """`lower_for(chip, case)` is the program of a kernel's check case, lowered for an absent TPU.

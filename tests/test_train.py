@@ -17,7 +17,6 @@ from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    LogConfig,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -31,22 +30,6 @@ from prime_jax.errors import UserError
 from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
 
 SILENT = lambda _: None  # noqa: E731
-
-
-@pytest.fixture(scope="module")
-def tiny(markov_data) -> RunConfig:
-    return RunConfig(
-        family="prime",
-        steps=12,
-        batch_size=8,
-        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
-        subtokens=SubtokenConfig(length=4),
-        data=DataConfig(path=str(markov_data), seq_len=16),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
-        eval=EvalConfig(examples=16, replicates=8, batch_size=64),
-        log=LogConfig(every=1),
-        mesh=MeshConfig(replica=1, data=1),
-    )
 
 
 def losses(run_dir) -> list[float]:

@@ -1,0 +1,124 @@
+"""A finished run, ready to be evaluated, sampled from, analysed or exported.
+
+Wherever a command takes RUN it is a run directory or `ROOT:ID`, a run of a sweep, whose newest
+complete step of any attempt counts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from prime_jax import checkpoint, storage
+from prime_jax.config import RunConfig, from_dict, run_id
+from prime_jax.data import manifest
+from prime_jax.data.manifest import Manifest
+from prime_jax.data.tokenizer import NO_EOS, Tokenizer
+from prime_jax.errors import UserError
+from prime_jax.model import build
+from prime_jax.objectives import Network
+from prime_jax.records import read_json
+from prime_jax.step import Program, State, program
+from prime_jax.subtokens import Codebook
+from prime_jax.sweep import state as sweep_state
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A run's parameters and what is needed to use them.
+
+    Attributes:
+        path: the run directory, for messages and for what is written beside it.
+        params: float32, sharded over `program.mesh`; the average where one was kept.
+        data: the dataset of the run, None where it is not on this machine.
+    """
+
+    path: storage.Path
+    config: RunConfig
+    program: Program
+    params: Any
+    step: int
+    data: Manifest | None
+
+    @property
+    def id(self) -> str:
+        return run_id(self.config)
+
+    @property
+    def codebook(self) -> Codebook:
+        return self.program.codebook
+
+    @property
+    def eos_id(self) -> int:
+        return self.data.eos_id if self.data else NO_EOS
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises: UserError: the dataset that holds it is not on this machine."""
+        if self.data is None:
+            raise UserError(
+                f"{self.path}: no tokenizer, because {self.config.data.path} is not on this machine"
+            )
+        return self.data.tokenizer()
+
+    @cached_property
+    def network(self) -> Callable[[Any], Network]:
+        """params -> (digits [B, L, l], segment ids, dropout keys) -> (hidden states, head rows).
+
+        For one device, or inside a `shard_map` over parameters that are whole on each.
+        """
+        model = build(self.config, self.codebook)
+        return lambda params: partial(model.apply, {"params": params})
+
+
+def locate(run: str) -> tuple[RunConfig, list[storage.Path]]:
+    """The config of RUN and the directories of its attempts, newest first.
+
+    Raises:
+        UserError: nothing there, or several runs of that name.
+    """
+    directory = storage.path(run)
+    head, _, name = run.rpartition(":")
+    if head and "/" not in name and not storage.exists(directory):
+        root = storage.path(head)
+        sweep_state.check_root(root)
+        found = sweep_state.select(sweep_state.list_runs(root), [name])[0]
+        config = from_dict(RunConfig, found.spec["config"], found.id)
+        attempts = [root / "runs" / found.id / str(a.k) for a in found.attempts]
+        return config, attempts[::-1]
+    if not storage.exists(directory / "config.json"):
+        raise UserError(f"{run}: no run here (no config.json); give a run directory or ROOT:ID")
+    file = directory / "config.json"
+    return from_dict(RunConfig, read_json(file), str(file)), [directory]
+
+
+def load(run: str, say: Callable[[str], None] = print) -> Trained:
+    """The finished run RUN, on all devices.
+
+    Args:
+        say: told in one line about each damaged checkpoint that was skipped.
+
+    Raises:
+        UserError: no such run, one that is not finished, or data or a permutation that is not its.
+    """
+    config, directories = locate(run)
+    data = None
+    if (Path(config.data.path) / manifest.FILE).exists():
+        data = manifest.load(config.data.path)
+        manifest.check(data, config)
+    elif config.data.segment_ids:
+        raise UserError(f"{run}: needs its dataset, and {config.data.path} is not on this machine")
+    made = program(config, data.eos_id if data else NO_EOS)
+    about = {"run": run_id(config), "codebook": made.codebook.hash}
+    saved = [directory / "checkpoints" for directory in directories]
+    found: State | None = checkpoint.restore(saved, made.abstract, about, say)
+    if found is None:
+        raise UserError(f"{run}: holds no complete checkpoint; train it first")
+    step = int(jax.device_get(found.step))
+    if step < config.steps:
+        raise UserError(f"{run} is at step {step} of {config.steps}; finish it first")
+    params = found.ema if config.optim.ema else found.params
+    return Trained(directories[0], config, made, params, step, data)
