@@ -52,6 +52,16 @@ def test_eight_claimers_share_the_runs(bucket, runs, monkeypatch):
     assert conf["gcs"]["use_listings_cache"] is False
 
 
+def test_a_claim_whose_answer_is_lost_is_still_ours(bucket):
+    """The client asks again, and meets its own claim."""
+    root = storage.path(bucket.url)
+    fake_trainer.planned(root, families={"arm": {}}, budgets=(1e9,))
+    run = state.list_runs(root)[0]
+    bucket.store.lost = 1
+    assert state.claim(root, run.id, 1)
+    assert not state.claim(root, run.id, 1)
+
+
 def test_one_listing_and_each_file_read_once(bucket):
     root, store = storage.path(bucket.url), bucket.store
     fake_trainer.planned(root)
