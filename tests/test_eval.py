@@ -211,7 +211,7 @@ def test_samples_are_scored_by_another_run(run, scorer, tmp_path):
     rows = [{"tokens": [1, 2, 3, 4], "text": "1 2 3 4 "}, {"tokens": [5] * 20, "text": "5 " * 20}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = samples.score(file, run, scorer, ["chain:l2r"], 8, lambda *_: None)
-    assert record["token_entropy"] == pytest.approx(np.log(4) / 2)
+    assert record["quality"]["entropy"] == pytest.approx(np.log(4) / 2)
     assert record["losses"][0]["n_tokens"] == 24  # a sample longer than the scorer is cut, not lost
     file.write_text('{"tokens": [99], "text": "99 "}\n')
     with pytest.raises(UserError, match="token 99"):

@@ -206,6 +206,16 @@ def test_generation_is_cut_at_the_first_stop(scorer, monkeypatch):
         PrimeJax(scorer=scorer, gen_length=64).generate_until(requests(("Q", {})))
 
 
+@pytest.mark.slow
+def test_generation_is_the_samplers(run, scorer):
+    """Deterministic, at temperature 0, whatever else is asked for."""
+    model = PrimeJax(scorer=scorer, gen_length=8, block_length=4)
+    some = requests(("Ice", {"until": []}), ("", {"until": []}), ("x" * 99, {"until": []}))
+    together = model.generate_until(some)
+    assert [model.generate_until([request])[0] for request in some] == together
+    assert all(len(text) >= 1 for text in together)
+
+
 @pytest.mark.parametrize("name", RECORDS)
 def test_local_tasks_ask_what_the_harness_asks(name, records):
     from lm_eval.tasks import TaskManager

@@ -264,13 +264,19 @@ class PrimeJax(LM):
 
         options = Options(
             gen_length=length,
-            steps=self.settings.steps or length,
-            order="confidence",
-            block_length=min(self.settings.block_length, length),
             temperature=heat,
-            cfg_scale=self.settings.cfg,
             stop=self.run.eos_id,
+            batch_size=self.scorer.batch_size,
         )
+        if self.run.config.family != "arm":
+            own = self.run.config.objective.block_length  # block diffusion has its blocks
+            options = dataclasses.replace(
+                options,
+                steps=self.settings.steps or length,
+                order="confidence",
+                block_length=0 if own else min(self.settings.block_length, length),
+                cfg_scale=self.settings.cfg,
+            )
         return generate(self.run, prompts, options)
 
     def _cut(self, tokens: list[int], until: list[str] | str) -> str:

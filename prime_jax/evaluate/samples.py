@@ -2,7 +2,8 @@
 
 A sample file is JSON lines, each {"tokens": [ids], "text": "..."} as `prime-jax sample` writes.
 Where both runs share a tokenizer the ids are scored, else the text, tokenized anew. A low number
-alone proves nothing: repetitive samples score well, so the entropy of the samples stands beside it.
+alone proves nothing, repetitive samples score well: their quality (sample/quality.py) stands beside
+it.
 """
 
 import json
@@ -16,17 +17,18 @@ from prime_jax.errors import UserError
 from prime_jax.evaluate import report
 from prime_jax.evaluate.score import Scorer, Windows, cut
 from prime_jax.evaluate.texts import TextSet
+from prime_jax.sample.quality import Quality, quality
 from prime_jax.trained import Trained
 
 
-def load(path: Path, of: Trained, scorer: Trained) -> tuple[TextSet, float]:
-    """The samples as windows of the scorer, and their mean token entropy in nats.
+def load(path: Path, of: Trained, scorer: Trained) -> tuple[TextSet, Quality]:
+    """The samples as windows of the scorer, and what they look like without it.
 
     Raises:
         UserError: not such a file, or ids outside the vocabulary.
     """
     tokens_N, texts = _read(path)
-    entropy = float(np.mean([token_entropy(tokens) for tokens in tokens_N]))
+    seen = quality([tokens.tolist() for tokens in tokens_N])
     n_bytes = sum(len(text.encode()) for text in texts)
     if not same_tokenizer(of, scorer):
         tokens_N = scorer.tokenizer.encode_batch(texts)
@@ -43,7 +45,7 @@ def load(path: Path, of: Trained, scorer: Trained) -> tuple[TextSet, float]:
     number, stretches = zip(*pieces, strict=True)
     windows = Windows([np.asarray(p, np.int32) for p in stretches], np.zeros(len(pieces), np.int32))
     texts_of = (str(path), "", windows, np.array(number), "texts", len(tokens_N), n_bytes, size, 0)
-    return TextSet(*texts_of), entropy
+    return TextSet(*texts_of), seen
 
 
 def same_tokenizer(a: Trained, b: Trained) -> bool:
@@ -72,14 +74,6 @@ def _read(path: Path) -> tuple[list[np.ndarray], list[str]]:
     return tokens, texts
 
 
-def token_entropy(tokens: np.ndarray) -> float:
-    """Entropy in nats of the frequencies of the ids inside one sample."""
-    if not len(tokens):
-        return 0.0
-    share = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    return float(-(share * np.log(share)).sum())
-
-
 def score(
     path: Path,
     of: Trained,
@@ -88,8 +82,8 @@ def score(
     replicates: int,
     tick: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """The entry of eval.json: losses under the scorer, and the samples' own entropy."""
-    texts, entropy = load(path, of, scorer.run)
+    """The entry of eval.json: losses under the scorer, and the samples' own quality."""
+    texts, seen = load(path, of, scorer.run)
     losses = report.evaluate(scorer, texts, names, replicates, tick=tick)
     by = {"run": scorer.run.id, "step": scorer.run.step, "family": scorer.run.config.family}
-    return report.as_record(texts, losses) | {"scorer": by, "token_entropy": entropy}
+    return report.as_record(texts, losses) | {"scorer": by, "quality": seen._asdict()}
