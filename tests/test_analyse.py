@@ -80,7 +80,8 @@ def test_slots_add_up_to_the_bound(subject):
 def test_hidden_counts_are_exact(subject):
     tokens = np.zeros((3, 16), np.int32)
     keys = bits.keys_of(np.zeros(3, int), np.arange(3))
-    inputs, weight = bits.hide(subject, tokens, keys, jnp.array([0.001, 0.5, 1.0]))
+    hide = jax.jit(partial(bits.hide, subject))
+    inputs, weight = hide(tokens, keys, jnp.array([0.001, 0.5, 1.0]))
     np.testing.assert_array_equal(inputs.masked_BxLxS.sum(axis=(1, 2)), [1, 32, 64])
     np.testing.assert_allclose(weight, [64, 2, 1])
 
