@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install quickstart test test-slow test-tpu-compile lint format bench bound-demo clean
+.PHONY: install quickstart test test-slow test-slurm test-tpu-compile lint format bench bound-demo clean
 
 install: $(VENV)/.installed
 
@@ -23,12 +23,17 @@ quickstart: install
 	$(BIN)/prime-jax sweep collect $(RUN) -o $(RUN)/runs.csv
 	$(BIN)/prime-jax fit $(RUN) || test $$? -eq 3  # 3: fitted, and some answers refused with a reason
 
+# Two processes: most of the time goes into compiling, on one core each.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The full matrices: minutes, not seconds.
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Sweeps on a real Slurm on this machine, from Debian's packages, which are not installed.
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm -rs
 
 # Compiles the kernels for TPUs that are not there. An environment of its own: where libtpu is
 # installed, every import of JAX looks for a TPU.

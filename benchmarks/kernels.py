@@ -1,6 +1,6 @@
 """Each kernel beside its XLA twin and a library peer: time and temporary memory, forward + backward.
 
-    python benchmarks/kernels.py [--kernels head ...] [--widths 512 768] [--rounds 7]
+    python benchmarks/kernels.py [--kernels head ...] [--widths 512 768] [--rounds 7] [--out FILE]
 
 All sides of a table run in one process and take turns, so that a busy machine slows all of them
 alike. Printed are medians over the turns; `ratio` is the median over turns of a side's time against
@@ -180,7 +180,7 @@ TABLES: dict[str, Callable[[list[int], Any], list[Table]]] = {
 
 def compiled(side: Side) -> tuple[Callable[[], Any], int]:
     """(a call that waits for its result, bytes of temporaries)."""
-    options = hardware.compiler_options(jax.default_backend())
+    options = hardware.compiler_options(jax.devices()[0].device_kind)
     program = jax.jit(side.function).lower(*side.arguments).compile(options)
     memory = program.memory_analysis()
     call = partial(lambda *args: jax.block_until_ready(program(*args)), *side.arguments)
@@ -194,31 +194,41 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def measure(table: Table, rounds: int) -> None:
-    """Compile, warm up, take turns, print."""
-    print(
-        f"\n{table.title}\n{'side':34}  {'ms':>9}  {'ratio':>6}  {'temporaries':>12}  {'ratio':>6}"
-    )
-    calls, temporaries = {}, {}
+COLUMNS = ("ms", "ratio", "temporaries", "ratio")
+
+
+def measure(table: Table, rounds: int) -> list[tuple[str, ...]]:
+    """Compile, warm up, take turns: (side, *COLUMNS) of every side, or why it does not compile."""
+    calls, temporaries, failed = {}, {}, []
     for side in table.sides:
         try:
             calls[side.name], temporaries[side.name] = compiled(side)
         except Exception as error:  # whatever a compiler throws is the finding
-            print(f"{side.name:34}  {str(error).splitlines()[0][:80]}")
+            failed.append((side.name, str(error).splitlines()[0][:80], "", "", ""))
     repeats = {name: max(1, round(0.2 / seconds(call, 1))) for name, call in calls.items()}
     turns: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             turns[name].append(seconds(call, repeats[name]))
-    peer = table.sides[0].name
+    peer = next(iter(calls), "")  # the library, unless it does not compile
+    rows = []
     for name, times in turns.items():
         ratio = statistics.median(a / b for a, b in zip(times, turns[peer], strict=True))
-        memory = temporaries[name] / max(temporaries[peer], 1)
-        print(
-            f"{name:34}  {1e3 * statistics.median(times):9.2f}  {ratio:6.3f}  "
-            f"{temporaries[name] / 1e6:9.1f} MB  {memory:6.3f}",
-            flush=True,
+        rows.append(
+            (
+                name,
+                f"{1e3 * statistics.median(times):.2f}",
+                f"{ratio:.3f}",
+                f"{temporaries[name] / 1e6:.1f} MB",
+                f"{temporaries[name] / max(temporaries[peer], 1):.3f}",
+            )
         )
+    return rows + failed
+
+
+def markdown(title: str, rows: list[tuple[str, ...]]) -> str:
+    lines = [("side", *COLUMNS), ("---",) * 5, *rows]
+    return f"\n{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def main() -> None:
@@ -229,14 +239,27 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[512, 768])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
+    parser.add_argument("--out", type=Path, help="also write the tables here, as Markdown")
     args = parser.parse_args()
     hardware.keep_heap()
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.rounds} turns")
+    text = (
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, medians of {args.rounds} turns\n"
+    )
+    print(text, flush=True)
     for kernel in args.kernels:
         for table in TABLES[kernel](args.widths, dtype):
-            measure(table, args.rounds)
+            rows = measure(table, args.rounds)
+            print(f"{table.title}\n{_line('side', *COLUMNS)}")
+            print("\n".join(_line(*row) for row in rows), flush=True)
+            text += markdown(table.title, rows)
+            if args.out:  # as far as it is measured
+                args.out.write_text(text)
+
+
+def _line(name: str, *cells: str) -> str:
+    return f"{name:34}" + "".join(f"{cell:>13}" for cell in cells)
 
 
 if __name__ == "__main__":

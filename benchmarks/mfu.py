@@ -1,6 +1,6 @@
 """Tokens/s, MFU and memory of the real training step for ARM, MDM and MDM-Prime, in bfloat16.
 
-    python benchmarks/mfu.py [--sizes 92M 354M 1.1B] [--length 2048] [--tokens 32768] [--rounds 5]
+    python benchmarks/mfu.py [--sizes 92M 354M 1.1B] [--length 2048] [--tokens 32768] [--rounds 3]
 
 Every (size, family) is a process of its own, run one after the other; families of one size are
 measured in turn `rounds` times and the median is printed, with the ratio of tokens/s to MDM in the
@@ -73,7 +73,7 @@ def measure(config) -> dict:
     shape = (config.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, VOCAB, shape, np.int32)
     rows = np.arange(config.batch_size, dtype=np.int32)
-    batch = sharding.share_batch(program.mesh, (tokens, rows))
+    batch = sharding.spread(program.mesh, (tokens, rows))
     horizon, seed = optim.horizon(config), np.uint32(0)
     seconds = []
     for turn in range(4):

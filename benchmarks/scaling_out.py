@@ -63,7 +63,8 @@ def line(case: Case, verdict: aot.Verdict) -> str:
     p, m, memory = verdict.prediction, case.config.model, verdict.record["memory"]
     billions = flops.param_counts(case.config)["total"] / 1e9
     gib = lambda name: f"{memory[name] / GIB:.2f}" if name in memory else "-"  # noqa: E731
-    sent = sum(message["bytes"] for message in verdict.record.get("messages", ()))
+    messages = verdict.record.get("messages", ())
+    sent, beside = (sum(m[key] for m in messages) for key in ("bytes", "background"))
     mesh = f"{'x'.join(map(str, verdict.mesh[:3]))}, {case.config.mesh.remat}, {case.config.mesh.accumulate}"
     cells = [
         case.label,
@@ -78,15 +79,30 @@ def line(case: Case, verdict: aot.Verdict) -> str:
         f"{p.step_seconds:.2f}",
         p.bound,
         f"{p.communication:.0%}",
-        f"{sent / GIB:.1f}" if sent else "-",
+        f"{sent / GIB:.1f} ({beside / sent:.0%})" if sent else "-",
+        breaks_first(verdict),
         f"{verdict.record['compile_seconds']:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
+def breaks_first(verdict: aot.Verdict) -> str:
+    """What gives way when tokens per chip grow (memory) or chips at the same batch (links)."""
+    if not verdict.fits:
+        return "memory"
+    p, memory = verdict.prediction, verdict.record["memory"]
+    room = (verdict.limit - verdict.total) / memory["temporaries"] + 1
+    chips = p.matmul / (p.messages + p.exposed)
+    if chips < 1:
+        return "links do already"
+    if room < chips:
+        return f"memory, at {room:.1f}x tokens a chip"
+    return f"links, at {chips:.1f}x chips"
+
+
 HEAD = (
     "model", "shape", "N (1e9)", "slice", "mesh, remat, parts", "state", "temp", "GiB/chip", "verdict",
-    "s/step", "bound", "comm.", "GiB sent", "compile s",
+    "s/step", "bound", "comm.", "GiB sent (beside computing)", "breaks first", "compile s",
 )  # fmt: skip
 
 

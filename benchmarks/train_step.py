@@ -69,7 +69,7 @@ def jax_side(config: configs.RunConfig):
     from prime_jax import optim, sharding, step
     from prime_jax.metrics import Clock
 
-    device = jax.devices()[0]
+    device = jax.devices()[0]  # only after `step` has tuned the heap
     yield device.device_kind
 
     program, clock = step.program(config, eos_id=0), Clock()
@@ -77,7 +77,7 @@ def jax_side(config: configs.RunConfig):
     shape = (config.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, VOCAB, shape, np.int32)
     rows = np.arange(config.batch_size, dtype=np.int32)
-    batch = sharding.share_batch(program.mesh, (tokens, rows))
+    batch = sharding.spread(program.mesh, (tokens, rows))
     horizon, seed = optim.horizon(config), np.uint32(config.seed)
     result = None
     while True:

@@ -14,10 +14,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prime_jax import __version__, aot_worker, costs, meshes, step
+from prime_jax import __version__, costs, meshes, step
 from prime_jax.config import MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
 from prime_jax.records import read_json, write_json_atomic
@@ -33,6 +34,12 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
 }
 UNWANTED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the caller: virtual devices, dumps
+PACKAGE = Path(__file__).parent
+SOURCES = (  # what may change a training step or what is read from it, below the package
+    *("step.py", "model.py", "objectives.py", "corrupt.py", "schedule.py", "subtokens.py"),
+    *("optim.py", "sharding.py", "meshes.py", "hardware.py", "slices.py", "gpu_target.py"),
+    *("aot_worker.py", "hlo.py", "kernels/*.py"),
+)
 Compile = Callable[[RunConfig, Slice], dict[str, Any]]
 
 
@@ -76,6 +83,15 @@ class Verdict:
         return costs.predict(self.config, self.mesh, self.where.chip, self.where.slices)
 
 
+@cache
+def program_source() -> str:
+    """Digest of the code that makes the program and reads it."""
+    digest = hashlib.sha256()
+    for file in sorted(file for name in SOURCES for file in PACKAGE.glob(name)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def compiler() -> str:
     """The versions that a verdict depends on."""
     found = [f"prime_jax {__version__}"]
@@ -89,7 +105,7 @@ def compiler() -> str:
 
 def key(config: RunConfig, where: Slice) -> str:
     """Names the question: what is compiled (mesh settings included), for what, and by what."""
-    asked = [to_dict(step.shape_of(config)), where.name, compiler(), aot_worker.SCHEMA]
+    asked = [to_dict(step.shape_of(config)), where.name, compiler(), program_source()]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 

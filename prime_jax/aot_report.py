@@ -53,7 +53,11 @@ def details(verdict: Verdict) -> list[str]:
             f"{name}: largest temporary {size:.2f} GiB {largest['shape']} from {largest['source']}"
         )
     if messages := record.get("messages"):
-        listed = ", ".join(f"{x['count']} {x['kind']} {x['bytes'] / GIB:.2f} GiB" for x in messages)
+        listed = ", ".join(
+            f"{x['count']} {x['kind']} {x['bytes'] / GIB:.2f} GiB"
+            f" ({x['background'] / max(x['bytes'], 1):.0%} while it computes)"
+            for x in messages
+        )
         lines.append(f"{name}: each chip sends per step: {listed}")
     if verdict.mesh.why:
         lines.append(f"{name}: {verdict.mesh}")

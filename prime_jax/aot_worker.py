@@ -76,7 +76,7 @@ def check(config: RunConfig, where: Slice) -> dict[str, Any]:
     }
     start = time.perf_counter()
     try:
-        compiled = program.train.compile(*arguments(program), options={})
+        compiled = program.train.compile(*arguments(program))
     except Exception as error:
         if not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise

@@ -2,26 +2,29 @@
 
 A step without its seal was never finished and is ignored; one whose files no longer match the seal
 is named and skipped. Orbax itself restores flipped bits without a word, hence the checksums.
+
+Every process writes its part to a shared folder or to `gs://`. Orbax does not know `s3://`: there a
+run of one process saves in a local folder that is then copied.
 """
 
+import contextlib
 import json
 import logging
-import shutil
+import tempfile
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path as LocalPath
 from typing import Any
 
-from prime_jax import distributed
+from prime_jax import distributed, storage
 from prime_jax.config import CheckpointConfig
 from prime_jax.errors import UserError
 from prime_jax.records import write_json_atomic
+from prime_jax.storage import Path
 
-CHUNK = 1 << 24
+PATIENCE = 300.0  # seconds that a save in the background waits for a store to come back
 
 
 def _seal(directory: Path, step: int) -> Path:
@@ -32,21 +35,14 @@ def _data(directory: Path, step: int) -> Path:
     return directory / f"{step:09d}"
 
 
-def _checksums(path: Path) -> dict[str, list[int]]:
-    """{relative name: [bytes, crc32]} of every file below `path`."""
-    out = {}
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        crc = 0
-        with file.open("rb") as stream:
-            while block := stream.read(CHUNK):
-                crc = zlib.crc32(block, crc)
-        out[str(file.relative_to(path))] = [file.stat().st_size, crc]
-    return out
-
-
 def steps(directory: Path) -> list[int]:
     """Finished steps in a checkpoint directory, oldest first."""
-    return sorted(int(p.stem) for p in directory.glob("*.json") if p.stem.isdigit())
+    seals = (name.partition(".json") for name in storage.names(directory))
+    return sorted(int(stem) for stem, dot, rest in seals if stem.isdigit() and dot and not rest)
+
+
+def _is_copied(directory: Path) -> bool:
+    return str(directory).startswith("s3://")
 
 
 class Writer:
@@ -59,9 +55,19 @@ class Writer:
         seconds: how long the last save took, from its call to its seal.
     """
 
-    def __init__(self, directory: Path, about: dict[str, Any], config: CheckpointConfig):
-        self.directory = Path(directory).absolute()  # orbax insists
-        self.about, self.config = about, config
+    def __init__(
+        self,
+        directory: Path,
+        about: dict[str, Any],
+        config: CheckpointConfig,
+        say: Callable[[str], None] = print,
+    ):
+        if not storage.is_remote(directory):
+            directory = LocalPath(directory).absolute()  # orbax insists
+        elif _is_copied(directory) and not distributed.is_alone():
+            raise UserError(f"{directory}: several processes save to a shared folder or to gs://")
+        self.directory = directory
+        self.about, self.config, self.say = about, config, say
         self.seconds = 0.0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -82,26 +88,66 @@ class Writer:
         """Begin to save; returns when `state` may change again.
 
         Raises:
-            UserError: this save, or the one before, could not be written.
+            UserError, Unreachable: this save, or the one before, could not be written.
         """
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
         began = time.monotonic()
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self.directory)
+            target = self._data(step)
+            if _is_copied(self.directory):
+                target = LocalPath(tempfile.mkdtemp(prefix="prime_jax-")) / target.name
             with _quiet_orbax():
-                response = ocp.save_async(_data(self.directory, step), state, overwrite=True)
+                response = ocp.save_async(target, state, overwrite=True)
         except Exception as error:  # orbax and tensorstore raise many types for a failed write
             raise self._failed(step, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, response, began))
+        self._thread = threading.Thread(target=self._finish, args=(step, response, target, began))
         self._thread.start()
+
+    def try_save(self, step: int, state: Any) -> None:
+        """`save`, unless the store is out of reach: then say so, and training goes on.
+
+        Raises:
+            UserError: this save, or the one before, could not be written for another reason.
+        """
+        for act in (self.wait, lambda: self.save(step, state)):
+            try:
+                act()
+            except storage.Unreachable as error:
+                self.say(f"{error}; training goes on")
+
+    def save_surely(self, step: int, state: Any, patience: float) -> None:
+        """Save and seal, as often as it takes while the store is out of reach.
+
+        Raises:
+            Unreachable: still, after `patience` seconds.
+            UserError: as `save`.
+        """
+        began, verdict = time.monotonic(), "again"
+        while verdict == "again":
+            self.try_save(step, state)
+            late = time.monotonic() - began > patience
+            verdict = distributed.share(self._verdict(step, late))
+        if verdict != "saved":
+            raise storage.Unreachable(f"step {step} could not be saved in {self.directory}")
+
+    def _verdict(self, step: int, late: bool) -> str:
+        """Process 0's counts."""
+        try:
+            self.wait()
+            if not distributed.is_writer() or step in self.steps():
+                return "saved"
+        except storage.Unreachable as error:
+            self.say(str(error))
+        return "late" if late else "again"
 
     def wait(self) -> None:
         """Return when the save in progress, if there is one, is sealed.
 
         Raises:
-            UserError: it could not be written; what was saved before is untouched.
+            UserError, Unreachable: it could not be written; what was saved before is untouched.
         """
         if self._thread is not None:
             self._thread.join()
@@ -110,36 +156,49 @@ class Writer:
             error, self._error = self._error, None
             raise error
 
-    def _finish(self, step: int, response: Any, began: float) -> None:
+    def _finish(self, step: int, response: Any, target: Path, began: float) -> None:
         try:
             with _quiet_orbax():
                 response.result()
             if distributed.is_writer():
-                sums = {"step": step, "about": self.about, "files": _checksums(self._data(step))}
-                write_json_atomic(_seal(self.directory, step), sums)
+                storage.insist(lambda: self._publish(step, target), lambda _: None, PATIENCE)
                 self._prune()
         except Exception as error:
             self._error = self._failed(step, error)
+        if target != self._data(step):
+            storage.remove(target.parent)
         self.seconds = time.monotonic() - began
+
+    def _publish(self, step: int, target: Path) -> None:
+        if target != self._data(step):
+            storage.remove(self._data(step))
+            storage.upload(target, self._data(step))
+        files = storage.checksums(self._data(step))
+        sums = {"step": step, "about": self.about, "files": files}
+        write_json_atomic(_seal(self.directory, step), sums)
 
     def _data(self, step: int) -> Path:
         return _data(self.directory, step)
 
     def _failed(self, step: int, error: Exception) -> UserError:
-        if distributed.is_writer():
-            shutil.rmtree(self._data(step), ignore_errors=True)
-        kept = self.steps()
-        rest = f"step {kept[-1]} is kept" if kept else "no earlier checkpoint exists"
+        rest = ""
+        with contextlib.suppress(UserError):
+            if distributed.is_writer():
+                storage.remove(self._data(step))
+            kept = self.steps()
+            rest = f"; step {kept[-1]} is kept" if kept else "; no earlier checkpoint exists"
+        kind = type(storage.explain(error, "", self.directory))
         reason = str(error).splitlines()[0][:200]
-        return UserError(f"cannot save step {step} in {self.directory} ({reason}); {rest}")
+        return kind(f"cannot save step {step} in {self.directory} ({reason}){rest}")
 
     def _prune(self) -> None:
         every = self.config.keep_every
         for old in self.steps()[: -self.config.keep]:
             if not every or old % every:
-                # The seal goes first: a step without one is no step.
-                _seal(self.directory, old).unlink(missing_ok=True)
-                shutil.rmtree(self._data(old), ignore_errors=True)
+                with contextlib.suppress(UserError):
+                    # The seal goes first: a step without one is no step.
+                    storage.remove(_seal(self.directory, old))
+                    storage.remove(self._data(old))
 
 
 def restore(
@@ -167,12 +226,14 @@ def restore(
 
 def _damage(directory: Path, step: int) -> str | None:
     try:
-        expected = json.loads(_seal(directory, step).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        expected = json.loads(storage.read(_seal(directory, step)))["files"]
+    except storage.Unreachable:
+        raise
+    except (UserError, ValueError, KeyError):
         return "its list of checksums is unreadable"
-    actual = _checksums(_data(directory, step))
+    actual = storage.checksums(_data(directory, step))
     for name, sums in expected.items():
-        if actual.get(name) != sums:
+        if not storage.same_sums(actual.get(name), sums):
             return f"{name} {'has changed' if name in actual else 'is missing'}"
     return None
 
@@ -180,18 +241,24 @@ def _damage(directory: Path, step: int) -> str | None:
 def _load(directory: Path, step: int, abstract: Any, about: dict[str, Any]) -> Any:
     from orbax.checkpoint import v1 as ocp
 
-    saved = json.loads(_seal(directory, step).read_text())["about"]
+    saved = json.loads(storage.read(_seal(directory, step)))["about"]
     for key, value in about.items():
         if saved.get(key) != value:
             raise UserError(
                 f"{_data(directory, step)}: belongs to another run ({key} {saved.get(key)}, "
                 f"here {value}); use a new directory"
             )
-    with _quiet_orbax():
-        return ocp.load(_data(directory.absolute(), step), abstract)
+    with _quiet_orbax(), tempfile.TemporaryDirectory(prefix="prime_jax-") as here:
+        source = _data(directory, step)
+        if _is_copied(directory):
+            storage.download(source, LocalPath(here))
+            source = LocalPath(here)
+        elif not storage.is_remote(directory):
+            source = source.absolute()
+        return ocp.load(source, abstract)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
     """Orbax warns about its own defaults and logs the traceback of what it then raises."""
     logger = logging.getLogger("absl")

@@ -9,7 +9,10 @@ from prime_jax.errors import UserError
 
 def parser() -> argparse.ArgumentParser:
     from prime_jax import commands
+    from prime_jax.analyse import commands as analyse_commands
     from prime_jax.data import commands as data_commands
+    from prime_jax.evaluate import commands as eval_commands
+    from prime_jax.interchange import commands as interchange_commands
     from prime_jax.kernels import commands as kernels_commands
     from prime_jax.sample import commands as sample_commands
     from prime_jax.scaling import commands as fit_commands
@@ -30,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
         fit_commands,
         scaling_commands,
         kernels_commands,
+        eval_commands,
+        analyse_commands,
+        interchange_commands,
         sample_commands,
     ):
         package.register(subparsers)
@@ -39,10 +45,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input ends in one line on stderr and exit code 2."""
     top = parser()
-    args, args.rest = top.parse_known_args(argv)
-    if args.rest and not getattr(args, "overridable", False):
-        top.error(f"no such option: {' '.join(args.rest)}")
     try:
+        args, args.rest = top.parse_known_args(argv)
+        if args.rest and not getattr(args, "overridable", False):
+            top.error(f"no such option: {' '.join(args.rest)}")
         return args.run(args) or 0
     except UserError as error:
         print(f"prime-jax: {error}", file=sys.stderr)

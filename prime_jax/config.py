@@ -20,6 +20,7 @@ FAMILIES: tuple[Family, ...] = typing.get_args(Family)
 T = TypeVar("T")
 
 HERE = {"excluded_from_identity": True}  # where and how a run executes, not what it is
+ADDED = {"excluded_at_default": True}  # a setting that came later: older runs keep their identity
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ModelConfig:
     qk_norm: bool = True
     dropout: float = 0.0
     rope_base: float = 10_000.0
+    # What RoPE's cosines and sines are rounded to; bfloat16 in the published lit_gpt runs.
+    rope_tables: Literal["float32", "bfloat16"] = field(default="float32", metadata=ADDED)
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters stay float32
@@ -50,6 +53,7 @@ class SubtokenConfig:
     shuffle: float = 1.0  # share of the codes that is permuted; 0 is the identity
     scope: Literal["vocab", "codes"] = "vocab"  # permute the first V codes, or all b**l
     seed: int = 0
+    codes: str = field(default="", metadata=ADDED)  # hash of codes that came with imported weights
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class ObjectiveConfig:
     time_eps: float = 1e-6  # smallest training time
     token_mask_rho: float = 0.0  # share of sequences whose masks cover whole tokens
     random_length: float = 0.0  # share of sequences cut to a random length
+    # Block diffusion (BD3-LM): tokens of a block, finished left to right; 0: one block, all of L.
+    block_length: int = field(default=0, metadata=ADDED)
+    # Train at the discrete times i / n (D3PM); 0: continuous time.
+    time_steps: int = field(default=0, metadata=ADDED)
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ class KernelConfig:
     attention: Literal["auto", "pallas", "splash", "cudnn", "xla", "scan"] = "auto"
     embedding: Literal["auto", "pallas", "xla"] = "auto"
     head_blocks: tuple[int, ...] = ()
+    head_skip: bool = False  # head=pallas: sort rows, skip tiles without a consistent token
     attention_blocks: tuple[int, ...] = ()
 
 
@@ -172,14 +181,20 @@ class RunConfig:
         """Training tokens D = steps x batch x length (cut sequences count in full)."""
         return self.steps * self.batch_size * self.data.seq_len
 
+    @property
+    def copies(self) -> int:
+        """Sequences that the network reads per sequence: block diffusion adds the clean one."""
+        return 2 if self.objective.block_length else 1
+
 
 def to_dict(config: Any, *, identity_only: bool = False) -> dict[str, Any]:
-    """Nested plain dict of a config; with `identity_only`, without the `HERE` fields."""
+    """Nested plain dict of a config; with `identity_only`, only what makes a run's identity."""
     out = {}
     for f in dataclasses.fields(config):
-        if identity_only and f.metadata.get("excluded_from_identity"):
-            continue
         value = getattr(config, f.name)
+        at_default = f.metadata.get("excluded_at_default") and value == f.default
+        if identity_only and (at_default or f.metadata.get("excluded_from_identity")):
+            continue
         if dataclasses.is_dataclass(value):
             value = to_dict(value, identity_only=identity_only)
         out[f.name] = list(value) if isinstance(value, tuple) else value
@@ -312,6 +327,20 @@ def validate(config: RunConfig) -> RunConfig:
         _require(
             0 <= getattr(o, name) <= 1, f"objective.{name}", getattr(o, name), "must be in [0, 1]"
         )
+    _require(o.time_steps >= 0, "objective.time_steps", o.time_steps, "must not be negative")
+    block, length = o.block_length, config.data.seq_len
+    _require(
+        block == 0 or (block > 0 and length % block == 0),
+        "objective.block_length",
+        block,
+        f"must divide data.seq_len {length}, or be 0 for one block",
+    )
+    _require(
+        block == 0 or config.family != "arm",
+        "objective.block_length",
+        block,
+        "family arm has no blocks; use mdm or prime",
+    )
     _require(0 <= config.optim.ema < 1, "optim.ema", config.optim.ema, "must be in [0, 1)")
     return config
 

@@ -18,13 +18,13 @@ class Corruption(NamedTuple):
 
     Attributes:
         masked_BxLxS: hidden sub-tokens; only target positions are ever hidden.
-        weight_B: w(t) of each sequence (1 with the flat weight).
+        weight_BxL: w(t) at each position (1 with the flat weight); one t per block.
         whole_B: sequences whose masks cover whole tokens (granularity mixing).
         length_B: positions kept by random-length training (L otherwise).
     """
 
     masked_BxLxS: jax.Array
-    weight_B: jax.Array
+    weight_BxL: jax.Array
     whole_B: jax.Array
     length_B: jax.Array
 
@@ -37,13 +37,13 @@ def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
 
 
-def hide(uniform_BxLxS: jax.Array, alpha_B: jax.Array, whole_B: jax.Array) -> jax.Array:
+def hide(uniform_BxLxS: jax.Array, alpha_BxL: jax.Array, whole_B: jax.Array) -> jax.Array:
     """Hide each sub-token with probability 1 - alpha, or whole tokens where `whole_B` says so.
 
     A token-level mask reuses the first sub-token's draw, so that both branches share keys.
     """
     u_BxLxS = jnp.where(whole_B[:, None, None], uniform_BxLxS[..., :1], uniform_BxLxS)
-    return u_BxLxS >= alpha_B[:, None, None]
+    return u_BxLxS >= alpha_BxL[..., None]
 
 
 def corrupt(
@@ -59,14 +59,18 @@ def corrupt(
     Args:
         key: `step_key(seed, step)`, shared by all hosts.
         row_B: the rows of the global batch held here.
-        count: rows of the global batch (the strata of the times).
+        count: rows of the global batch (the strata of the times, together with their blocks).
         target_BxL: positions that are charged for; others stay visible.
         length: sub-tokens per token, S.
     """
     n_tokens = target_BxL.shape[1]
     time_key, rows_key = jax.random.split(key)
     offset = jax.random.uniform(time_key)
-    t_B = schedule.times(config, offset, row_B, count)
+    block = config.block_length or n_tokens
+    blocks = n_tokens // block
+    row_BxG = row_B[:, None] * blocks + jnp.arange(blocks)
+    t_BxG = schedule.times(config, offset, row_BxG, count * blocks)
+    t_BxL = jnp.repeat(t_BxG, block, axis=1)
 
     def per_row(row_key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         mask_key, whole_key, length_key = jax.random.split(row_key, 3)
@@ -81,8 +85,8 @@ def corrupt(
         return uniform, whole, kept
 
     uniform_BxLxS, whole_B, length_B = jax.vmap(per_row)(row_keys(rows_key, row_B))
-    masked_BxLxS = hide(uniform_BxLxS, schedule.alpha(config, t_B), whole_B)
+    masked_BxLxS = hide(uniform_BxLxS, schedule.alpha(config, t_BxL), whole_B)
     inside_BxL = target_BxL & (jnp.arange(n_tokens) < length_B[:, None])
     flat = config.weight == "flat"
-    weight_B = jnp.ones_like(t_B) if flat else schedule.weight(config, t_B)
-    return Corruption(masked_BxLxS & inside_BxL[..., None], weight_B, whole_B, length_B)
+    weight_BxL = jnp.ones_like(t_BxL) if flat else schedule.weight(config, t_BxL)
+    return Corruption(masked_BxLxS & inside_BxL[..., None], weight_BxL, whole_B, length_B)

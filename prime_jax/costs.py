@@ -1,8 +1,9 @@
 """Step time and memory of a run on paper, hours, and what they cost. No JAX.
 
 A roofline: matrix products, HBM traffic and messages of one step, each divided by the speed of the
-chip (slices.py) times a stated efficiency. Messages that gather parameters and scatter gradients
-overlap with computing; those of tensor parallelism do not:
+chip (slices.py) times a stated efficiency. Messages that gather parameters overlap with computing.
+Those of tensor parallelism do not, nor do sums of gradients on TPUs: in the programs that the
+compiler makes (`--check`) nothing runs beside them:
 
     step = max(matmul, hbm, overlapped messages) + exposed messages
 
@@ -21,6 +22,7 @@ from prime_jax.slices import Chip, Slice, of_device
 
 # Shares of the peak that well-kept programs reach. Matrix products: public dense trainings (MaxText
 # reports 65 % on v5p and 44-50 % on v6e for 8B to 70B parameters); narrow models stay below.
+SUMMED_WHOLE = ("TPU v4", "TPU v5")  # there a reduce-scatter is made as an all-reduce, and cut
 MATMUL = {"TPU v6 lite": 0.5, "TPU7x": 0.45}
 EFFICIENCY = {"matmul": 0.6, "hbm": 0.8, "link": 0.8, "network": 0.7}
 ADAM_BYTES = 32  # read and write value and two moments in float32, write and read the gradient
@@ -84,7 +86,7 @@ def sizes(config: RunConfig, mesh: Mesh) -> Sizes:
         layers=layers,
         outer=outer,
         held=(layers + outer) / mesh.data,
-        tokens=rows * config.data.seq_len,
+        tokens=rows * config.data.seq_len * config.copies,
         item=2 if m.dtype == "bfloat16" else 4,
     )
 
@@ -121,12 +123,17 @@ def _message_seconds(config, mesh: Mesh, s: Sizes, chip: Chip, slices: int) -> t
     across = network if apart and mesh.replica % slices else link
     # Gathered in the compute type, again for the backward pass unless kept; scattered in float32.
     gathered = (s.layers * (1 if remat == "none" else 2) + s.outer) * s.item
-    shared = parts * (gathered + 4 * params) * _ring(mesh.data) / across
+    gather = parts * gathered * _ring(mesh.data) / across
+    rounds = 2 if chip.kind in SUMMED_WHOLE else 1
+    scatter = rounds * parts * 4 * params * _ring(mesh.data) / across
     between = network if apart and mesh.replica > 1 else link
     summed = 2 * 4 * s.held * _ring(mesh.replica) / between  # gradients over replicas
     sums = {"none": 4, "dots": 6, "full": 6}[remat]  # of activations, per layer
     activations = config.model.layers * parts * s.tokens * config.model.width * s.item
-    return shared + summed, 2 * sums * activations * _ring(mesh.model) / link
+    exposed = 2 * sums * activations * _ring(mesh.model) / link
+    if chip.platform == "tpu":
+        return gather, scatter + summed + exposed
+    return gather + scatter + summed, exposed
 
 
 def _ring(n: int) -> float:

@@ -4,12 +4,17 @@ Every process runs the same command. Process 0 alone writes records; all of them
 together and stop at the same step.
 """
 
+import itertools
 import os
 import re
 import signal
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from prime_jax import peers
 from prime_jax.errors import UserError
 
 PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
@@ -52,11 +57,15 @@ def detect(environment: Mapping[str, str]) -> Gang | None:
         for name in ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"):
             if name not in e:
                 raise UserError(f"JOBSET_NAME is set, but not {name}; render the job again")
-        job = (
-            f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{e.get('JOB_INDEX', 0)}"
-        )
-        host = f"{job}-0.{e['JOBSET_NAME']}:{PORT}"
-        return _gang(host, e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], "JobSet")
+        count, index, job = e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], e.get("JOB_INDEX", "0")
+        if e.get("PRIME_SLICES", "1") != "1":  # each job of the set is a slice, together one gang
+            try:
+                index, job = str(int(job) * int(count) + int(index)), "0"
+                count = str(int(e["PRIME_SLICES"]) * int(count))
+            except ValueError as error:
+                raise UserError(f"JobSet variables are not whole numbers: {error}") from error
+        name = f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{job}-0"
+        return _gang(f"{name}.{e['JOBSET_NAME']}:{PORT}", count, index, "JobSet")
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         host = first_host(environment["SLURM_STEP_NODELIST"])
         # Two steps of one job on one node would share a port that depends on the job alone.
@@ -95,39 +104,62 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def start(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> None:
+def start(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> Gang | None:
     """Meet the other processes of the gang, if there is one; to be called before any JAX work.
 
+    If they do not come in time the process ends with a line that says so, and exit code 2: JAX
+    waits where no exception can reach it, and would abort with a stack trace.
+
+    Returns:
+        The gang, None for a process on its own.
+
     Raises:
-        UserError: not all came within 30 minutes.
+        UserError: the coordinator's address cannot be used.
     """
     gang = detect(environment)
     if gang is None:
-        return
+        return None
     import jax
 
     wait = int(environment.get("PRIME_WAIT_SECONDS", WAIT_SECONDS))
+    heartbeat = int(environment.get("PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS))
     others = f"{gang.processes} processes ({gang.found}), coordinator {gang.coordinator}"
+    advice = "check that every host runs the same command and can reach the coordinator's port"
     say(f"process {gang.process}: waiting for {others}")
     if environment.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+
+    def give_up() -> None:
+        say(f"error: not all of {others} came within {wait} s; {advice}")
+        sys.stdout.flush()
+        os._exit(2)
+
+    timer = threading.Timer(wait, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             gang.coordinator,
             gang.processes,
             gang.process,
-            initialization_timeout=wait,
-            heartbeat_timeout_seconds=int(
-                environment.get("PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
-            ),
+            initialization_timeout=2 * wait + 60,  # `give_up` speaks first
+            heartbeat_timeout_seconds=2 * heartbeat,  # and later `peers`
         )
     except Exception as error:  # the client raises several types, all with the reason inside
         reason = str(error).splitlines()[0][:160]
-        raise UserError(
-            f"not all of {others} came within {wait} s ({reason}); check that every host runs the "
-            "same command and can reach the coordinator's port"
-        ) from error
+        raise UserError(f"cannot meet {others} ({reason}); {advice}") from error
+    finally:
+        timer.cancel()
     say(f"process {gang.process}: all {gang.processes} are here")
+    peers.watch(gang, heartbeat, say)
+    return gang
+
+
+def is_alone() -> bool:
+    """Whether this run has one process."""
+    import jax
+
+    return jax.process_count() == 1
 
 
 def is_writer() -> bool:
@@ -137,30 +169,76 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait for all processes; a no-op for one."""
+def barrier(name: str, say: Callable[[str], None]) -> None:
+    """Wait for all processes, and say so before and after; a no-op for one."""
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
+        say(f"process {jax.process_index()}: {name}: waiting for the others")
         multihost_utils.sync_global_devices(name)
+        say(f"process {jax.process_index()}: {name}: all are here")
+
+
+MESSAGE = 1 << 14  # bytes that `share` can carry
+
+
+def share(value: Any) -> Any:
+    """What process 0 passes, on every process; plain JSON values, a few thousand characters."""
+    import json
+
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    message = np.zeros(MESSAGE, np.uint8)
+    if jax.process_index() == 0:
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        message[: len(text)] = text
+    shared = np.asarray(multihost_utils.broadcast_one_to_all(message))
+    return json.loads(shared.tobytes().rstrip(b"\0"))
+
+
+def meet(name: str, seconds: float) -> bool:
+    """Whether all processes come here within `seconds`; needs no devices, unlike `barrier`."""
+    import jax
+    from jax._src.distributed import global_state
+
+    if jax.process_count() == 1:
+        return True
+    try:
+        global_state.client.wait_at_barrier(name, int(1000 * seconds))
+    except Exception:  # a time-out, or a peer that is gone: the client has no type of its own
+        return False
+    return True
+
+
+_calls = itertools.count(1)
+
+
+def notified() -> bool:
+    """Whether a process of the gang was told to stop; True on all of them at one and the same
+    call, which every process must make equally often."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
 class Notice:
     """Signals to stop, on which all processes act at the same point.
 
     SIGTERM and SIGINT are noted; a second one acts at once. With several processes JAX's own
-    SIGTERM handler tells the others, and `due` is True everywhere at one and the same call.
+    SIGTERM handler tells the others, and `due` is True everywhere at one and the same call; a
+    second SIGTERM acts from then on.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._calls = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Notice":
-        import threading
-
         import jax
 
         self.alone = jax.process_count() == 1
@@ -192,7 +270,7 @@ class Notice:
         """Whether to stop now; every process must call this equally often."""
         if self.alone:
             return self.number is not None
-        from jax.experimental import multihost_utils
-
-        self._calls += 1
-        return multihost_utils.reached_preemption_sync_point(self._calls)
+        reached = notified()
+        if reached and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler swallows all others
+        return reached

@@ -40,7 +40,9 @@ def param_counts(config: RunConfig) -> dict[str, int]:
 def flops_per_token(config: RunConfig, convention: Convention) -> float:
     """Training FLOPs per token, a multiply-add being two.
 
-    `matmul` counts attention scores and values (half of them under the causal mask of ARM), the
+    Block diffusion trains on two copies of a sequence: in both conventions its layers count twice.
+    `matmul` counts attention scores and values that the mask lets through (half of them under the
+    causal mask of ARM; seq_len + block_length keys for a token's two copies together), the
     head, and the marginal columns `P @ onehot(C)` of the marginal loss (forward and one backward
     product: the codebook has no gradient). The embedding is a lookup, hence 0; recomputation is
     not counted.
@@ -54,10 +56,11 @@ def flops_per_token(config: RunConfig, convention: Convention) -> float:
         )
     m = config.model
     if convention == "reference":
-        return 6.0 * 12 * m.width**2 * m.layers
+        return 6.0 * 12 * m.width**2 * m.layers * config.copies
     keys_seen = config.data.seq_len * (0.5 if config.family == "arm" else 1.0)
+    keys_seen += config.objective.block_length
     attention = 2 * keys_seen * m.width * 2  # scores, then values
-    layers = m.layers * (2 * _layer_matrices(m) + attention)
+    layers = m.layers * (2 * _layer_matrices(m) * config.copies + attention)
     head = 2 * m.width * m.vocab_size
     return BACKWARD * (layers + head) + 2 * 2 * m.vocab_size * _marginal_columns(config)
 

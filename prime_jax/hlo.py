@@ -27,11 +27,13 @@ class Message(NamedTuple):
     Attributes:
         count: how often, loops included.
         bytes: what every device sends in all of them, by the bandwidth-optimal algorithm.
+        background: of these, what travels while the device computes.
     """
 
     kind: str
     count: int
     bytes: float
+    background: float
 
 
 class Array(NamedTuple):
@@ -50,7 +52,8 @@ class _Instruction(NamedTuple):
 def messages(text: str) -> list[Message]:
     """Collectives by kind, those with the most bytes first."""
     computations = _computations(text)
-    count, total, chains = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0.0), set()
+    count, chains = dict.fromkeys(KINDS, 0), set()
+    total, background = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     for name, times in _executions(computations, _entry(text)).items():
         for i in computations[name]:
             kind = i.opcode.removesuffix("-start")
@@ -63,8 +66,10 @@ def messages(text: str) -> list[Message]:
             if chain:
                 chains.add((kind, chain[1]))
             count[kind] += times
-            total[kind] += times * _sent(kind, i)
-    found = [Message(kind, count[kind], total[kind]) for kind in KINDS if count[kind]]
+            sent = times * _sent(kind, i)
+            total[kind] += sent
+            background[kind] += sent if chain or kind != i.opcode else 0
+    found = [Message(k, count[k], total[k], background[k]) for k in KINDS if count[k]]
     return sorted(found, key=lambda message: -message.bytes)
 
 
@@ -145,7 +150,10 @@ def _sent(kind: str, i: _Instruction) -> float:
 
 
 def _group(rest: str) -> int:
-    """Devices of a replica group, written `{{0,1},{2,3}}` or `[2,2]<=[4]`."""
+    """Devices of a replica group, written `{{0,1},{2,3}}`, `[2,2]<=[4]` or `mesh['a'=2] {'a'}`."""
+    if over := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", over[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", over[2]))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(iota[1])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from prime_jax.config import RunConfig
@@ -89,9 +90,29 @@ def make(config: RunConfig, devices: Sequence | int) -> tuple[Mesh | AbstractMes
         choice = choose(config, devices)
         return AbstractMesh(choice[:3], AXES, axis_types=(AxisType.Explicit,) * 3), choice
     choice = choose(config, len(devices), count_slices(devices))
-    shape = (choice.replica, choice.data, choice.model)
-    grid = np.array(devices[: choice.devices]).reshape(shape)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3), choice
+    used = devices[: choice.devices]
+    idle = {d.process_index for d in devices} - {d.process_index for d in used}
+    if idle:
+        raise UserError(
+            f"{choice}; {len(idle)} hosts would have nothing to do: use fewer of them, a larger "
+            "batch, or mesh.model"
+        )
+    return Mesh(_grid(used, choice), AXES, axis_types=(AxisType.Explicit,) * 3), choice
+
+
+def _grid(devices: Sequence, choice: Choice) -> np.ndarray:
+    """Devices in the shape of the mesh; on TPUs neighbours on an axis are neighbours on the torus,
+    and only `replica` or `data` crosses from slice to slice."""
+    shape, slices = choice[:3], count_slices(devices)
+    if devices[0].platform != "tpu" or choice.replica * choice.data % slices:
+        return np.array(devices).reshape(shape)
+    across = (slices, 1, 1) if choice.replica % slices == 0 else (1, slices, 1)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    inside = tuple(n // s for n, s in zip(shape, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )
 
 
 def count_slices(devices: Sequence) -> int:

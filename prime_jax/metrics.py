@@ -2,14 +2,17 @@
 
 import collections
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path as LocalPath
 from typing import Any
 
+from prime_jax import storage
 from prime_jax.config import LogConfig
 from prime_jax.errors import UserError
+from prime_jax.storage import Path
 
 
 class Clock:
@@ -81,6 +84,9 @@ class Profile:
 
     def __init__(self, directory: Path, steps: int):
         self.directory, self.steps = directory, steps
+        self._local = directory
+        if steps and storage.is_remote(directory):
+            self._local = LocalPath(tempfile.mkdtemp(prefix="prime_jax-"))
         self._left: int | None = None
 
     def step(self, done: int) -> None:
@@ -90,7 +96,7 @@ class Profile:
         if not self.steps:
             return
         if done == self.AFTER:
-            jax.profiler.start_trace(str(self.directory))
+            jax.profiler.start_trace(str(self._local))
             self._left = self.steps
         elif self._left is not None:
             self._left -= 1
@@ -103,6 +109,8 @@ class Profile:
         if self._left is not None:
             jax.profiler.stop_trace()
             self._left = None
+            if self._local != self.directory:
+                storage.upload(self._local, self.directory)
 
 
 class MetricsLog:
@@ -117,24 +125,21 @@ class MetricsLog:
             self._writers.append(_TensorBoard(run_dir))
         if config.wandb:
             self._writers.append(_WandB(config.wandb, run))
-        self.path = run_dir / "metrics.jsonl"
-        if self.path.exists():
-            rows = [
-                line for line in self.path.read_text().splitlines() if _step(line) <= resumed_at
-            ]
-            self.path.write_text("".join(line + "\n" for line in rows))
-        self._stream = self.path.open("a")
+        path, kept = run_dir / "metrics.jsonl", ""
+        if storage.exists(path):
+            rows = storage.read(path).decode(errors="replace").splitlines()
+            kept = "".join(row + "\n" for row in rows if _step(row) <= resumed_at)
+        self._log = storage.Log(path, kept)
 
     def write(self, row: dict[str, Any]) -> None:
         """`row` holds `step` and numbers, or a nested `eval` list in the form of result.json."""
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
+        self._log.write(json.dumps(row) + "\n")
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
         for writer in self._writers:
             writer.write(numbers)
 
     def close(self) -> None:
-        self._stream.close()
+        self._log.close()
         for writer in self._writers:
             writer.close()
 

@@ -26,10 +26,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
-def rope_tables(length: int, size: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos, sin float32 [L, K/2] of the rotate-half convention."""
+def rope_tables(
+    length: int, size: int, base: float, rounded: str = "float32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin float32 [L, K/2] of the rotate-half convention, rounded to a dtype before."""
     angle = np.arange(length)[:, None] / base ** (np.arange(0, size, 2) / size)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    cos, sin = (f(angle).astype(jnp.dtype(rounded)) for f in (np.cos, np.sin))
+    return cos.astype(np.float32), sin.astype(np.float32)
 
 
 def rotate(x_BxLxHxK: jax.Array, cos_BxLxK: jax.Array, sin_BxLxK: jax.Array) -> jax.Array:
@@ -86,6 +89,7 @@ class Block(nn.Module):
     causal: bool
     length: int
     attention: selection.Choice
+    block_length: int = 0
     shardings: Shardings = WHOLE
 
     @nn.compact
@@ -124,12 +128,16 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
         if kept is None:
-            tables = [x[None] for x in rope_tables(self.length, size, c.rope_base)]
+            copies = 2 if self.block_length else 1  # which share their positions
+            tables = rope_tables(self.length // copies, size, c.rope_base, c.rope_tables)
+            tables = [np.tile(x, (copies, 1))[None] for x in tables]
             q, k = rotate(q, *tables), rotate(k, *tables)
-            a = attention(q, k, v, self.causal, segment_ids_BxL, *self.attention[:2])
+            self.sow("attention", "query_key", (q, k))  # nothing, unless `apply` asks for it
+            see = (self.causal, segment_ids_BxL, *self.attention[:2], self.block_length)
+            a = attention(q, k, v, *see)
         else:
             at_BxL = start_B[:, None] + jnp.arange(self.length)
-            tables = rope_tables(kept[0].shape[1], size, c.rope_base)
+            tables = rope_tables(kept[0].shape[1], size, c.rope_base, c.rope_tables)
             tables = [jnp.asarray(x)[at_BxL] for x in tables]
             q, k = rotate(q, *tables), rotate(k, *tables)
             kept = tuple(_written(old, new, start_B) for old, new in zip(kept, (k, v), strict=True))
@@ -148,13 +156,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The backbone of ARM (causal), MDM and MDM-Prime (bidirectional).
+    """The backbone of ARM (causal), MDM and MDM-Prime (bidirectional, or by blocks).
 
     Attributes:
         slots: sub-tokens per token, S.
         base: digits per slot; the digit `base` is the mask (for ARM: BOS).
         attention, embedding: what computes them.
         remat: `none`, `dots` (keep matmul outputs) or `full` (recompute each block).
+        block_length: above 0 for block diffusion. The digits are then two copies of a sequence
+            [B, 2, L, S], noisy and clean, and the hidden states those of the noisy one
+            (kernels/attention.py). One copy [B, L, S] stands for both: a text that is being written.
     """
 
     config: ModelConfig
@@ -164,6 +175,7 @@ class Transformer(nn.Module):
     attention: selection.Choice
     embedding: selection.Choice
     remat: str = "none"
+    block_length: int = 0
     shardings: Shardings = WHOLE
 
     @nn.compact
@@ -177,7 +189,8 @@ class Transformer(nn.Module):
         """Hidden states [B, L, D] and head rows [V, D] in code order, both in `config.dtype`.
 
         With a cache the digits continue what it holds: all of that is visible, and the cache,
-        extended, is returned as well. Segments are not supported there.
+        extended, is returned as well. Segments are not supported there. Block diffusion then reads
+        one copy of one block: noisy to denoise it, clean to keep it for the blocks behind it.
         """
         c = self.config
 
@@ -185,6 +198,12 @@ class Transformer(nn.Module):
             part = self.param(name, init, self.shardings.local(name, shape))
             return self.shardings.gathered(name, shape, part, dtype)
 
+        doubled = self.block_length > 0 and cache is None
+        if doubled:
+            if digits_BxLxS.ndim == 3:
+                digits_BxLxS = jnp.stack([digits_BxLxS, digits_BxLxS], axis=1)
+            digits_BxLxS = digits_BxLxS.reshape(digits_BxLxS.shape[0], -1, self.slots)
+            segment_ids_BxL = None if segment_ids_BxL is None else jnp.tile(segment_ids_BxL, 2)
         batch, length, _ = digits_BxLxS.shape
         rows, size = self.base + 1, c.width if c.embedding == "sum" else c.width // self.slots
         tables = 1 if c.embedding == "cat_shared" else self.slots
@@ -206,15 +225,26 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "attention": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
-        )(c, self.causal, length, self.attention, self.shardings, name="layers")
+        )(
+            c,
+            self.causal,
+            length,
+            self.attention,
+            self.block_length,
+            self.shardings,
+            name="layers",
+        )
         kept, start_B = (None, None) if cache is None else (cache[:2], cache.length_B)
         x_NxD, kept = layers(
             x_NxD, jnp.arange(c.layers), kept, segment_ids_BxL, dropout_keys_B, start_B
         )
+        if doubled:  # the clean copy was there to be seen
+            length //= 2
+            x_NxD = x_NxD.reshape(batch, 2, -1)[:, 0].reshape(-1, c.width)
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))
         h_NxD = rms_norm(x_NxD, scale, c.norm_eps)
         if c.tied_head:
@@ -242,5 +272,6 @@ def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -
         attention=selection.attention(config, device_kind),
         embedding=selection.embedding(config, device_kind),
         remat=config.mesh.remat,
+        block_length=config.objective.block_length,
         shardings=shardings,
     )

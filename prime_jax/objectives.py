@@ -25,7 +25,8 @@ class Inputs(NamedTuple):
     """What the network sees and what it is charged for.
 
     Attributes:
-        digits_BxLxS: network input; the digit b stands for "masked" (ARM: BOS).
+        digits_BxLxS: network input; the digit b stands for "masked" (ARM: BOS). In block diffusion
+            [B, 2, L, S]: noisy, and clean, of which a position sees the blocks before its own.
         token_BxL: the truth.
         masked_BxLxS: sub-tokens to predict (all of them for ARM).
         weight_BxL: weight of each position's loss; 0 where it is not a target.
@@ -52,7 +53,13 @@ def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = Non
     o = config.objective
     choice = selection.head(config, selection.target_kind())
     return Head(
-        codebook, o.carry_over, o.loss, choice.implementation, choice.blocks, axis_name=axis_name
+        codebook,
+        o.carry_over,
+        o.loss,
+        choice.implementation,
+        choice.blocks,
+        config.kernels.head_skip,
+        axis_name,
     )
 
 
@@ -93,10 +100,13 @@ def masked_inputs(
     config: RunConfig, book: Codebook, token_BxL, masked_BxLxS, weight_BxL, eos_id
 ) -> Inputs:
     """Diffusion: the given sub-tokens hidden, the others visible."""
-    digits_BxLxS = jnp.asarray(book.digits)[token_BxL]
+    clean_BxLxS = jnp.asarray(book.digits)[token_BxL]
+    digits_BxLxS = jnp.where(masked_BxLxS, book.base, clean_BxLxS)
+    if config.objective.block_length:
+        digits_BxLxS = jnp.stack([digits_BxLxS, clean_BxLxS], axis=1)
     target_BxL = targets(config, token_BxL, eos_id)
     return Inputs(
-        digits_BxLxS=jnp.where(masked_BxLxS, book.base, digits_BxLxS),
+        digits_BxLxS=digits_BxLxS,
         token_BxL=token_BxL,
         masked_BxLxS=masked_BxLxS & target_BxL[..., None],
         weight_BxL=weight_BxL * target_BxL,
@@ -118,8 +128,7 @@ def training_inputs(
         return autoregressive_inputs(config, book, token_BxL, eos_id)
     target_BxL = targets(config, token_BxL, eos_id)
     hidden = corrupt(config.objective, key, row_B, config.batch_size, target_BxL, book.length)
-    weight_BxL = jnp.broadcast_to(hidden.weight_B[:, None], token_BxL.shape)
-    inputs = masked_inputs(config, book, token_BxL, hidden.masked_BxLxS, weight_BxL, eos_id)
+    inputs = masked_inputs(config, book, token_BxL, hidden.masked_BxLxS, hidden.weight_BxL, eos_id)
     if config.objective.token_mask_rho > 0 and book.length > 1:
         inputs = inputs._replace(
             whole_BxL=jnp.broadcast_to(hidden.whole_B[:, None], token_BxL.shape)

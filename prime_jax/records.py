@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from prime_jax import storage
 from prime_jax.errors import UserError
+from prime_jax.storage import Path
 
 SCHEMA = 1
 Kind = Literal["nll", "nelbo", "train_loss"]
@@ -19,7 +19,7 @@ class Loss:
 
     Attributes:
         kind: `nll` (exact), `nelbo` (an upper bound on it) or `train_loss` (neither).
-        estimator: `ar`, `subtoken`, `token`, `finite:T` or `joint`.
+        estimator: `ar`, `subtoken`, `token`, `finite:T`, `chain:ORDER` or `joint`.
         value: the estimate.
         se_mc: standard error over the Monte-Carlo replicates (0 for an exact number).
         se_data: standard error from the finite evaluation set, clustered by document.
@@ -56,13 +56,12 @@ def write_json_atomic(path: Path, value: Any) -> None:
     Raises:
         UserError: the place cannot be written to (missing rights, full disk).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    storage.write(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """Strict JSON, indented for people."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -71,9 +70,12 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is missing, unreadable or damaged.
     """
+    return parse_json(storage.read(path), path)
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """Raises: UserError: the content of `path` is damaged."""
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        return json.loads(data)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error

@@ -31,7 +31,14 @@ def alpha(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
 
 
 def weight(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
-    """w(t) = -alpha'_t / (1 - alpha_t), the rate at which masked sub-tokens are revealed."""
+    """w(t) = -alpha'_t / (1 - alpha_t), the rate at which masked sub-tokens are revealed.
+
+    With discrete times it is n (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/n: n times the chance
+    that a step reveals a masked sub-token. The mean over the n times is then D3PM's bound.
+    """
+    if config.time_steps:
+        n, alpha_t = config.time_steps, alpha(config, t)
+        return n * (alpha(config, t - 1 / n) - alpha_t) / (1 - alpha_t)
     match config.schedule:
         case "linear" | "log-linear":
             return 1 / t
@@ -73,12 +80,14 @@ def stratum(index: jax.Array, count: int) -> jax.Array:
 
 
 def times(config: ObjectiveConfig, offset: jax.Array, row: jax.Array, count: int) -> jax.Array:
-    """Stratified training times t in [eps, 1), one per sequence of the *global* batch.
+    """Stratified training times t in [eps, 1), one per block of the *global* batch.
 
     Args:
         offset: [] in [0, 1), shared by all hosts (drawn from seed and step).
-        row: int [B], the rows of the global batch that live here.
-        count: rows in the global batch.
+        row: int, any shape: the blocks of the global batch that live here (without block
+            diffusion a sequence is one block).
+        count: blocks in the global batch.
     """
     u = (offset + stratum(row, count) / count) % 1.0
-    return config.time_eps + (1 - config.time_eps) * u
+    t = config.time_eps + (1 - config.time_eps) * u
+    return jnp.ceil(t * config.time_steps) / config.time_steps if config.time_steps else t

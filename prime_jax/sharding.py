@@ -11,11 +11,12 @@ those of a whole batch: the numbers do not depend on the mesh, up to the order o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prime_jax.config import ModelConfig
@@ -106,7 +107,8 @@ class Shardings:
             over = [REPLICA] if DATA in spec else [REPLICA, DATA]
             if self.model > 1 and _names(path)[-1] in PARTIAL:
                 over.append(MODEL)
-            return jax.lax.psum(gradient, tuple(over))
+            over = [axis for axis in over if getattr(self, axis) > 1]  # XLA copies for a sum of one
+            return jax.lax.psum(gradient, tuple(over)) if over else gradient
 
         return jax.tree_util.tree_map_with_path(total, gradients, specs)
 
@@ -161,10 +163,28 @@ def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) ->
     )
 
 
-def share_batch(mesh: Mesh, tree: Any) -> Any:
-    """This process's rows (leading axis) of a global batch, placed over the mesh."""
-    sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+@lru_cache
+def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices compute with, ascending.
+
+    Processes whose devices split a model between them have rows in common.
+    """
+    held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in held]))
+
+
+def share_batch(mesh: Mesh, tree: Any, batch: int) -> Any:
+    """A global batch of which this process has its `local_rows`, placed over the mesh."""
+    sharding, rows = NamedSharding(mesh, BATCH), local_rows(mesh, batch)
+
+    def place(x):
+        def part(index):
+            first, last, _ = index[0].indices(batch)
+            return x[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
+
+        return jax.make_array_from_callback((batch, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, tree)
 
 
 def spread(mesh: Mesh, tree: Any) -> Any:

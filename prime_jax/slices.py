@@ -92,10 +92,26 @@ class Slice:
         return self.devices // self.chip.per_chip
 
     @property
+    def hosts(self) -> int:
+        """Machines, each with a process of its own."""
+        return self.chips // self.chips_per_host
+
+    @property
+    def chips_per_host(self) -> int:
+        """All GPUs of one machine; 4 TPUs, but up to 8 of the flat kinds where they are all."""
+        chips = self.chips // self.slices
+        alone = 8 if self.chip.dimensions in (0, 2) else 4
+        return chips if chips <= alone else 4
+
+    @property
+    def sides(self) -> str:
+        """Of one slice, e.g. `4x4`."""
+        return "x".join(map(str, torus(self.chips // self.slices, self.chip.dimensions)))
+
+    @property
     def topology(self) -> str:
         """One slice as the TPU compiler names it, e.g. `v5e:4x4`."""
-        chips = self.chips // self.slices
-        return f"{self.generation}:{'x'.join(map(str, torus(chips, self.chip.dimensions)))}"
+        return f"{self.generation}:{self.sides}"
 
 
 def parse(name: str) -> Slice:

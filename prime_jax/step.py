@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from prime_jax import hardware, meshes, optim, sharding
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
-from prime_jax.evaluate import likelihood
+from prime_jax.evaluate import estimators, likelihood
 from prime_jax.kernels import selection
 from prime_jax.kernels.subtoken_head import HeadLoss
 from prime_jax.metrics import Clock
@@ -25,6 +25,8 @@ from prime_jax.model import Transformer, build
 from prime_jax.objectives import loss_sums, make_head, training_inputs
 from prime_jax.sharding import Shardings
 from prime_jax.subtokens import Codebook
+
+hardware.keep_heap()  # here, because threads that XLA has started keep heaps of their own
 
 
 class State(NamedTuple):
@@ -70,10 +72,9 @@ class Compiled:
                 self.executable = self.compile(*args)
         return self.executable(*args)
 
-    def compile(self, *args: Any, options: dict[str, Any] | None = None) -> Any:
+    def compile(self, *args: Any) -> Any:
         """Compiled for the mesh; `args` may be shapes with shardings."""
-        if options is None:
-            options = hardware.compiler_options(jax.default_backend())
+        options = hardware.compiler_options(self.mesh.devices.flat[0].device_kind)
 
         def attempt(config: RunConfig) -> Any:
             return self.lower(*args, config=config).compile(options)
@@ -123,28 +124,36 @@ def shape_of(config: RunConfig) -> RunConfig:
     )
 
 
-def program(config: RunConfig, eos_id: int) -> Program:
-    """The functions that train and evaluate `config`; shared by all configs of one shape."""
-    return _program(shape_of(config), eos_id)
+def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) -> Program:
+    """The functions that train and evaluate `config`; shared by all configs of one shape.
+
+    Args:
+        codebook: codes that came with imported weights; by default those that the config makes.
+    """
+    return _program(shape_of(config), eos_id, codebook)
 
 
 @lru_cache(maxsize=32)
-def _program(config: RunConfig, eos_id: int) -> Program:
-    hardware.keep_heap()
-    return make_program(config, eos_id, jax.devices())
+def _program(config: RunConfig, eos_id: int, codebook: Codebook | None) -> Program:
+    return make_program(config, eos_id, jax.devices(), codebook)
 
 
-def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -> Program:
+def make_program(
+    config: RunConfig,
+    eos_id: int,
+    devices: Sequence[Any] | int,
+    codebook: Codebook | None = None,
+) -> Program:
     """The program of `config` on `devices`, which may be described by a topology only.
 
     Given just their number, it can be lowered for a TPU and neither compiled nor run.
     """
-    codebook = Codebook.create(config.model.vocab_size, config.subtokens)
+    codebook = codebook or Codebook.create(config.model.vocab_size, config.subtokens)
     mesh, choice = meshes.make(config, devices)
     tx = optim.optimizer(config.optim)
     init, abstract = _make_init(config, codebook, tx, mesh)
     shardings = Shardings.of(mesh)
-    parts = _Parts(config, codebook, mesh, shardings, shardings.specs(abstract.params), eos_id)
+    parts = Parts(config, codebook, mesh, shardings, shardings.specs(abstract.params), eos_id)
 
     def train(config: RunConfig) -> Any:
         return _train_function(parts._replace(config=config), tx)
@@ -157,11 +166,11 @@ def make_program(config: RunConfig, eos_id: int, devices: Sequence[Any] | int) -
         abstract=abstract,
         init=init,
         train=Compiled("training step", config, mesh, train),
-        draw=_make_draw(parts),
+        draw=make_draw(parts),
     )
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What the compiled functions of a program share."""
 
     config: RunConfig
@@ -209,7 +218,7 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     return lambda clock, seed: compiled(clock, np.uint32(seed)), abstract
 
 
-def _train_function(p: _Parts, tx) -> Any:
+def _train_function(p: Parts, tx) -> Any:
     config, codebook, eos_id = p.config, p.codebook, p.eos_id
     network, head = p.network(), make_head(config, codebook, p.head_axis())
     chosen = config.objective.loss
@@ -271,11 +280,13 @@ def _train_function(p: _Parts, tx) -> Any:
     return train
 
 
-def _make_draw(p: _Parts):
+def make_draw(p: Parts, guidance: float = 0.0) -> Any:
+    """(clock, estimator, params, tokens, row) -> {label: nats [B]} (`likelihood.draw`)."""
+
     def make(config: RunConfig, name: str) -> Any:
         parts = p._replace(config=config)
         network = parts.network()
-        task = likelihood.make_task(config, p.codebook, p.eos_id, parts.head_axis())
+        task = estimators.make_task(config, p.codebook, p.eos_id, parts.head_axis(), guidance)
 
         def device(params, tokens_BxL, row: likelihood.Row):
             apply = lambda *args: network.apply({"params": params}, *args)  # noqa: E731

@@ -51,8 +51,14 @@ class Codebook:
         """The codebook that a config describes.
 
         Raises:
-            UserError: a shuffle over all codes that would be too large to store.
+            UserError: a shuffle over all codes that would be too large to store, or codes that
+                no shuffle makes: they are kept with the weights.
         """
+        if config.codes:
+            raise UserError(
+                f"subtokens.codes = {config.codes}: these codes came with imported weights and "
+                "cannot be made from a seed; leave it empty"
+            )
         b = base(vocab_size, config.length)
         if config.scope == "codes" and b**config.length > MAX_PERMUTED:
             raise UserError(

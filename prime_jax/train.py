@@ -5,10 +5,10 @@ undamaged checkpoint, the data order and all randomness from (seed, step).
 """
 
 import dataclasses
+import io
 import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -24,8 +24,10 @@ from prime_jax import (
     hardware,
     meshes,
     optim,
+    peers,
     schedule,
     sharding,
+    storage,
 )
 from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
 from prime_jax.data import loader, manifest
@@ -34,6 +36,7 @@ from prime_jax.evaluate import likelihood
 from prime_jax.metrics import Clock, MetricsLog, NoLog, Pace, Profile
 from prime_jax.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
 from prime_jax.step import Metrics, Program, State, program
+from prime_jax.storage import Path
 
 BEAT_SECONDS = 1.0
 PHASES = ("train", "input", "compile", "eval", "checkpoint")
@@ -76,7 +79,8 @@ def train(
         UserError: bad config, data, checkpoint or disk.
         Preempted, Stopped: interrupted after saving.
     """
-    return Run(config, run_dir, earlier, beat, say).complete()
+    with peers.blamed():
+        return Run(config, run_dir, earlier, beat, say).complete()
 
 
 def prepare_directory(config: RunConfig, run_dir: Path) -> None:
@@ -85,12 +89,9 @@ def prepare_directory(config: RunConfig, run_dir: Path) -> None:
     Raises:
         UserError: it cannot be made, or holds another run.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {run_dir}: {error.strerror}") from error
+    storage.make_folder(run_dir)
     existing = run_dir / "config.json"
-    if existing.exists():
+    if storage.exists(existing):
         other = run_id(from_dict(RunConfig, read_json(existing), str(existing)))
         if other != run_id(config):
             raise UserError(
@@ -115,12 +116,12 @@ class Run:
         self.data = manifest.load(config.data.path)
         manifest.check(self.data, config)
         self.config = fill_fingerprint(config, self.data)
-        self.run_dir, self.earlier = Path(run_dir), earlier
+        self.run_dir, self.earlier = storage.path(run_dir), earlier
         self.beat, self.say = beat, say
         self.id = run_id(self.config)
         self.program: Program = program(self.config, self.data.eos_id)
         self.checkpoints = checkpoint.Writer(
-            self.run_dir / "checkpoints", self._about(), config.checkpoint
+            self.run_dir / "checkpoints", self._about(), config.checkpoint, say
         )
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
         self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread
@@ -153,17 +154,23 @@ class Run:
             finally:
                 self.log.close()
         if distributed.is_writer():
-            write_json_atomic(self.run_dir / "result.json", result)
+            path = self.run_dir / "result.json"
+            storage.insist(lambda: write_json_atomic(path, result), self.say)
         return result
 
     def _prepare(self) -> dict[str, Any] | None:
         """The run directory: made by one process, then read by all."""
         if distributed.is_writer():
             prepare_directory(self.config, self.run_dir)
-            np.save(self.run_dir / "codebook.npy", self.program.codebook.codes)
-        distributed.barrier("run directory")
+            self._write_arrays("codebook.npy", lambda s: np.save(s, self.program.codebook.codes))
+        distributed.barrier("run directory", self.say)
         finished = self.run_dir / "result.json"
-        return read_json(finished) if finished.exists() else None
+        return read_json(finished) if storage.exists(finished) else None
+
+    def _write_arrays(self, name: str, save: Callable[[io.BytesIO], None]) -> None:
+        stream = io.BytesIO()
+        save(stream)
+        storage.insist(lambda: storage.write(self.run_dir / name, stream.getvalue()), self.say)
 
     # --- training
 
@@ -177,8 +184,7 @@ class Run:
             batch_size=c.batch_size,
             start=self.first_step,
             stop=steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.program.mesh, c.batch_size),
         )
         row = None
         profile = Profile(self.run_dir / "profile", c.log.profile)
@@ -188,8 +194,8 @@ class Run:
                 tokens, example = next(batches)
                 if row is None:  # the same rows of every global batch live here
                     row = (example - step * c.batch_size).astype(np.int32)
-                    row = sharding.share_batch(self.program.mesh, row)
-                tokens = sharding.share_batch(self.program.mesh, tokens)
+                    row = sharding.share_batch(self.program.mesh, row, c.batch_size)
+                tokens = sharding.share_batch(self.program.mesh, tokens, c.batch_size)
             state, metrics = self.program.train(self.clock, state, tokens, row, seed, horizon)
             self.last_step = step + 1
             self._read_pending()  # only now: the device already has work
@@ -207,8 +213,7 @@ class Run:
         self._read_pending()
         profile.close()
         if self.first_step < steps:
-            self._save(steps, state)
-        self.checkpoints.wait()
+            self._save_surely(steps, state, storage.PATIENCE)
         return state
 
     def _read_pending(self) -> None:
@@ -250,8 +255,13 @@ class Run:
     def _save(self, step: int, state: State) -> None:
         self._read_pending()  # a diverged state is never saved
         with self.clock.measure("checkpoint"):
-            self.checkpoints.save(step, state)
+            self.checkpoints.try_save(step, state)
             self.last_save = time.monotonic()
+
+    def _save_surely(self, step: int, state: State, patience: float) -> None:
+        self._read_pending()
+        with self.clock.measure("checkpoint"):
+            self.checkpoints.save_surely(step, state, patience)
 
     def _restore(self) -> State:
         with self.clock.measure("checkpoint"):
@@ -278,6 +288,7 @@ class Run:
                     "tokens_per_second": self.speed,
                     "mfu": self._mfu(self.speed, "matmul"),
                     "phase": phase,
+                    "save_seconds": self.checkpoints.seconds,
                 }
             )
         if not wanted and jax.process_count() > 1:
@@ -292,13 +303,14 @@ class Run:
     def _save_before_leaving(self, step: int, state: State) -> str:
         """Save, unless that took longer than the grace period the last time."""
         grace, needed = self.config.checkpoint.grace_seconds, self.checkpoints.seconds
-        if step not in self.checkpoints.steps():
-            if grace and needed > grace:
-                self.checkpoints.wait()
-                last = (self.checkpoints.steps() or [0])[-1]
-                return f"a save takes {needed:.0f} s, longer than the grace of {grace:g} s: step {last} is the last saved"
-            self._save(step, state)
-        self.checkpoints.wait()
+        steps = storage.insist(self.checkpoints.steps, self.say, checkpoint.PATIENCE)
+        saved, slow = distributed.share([step in steps, bool(grace) and needed > grace])
+        if not saved and slow:
+            self.checkpoints.wait()
+            last = (self.checkpoints.steps() or [0])[-1]
+            return f"a save takes {needed:.0f} s, longer than the grace of {grace:g} s: step {last} is the last saved"
+        if not saved:
+            self._save_surely(step, state, grace or checkpoint.PATIENCE)
         return f"saved step {step}"
 
     # --- evaluation and record
@@ -321,7 +333,9 @@ class Run:
             )
         self.log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
         if final and distributed.is_writer():
-            np.savez(self.run_dir / "eval.npz", n_tokens=n_tokens, **nats)
+            self._write_arrays(
+                "eval.npz", lambda stream: np.savez(stream, n_tokens=n_tokens, **nats)
+            )
         if not final:
             shown = ", ".join(f"{x.estimator} {x.kind} {x.value:.4f}" for x in losses)
             self.say(f"step {step}: {shown} nats/token")

@@ -1,7 +1,7 @@
 """A finished run, ready to be evaluated, sampled from, analysed or exported.
 
-Wherever a command takes RUN it is a run directory or `ROOT:ID`, a run of a sweep, whose newest
-complete step of any attempt counts.
+Wherever a command takes RUN it is a run directory, an exported folder (`interchange.folder`) or
+`ROOT:ID`, a run of a sweep, whose newest complete step of any attempt counts.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 
-from prime_jax import checkpoint
+from prime_jax import checkpoint, storage
 from prime_jax.config import RunConfig, from_dict, run_id
 from prime_jax.data import manifest
+from prime_jax.data import tokenizer as tokenizers
 from prime_jax.data.manifest import Manifest
 from prime_jax.data.tokenizer import NO_EOS, Tokenizer
 from prime_jax.errors import UserError
+from prime_jax.interchange import folder
 from prime_jax.model import build
 from prime_jax.objectives import Network
 from prime_jax.records import read_json
@@ -34,14 +36,16 @@ class Trained:
         path: the run directory, for messages and for what is written beside it.
         params: float32, sharded over `program.mesh`; the average where one was kept.
         data: the dataset of the run, None where it is not on this machine.
+        separator: EOS where there is no dataset: what an exported folder says, else -1.
     """
 
-    path: Path
+    path: storage.Path
     config: RunConfig
     program: Program
     params: Any
     step: int
     data: Manifest | None
+    separator: int = NO_EOS
 
     @property
     def id(self) -> str:
@@ -53,11 +57,13 @@ class Trained:
 
     @property
     def eos_id(self) -> int:
-        return self.data.eos_id if self.data else NO_EOS
+        return self.data.eos_id if self.data else self.separator
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises: UserError: the dataset that holds it is not on this machine."""
+        if (self.path / "tokenizer.json").exists():
+            return tokenizers.load(self.path)
         if self.data is None:
             raise UserError(
                 f"{self.path}: no tokenizer, because {self.config.data.path} is not on this machine"
@@ -74,22 +80,25 @@ class Trained:
         return lambda params: partial(model.apply, {"params": params})
 
 
-def locate(run: str) -> tuple[RunConfig, list[Path]]:
+def locate(run: str) -> tuple[RunConfig, list[storage.Path]]:
     """The config of RUN and the directories of its attempts, newest first.
 
     Raises:
         UserError: nothing there, or several runs of that name.
     """
-    directory = Path(run)
-    root, _, name = run.rpartition(":")
-    if not directory.exists() and root:
-        sweep_state.check_root(Path(root))
-        found = sweep_state.select(sweep_state.list_runs(Path(root)), [name])[0]
+    directory = storage.path(run)
+    head, _, name = run.rpartition(":")
+    if head and "/" not in name and not storage.exists(directory):
+        root = storage.path(head)
+        sweep_state.check_root(root)
+        found = sweep_state.select(sweep_state.list_runs(root), [name])[0]
         config = from_dict(RunConfig, found.spec["config"], found.id)
-        attempts = [Path(root) / "runs" / found.id / str(a.k) for a in found.attempts]
+        attempts = [root / "runs" / found.id / str(a.k) for a in found.attempts]
         return config, attempts[::-1]
-    if not (directory / "config.json").exists():
+    if not storage.exists(directory / "config.json"):
         raise UserError(f"{run}: no run here (no config.json); give a run directory or ROOT:ID")
+    if folder.is_exported(directory):
+        return folder.read_config(directory), [directory]
     file = directory / "config.json"
     return from_dict(RunConfig, read_json(file), str(file)), [directory]
 
@@ -104,6 +113,8 @@ def load(run: str, say: Callable[[str], None] = print) -> Trained:
         UserError: no such run, one that is not finished, or data or a permutation that is not its.
     """
     config, directories = locate(run)
+    if folder.is_exported(directories[0]):
+        return _load_exported(directories[0])
     data = None
     if (Path(config.data.path) / manifest.FILE).exists():
         data = manifest.load(config.data.path)
@@ -121,3 +132,16 @@ def load(run: str, say: Callable[[str], None] = print) -> Trained:
         raise UserError(f"{run} is at step {step} of {config.steps}; finish it first")
     params = found.ema if config.optim.ema else found.params
     return Trained(directories[0], config, made, params, step, data)
+
+
+def _load_exported(directory: Path) -> Trained:
+    """An exported folder stands alone: a dataset that is not the one of its run is no dataset."""
+    weights = folder.read(directory)
+    config, data = weights.config, None
+    if (Path(config.data.path) / manifest.FILE).exists():
+        found = manifest.load(config.data.path)
+        data = found if found.fingerprint == config.data.fingerprint else None
+    made = program(config, weights.eos_id, weights.codebook)
+    tree = folder.to_params(weights.tensors, config, weights.codebook)
+    params = folder.place(tree, made.abstract.params)
+    return Trained(directory, config, made, params, weights.step, data, weights.eos_id)

@@ -47,6 +47,14 @@ def tiny(markov_data):
 
 
 @pytest.fixture(scope="session")
+def quick(tiny):
+    """`tiny` for tests of training: its evaluation compiles one estimator only."""
+    from prime_jax.config import set_path
+
+    return set_path(tiny, "eval.estimators", ("subtoken",))
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tiny, tmp_path_factory):
     """The directory of `tiny`, trained."""
     from prime_jax.train import train

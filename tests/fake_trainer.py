@@ -9,7 +9,16 @@ import sys
 import time
 from pathlib import Path
 
-from prime_jax.config import DataConfig, ModelConfig, RunConfig, run_id
+from prime_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    run_id,
+)
 from prime_jax.sweep import grid, plan
 
 BASE = RunConfig(
@@ -37,6 +46,32 @@ def planned(root: Path, **changes) -> list[str]:
     experiment = grid.Experiment(small.name, tuple(grid.rows(small)), "0" * 64)
     listed = plan.candidates(experiment, {})
     plan.write(root, experiment, listed)
+    return [candidate.id for candidate in listed if not candidate.drop]
+
+
+def planned_on(
+    root: Path, data: Path, slice: str, budgets: tuple[float, ...] = (1e8,)
+) -> list[str]:
+    """Add runs that really train on `data` (V = 16, blocks of 16), for a slice; their ids."""
+    base = RunConfig(
+        model=ModelConfig(vocab_size=16, layers=1, width=32, heads=2),
+        data=DataConfig(path=str(data), seq_len=16),
+        optim=OptimConfig(warmup_steps=3),
+        eval=EvalConfig(examples=16, replicates=2, batch_size=16, estimators=("subtoken",)),
+        checkpoint=CheckpointConfig(every=100, keep=10),
+        log=LogConfig(every=1),
+    )
+    made = sweep(
+        name=f"on {slice}",
+        base=base,
+        families={"prime": {"subtokens.length": 4}},
+        budgets=budgets,
+        sizes=((1, 32, 2),),
+        batch="fixed:8",
+    )
+    experiment = grid.Experiment(made.name, tuple(grid.rows(made)), "0" * 64, epochs_limit=1e9)
+    listed = plan.candidates(experiment, plan.load_datasets(experiment, required=True))
+    plan.write(root, experiment, listed, slice)
     return [candidate.id for candidate in listed if not candidate.drop]
 
 

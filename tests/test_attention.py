@@ -12,10 +12,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from prime_jax.errors import UserError
-from prime_jax.kernels import attention_pallas
+from prime_jax.kernels import attention_mosaic, attention_pallas
 from prime_jax.kernels.attention import SAVED, attention, attention_reference, cudnn_serves
 from prime_jax.kernels.attention_visits import Blocks, fitted, visits
-from prime_jax.sharding import AXES, BATCH, per_device, share_batch
+from prime_jax.sharding import AXES, BATCH, per_device, spread
 
 jitted_visits = jax.jit(visits, static_argnums=(0, 1, 4))
 SMALL = (16, 32)  # blocks of queries and keys: only the interpreter takes them
@@ -49,9 +49,10 @@ def with_gradients(function, q, k, v, dout):
         return [np.asarray(x, np.float32) for x in run(q, k, v, dout)]
 
 
-def assert_equals_reference(implementation, qkv, causal, ids, blocks=()):
-    got = with_gradients(lambda *a: attention(*a, causal, ids, implementation, blocks), *qkv)
-    want = with_gradients(lambda *a: attention_reference(*a, causal, ids), *qkv)
+def assert_equals_reference(implementation, qkv, causal, ids, blocks=(), block_length=0):
+    see = (causal, ids, implementation, blocks, block_length)
+    got = with_gradients(lambda *a: attention(*a, *see), *qkv)
+    want = with_gradients(lambda *a: attention_reference(*a, causal, ids, block_length), *qkv)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     return got
@@ -93,10 +94,40 @@ def test_reference_is_the_definition(causal):
     np.testing.assert_allclose(got, dense(q, k, v, seen), atol=1e-5)
 
 
+def test_reference_of_block_diffusion_is_the_definition():
+    """Two copies of six tokens in blocks of two; documents of three tokens, one of padding."""
+    q, k, v, _ = (np.asarray(x, np.float64) for x in arrays(12, 4, heads=4, groups=2))
+    ids = [0, 0, 0, 4, 4, -1]
+    seen = np.zeros((2, 12, 12), bool)
+    for i, j in np.ndindex(12, 12):
+        noisy = i < 6 and j < 6 and i // 2 == j // 2
+        clean = j >= 6 and (i % 6 // 2 > j % 6 // 2 or (i >= 6 and i % 6 // 2 == j % 6 // 2))
+        seen[:, i, j] = (noisy or clean) and ids[i % 6] == ids[j % 6] >= 0
+    segments = jnp.asarray([ids * 2] * 2)
+    got = jax.jit(lambda *a: attention_reference(*a, False, segments, 2))(q, k, v)
+    np.testing.assert_allclose(got, dense(q, k, v, seen), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "ids"),
+    [
+        ("scan", True),
+        ("splash", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("splash", "xla", "cudnn")),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("scan", "xla", "cudnn")),
+    ],
+)
+def test_block_diffusion_equals_the_reference(implementation, ids):
+    segments = jnp.tile(packed(20), 2) if ids else None
+    qkv = arrays(40, 12, heads=4, groups=2)
+    assert_equals_reference(implementation, qkv, False, segments, block_length=5)
+
+
 @pytest.mark.parametrize(
     ("size", "causal", "ids"), [(4, False, False), (64, True, True), (96, False, True)]
 )
-def test_kernel_at_any_head_size(size, causal, ids):
+def test_kernel_at_any_head_size(size, causal, ids, monkeypatch):
+    monkeypatch.setattr(attention_mosaic, "PART", 12)  # three parts, the last one shorter
     assert_equals_reference("pallas", arrays(40, size), causal, packed(40) if ids else None, SMALL)
 
 
@@ -209,7 +240,7 @@ def test_eight_devices_share_a_batch():
         out, pull = jax.vjp(lambda *a: attention(*a, False, ids, "pallas", SMALL), q, k, v)
         return out, *pull(dout)
 
-    got = jax.jit(per_device(run, mesh, BATCH, BATCH))(*share_batch(mesh, (*qkv, ids)))
+    got = jax.jit(per_device(run, mesh, BATCH, BATCH))(*spread(mesh, (*qkv, ids)))
     want = with_gradients(lambda *a: attention_reference(*a, False, ids), *qkv)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -254,6 +285,13 @@ def test_a_tpu_gets_our_kernel_and_very_long_rows_splash_attention(length, kerne
         assert kernel in str(jax.make_jaxpr(attention)(x, x, x))
 
 
+def test_a_tpu_gets_splash_attention_for_block_diffusion():
+    x = jax.ShapeDtypeStruct((1, 2048, 1, 128), jnp.bfloat16)
+    call = functools.partial(attention, block_length=256)
+    with jax.sharding.use_abstract_mesh(V5E):
+        assert "splash_mha" in str(jax.make_jaxpr(call)(x, x, x))
+
+
 @pytest.mark.parametrize(
     ("length", "blocks", "want", "padded"),
     [
@@ -274,6 +312,8 @@ def test_bad_choices_are_refused():
         attention(q, k, v, implementation="flash")
     with pytest.raises(UserError, match="blocks"):
         attention(q, k, v, implementation="pallas", blocks=(128,))
+    with pytest.raises(UserError, match="splash"):
+        attention(q, k, v, implementation="pallas", block_length=2)
 
 
 def test_cudnn_gives_way_to_xla_where_it_has_no_kernel():

@@ -149,7 +149,7 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     assert "manifest" in bad_command([*train, "--data.path", tmp_path / "nothing"], capsys)
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
-    assert "cannot create" in bad_command(["train", experiment, "--out", blocked / "run"], capsys)
+    assert "cannot make" in bad_command(["train", experiment, "--out", blocked / "run"], capsys)
     assert "function config()" in bad_command(["train", _empty(tmp_path)], capsys)
 
 

@@ -81,18 +81,28 @@ def test_fully_sharded_messages_by_hand():
     counts = flops.param_counts(BIG)
     layers = counts["nonembedding"]
     outer = counts["total"] - layers
-    sent = (2 * layers + outer) * 2 + (layers + outer) * 4  # bfloat16 twice, then float32
-    seconds = sent * 15 / 16 / (200e9 * 0.8)
-    assert predicted(remat="dots").messages == pytest.approx(seconds)
-    assert predicted(remat="dots", accumulate=4).messages == pytest.approx(4 * seconds)
-    assert predicted(remat="dots").exposed == 0
+    share = 15 / 16 / (200e9 * 0.8)
+    gathered = (2 * layers + outer) * 2 * share  # bfloat16, again for the backward pass
+    scattered = (layers + outer) * 4 * share  # float32
+    one = predicted(remat="dots")
+    assert (one.messages, one.exposed) == pytest.approx((gathered, scattered))
+    four = predicted(remat="dots", accumulate=4)
+    assert (four.messages, four.exposed) == pytest.approx((4 * gathered, 4 * scattered))
+    gpus = predicted(name="2xh100-8", replica=1, data=16)
+    assert gpus.exposed == 0
+
+
+def test_gradients_on_a_cube_are_summed_whole():
+    counts = flops.param_counts(BIG)["total"]
+    cube = predicted(name="v5p-32")
+    assert cube.exposed == pytest.approx(2 * 4 * counts * 15 / 16 / (600e9 * 0.8))
 
 
 def test_gradients_of_two_slices_cross_the_network():
     two = predicted(name="2xv5e-16")
     counts = flops.param_counts(BIG)["total"]
     network = 2 * 4 * counts / 16 / 2 / (3.125e9 * 0.7)
-    assert two.messages == pytest.approx(predicted(name="v5e-16").messages + network)
+    assert two.exposed == pytest.approx(predicted(name="v5e-16").exposed + network)
 
 
 def test_tensor_parallel_messages_are_on_the_critical_path():

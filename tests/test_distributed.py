@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -14,19 +15,9 @@ import numpy as np
 import pytest
 
 from prime_jax import checkpoint, distributed
-from prime_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SubtokenConfig,
-    to_dict,
-)
+from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
+from prime_jax.train import train
 
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "4",
@@ -111,19 +102,12 @@ def test_a_half_described_gang_is_refused(environment, message):
 
 
 @pytest.fixture(scope="module")
-def config(markov_data) -> RunConfig:
-    return RunConfig(
-        family="prime",
+def config(quick) -> RunConfig:
+    return dataclasses.replace(
+        quick,
         steps=20,
-        batch_size=8,
-        model=ModelConfig(vocab_size=16, layers=1, width=32, heads=2),
-        subtokens=SubtokenConfig(length=4),
-        data=DataConfig(path=str(markov_data), seq_len=16),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
-        eval=EvalConfig(examples=16, replicates=2, batch_size=16, estimators=("subtoken",)),
         mesh=MeshConfig(replica=1),
         checkpoint=CheckpointConfig(every=5, keep=10),
-        log=LogConfig(every=1),
     )
 
 
@@ -171,8 +155,7 @@ def losses(out: Path) -> list[float]:
 def whole(config, tmp_path_factory):
     """The run in one process with eight devices."""
     out = tmp_path_factory.mktemp("one") / "run"
-    codes, texts = ended(start(config, out, 1))
-    assert codes == [0], texts
+    train(config, out, say=lambda _: None)
     return out
 
 
@@ -187,6 +170,21 @@ def test_two_processes_give_the_numbers_of_one(config, whole, tmp_path):
     assert two["run"] == one["run"]
     values = [[loss["value"] for loss in result["losses"]] for result in (one, two)]
     np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_may_be_split_between_processes(config, whole, tmp_path):
+    """All eight devices share the rows of each sequence: both processes load the whole batch."""
+    model = dataclasses.replace(config.model, width=64, heads=8)
+    split = dataclasses.replace(config, steps=6, model=model)
+    apart, one = (
+        dataclasses.replace(split, mesh=mesh)
+        for mesh in (MeshConfig(replica=1, data=1, model=8), MeshConfig(1, 1, 1))
+    )
+    codes, texts = ended(start(apart, tmp_path / "two", 2))
+    assert codes == [0, 0], texts
+    train(one, tmp_path / "one", say=lambda _: None)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def wait_for_step(out: Path, step: int) -> None:
@@ -216,15 +214,62 @@ def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
     np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-5)
 
 
+def test_a_process_that_waits_in_vain_says_what_to_check():
+    environment = {**os.environ, "PRIME_COORDINATOR": "127.0.0.1:9", "PRIME_PROCESSES": "2"}
+    environment |= {"PRIME_PROCESS_ID": "1", "PRIME_WAIT_SECONDS": "1"}
+    command = "from prime_jax import distributed; distributed.start(print)"
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "waiting for 2 processes" in done.stdout
+    assert "came within 1 s; check that every host" in done.stdout
+    assert "stack trace" not in done.stderr
+
+
+def test_a_second_sigterm_ends_a_process_of_a_gang_at_once():
+    """Also while it saves, which is when JAX's handler would swallow it."""
+    code = """
+        import os, signal, jax
+        from prime_jax import distributed
+        jax.distributed.initialize("127.0.0.1:" + os.environ["PORT"], 1, 0)
+        jax.process_count = lambda: 2
+        with distributed.Notice() as notice:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not notice.due():
+                pass
+            print("saving", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here")
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PORT": port},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "saving\n"), done.stderr
+
+
 @pytest.mark.slow
-def test_a_lost_process_ends_the_others(config, tmp_path):
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path, dies):
     out = tmp_path / "run"
     gang = start(config, out, 2, slow=0.3)
     wait_for_step(out, 3)
-    gang[1].send_signal(signal.SIGKILL)
+    gang[dies].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    gang[0].wait(timeout=120)
-    assert gang[0].returncode != 0
-    assert time.monotonic() - began < 60
-    gang[0].stdout.close()
-    gang[1].communicate()
+    text = gang[1 - dies].communicate(timeout=120)[0]
+    assert gang[1 - dies].returncode == 1, text
+    assert time.monotonic() - began < 30  # the heartbeat is 10 s
+    (line,) = [
+        line for line in text.splitlines() if line.startswith(f"process {1 - dies}: process")
+    ]
+    assert f"process {dies}" in line
+    assert "the same command on every host continues" in line
+    assert dies == 0 or "stack trace" not in text  # JAX itself sees the end of its coordinator
+    gang[dies].communicate()

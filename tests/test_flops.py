@@ -6,11 +6,13 @@ import math
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from prime_jax import flops
 from prime_jax.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, SubtokenConfig
 from prime_jax.errors import UserError
+from prime_jax.kernels.attention import by_blocks
 
 SMALL = ModelConfig(vocab_size=21, layers=3, width=24, heads=4, kv_heads=2, ffn_multiple=4)
 
@@ -56,7 +58,10 @@ def unrolled_parameters(config: RunConfig) -> dict:
 
 
 def unrolled_loss(params: dict, x: jax.Array, config: RunConfig) -> jax.Array:
-    """Loss of one sequence; x [L, D] stands for the embedded tokens. Norms and RoPE cost no matmul."""
+    """Loss of one sequence; x [L, D] stands for the embedded tokens. Norms and RoPE cost no matmul.
+
+    Block diffusion: x [2L, D], of which the first half is noisy and goes through the head.
+    """
     m = config.model
     groups = m.kv_heads or m.heads
     for i in range(m.layers):
@@ -68,7 +73,7 @@ def unrolled_loss(params: dict, x: jax.Array, config: RunConfig) -> jax.Array:
         scores = jax.nn.softmax(jnp.einsum("ihk,jhk->hij", q, k))
         x = x + jnp.einsum("hij,jhk->ihk", scores, v).reshape(x.shape) @ p["o"]
         x = x + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
-    probs = jax.nn.softmax(x @ params["head"].T)
+    probs = jax.nn.softmax(x[: config.data.seq_len] @ params["head"].T)
     length = config.subtokens.length
     if config.family == "prime" and length > 1:
         columns = length * flops.subtokens.base(m.vocab_size, length)
@@ -116,6 +121,23 @@ def test_matmul_flops_match_the_jaxpr_of_a_training_step(family, length):
     if family == "arm":  # the unrolled model computes the masked half of the attention too
         counted -= 3 * SMALL.layers * 2 * 10 * 10 * SMALL.width
     assert flops.flops_per_token(config, "matmul") * 10 == counted
+
+
+@pytest.mark.parametrize("block", [1, 2, 10])
+@pytest.mark.parametrize("length", [1, 5])
+def test_block_diffusion_is_counted_at_its_doubled_length(length, block):
+    plain = run(length=length)
+    config = run(length=length, objective=ObjectiveConfig(block_length=block))
+    params, x = unrolled_parameters(config), jnp.ones((20, SMALL.width))
+    step = jax.make_jaxpr(jax.grad(unrolled_loss, argnums=(0, 1)), static_argnums=2)
+    counted = matmul_flops(step(params, x, config).jaxpr)
+    at = np.arange(20)
+    hidden = 20 * 20 - by_blocks(at[:, None], at, 20, block).sum()  # scores that the mask hides
+    counted -= 3 * SMALL.layers * 4 * hidden * SMALL.width
+    assert flops.flops_per_token(config, "matmul") * 10 == counted
+    reference = flops.flops_per_token(config, "reference")
+    assert reference == 2 * flops.flops_per_token(plain, "reference")
+    assert flops.param_counts(config) == flops.param_counts(plain)
 
 
 def test_the_joint_loss_needs_no_marginals():

@@ -7,17 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from prime_jax.config import (
-    DataConfig,
-    EvalConfig,
-    KernelConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SubtokenConfig,
-)
+from prime_jax.config import EvalConfig, KernelConfig, MeshConfig, OptimConfig, RunConfig
 from prime_jax.kernels import attention_pallas, embedding_pallas, subtoken_head_pallas
 from prime_jax.train import train
 
@@ -26,7 +16,13 @@ KERNELS = {  # what must have been called, and from which module
     "attention": (attention_pallas, "masked_attention"),
     "embedding": (embedding_pallas, "from_words"),
 }
-ALL = KernelConfig(head="pallas", attention="pallas", embedding="pallas")
+ALL = KernelConfig(  # 64 rows a step and 16 head rows: four tiles by two
+    head="pallas",
+    attention="pallas",
+    embedding="pallas",
+    head_blocks=(16, 8, 8),
+    head_skip=True,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,17 +32,13 @@ def exact_products():
 
 
 @pytest.fixture(scope="module")
-def tiny(markov_data) -> RunConfig:
-    return RunConfig(
-        family="prime",
+def tiny(quick) -> RunConfig:
+    return dataclasses.replace(
+        quick,
         steps=4,
         batch_size=4,
-        model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
-        subtokens=SubtokenConfig(length=4),
-        data=DataConfig(path=str(markov_data), seq_len=16),
         optim=OptimConfig(peak_lr=1e-2, warmup_steps=1),
         eval=EvalConfig(examples=4, replicates=2, batch_size=8, estimators=("subtoken",)),
-        log=LogConfig(every=1),
         mesh=MeshConfig(data=1, remat="none"),
     )
 
@@ -113,7 +105,9 @@ def test_a_kernel_that_does_not_compile_leaves_the_run_to_plain_xla(
 
     monkeypatch.setattr(embedding_pallas, "from_words", broken)
     # Another blocks setting: programs are kept, and the one of `embedding = pallas` may be there.
-    kernels = KernelConfig(embedding="pallas", attention_blocks=(256, 256, 256))
-    with pytest.warns(UserWarning, match="no layout"):
-        got = losses(dataclasses.replace(tiny, kernels=kernels), tmp_path)
-    np.testing.assert_allclose(got, plain, rtol=2e-5)
+    kernels = KernelConfig(embedding="pallas", attention_blocks=(256, 256))
+    config = dataclasses.replace(tiny, kernels=kernels, eval=EvalConfig(estimators=()))
+    with pytest.warns(UserWarning, match="no layout") as told:
+        got = losses(config, tmp_path)
+    assert len(told) == 1
+    np.testing.assert_allclose(got, plain[: config.steps], rtol=2e-5)

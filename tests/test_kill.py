@@ -1,5 +1,6 @@
 """A run that is killed without warning loses nothing that was saved, and ends with the same numbers."""
 
+import dataclasses
 import json
 import os
 import random
@@ -11,18 +12,8 @@ from pathlib import Path
 import pytest
 
 from prime_jax import checkpoint
-from prime_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SubtokenConfig,
-    to_dict,
-)
+from prime_jax.config import CheckpointConfig, RunConfig, to_dict
+from prime_jax.train import train
 
 STEPS = 60
 WORKER = """
@@ -45,21 +36,15 @@ say(f"compiled from the cache: {len(hits)}")
 
 
 @pytest.fixture(scope="module")
-def run(markov_data, tmp_path_factory):
-    """Starts the run, saving at every other step, in a directory; returns the process."""
-    config = RunConfig(
-        family="prime",
-        steps=STEPS,
-        batch_size=8,
-        model=ModelConfig(vocab_size=16, layers=1, width=64, heads=2),
-        subtokens=SubtokenConfig(length=4),
-        data=DataConfig(path=str(markov_data), seq_len=16),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3),
-        eval=EvalConfig(examples=8, replicates=2, batch_size=16, estimators=("subtoken",)),
-        mesh=MeshConfig(replica=1, data=1, model=1),
-        checkpoint=CheckpointConfig(every=2, keep=3),
-        log=LogConfig(every=1),
-    )
+def config(quick) -> RunConfig:
+    """Saves at every other step."""
+    saving = CheckpointConfig(every=2, keep=3)
+    return dataclasses.replace(quick, steps=STEPS, checkpoint=saving)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """Starts the run in a directory; returns the process."""
     folder = tmp_path_factory.mktemp("kill")
     path = folder / "config.json"
     path.write_text(json.dumps(to_dict(config)))
@@ -87,9 +72,9 @@ def losses(out: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
+def whole(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    finish(run(out))
+    train(config, out, say=lambda _: None)
     return out
 
 

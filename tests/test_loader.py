@@ -66,10 +66,8 @@ def test_start_in_the_middle_equals_the_uninterrupted_run(prepared):
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_hosts_share_each_batch(prepared, count):
     whole = batches(prepared, start=7, stop=12)
-    hosts = [
-        batches(prepared, start=7, stop=12, process_index=p, process_count=count)
-        for p in range(count)
-    ]
+    shares = np.arange(12).reshape(count, -1)
+    hosts = [batches(prepared, start=7, stop=12, rows=rows) for rows in shares]
     joined = [
         tuple(np.concatenate([host[i][k] for host in hosts]) for k in (0, 1))
         for i in range(len(whole))
@@ -83,7 +81,7 @@ def test_a_host_reads_only_its_share(prepared, monkeypatch):
     monkeypatch.setattr(
         loader.Blocks, "read", lambda self, i: (read.extend(i), original(self, i))[1]
     )
-    batches(prepared, stop=5, process_index=1, process_count=3)
+    batches(prepared, stop=5, rows=np.array([1, 4, 7, 10]))
     assert len(read) == 5 * 12 // 3
 
 
@@ -108,9 +106,12 @@ def test_abandoned_iterators_leave_no_threads(prepared):
     assert threading.active_count() <= before + loader.THREADS + 1
 
 
-def test_hosts_must_divide_the_batch(prepared):
-    with pytest.raises(UserError, match="batch_size = 12"):
-        batches(prepared, process_count=5)
+def test_hosts_may_have_rows_in_common(prepared):
+    whole = batches(prepared, start=7, stop=9)
+    rows = np.array([0, 3, 4, 11])
+    assert_equal(
+        batches(prepared, start=7, stop=9, rows=rows), [(t[rows], e[rows]) for t, e in whole]
+    )
 
 
 def test_eval_blocks_are_spread_evenly_and_fixed(prepared):

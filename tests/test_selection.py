@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from prime_jax.config import DataConfig, KernelConfig, RunConfig, run_id
+from prime_jax.config import DataConfig, KernelConfig, RunConfig, run_id, set_path
 from prime_jax.kernels import selection
 
 DEVICES = ("cpu", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H100", "MI300")
@@ -39,18 +39,29 @@ def test_nothing_but_a_tpu_runs_a_tpu_kernel():
 
 def test_a_config_overrides_the_table_without_changing_the_run():
     kernels = KernelConfig(
-        head="pallas", attention="xla", head_blocks=(256, 512), attention_blocks=(128, 128, 128)
+        head="pallas", attention="xla", head_blocks=(256, 512, 128), attention_blocks=(128, 128)
     )
     config = RunConfig(kernels=kernels)
-    assert selection.head(config, "cpu")[:2] == ("pallas", (256, 512))
-    assert selection.attention(config, "TPU v5 lite")[:2] == ("xla", (128, 128, 128))
+    assert selection.head(config, "cpu")[:2] == ("pallas", (256, 512, 128))
+    assert selection.attention(config, "TPU v5 lite")[:2] == ("xla", (128, 128))
     assert run_id(config) == run_id(RunConfig())
 
 
 def test_blocks_alone_keep_the_implementation_of_the_table():
-    config = RunConfig(kernels=KernelConfig(attention_blocks=(256, 512, 128)))
+    config = RunConfig(kernels=KernelConfig(attention_blocks=(256, 512)))
     plain = selection.attention(RunConfig(), "cpu")
-    assert selection.attention(config, "cpu") == plain._replace(blocks=(256, 512, 128))
+    assert selection.attention(config, "cpu") == plain._replace(blocks=(256, 512))
+
+
+def test_block_diffusion_gets_no_kernel_that_cannot_do_it():
+    config = set_path(RunConfig(data=DataConfig(seq_len=2048)), "objective.block_length", 256)
+    for device in DEVICES:
+        choice = selection.attention(config, device)
+        assert choice.implementation != "pallas"
+        assert choice.implementation == "splash" or not device.startswith("TPU")
+    assert (
+        selection.attention(RunConfig(data=config.data), "TPU v6 lite").implementation == "pallas"
+    )
 
 
 def raising(error: Exception):

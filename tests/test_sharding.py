@@ -52,7 +52,7 @@ def trained(config: RunConfig) -> np.ndarray:
     out = []
     for _ in range(STEPS):
         tokens = rng.integers(0, 64, (8, 16), np.int32)
-        batch = sharding.share_batch(program.mesh, (tokens, rows))
+        batch = sharding.spread(program.mesh, (tokens, rows))
         state, metrics = program.train(clock, state, *batch, np.uint32(0), optim.horizon(config))
         out.append((float(metrics.loss), float(metrics.grad_norm)))
     return np.array(out)
@@ -142,3 +142,16 @@ def test_the_mesh_that_is_chosen(devices, slices, batch, width, expected):
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
     with pytest.raises(UserError, match=message):
         meshes.choose(dataclasses.replace(TINY, mesh=mesh), 8)
+
+
+def test_hosts_without_work_are_refused():
+    """A process outside the mesh could not take part in the step."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        process_index: int
+        platform: str = "cpu"
+
+    config = dataclasses.replace(TINY, mesh=MeshConfig(replica=1, data=2, model=2))
+    with pytest.raises(UserError, match="2 hosts would have nothing to do"):
+        meshes.make(config, [Device(i // 2) for i in range(8)])

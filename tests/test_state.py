@@ -3,13 +3,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import fake_trainer
 import pytest
 
 from prime_jax.errors import UserError
-from prime_jax.sweep import state, status
+from prime_jax.sweep import grid, plan, state, status
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_derived_states(root):
     assert state.publish(root, run.id, {"status": "done", "losses": []})
     assert not state.publish(root, run.id, {"status": "done", "losses": []})
     assert only(root).state == "done"
-    assert only(root).opens_in(time.time()) is None
+    assert only(root).opens_in() is None
 
 
 def elsewhere(root, run, k=1):
@@ -108,7 +107,7 @@ def test_a_killed_local_process_is_lost_at_once(root):
         os.kill(owner.pid, signal.SIGKILL)
         os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)  # dead, but still a zombie
         assert only(root).state == "lost"
-        assert only(root).opens_in(time.time()) == 0.0
+        assert only(root).opens_in() == 0.0
     assert only(root).state == "lost"
 
 
@@ -119,26 +118,29 @@ def test_a_reused_process_number_is_another_process(root):
     assert state.process_alive(claim | {"host": "another"}) is None
 
 
-def test_failures_back_off_and_end(root):
-    run = only(root)
+def test_failures_back_off_on_the_readers_clock_and_end(root):
+    run, now = only(root), 1000.0
+    watch = state.Watch(clock=lambda: now)
     for k, wait in ((1, 30.0), (2, 60.0)):
         state.claim(root, run.id, k)
         state.end(root, run.id, k, "failed", "boom")
-        at = only(root).attempts[-1].end["time"]
-        assert only(root).opens_in(at) == wait
-        assert only(root).opens_in(at + wait) == 0.0
+        assert only(root, watch).opens_in() == wait
+        now += wait - 1
+        assert only(root, watch).opens_in() == 1.0
+        now += 2
+        assert only(root, watch).opens_in() == 0.0
     state.claim(root, run.id, 3)
     state.end(root, run.id, 3, "failed", "boom")
-    assert (only(root).failures, only(root).opens_in(1e12)) == (3, None)
+    assert (only(root).failures, only(root).opens_in()) == (3, None)
     state.retry(root, only(root))
-    assert (only(root).state, only(root).failures, only(root).opens_in(0.0)) == ("pending", 0, 0.0)
+    assert (only(root).state, only(root).failures, only(root).opens_in()) == ("pending", 0, 0.0)
 
 
 def test_failures_that_need_a_person_are_not_repeated(root):
     run = only(root)
     state.claim(root, run.id, 1)
     state.end(root, run.id, 1, "failed", "bad data", retry=False)
-    assert only(root).opens_in(1e12) is None
+    assert only(root).opens_in() is None
 
 
 def test_interruptions_have_a_larger_budget(root, monkeypatch):
@@ -146,12 +148,12 @@ def test_interruptions_have_a_larger_budget(root, monkeypatch):
     monkeypatch.setattr(state, "INTERRUPTIONS", 2)
     state.claim(root, run.id, 1)
     state.end(root, run.id, 1, "preempted", "signal")
-    assert (only(root).interruptions, only(root).opens_in(0.0)) == (1, 0.0)
+    assert (only(root).interruptions, only(root).opens_in()) == (1, 0.0)
     state.claim(root, run.id, 2)  # left without an end: lost
     state.claim(root, run.id, 3)
     assert only(root).interruptions == 2
     state.end(root, run.id, 3, "preempted", "signal")
-    assert (only(root).interruptions, only(root).opens_in(0.0)) == (3, None)
+    assert (only(root).interruptions, only(root).opens_in()) == (3, None)
 
 
 def test_kill_fences_the_owner_and_closes_the_run(root):
@@ -160,7 +162,7 @@ def test_kill_fences_the_owner_and_closes_the_run(root):
     assert not state.superseded(root, run.id, 1)
     state.kill(root, only(root))
     assert state.superseded(root, run.id, 1)
-    assert (only(root).state, only(root).opens_in(1e12)) == ("killed", None)
+    assert (only(root).state, only(root).opens_in()) == ("killed", None)
     state.retry(root, only(root))
     assert only(root).state == "pending"
 
@@ -240,3 +242,51 @@ def test_planning_and_reading_a_sweep_need_no_jax():
         "sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_runs_belong_to_the_slice_that_they_were_planned_for(tmp_path):
+    small = fake_trainer.sweep(families={"arm": {}}, budgets=(1e9,))
+    experiment = grid.Experiment(small.name, tuple(grid.rows(small)), "0" * 64)
+    listed = plan.candidates(experiment, {})
+    plan.write(tmp_path, experiment, listed[:1], "v5e-16")
+    plan.write(tmp_path, experiment, listed)
+    owned, free = (candidate.id for candidate in listed)
+    for slice, expected in (("v5e-16", {owned, free}), ("v5e-8", {free}), ("", {owned, free})):
+        assert {run.id for run in state.open_runs(tmp_path, slice)} == expected
+    state.claim(tmp_path, free, 1)
+    assert [run.id for run in state.open_runs(tmp_path)] == [owned]
+
+
+def test_an_owner_whose_training_stands_still_is_stalled(root):
+    run, now = only(root), 1000.0
+    elsewhere(root, run)
+    watch = state.Watch(timeout=300, stall=600, clock=lambda: now)
+    for count, quiet in ((1, 1.0), (2, 599.0)):
+        state.beat(root, run.id, 1, {"count": count, "quiet": quiet})
+        assert only(root, watch).state == "running"
+    state.beat(root, run.id, 1, {"count": 3, "quiet": 601.0})
+    stalled = only(root, watch)
+    assert (stalled.state, stalled.interruptions, stalled.opens_in()) == ("stalled", 1, 0.0)
+
+
+def test_only_what_can_matter_is_read(root, monkeypatch):
+    """One listing; of a finished run its spec and result, nothing twice."""
+    done, running = state.list_runs(root)
+    for run in (done, running):
+        state.claim(root, run.id, 1)
+        state.beat(root, run.id, 1, {"count": 1})
+    state.publish(root, done.id, {"status": "done", "losses": []})
+    read = []
+
+    def reading(folder, names):
+        read.append(sorted(names))
+        return real(folder, names)
+
+    real = state.storage.read_all
+    monkeypatch.setattr(state.storage, "read_all", reading)
+    watch = state.Watch()
+    state.list_runs(root, watch)
+    state.list_runs(root, watch)
+    first = [f"{done.id}.{kind}" for kind in ("result", "spec")]
+    first += [f"{running.id}.{kind}" for kind in ("1.beat", "1.claim", "spec")]
+    assert read == [sorted(first), [f"{running.id}.1.beat"]]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,6 +29,7 @@ from prime_jax.config import (
     set_path,
 )
 from prime_jax.errors import UserError
+from prime_jax.records import read_json
 from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
 
 SILENT = lambda _: None  # noqa: E731
@@ -37,21 +40,14 @@ def losses(run_dir) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.fixture(scope="module")
-def quick(tiny) -> RunConfig:
-    """For tests of training: the evaluation compiles one estimator only."""
-    return set_path(tiny, "eval.estimators", ("subtoken",))
-
-
 def values(result) -> list[float]:
     return [loss["value"] for loss in result["losses"]]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
+def whole(tiny_run):
     """An uninterrupted run and its directory."""
-    run_dir = tmp_path_factory.mktemp("whole")
-    return train(tiny, run_dir, say=SILENT), run_dir
+    return read_json(tiny_run / "result.json"), tiny_run
 
 
 def stop_at(step: int):
@@ -150,6 +146,22 @@ def test_an_unfinished_save_is_no_checkpoint(tiny, tmp_path):
     writer.wait()
     assert checkpoint.steps(tmp_path) == [2, 3]
     assert not (tmp_path / "000000001").exists()
+
+
+def test_a_checkpoint_is_restored_onto_another_mesh_and_dtype(tmp_path):
+    one, eight = (
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        jax.sharding.NamedSharding(
+            jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec("data")
+        ),
+    )
+    values = np.linspace(0, 1, 16, dtype=np.float32)
+    with checkpoint.Writer(tmp_path, {}, CheckpointConfig()) as writer:
+        writer.save(1, {"x": jax.device_put(values, one)})
+    wanted = {"x": jax.ShapeDtypeStruct((16,), jnp.bfloat16, sharding=eight)}
+    found = checkpoint.restore([tmp_path], wanted, {}, SILENT)["x"]
+    assert (found.dtype, found.sharding) == (jnp.bfloat16, eight)
+    np.testing.assert_array_equal(found, values.astype(jnp.bfloat16))
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):

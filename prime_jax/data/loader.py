@@ -72,33 +72,31 @@ def train_batches(
     batch_size: int,
     start: int,
     stop: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """This host's share of the global batches of steps start .. stop-1.
 
-    Host p reads rows [p, p+1) * batch_size / process_count of each global batch and nothing else.
-
+    Args:
+        rows: of each global batch, to be read here (sharding.local_rows); all by default.
     Yields:
         tokens_bxL int32, and example_b int64: step * batch_size + row, the position in the stream.
     Raises:
-        UserError: no training block, hosts that do not divide the batch, or a damaged shard.
+        UserError: no training block, or a damaged shard.
     """
     import grain
 
     source = blocks(manifest, "train")
     if not len(source):
         raise UserError(f"{manifest.directory}: the train split has no block")
-    if batch_size % process_count:
-        raise UserError(f"batch_size = {batch_size}: must be a multiple of {process_count} hosts")
-    share = batch_size // process_count
+    row_b = np.arange(batch_size, dtype=np.int64) if rows is None else rows.astype(np.int64)
     epochs = -(-stop * batch_size // len(source))
     order = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat(max(epochs, 1))
-    order = order.batch(share)
-    mine = order[start * process_count + process_index : stop * process_count : process_count]
+
+    def read(step: int) -> np.ndarray:
+        return source.read(np.array([order[int(i)] for i in step * batch_size + row_b]))[0]
+
     ahead = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-    batches = iter(mine.map(lambda indices: source.read(indices)[0]).to_iter_dataset(ahead))
-    row_b = process_index * share + np.arange(share, dtype=np.int64)
+    batches = iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(ahead))
     for step, tokens_bxL in zip(range(start, stop), batches, strict=True):
         yield tokens_bxL, step * batch_size + row_b
 

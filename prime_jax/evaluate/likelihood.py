@@ -16,127 +16,47 @@ import numpy as np
 
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
-from prime_jax.kernels.subtoken_head import Head, subtoken_log_masses
-from prime_jax.objectives import (
-    Inputs,
-    Network,
-    autoregressive_inputs,
-    make_head,
-    masked_inputs,
-    targets,
+from prime_jax.evaluate import chain
+from prime_jax.evaluate.estimators import (
+    MASKINGS,
+    Task,
+    Text,
+    Values,
+    exact,
+    finite,
+    guided,
+    subtoken,
+    token,
 )
-from prime_jax.records import Loss
+from prime_jax.objectives import Network, targets
+from prime_jax.records import Kind, Loss
 from prime_jax.schedule import stratum
 from prime_jax.subtokens import Codebook
 
-Values = dict[str, jax.Array]  # estimator name -> nats [B]
 EVAL_SEED = 20_260  # fixed: every run of every sweep hides the same sub-tokens
 
 
-class Task(NamedTuple):
-    """What an estimator needs besides the tokens; static under `jit`."""
-
-    config: RunConfig
-    head: Head
-    eos_id: int
-
-    @property
-    def book(self) -> Codebook:
-        return self.head.codebook
-
-
-def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> tuple:
-    """Per sequence: (marginal, joint) cost in nats of the sub-tokens in `masked & ~later`.
-
-    The marginal cost charges each of them alone, the joint cost within-token together. Without
-    `later_BxLxS` nothing is left for later.
-    """
-    h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
-    row_BxL = jnp.asarray(head.codebook.rows)[inputs.token_BxL]
-    parts = (row_BxL, inputs.masked_BxLxS, later_BxLxS)
-    h_NxD, *flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (h_BxLxD, *parts))
-    marginal_N, joint_N = subtoken_log_masses(head, h_NxD, head_VxD, *flat)
-    shape = inputs.token_BxL.shape
-    return -marginal_N.reshape(shape).sum(1), -joint_N.reshape(shape).sum(1)
-
-
-def _hidden(task: Task, token_BxL, masked_BxLxS) -> Inputs:
-    ones_BxL = jnp.ones(token_BxL.shape, jnp.float32)
-    return masked_inputs(task.config, task.book, token_BxL, masked_BxLxS, ones_BxL, task.eos_id)
-
-
-def exact(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
-    """-log p(x) of an autoregressive model, nats [B]."""
-    inputs = autoregressive_inputs(task.config, task.book, token_BxL, task.eos_id)
-    return {"ar": row_nats(task.head, network, inputs)[1]}
-
-
-def fixed_count(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.Array) -> tuple:
-    """Hide exactly k of the n candidates, k uniform on 1..n: (mask [B, N], weight n / k [B])."""
-    n_B = candidate_BxN.sum(axis=1)
-    k_B = 1 + jnp.minimum(jnp.floor(uniform_B * n_B).astype(n_B.dtype), n_B - 1)
-    rank_BxN = jnp.argsort(jnp.argsort(jnp.where(candidate_BxN, score_BxN, 2.0), axis=1), axis=1)
-    weight_B = jnp.where(n_B > 0, n_B / jnp.maximum(k_B, 1), 0.0)
-    return (rank_BxN < k_B[:, None]) & candidate_BxN, weight_B
-
-
-def subtoken(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
-    """Marginal NELBO over sub-tokens, fixed-count masking, nats [B].
-
-    Where l > 1 the same pass gives the published joint loss, which is not a bound.
-    """
-    shape = (*token_BxL.shape, task.book.length)
-    target_BxL = targets(task.config, token_BxL, task.eos_id)
-    candidate = jnp.broadcast_to(target_BxL[..., None], shape).reshape(shape[0], -1)
-    score = jax.vmap(lambda key: jax.random.uniform(key, candidate.shape[1:]))(key_B)
-    masked, weight_B = fixed_count(score, candidate, uniform_B)
-    inputs = _hidden(task, token_BxL, masked.reshape(shape))
-    marginal_B, joint_B = row_nats(task.head, network, inputs)
-    values = {"subtoken": weight_B * marginal_B}
-    if task.book.length > 1:
-        values["joint"] = weight_B * joint_B
-    return values
-
-
-def token(task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
-    """NELBO of the token-level mask process: whole tokens hidden, joint cost, nats [B]."""
-    target_BxL = targets(task.config, token_BxL, task.eos_id)
-    score = jax.vmap(lambda key: jax.random.uniform(key, token_BxL.shape[1:]))(key_B)
-    masked_BxL, weight_B = fixed_count(score, target_BxL, uniform_B)
-    shape = (*token_BxL.shape, task.book.length)
-    inputs = _hidden(task, token_BxL, jnp.broadcast_to(masked_BxL[..., None], shape))
-    return {"token": weight_B * row_nats(task.head, network, inputs)[1]}
-
-
-def finite(steps: int, task: Task, network: Network, token_BxL, key_B, uniform_B) -> Values:
-    """NELBO of the sampler with `steps` linear steps and within-token joint reveals, nats [B]."""
-    step_B = 1 + jnp.minimum(jnp.floor(uniform_B * steps), steps - 1)
-    shape = (*token_BxL.shape, task.book.length)
-    target_BxL = targets(task.config, token_BxL, task.eos_id)
-    score = jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))(key_B)
-
-    def hidden_at(t_B):
-        return (score < t_B[:, None, None]) & target_BxL[..., None]
-
-    inputs = _hidden(task, token_BxL, hidden_at(step_B / steps))
-    later_BxLxS = hidden_at((step_B - 1) / steps)
-    nats_B = row_nats(task.head, network, inputs, later_BxLxS)[1]
-    return {f"finite:{steps}": steps * nats_B}
-
-
 def estimator(name: str) -> Callable[..., Values]:
-    """The function behind an estimator's name: `ar`, `subtoken`, `token`, `finite:T`.
+    """The function behind an estimator's name.
+
+    `ar`, `subtoken`, `token` (and `subtoken:independent`, `token:independent`), `finite:T`,
+    `chain:ORDER[:K]`; and `greedy`, which is no likelihood (chain.py).
 
     Raises:
         UserError: an unknown name.
     """
-    head, _, steps = name.partition(":")
-    if head == "finite" and steps.isdigit() and int(steps) > 0:
-        return partial(finite, int(steps))
-    if name in ("ar", "subtoken", "token"):
-        return {"ar": exact, "subtoken": subtoken, "token": token}[name]
+    head, _, rest = name.partition(":")
+    if name in ("ar", "greedy"):
+        return {"ar": exact, "greedy": chain.greedy}[name]
+    if head in ("subtoken", "token") and rest in MASKINGS:
+        return partial({"subtoken": subtoken, "token": token}[head], rest)
+    if head == "finite" and rest.isdigit() and int(rest) > 0:
+        return partial(finite, int(rest))
+    if head == "chain" and (order := chain.parse(rest)):
+        return partial(chain.chain, name, order)
     raise UserError(
-        f"eval.estimators: {name!r} is not one of subtoken, token, finite:T (T a number of steps)"
+        f"estimator {name!r} is unknown; use subtoken, token, finite:T (T a number of steps) or "
+        f"chain:ORDER[:K] (K tokens per call), ORDER one of {', '.join(chain.ORDERS)}"
     )
 
 
@@ -152,19 +72,66 @@ def estimators_of(config: RunConfig, book: Codebook) -> list[str]:
     return names
 
 
-def draw(task: Task, name: str, network: Network, token_BxL, replicate_B, example_B, uniform_B):
-    """One draw for every row; keys depend on (replicate, example) alone."""
+def kind(name: str) -> Kind:
+    """Whether an estimator's number is a likelihood, a bound on it, or neither.
+
+    A fixed order, or one that the visible tokens decide, leads to every text along one path only:
+    its chain rule is an exact likelihood of that sampler. A random order is bounded by Jensen.
+    """
+    head, _, order = name.partition(":")
+    if head == "joint":
+        return "train_loss"
+    return "nll" if head == "ar" or (head == "chain" and not _random(order)) else "nelbo"
+
+
+def _random(order: str) -> bool:
+    return order.partition(":")[0] in ("random", "subtokens")
+
+
+def draw(
+    task: Task,
+    name: str,
+    network: Network,
+    token_BxL,
+    replicate_B,
+    example_B,
+    uniform_B,
+    start_B=None,
+    stop_B=None,
+    most_B=None,
+) -> Values:
+    """One draw for every row; keys depend on (replicate, example) alone.
+
+    Args:
+        start_B, stop_B: of the positions that are scored; before them is context, behind them
+            padding. None: everything is scored.
+        most_B: the largest number of them in any row of the call, in every row.
+    """
+    target_BxL = targets(task.config, token_BxL, task.eos_id)
+    if start_B is not None:
+        at_L = jnp.arange(token_BxL.shape[1])
+        before_BxL = at_L < start_B[:, None]
+        target_BxL &= ~before_BxL & (at_L < stop_B[:, None])
+        if task.guidance:
+            network = guided(task, network, before_BxL)
     key = jax.random.key(EVAL_SEED)
     fold = jax.vmap(lambda r, e: jax.random.fold_in(jax.random.fold_in(key, r), e))
-    return estimator(name)(task, network, token_BxL, fold(replicate_B, example_B), uniform_B)
+    text = Text(token_BxL, target_BxL, stop_B, None if most_B is None else most_B[0])
+    return estimator(name)(task, network, text, fold(replicate_B, example_B), uniform_B)
 
 
 class Row(NamedTuple):
-    """A batch of (replicate, example) pairs and their stratified draw in [0, 1)."""
+    """A batch of (replicate, example) pairs, their stratified draw in [0, 1), their spans (`draw`)."""
 
     replicate: np.ndarray
     example: np.ndarray
     uniform: np.ndarray
+    start: np.ndarray | None = None
+    stop: np.ndarray | None = None
+    most: np.ndarray | None = None
+
+    def take(self, index: np.ndarray) -> "Row":
+        return Row(*(None if x is None else x[index] for x in self))
 
 
 def grid(examples: int, replicates: int) -> Row:
@@ -183,7 +150,7 @@ def batches(rows: Row, size: int) -> Iterator[Row]:
     total = len(rows.example)
     for start in range(0, total, size):
         index = np.minimum(np.arange(start, start + size), total - 1)
-        yield Row(*(x[index] for x in rows))
+        yield rows.take(index)
 
 
 def summarise(
@@ -203,8 +170,7 @@ def summarise(
     cluster_C = np.bincount(cluster_E, weights=residual_E)
     n = len(cluster_C)
     se_data = float((n / max(n - 1, 1) * (cluster_C**2).sum()) ** 0.5 / total)
-    kind = {"ar": "nll", "joint": "train_loss"}.get(name, "nelbo")
-    return Loss(kind, name, value, se_mc, se_data, total, replicates, given)
+    return Loss(kind(name), name, value, se_mc, se_data, total, replicates, given)
 
 
 class Evaluation(NamedTuple):
@@ -240,7 +206,7 @@ def evaluate(
     given = "lengths" if config.data.segment_ids else ""
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
     for name in estimators_of(config, codebook):
-        replicates = 1 if name == "ar" else config.eval.replicates
+        replicates = 1 if kind(name) == "nll" else config.eval.replicates
         rows = grid(len(token_ExL), replicates)
         pending = []
         for batch in batches(rows, size):
@@ -258,10 +224,3 @@ def bits_per_byte(loss: Loss, n_bytes: int) -> float | None:
     if loss.kind == "train_loss" or n_bytes == 0:
         return None
     return loss.value * loss.n_tokens / np.log(2) / n_bytes
-
-
-def make_task(
-    config: RunConfig, codebook: Codebook, eos_id: int, axis_name: str | None = None
-) -> Task:
-    """Args: axis_name: mesh axis that splits the head's rows (`make_head`)."""
-    return Task(config, make_head(config, codebook, axis_name), eos_id)

@@ -1,4 +1,4 @@
-"""Softmax attention for all families: bidirectional or causal, optionally within documents.
+"""Softmax attention for all families: bidirectional, causal or by blocks, within documents or not.
 
 One function, several implementations: our Mosaic kernels or JAX's splash attention on a TPU, cuDNN
 on a GPU, plain XLA anywhere. On a CPU heads and blocks of queries are scanned, and the scores are
@@ -7,6 +7,9 @@ recomputed in the backward pass, so that they stay in cache and are never stored
 
 A document is a run of equal segment ids; a negative id is padding. Positions see each other within
 their document only; padding sees nothing and gives zeros.
+
+Block diffusion reads two copies of a sequence, the noisy one first. A noisy block sees itself and
+the clean blocks before it; a clean block sees the clean blocks up to itself (BD3-LM, section 3.2).
 """
 
 import math
@@ -15,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from prime_jax.errors import UserError
@@ -24,32 +28,54 @@ SAVED = "attention"  # name of what a remat policy should keep: scores are recom
 QUERY_ROWS = 256  # of a block: large enough for the cores, small enough for their caches
 
 
-def documents(segment_ids_BxL: jax.Array) -> jax.Array:
+def documents(segment_ids_BxL: jax.Array, block_length: int = 0) -> jax.Array:
     """int32 [B, L]: number of the document of every position; runs of padding count as well."""
+    if block_length:  # a document has the same number in both copies
+        return jnp.tile(documents(segment_ids_BxL[:, : segment_ids_BxL.shape[1] // 2]), 2)
     new_BxL = jnp.pad(segment_ids_BxL[:, 1:] != segment_ids_BxL[:, :-1], ((0, 0), (1, 0)))
     return jnp.cumsum(new_BxL.astype(jnp.int32), axis=1)
 
 
-def allowed(length: int, causal: bool, documents_BxL: jax.Array | None) -> jax.Array | None:
+def by_blocks(query: Any, key: Any, length: int, block_length: int) -> Any:
+    """Whether a query sees a key in block diffusion.
+
+    Args:
+        query, key: positions in both copies, arrays of JAX or NumPy that broadcast.
+        length: of both copies.
+    """
+    half = length // 2
+    query_block, key_block = query % half // block_length, key % half // block_length
+    own = ((query < half) == (key < half)) & (query_block == key_block)
+    return own | ((key >= half) & (query_block > key_block))
+
+
+def allowed(
+    length: int, causal: bool, documents_BxL: jax.Array | None, block_length: int = 0
+) -> jax.Array | None:
     """bool mask broadcastable to [B, L, L] (query, key), or None where everything is visible."""
     mask = None
     if causal:
         mask = jnp.tril(jnp.ones((length, length), bool))[None]
+    if block_length:
+        position_L = jnp.arange(length)
+        mask = by_blocks(position_L[:, None], position_L, length, block_length)[None]
     if documents_BxL is not None:
         same_BxLxL = documents_BxL[:, :, None] == documents_BxL[:, None, :]
         mask = same_BxLxL if mask is None else same_BxLxL & mask
     return mask
 
 
-def attention_reference(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal=False, segment_ids_BxL=None):
+def attention_reference(
+    q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal=False, segment_ids_BxL=None, block_length=0
+):
     """Twin of `attention` with every score stored, in float32."""
     heads, groups = q_BxLxHxK.shape[2], k_BxLxGxK.shape[2]
     k_BxLxHxK = jnp.repeat(k_BxLxGxK, heads // groups, axis=2)
     v_BxLxHxK = jnp.repeat(v_BxLxGxK, heads // groups, axis=2)
     scores = jnp.einsum("blhk,bmhk->bhlm", q_BxLxHxK, k_BxLxHxK).astype(jnp.float32)
     scores *= q_BxLxHxK.shape[-1] ** -0.5
-    runs_BxL = None if segment_ids_BxL is None else documents(segment_ids_BxL)
-    mask = allowed(q_BxLxHxK.shape[1], causal, runs_BxL)
+    runs_BxL = None if segment_ids_BxL is None else documents(segment_ids_BxL, block_length)
+    mask = allowed(q_BxLxHxK.shape[1], causal, runs_BxL, block_length)
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, NEG)
     probs = jax.nn.softmax(scores).astype(v_BxLxGxK.dtype)
@@ -70,6 +96,7 @@ def attention(
     segment_ids_BxL: jax.Array | None = None,
     implementation: str = "auto",
     blocks: Sequence[int] = (),
+    block_length: int = 0,
 ) -> jax.Array:
     """Attention output [B, L, H, K]; H query heads share G key-value heads in groups of H / G.
 
@@ -80,13 +107,17 @@ def attention(
             cuDNN has no kernel), `xla`, `scan`, or `auto`: the best that serves these shapes on
             the platform that the program is traced for.
         blocks: of `pallas`: queries and keys of a block; empty for the default.
+        block_length: above 0 for block diffusion: tokens of a block; L counts both copies, and
+            so do the segment ids. Not for `pallas`.
 
     Raises:
         UserError: unknown implementation, or blocks of another form.
     """
     if implementation == "auto":
-        implementation = _best(q_BxLxHxK)
+        implementation = _best(q_BxLxHxK, block_length)
     if implementation == "pallas":
+        if block_length:
+            raise UserError("attention implementation pallas has no block diffusion; use splash")
         from prime_jax.kernels import attention_pallas  # loads Mosaic: only where it is used
 
         return attention_pallas.masked_attention(
@@ -104,8 +135,9 @@ def attention(
             + ", ".join(sorted(PLAIN))
         )
     # Here padding forms documents of its own, so that no row is without keys; no NaN can arise.
-    runs_BxL = None if segment_ids_BxL is None else documents(segment_ids_BxL)
-    out_BxLxHxK = PLAIN[implementation](q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, runs_BxL)
+    runs_BxL = None if segment_ids_BxL is None else documents(segment_ids_BxL, block_length)
+    see = (causal, runs_BxL, block_length)
+    out_BxLxHxK = PLAIN[implementation](q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, *see)
     return _without_padding(out_BxLxHxK, segment_ids_BxL)
 
 
@@ -124,39 +156,40 @@ def _platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def _best(q_BxLxHxK: jax.Array) -> str:
+def _best(q_BxLxHxK: jax.Array, block_length: int) -> str:
     _, length, _, size = q_BxLxHxK.shape
     platform = _platform()
     if platform == "tpu":
         from prime_jax.kernels import attention_pallas
 
-        # A whole head lies in VMEM; splash attention streams it, at any length.
+        # A whole head lies in VMEM; splash attention streams it, at any length and for any rule.
         fits = attention_pallas.fits(length, size, q_BxLxHxK.dtype.itemsize)
-        return "pallas" if fits else "splash"
-    return {"cpu": "scan", "gpu": "cudnn"}.get(platform, "xla")
+        return "pallas" if fits and not block_length else "splash"
+    gpu = "scan" if block_length else "cudnn"  # which would want the rule as a bias [B, H, L, L]
+    return {"cpu": "scan", "gpu": gpu}.get(platform, "xla")
 
 
-def _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, library="xla"):
-    length, heads = q_BxLxHxK.shape[1:3]
+def _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length, library="xla"):
+    batch, length, heads, _ = q_BxLxHxK.shape
     mask = None
-    if documents_BxL is not None:
-        mask = allowed(length, causal, documents_BxL)[:, None]
-        if library == "cudnn":  # takes no mask that is broadcast over heads
-            mask = jnp.broadcast_to(mask, (mask.shape[0], heads, length, length))
+    if documents_BxL is not None or block_length:
+        mask = allowed(length, causal, documents_BxL, block_length)[:, None]
+        if library == "cudnn":  # takes no mask that is broadcast
+            mask = jnp.broadcast_to(mask, (batch, heads, length, length))
     return jax.nn.dot_product_attention(
         q_BxLxHxK,
         k_BxLxGxK,
         v_BxLxGxK,
         mask=mask,
-        is_causal=causal and documents_BxL is None,
+        is_causal=causal and mask is None,
         implementation=library,
     )
 
 
-def _cudnn(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL):
-    served = cudnn_serves(q_BxLxHxK, packed=documents_BxL is not None)
+def _cudnn(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length):
+    served = cudnn_serves(q_BxLxHxK, packed=documents_BxL is not None or block_length > 0)
     library = "cudnn" if served else "xla"
-    return _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, library)
+    return _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length, library)
 
 
 def cudnn_serves(q_BxLxHxK: jax.Array, packed: bool) -> bool:
@@ -166,8 +199,22 @@ def cudnn_serves(q_BxLxHxK: jax.Array, packed: bool) -> bool:
     return half and size % 8 == 0 and size <= 128 and not (packed and length % 2)
 
 
-def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL):
-    """JAX's splash attention; documents mask, and skip nothing."""
+def _splash_rule(base: type, length: int, padded: int, block_length: int) -> Any:
+    """The rule of block diffusion as a splash mask, made tile by tile."""
+
+    class Rule(base):
+        shape = (padded, padded)
+
+        def __getitem__(self, tile):
+            query, key = (np.arange(padded)[part] for part in tile)
+            padding = query[:, None] >= length  # has documents of its own
+            return padding | by_blocks(query[:, None], key, length, block_length)
+
+    return Rule()
+
+
+def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length):
+    """JAX's splash attention; skips what no rule lets through; documents mask, and skip nothing."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -187,6 +234,8 @@ def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL):
         return jnp.swapaxes(jnp.pad(x_BxLxHxK, spare), 1, 2)
 
     mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
+    if block_length:
+        mask = _splash_rule(masks.Mask, length, padded, block_length)
     splash = kernel.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=kernel.BlockSizes(
@@ -206,8 +255,8 @@ def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL):
     return jnp.swapaxes(out, 1, 2)[:, :length, :, :size]
 
 
-def _scan(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL):
-    mask = allowed(q_BxLxHxK.shape[1], causal, documents_BxL)
+def _scan(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length):
+    mask = allowed(q_BxLxHxK.shape[1], causal, documents_BxL, block_length)
     heads, groups = q_BxLxHxK.shape[2], k_BxLxGxK.shape[2]
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q_BxLxHxK, k_BxLxGxK, v_BxLxGxK))
     if groups < heads:

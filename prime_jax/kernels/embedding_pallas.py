@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 @functools.cache
 def words_layout(length: int) -> Layout:
     """Binary tokens as `subtokens.pack` packs them."""
-    bits = 16 if words_per_token(length) == 1 else 32
+    bits, kind_shift = (16, 4) if words_per_token(length) == 1 else (32, 5)
 
     def hot(words_Wxn, dtype):
         shape = (3 * bits, words_Wxn.shape[1])
@@ -44,13 +44,12 @@ def words_layout(length: int) -> Layout:
         bit_Kxn = row_Kxn & (bits - 1)
 
         def read(word_1xn, shift_Kxn):
-            word_Kxn = jnp.broadcast_to(word_1xn, shape)
-            return jax.lax.shift_right_logical(word_Kxn, shift_Kxn) & 1
+            return (word_1xn >> shift_Kxn) & 1  # what the sign bit shifts in is cut off
 
         seen_Kxn = read(words_Wxn[:1], bit_Kxn)
         masked_Kxn = read(words_Wxn[-1:], bit_Kxn + (16 if bits == 16 else 0))
         digit_Kxn = jnp.where(masked_Kxn == 1, 2, seen_Kxn)
-        return _indicator(digit_Kxn == row_Kxn // bits, dtype)
+        return _indicator(digit_Kxn == row_Kxn >> kind_shift, dtype)
 
     return Layout(hot, 3 * bits)
 

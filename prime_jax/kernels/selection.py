@@ -36,19 +36,22 @@ class Row(NamedTuple):
     choice: Choice
     max_length: int = 0
     min_width: int = 0
+    block_diffusion: bool = False
 
     def fits(self, kernel: Kernel, device_kind: str, config: RunConfig) -> bool:
         return (
             self.kernel == kernel
             and device_kind.startswith(self.device)
-            and not 0 < self.max_length < config.data.seq_len
+            and not 0 < self.max_length < config.data.seq_len * config.copies
             and config.model.width >= self.min_width
+            and (config.objective.block_length > 0 or not self.block_diffusion)
         )
 
     @property
     def condition(self) -> str:
         bounds = {"L <=": self.max_length, "D >=": self.min_width}
-        return ", ".join(f"{name} {bound}" for name, bound in bounds.items() if bound)
+        conditions = [f"{name} {bound}" for name, bound in bounds.items() if bound]
+        return ", ".join(conditions + ["block diffusion"] * self.block_diffusion)
 
 
 TABLE = (
@@ -63,6 +66,12 @@ TABLE = (
     Row(
         "attention",
         "TPU",
+        Choice("splash", (), "skips what the rule hides; our kernels know one run of keys a query"),
+        block_diffusion=True,
+    ),
+    Row(
+        "attention",
+        "TPU",
         Choice(
             "pallas",
             (),
@@ -72,6 +81,14 @@ TABLE = (
         max_length=8192,
     ),
     Row("attention", "TPU", Choice("splash", (), "stores no scores and streams whole heads")),
+    Row(
+        "attention",
+        "NVIDIA",
+        Choice(
+            "scan", (), "stores no scores; cuDNN wants the rule as a bias [B, H, L, L]; not timed"
+        ),
+        block_diffusion=True,
+    ),
     Row("attention", "NVIDIA", Choice("cudnn", (), "the vendor's; XLA where it has no kernel")),
     Row("attention", "cpu", Choice("scan", (), "one head's scores stay in cache: measured")),
     Row("attention", "", Choice("xla", (), "runs everywhere")),

@@ -22,18 +22,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from prime_jax.kernels.selection import target_kind
 from prime_jax.kernels.subtoken_head_base import NEG
+from prime_jax.kernels.subtoken_head_blocks import (
+    LANES,
+    MIB,
+    Blocks,
+    ceil_to,
+    vmem_bytes,
+    vmem_capacity,
+)
 from prime_jax.kernels.subtoken_head_sparse import Visits
 
-LANES = 128
-MIB = 1 << 20
-
-
-class Blocks(NamedTuple):
-    """Tokens and head rows of a tile, and head rows of a part; multiples of 128 on a TPU."""
-
-    tokens: int = 512
-    rows: int = 1024
-    part: int = 256
+TILE = 16  # sublanes of a bfloat16 tile
 
 
 class Operands(NamedTuple):
@@ -41,6 +40,8 @@ class Operands(NamedTuple):
 
     Attributes:
         hs_NxD: hidden states times log2(e), so that logits are exponents of 2.
+        head_VxD: the only one that is not padded: what the last block reads beyond its end is
+            anything, and excluded by its words.
         codes_1xV: words of the head rows; hot_VxK: their digits and a one, None where l = 1.
         bits_2xN: word of the true token, and the bits that head rows must share with it.
         cores: that share the backward pass, each with blocks of head rows of its own.
@@ -54,35 +55,6 @@ class Operands(NamedTuple):
     codes_1xV: jax.Array
     hot_VxK: jax.Array | None
     bits_2xN: jax.Array
-
-
-def ceil_to(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def vmem_bytes(width: int, itemsize: int, blocks: Blocks) -> int:
-    """An upper estimate of the VMEM that the larger kernel, the backward one, needs."""
-    tokens, rows, part = blocks
-    by_tokens = tokens * width * (2 * 2 * itemsize + 3 * 4)  # h twice, double; dh, double, and sum
-    by_rows = rows * width * (2 * itemsize + 2 * 4)  # head and dhead, double
-    return by_tokens + by_rows + 8 * part * tokens * 4 + 4 * MIB
-
-
-def vmem_capacity() -> int:
-    """VMEM of the chip that the program is traced for, less what the compiler keeps."""
-    if not target_kind().startswith("TPU"):
-        return 60 * MIB
-    return pltpu.get_tpu_info().vmem_capacity_bytes * 15 // 16
-
-
-def core_count() -> int:
-    """Cores of the chip that JAX sees as one device."""
-    return pltpu.get_tpu_info().num_cores if target_kind().startswith("TPU") else 1
-
-
-def matrix_unit() -> int:
-    """Columns of the chip's matrix units."""
-    return pltpu.get_tpu_info().mxu_column_size if target_kind().startswith("TPU") else LANES
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -160,7 +132,7 @@ def forward(operands: Operands, terms: int, interpret: Any) -> tuple[jax.Array, 
     """
     (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
     n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype
-    places = n_rows // rows
+    places = pl.cdiv(n_rows, rows)
 
     def block(i, k, blocks_IJ, count_I):
         return blocks_IJ[i * places + k]
@@ -197,7 +169,7 @@ def forward(operands: Operands, terms: int, interpret: Any) -> tuple[jax.Array, 
     )
 
 
-def _backward_kernel(blocks: Blocks, steps_ref, count_ref, hs_ref, h_ref, head_ref, *refs):
+def _backward_kernel(blocks: Blocks, n_rows, steps_ref, count_ref, hs_ref, h_ref, head_ref, *refs):
     codes_ref, *digit_refs, bits_ref, numbers_ref, _, dhead_ref, dh_ref = refs[:-3]
     buffer_ref, read_sem, write_sem = refs[-3:]
     core, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
@@ -239,6 +211,12 @@ def _backward_kernel(blocks: Blocks, steps_ref, count_ref, hs_ref, h_ref, head_r
         def _():
             dhead_ref[...] = jnp.zeros_like(dhead_ref)
 
+        if n_rows % blocks.rows:
+
+            @pl.when(listed(0, step) == n_rows // blocks.rows)
+            def _():
+                _clear(head_ref, n_rows % blocks.rows)
+
         hs_TxD, h_TxD, bits_2xT = hs_ref[...], h_ref[...], bits_ref[...]
         lse_1xT, constant_1xT, truth_1xT = (numbers_ref[i : i + 1, :] for i in range(3))
         dh_TxD = None
@@ -272,6 +250,17 @@ def _backward_kernel(blocks: Blocks, steps_ref, count_ref, hs_ref, h_ref, head_r
         @pl.when(last)
         def _():
             copy(tile, slot, out=True).wait()
+
+
+def _clear(head_ref, count: int) -> None:
+    """Zeros beyond the first `count` rows: a gradient of zero times anything must be zero."""
+    edge = count // TILE * TILE
+    after = min(edge + TILE, head_ref.shape[0])
+    tile = head_ref[edge:after, :].astype(jnp.float32)
+    row = edge + jax.lax.broadcasted_iota(jnp.int32, tile.shape, 0)
+    head_ref[edge:after, :] = jnp.where(row < count, tile, 0).astype(head_ref.dtype)
+    if after < head_ref.shape[0]:
+        head_ref[after:, :] = jnp.zeros_like(head_ref[after:, :])
 
 
 def _split(x_KxN: jax.Array, dtype) -> list[jax.Array]:
@@ -326,7 +315,7 @@ def backward(
     inputs = (operands.hs_NxD, h_NxD, operands.head_VxD, operands.codes_1xV, *digits)
     inputs = (*inputs, operands.bits_2xN, numbers_3xN)
     dhead_VxD, dh_KNxD = _call(
-        partial(_backward_kernel, operands.blocks),
+        partial(_backward_kernel, operands.blocks, n_rows),
         operands,
         name="subtoken_head_backward",
         lists=operands.visits[2:],
@@ -354,7 +343,7 @@ def backward(
         cost=pl.CostEstimate(
             flops=2 * n_tokens * n_rows * (3 * width + columns),
             transcendentals=n_tokens * n_rows,
-            bytes_accessed=n_rows // rows * n_tokens * width * (2 * dtype.itemsize + 8),
+            bytes_accessed=pl.cdiv(n_rows, rows) * n_tokens * width * (2 * dtype.itemsize + 8),
         ),
         interpret=interpret,
     )

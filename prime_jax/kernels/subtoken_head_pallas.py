@@ -1,6 +1,6 @@
 """The head for TPUs: operands of the Mosaic kernels, and what their results mean.
 
-The same three functions as in `subtoken_head_xla`. Rows and head rows are padded to whole tiles;
+The same three functions as in `subtoken_head_xla`. Rows, and codes, are padded to whole tiles;
 with `head.skip` rows are sorted, so that the tiles without a consistent pair can be left out.
 """
 
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from prime_jax.config import SubtokenConfig
-from prime_jax.errors import UserError
 from prime_jax.kernels.check_case import DEVICE_KINDS, Case
 from prime_jax.kernels.subtoken_head_base import (
     PADDING,
@@ -27,18 +26,8 @@ from prime_jax.kernels.subtoken_head_base import (
     shard,
     summed,
 )
-from prime_jax.kernels.subtoken_head_mosaic import (
-    LANES,
-    Blocks,
-    Operands,
-    backward,
-    ceil_to,
-    core_count,
-    forward,
-    matrix_unit,
-    vmem_bytes,
-    vmem_capacity,
-)
+from prime_jax.kernels.subtoken_head_blocks import LANES, Blocks, ceil_to, core_count, fitted
+from prime_jax.kernels.subtoken_head_mosaic import Operands, backward, forward
 from prime_jax.kernels.subtoken_head_sparse import all_tiles, consistent_tiles, sorted_order
 from prime_jax.subtokens import Codebook
 
@@ -48,27 +37,6 @@ LOG2E = math.log2(math.e)
 def supports(head: Head) -> bool:
     """One word per code, and digits that fit the lanes of one register beside the ones."""
     return head.fields_SxW.shape[1] == 1 and head.columns < LANES
-
-
-def fitted(head: Head, width: int, itemsize: int) -> Blocks:
-    """The blocks asked for, or the largest of the usual ones that fit into VMEM.
-
-    Raises:
-        UserError: `head.blocks` is neither empty nor three positive numbers, the last of which
-            divides the second.
-    """
-    if head.blocks:
-        good = len(head.blocks) == 3 and min(head.blocks) > 0
-        if not good or head.blocks[1] % head.blocks[2]:
-            raise UserError(
-                f"head blocks {head.blocks}: give tokens, head rows and a part of the head rows"
-            )
-        return Blocks(*head.blocks)
-    # Shorter rows, and larger matrix units, leave a part's softmax less time to hide in.
-    large = 1024 if width <= (1024 if matrix_unit() > LANES else 512) else 512
-    usual = [Blocks(large), Blocks(), Blocks(512, 512), Blocks(256, 512)]
-    fit = [x for x in usual if vmem_bytes(width, itemsize, x) <= vmem_capacity()]
-    return fit[0] if fit else Blocks(128, 256, 128)
 
 
 class _Problem(NamedTuple):
@@ -129,7 +97,7 @@ def _problem(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> _Problem:
         visits=visits,
         cores=cores,
         hs_NxD=_padded(hs_NxD, padded_tokens),
-        head_VxD=_padded(head_VxD, padded_rows),
+        head_VxD=_padded(head_VxD, max(n_rows, rows)),  # a copy of it only where it is one block
         codes_1xV=words_VxW.T,
         hot_VxK=hot_VxK,
         bits_2xN=_padded(jnp.stack([true_N, visible_N], axis=1), padded_tokens).T,

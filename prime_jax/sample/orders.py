@@ -80,22 +80,30 @@ class Plan(NamedTuple):
     steps: np.ndarray
 
 
-def plan(options: Options, hidden_LxS: np.ndarray, rng: np.random.Generator) -> Plan:
-    """The plan of one example: blocks left to right, each with its share of the steps."""
+def plan(
+    options: Options, hidden_LxS: np.ndarray, rng: np.random.Generator, fixed_blocks: bool = False
+) -> Plan:
+    """The plan of one example: blocks left to right, each with its share of the steps.
+
+    Args:
+        fixed_blocks: they are counted from the first position (block diffusion), not from the
+            first hidden token.
+    """
     drawn_L = hidden_LxS.any(axis=1)
     total = int(drawn_L.sum())
     length = options.block_length or max(total, 1)
-    block_L = np.maximum(np.cumsum(drawn_L) - 1, 0) // length
-    blocks = -(-total // length)
+    counted_L = np.ones_like(drawn_L) if fixed_blocks else drawn_L
+    block_L = np.maximum(np.cumsum(counted_L) - 1, 0) // length
+    blocks = np.unique(block_L[drawn_L])
     when_LxS = np.full(hidden_LxS.shape, NEVER, np.int32)
     one_each = options.order == "first-hitting" or options.threshold is not None
     start = 0
-    for block in range(blocks):
+    for block in blocks:
         inside_L = drawn_L & (block_L == block)
         units = hidden_LxS & inside_L[:, None]
         adaptive = options.order in ADAPTIVE
         count = int((inside_L if adaptive else units).sum())
-        steps = count if one_each else max(1, options.steps // blocks)
+        steps = count if one_each else max(1, options.steps // len(blocks))
         shares = np.linspace(1, 0, steps + 1) if one_each else knots(options, steps)
         levels = spread(count) if adaptive else LEVELS[options.order](rng, count)
         when = start + step_of(levels, shares)

@@ -4,6 +4,7 @@ A canvas is one example: digits with holes. Canvases are padded to a few lengths
 them, so that an example meets the same shapes and the same random numbers in any batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,7 @@ from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
 from prime_jax.kernels.subtoken_head_base import Head
 from prime_jax.objectives import Network
-from prime_jax.sample import decode_ar, loop
+from prime_jax.sample import block_diffusion, decode_ar, loop
 from prime_jax.sample.filters import Filters
 from prime_jax.sample.options import Options, validate
 from prime_jax.sample.orders import NEVER, Plan, idle_share, plan
@@ -112,8 +113,11 @@ class Sampler:
                 sub-tokens that no token has.
         """
         validate(options, self.config.family)
+        options = block_diffusion.options_of(self.config, options)
         for canvas in canvases:
             self._check(canvas)
+        lengths = [len(canvas) for canvas in canvases]
+        canvases = [block_diffusion.whole_blocks(self.config, c, self._base) for c in canvases]
         fill = self._continue if self.config.family == "arm" else self._fill
         done: list[np.ndarray] = [np.empty(0)] * len(canvases)
         calls, idle = [], [0.0] * len(canvases)
@@ -127,7 +131,8 @@ class Sampler:
                 )
                 calls.append(count)
                 for i, tokens, share in zip(indices, rows, shares, strict=True):
-                    done[i] = self._cut(tokens, canvases[i], options.stop)
+                    canvas = canvases[i][: lengths[i]]
+                    done[i] = self._cut(tokens[: lengths[i]], canvas, options.stop)
                     idle[i] = share
         return Samples(done, calls, idle)
 
@@ -140,6 +145,10 @@ class Sampler:
     @property
     def _base(self) -> int:
         return self.codebook.base
+
+    @property
+    def _block(self) -> int:
+        return self.config.objective.block_length
 
     def _check(self, canvas: np.ndarray) -> None:
         if len(canvas) > self.context:
@@ -156,8 +165,9 @@ class Sampler:
     def _groups(self, canvases: Sequence[np.ndarray]) -> dict[int, list[int]]:
         """Indices of the canvases by padded length."""
         groups: dict[int, list[int]] = {}
+        unit = math.lcm(LENGTH_UNIT, self._block or 1)
         for i, canvas in enumerate(canvases):
-            length = min(-(-len(canvas) // LENGTH_UNIT) * LENGTH_UNIT, self.context)
+            length = min(-(-len(canvas) // unit) * unit, self.context)
             groups.setdefault(length, []).append(i)
         return groups
 
@@ -172,7 +182,7 @@ class Sampler:
         segment = np.full((size, length), -1, np.int32)
         for row, (canvas, number) in enumerate(zip(canvases, numbers, strict=True)):
             rng = np.random.default_rng([options.seed, number, PLAN_STREAM])
-            own = plan(options, canvas == self._base, rng)
+            own = plan(options, canvas == self._base, rng, fixed_blocks=self._block > 0)
             n = len(canvas)
             digits[row, :n], segment[row, :n] = canvas, 0
             when[row, :n], block[row, :n], steps[row] = own
@@ -195,12 +205,13 @@ class Sampler:
         return full, calls, idle
 
     def _loop(self, rule: loop.Rule, mesh: Mesh) -> Any:
-        def per_device(params, batch, settings, digits, first, last):
-            return loop.run(self.model, rule, params, batch, settings, digits, first, last)
+        run = partial(loop.run, self.model, rule)
+        if self._block:
+            run = partial(block_diffusion.run, self.model, self.config, rule)
 
         whole = sharding.REPLICATED
         specs = (whole, sharding.BATCH, whole, sharding.BATCH, whole, whole)
-        return self._jit((rule, mesh), mesh, per_device, specs, (sharding.BATCH,) * 2)
+        return self._jit((rule, mesh), mesh, run, specs, (sharding.BATCH,) * 2)
 
     # --- autoregression
 

@@ -1,9 +1,11 @@
 """`prime-jax fit`: from runs to numbers, figures and a report."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_jax import storage
 from prime_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,12 +43,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="FILE",
         help="training curves for approach 1 (a sweep has its own): a CSV with the columns run, step or tokens, loss, or a chart as W&B exports it; RUNS_OR_CSV has a row for each run",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, note="")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every command on RUNS_OR_CSV takes."""
-    parser.add_argument("runs", type=Path, metavar="RUNS_OR_CSV")
+    parser.add_argument("runs", type=storage.path, metavar="RUNS_OR_CSV")
     parser.add_argument(
         "--metric",
         default="best-valid",
@@ -111,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     choice = choice_of(args)
     data, logs = curves.read(args.runs, args.curves, args.metric)
+    if args.note:
+        data = dataclasses.replace(data, source=f"{data.source} ({args.note})")
     runs = points.select(data, choice)
     lines = curves.join(logs, data, runs, asked=bool(args.curves)) if logs else None
     settings = settings_of(args)
@@ -136,7 +140,9 @@ def _templates(source: Path) -> dict[str, Any]:
 
 
 def default_out(source: Path) -> Path:
-    """RUNS/fit for a sweep; beside a CSV, its name and `-fit`."""
+    """RUNS/fit for a sweep; beside a CSV, or here for a bucket, its name and `-fit`."""
+    if storage.is_remote(source):
+        return Path(f"{source.stem}-fit")
     return source / "fit" if source.is_dir() else source.with_name(f"{source.stem}-fit")
 
 

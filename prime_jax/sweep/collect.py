@@ -2,11 +2,11 @@
 
 import csv
 import io
-from pathlib import Path
 from typing import Any
 
-from prime_jax.errors import UserError
+from prime_jax import storage
 from prime_jax.records import best_valid
+from prime_jax.storage import Path
 from prime_jax.sweep import state
 from prime_jax.sweep.state import Run
 from prime_jax.sweep.status import status_of
@@ -73,10 +73,7 @@ def write(root: Path, out: Path) -> int:
     writer = csv.DictWriter(text, found[0] if found else COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
-    try:
-        out.write_text(text.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    storage.write(out, text.getvalue().encode())
     return sum(row["status"] in ("done", "diverged") for row in found)
 
 

@@ -1,11 +1,14 @@
-"""`prime-jax sweep ...`: plan, run, work, status, collect, retry, kill."""
+"""`prime-jax sweep ...`: plan, run, work, status, report, logs, collect, retry, kill."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from prime_jax import commands as commands_of_train
+from prime_jax import storage
+from prime_jax.launch import commands as commands_of_launch
 
-ROOT = "the directory that holds the whole sweep"
+ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s3://BUCKET/..."
 WIDTH = 110  # that a plan needs at least; narrower terminals wrap its lines
 
 
@@ -22,6 +25,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     _run(commands)
     _work(commands)
     _status(commands)
+    _report(commands)
+    _logs(commands)
     _collect(commands)
     _by_hand(
         commands,
@@ -37,6 +42,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="A running worker leaves the run at its next beat (within 30 seconds) and "
         "takes the next one. `retry` opens the run again.",
     )
+    commands_of_launch.register(commands, {"type": storage.path, "help": ROOT})
 
 
 def _plan(commands: argparse._SubParsersAction) -> None:
@@ -53,7 +59,7 @@ def _plan(commands: argparse._SubParsersAction) -> None:
         help="a Python file with sweep(), or a JSON list of rows",
     )
     parser.add_argument(
-        "root", type=Path, metavar="ROOT", nargs="?", help=f"{ROOT}; left out: only print"
+        "root", type=storage.path, metavar="ROOT", nargs="?", help=f"{ROOT}; left out: only print"
     )
     parser.add_argument(
         "--flops-per-second",
@@ -80,7 +86,7 @@ def _run(commands: argparse._SubParsersAction) -> None:
         description="Trains the open runs, largest first. Ctrl-C saves and stops; the same "
         "command continues. Exit code: 0 all done, 1 runs failed, 85 interrupted.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument(
         "--workers",
         type=int,
@@ -98,7 +104,20 @@ def _work(commands: argparse._SubParsersAction) -> None:
         description="Claims the largest open run, trains it, publishes its result, and so on. "
         "Any number of workers may share ROOT. Exit code: 0 nothing left, 1 runs failed, 85 interrupted.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
+    parser.add_argument(
+        "--slice",
+        default="",
+        metavar="NAME",
+        help="what this worker runs on, e.g. v5e-16: it leaves runs planned for others alone "
+        "(default: it takes any run)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="MINUTES",
+        help="when this machine is taken away: the worker saves and leaves (exit code 85) before",
+    )
     parser.set_defaults(run=work)
 
 
@@ -108,9 +127,45 @@ def _status(commands: argparse._SubParsersAction) -> None:
         help="where every run stands, and why some failed",
         description="Counts, then one line per run: id, budget C, size N, family, seed, state, progress.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="a table that renews itself until nothing is left to run; Ctrl-C leaves it",
+    )
+    parser.add_argument(
+        "--prices",
+        type=Path,
+        metavar="FILE",
+        help="your price list, like docs/prices.toml: says what the sweep has cost so far",
+    )
     parser.set_defaults(run=show_status)
+
+
+def _report(commands: argparse._SubParsersAction) -> None:
+    from prime_jax.scaling import commands as commands_of_fit
+
+    parser = commands.add_parser(
+        "report",
+        help="the fit's report; with --live from the runs that have finished so far",
+        description="Fits and writes the report as `prime-jax fit ROOT` does. With --live it uses "
+        "what has finished so far, and says of how many runs. Exit code: as `fit`.",
+    )
+    commands_of_fit.add_options(parser)
+    parser.add_argument("--live", action="store_true", help="do not wait for the last run")
+    parser.set_defaults(run=report, curves=None)
+
+
+def _logs(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "logs",
+        help="what the attempts at a run have said, host by host",
+        description="Prints the log of every attempt and host of one run, tracebacks included.",
+    )
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
+    parser.add_argument("id", metavar="ID", help="id of a run, or its beginning")
+    parser.set_defaults(run=show_logs)
 
 
 def _collect(commands: argparse._SubParsersAction) -> None:
@@ -120,16 +175,21 @@ def _collect(commands: argparse._SubParsersAction) -> None:
         description="Writes the table that `prime-jax fit` reads. Runs without a result are rows "
         "with a status and a reason.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument(
-        "-o", "--out", type=Path, default=Path("runs.csv"), metavar="FILE", help="default runs.csv"
+        "-o",
+        "--out",
+        type=storage.path,
+        default=Path("runs.csv"),
+        metavar="FILE",
+        help="default runs.csv",
     )
     parser.set_defaults(run=collect)
 
 
 def _by_hand(commands: argparse._SubParsersAction, name: str, **texts: str) -> None:
     parser = commands.add_parser(name, **texts)
-    parser.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument("ids", nargs="+", metavar="ID", help="ids of runs, or their beginnings")
     parser.set_defaults(run=by_hand, action=name)
 
@@ -154,7 +214,7 @@ def plan(args: argparse.Namespace) -> None:
         good = [candidate.config for candidate in listed if not candidate.drop]
         console.print(aot_report.bill(good, where, prices), soft_wrap=True)
     if args.root is not None:
-        added = planning.write(args.root, experiment, listed)
+        added = planning.write(args.root, experiment, listed, where.name if where else "")
         console.print(
             f"{args.root}: {added} runs added; next: prime-jax sweep run {args.root}",
             soft_wrap=True,
@@ -183,9 +243,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def work(args: argparse.Namespace) -> int:
+    from prime_jax import slices
     from prime_jax.sweep import worker
 
-    return worker.work(args.root)
+    name = getattr(args, "slice", "")
+    slice = slices.parse(name).name if name else ""
+    return worker.work(args.root, slice=slice, minutes=getattr(args, "time_limit", None))
 
 
 def show_status(args: argparse.Namespace) -> None:
@@ -193,14 +256,49 @@ def show_status(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from prime_jax.sweep import state, status
+    from prime_jax import costs
+    from prime_jax.sweep import live, state, status
 
     state.check_root(args.root)
+    prices = costs.load_prices(args.prices) if args.prices else None
+    if args.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            live.watch(args.root, Console(), prices)
+        return
     runs = state.list_runs(args.root)
     if args.json:
         print(json.dumps(status.as_dicts(runs), indent=2))
     else:
-        status.show(runs, Console())
+        status.show(runs, Console(), live.summary(runs, prices))
+
+
+def report(args: argparse.Namespace) -> int:
+    from prime_jax.errors import UserError
+    from prime_jax.scaling import commands as commands_of_fit
+    from prime_jax.sweep import state
+
+    state.check_root(args.runs)
+    runs = state.list_runs(args.runs)
+    done = sum(run.result is not None for run in runs)
+    if done < len(runs) and not args.live:
+        raise UserError(f"{args.runs}: {done} of {len(runs)} runs have finished; add --live")
+    args.note = f"live: {done} of {len(runs)} runs" if done < len(runs) else ""
+    return commands_of_fit.run(args)
+
+
+def show_logs(args: argparse.Namespace) -> None:
+    from prime_jax.sweep import state
+
+    state.check_root(args.root)
+    (run,) = state.select(state.list_runs(args.root), [args.id])
+    for attempt in run.attempts:
+        folder = args.root / "runs" / run.id / str(attempt.k)
+        logs = sorted(name for name in storage.names(folder) if name.startswith("log."))
+        how = f": {attempt.end['state']}, {attempt.end['reason']}" if attempt.end else ""
+        print(f"=== attempt {attempt.k}{how}")
+        for name in logs:
+            print(f"--- process {name.split('.')[1]}")
+            print(storage.read(folder / name).decode(errors="replace"), end="")
 
 
 def collect(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ Planning again only adds: specs are created exclusively, so a run that is there 
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from prime_jax import flops
+from prime_jax import flops, storage
 from prime_jax.config import RunConfig, run_id, set_path, to_dict, validate
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
@@ -22,6 +23,7 @@ from prime_jax.sweep.grid import Experiment, Row
 # The N that goes with each convention of C, as in `fit`.
 PARAMS = {"matmul": "nonembedding_plus_head", "reference": "reference"}
 
+WRITERS = 16  # files on their way at once: a bucket takes a while for each
 OWN = ("state", "cache")  # what may be in a sweep directory before it is one
 
 
@@ -80,8 +82,10 @@ def load_datasets(experiment: Experiment, *, required: bool) -> dict[str, Any]:
     return out
 
 
-def write(root: Path, experiment: Experiment, listed: Sequence[Candidate]) -> int:
-    """Create or extend the sweep directory `root`.
+def write(
+    root: storage.Path, experiment: Experiment, listed: Sequence[Candidate], slice: str = ""
+) -> int:
+    """Create or extend the sweep directory `root`, with runs for `slice` (empty: any machine).
 
     Returns:
         The number of runs that were not there before.
@@ -95,16 +99,17 @@ def write(root: Path, experiment: Experiment, listed: Sequence[Candidate]) -> in
         raise UserError(f"{experiment.name}: no candidate can run{reason}")
     plans = _open(root)
     entry = {"experiment": experiment.name, "sha256": experiment.sha256}
-    added = 0
-    for candidate in good:
-        path = root / "state" / f"{candidate.id}.spec"
-        added += not path.exists() and state.create(path, spec(candidate))
+    folder = root / "state"
+    there = set(storage.names(folder))
+    new = [candidate for candidate in good if f"{candidate.id}.spec" not in there]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        added = sum(pool.map(lambda c: state.create(folder / f"{c.id}.spec", spec(c, slice)), new))
     if entry not in plans:
         write_json_atomic(root / "sweep.json", {"schema": state.SCHEMA, "plans": [*plans, entry]})
     return added
 
 
-def spec(candidate: Candidate) -> dict[str, Any]:
+def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     """What `ROOT/state/<id>.spec` says: the whole run, and what it should cost."""
     row, config = candidate.row, candidate.config
     if "://" not in config.data.path:  # a worker may start in another directory
@@ -112,6 +117,7 @@ def spec(candidate: Candidate) -> dict[str, Any]:
     return {
         "schema": state.SCHEMA,
         "id": candidate.id,
+        "slice": slice,
         "family": row.family,
         "budget": row.budget,
         "convention": row.flops,
@@ -224,15 +230,12 @@ def _cells(candidate: Candidate, flops_per_second: float | None) -> list[str]:
     return cells
 
 
-def _open(root: Path) -> list[dict[str, Any]]:
+def _open(root: storage.Path) -> list[dict[str, Any]]:
     """Make the folders of a sweep unless they are there; the plans it already holds."""
-    try:
-        if not (root / "sweep.json").exists():
-            if root.exists() and any(p.name not in OWN for p in root.iterdir()):
-                raise UserError(f"{root}: not empty and not a sweep; give a new directory")
-            (root / "state").mkdir(parents=True, exist_ok=True)
-            write_json_atomic(root / "sweep.json", {"schema": state.SCHEMA, "plans": []})
-    except OSError as error:
-        raise UserError(f"cannot make the sweep directory {root}: {error.strerror}") from error
+    if not storage.exists(root / "sweep.json"):
+        if any(name not in OWN for name in storage.names(root)):
+            raise UserError(f"{root}: not empty and not a sweep; give a new directory")
+        storage.make_folder(root / "state")
+        write_json_atomic(root / "sweep.json", {"schema": state.SCHEMA, "plans": []})
     state.check_root(root)
     return read_json(root / "sweep.json")["plans"]

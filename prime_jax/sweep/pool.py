@@ -1,8 +1,10 @@
 """Several workers on this machine: started, watched, and replaced when one dies."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +12,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from prime_jax import storage
 from prime_jax.errors import UserError
-from prime_jax.sweep import state, status
+from prime_jax.sweep import accelerators, state, status
+from prime_jax.sweep.screen import Screen
 from prime_jax.sweep.state import Run
-from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, Screen, share, signals
+from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, share, signals
 
 POLL = 0.5
+LOOK_REMOTE = 10.0  # seconds between listings of a bucket
 RESTARTS = 3  # of one worker that is killed
 COMMAND = (sys.executable, "-c", "from prime_jax.cli import main; raise SystemExit(main())")
 
@@ -27,6 +32,7 @@ class Member:
     command: Sequence[str]
     cores: set[int]
     log: Path
+    environment: dict[str, str]
     restarts: int = 0
     stopped: bool = False
 
@@ -34,7 +40,11 @@ class Member:
         with self.log.open("a") as out:
             # Its own session: Ctrl-C reaches it once, from us.
             self.process = subprocess.Popen(
-                self.command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                self.command,
+                env=os.environ | self.environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(self.process.pid, self.cores)
@@ -42,7 +52,7 @@ class Member:
 
 
 def supervise(
-    root: Path,
+    root: storage.Path,
     workers: int,
     *,
     command: Sequence[str] = (),
@@ -66,12 +76,15 @@ def supervise(
     began, watch = time.monotonic(), state.Watch()
     command = command or (*COMMAND, "sweep", "work", str(root))
     told = {_event(run) for run in state.list_runs(root)}
-    results = []
+    results, look = [], 0.0
     with signals() as stopping, Screen.open(console or Console()) as screen:
         team = _start(root, workers, command)
         try:
             while _any_alive(team, stopping.is_set(), screen):
-                results += _news(root, watch, screen, told)
+                if time.monotonic() >= look:
+                    with contextlib.suppress(storage.Unreachable):
+                        results += _news(root, watch, screen, told)
+                    look = time.monotonic() + (LOOK_REMOTE if storage.is_remote(root) else 0.0)
                 if stopping.is_set():
                     _stop(team)
                 time.sleep(POLL)
@@ -86,13 +99,17 @@ def supervise(
         return _exit_code(root, team, stopping.is_set(), screen)
 
 
-def _start(root: Path, workers: int, command: Sequence[str]) -> list[Member]:
+def _start(root: storage.Path, workers: int, command: Sequence[str]) -> list[Member]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    logs = root / "logs"
+    mine = accelerators.shares(workers)
+    remote = storage.is_remote(root)  # each attempt's log is there; what else a worker prints, here
+    logs = Path(tempfile.mkdtemp(prefix="prime_jax-")) if remote else root / "logs"
     try:
         logs.mkdir(exist_ok=True)
         return [
-            Member(command, set(cores[i::workers] or cores), logs / f"worker-{i}.log").start()
+            Member(
+                command, set(cores[i::workers] or cores), logs / f"worker-{i}.log", mine[i]
+            ).start()
             for i in range(workers)
         ]
     except OSError as error:
@@ -122,7 +139,7 @@ def _event(run: Run) -> tuple[str, int, str]:
     return run.id, run.k, run.state
 
 
-def _news(root: Path, watch: state.Watch, screen: Screen, told: set) -> list[Run]:
+def _news(root: storage.Path, watch: state.Watch, screen: Screen, told: set) -> list[Run]:
     """Show where the sweep stands; the runs that ended since the last look."""
     runs = state.list_runs(root, watch)
     screen.sweep(runs)
@@ -136,11 +153,11 @@ def _news(root: Path, watch: state.Watch, screen: Screen, told: set) -> list[Run
     return [run for run in ended if run.result]
 
 
-def _exit_code(root: Path, team: Sequence[Member], stopped: bool, screen: Screen) -> int:
+def _exit_code(root: storage.Path, team: Sequence[Member], stopped: bool, screen: Screen) -> int:
     if stopped:
         return PREEMPTED
     runs = state.list_runs(root)
-    left = [run for run in runs if run.opens_in(time.time()) is not None]
+    left = [run for run in runs if run.opens_in() is not None]
     if left:
         screen.say(f"{len(left)} runs are still open, but every worker has ended", "red")
         for member in team:

@@ -1,34 +1,38 @@
-"""The state of a sweep, derived from flat files in ROOT/state (launch.md section 1).
+"""The state of a sweep, derived from flat files in ROOT/state, a folder or a bucket.
 
 The one primitive is exclusive creation. Attempt k of a run belongs to whoever creates
 `<id>.<k>.claim`; taking over, `kill` and `retry` all create attempt k+1, which the owner of
 attempt k sees at its next beat. Nothing is ever rewritten but a beat, by its owner.
 """
 
-import contextlib
-import json
+import functools
 import os
 import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from prime_jax import storage
 from prime_jax.errors import UserError
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.records import as_json, parse_json, read_json, write_json_atomic
+from prime_jax.storage import Path
 
 SCHEMA = 1
 FAILURES = 3  # a run that failed so often waits for `retry`
 INTERRUPTIONS = 100  # the same for preempted or lost attempts
 BACKOFF = 30.0  # seconds after the first failure, doubled with each further one
+GONE = ("preempted", "lost", "stalled")  # another worker may continue these at once
 NAME = re.compile(r"([0-9a-f]+)\.(?:(\d+)\.)?(spec|claim|beat|end|result)")
 
 
 @dataclass(frozen=True)
 class Attempt:
+    """Attempt k; `claim` and `beat` are empty (None) where nobody needs them: see `_wanted`."""
+
     k: int
     claim: dict[str, Any]
     beat: dict[str, Any] | None
@@ -40,8 +44,9 @@ class Run:
     """One run as its files tell it.
 
     Attributes:
-        state: pending, running, lost, failed, preempted, killed or done.
+        state: pending, running, stalled, lost, failed, preempted, killed or done.
         certain: a running owner was seen alive, by its process or by a beat that changed.
+        ended_for: seconds since this reader first saw the newest attempt's end, on its own clock.
     """
 
     id: str
@@ -50,11 +55,21 @@ class Run:
     result: dict[str, Any] | None
     state: str
     certain: bool
+    ended_for: float = 0.0
 
     @property
     def k(self) -> int:
         """Number of the newest attempt, 0 when there is none."""
         return self.attempts[-1].k if self.attempts else 0
+
+    @property
+    def slice(self) -> str:
+        """The accelerators it was planned for; empty: any."""
+        return self.spec.get("slice", "")
+
+    def fits(self, slice: str) -> bool:
+        """Whether a worker on `slice` may take it; one without a slice takes anything."""
+        return not slice or self.slice in ("", slice)
 
     @property
     def reason(self) -> str:
@@ -72,44 +87,51 @@ class Run:
 
     @property
     def interruptions(self) -> int:
-        """Attempts since the last `retry` that were preempted or lost."""
-        ended = [
-            a for a in self._since_reset if a.k < self.k or self.state in ("lost", "preempted")
-        ]
+        """Attempts since the last `retry` that were preempted, lost or stalled."""
+        ended = [a for a in self._since_reset if a.k < self.k or self.state in GONE]
         return sum(1 for a in ended if a.end is None or a.end["state"] == "preempted")
 
-    def opens_in(self, now: float, backoff: float = BACKOFF) -> float | None:
+    def opens_in(self, *, backoff: float = BACKOFF) -> float | None:
         """Seconds until a worker may take this run, or None if none will.
 
-        Args:
-            now: seconds of the wall clock.
-            backoff: seconds to wait after a first failure.
+        Hosts need not agree on the time of day: a failure's age is what this reader has seen of
+        it, so one that has just started waits the whole `backoff` (seconds, after one failure).
         """
         if self.state == "pending":
             return 0.0
-        if self.state in ("lost", "preempted"):
+        if self.state in GONE:
             return 0.0 if self.interruptions < INTERRUPTIONS else None
         if self.state != "failed" or self.failures >= FAILURES:
             return None
-        end = self.attempts[-1].end
-        return (
-            max(0.0, end["time"] + backoff * 2 ** (self.failures - 1) - now)
-            if end["retry"]
-            else None
-        )
+        if not self.attempts[-1].end["retry"]:
+            return None
+        return max(0.0, backoff * 2 ** (self.failures - 1) - self.ended_for)
 
 
 @dataclass
 class Watch:
-    """The memory of one reader: how long each beat has stayed the same, on its own clock."""
+    """The memory of one reader: how long each beat has stayed the same, on its own clock.
+
+    Attributes:
+        timeout: seconds after which an unchanged beat means that the owner is lost.
+        stall: the same for an owner whose beat lives, but whose training makes no step.
+        kept: contents of the files that never change, by name.
+    """
 
     timeout: float = 300.0
+    stall: float = 1800.0
     clock: Callable[[], float] = time.monotonic
+    kept: dict[str, Any] = field(default_factory=dict)
     _seen: dict[tuple[str, int], tuple[Any, float]] = field(default_factory=dict)
     _moved: set[tuple[str, int]] = field(default_factory=set)
+    _ended: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def ended_for(self, run: str, attempt: Attempt) -> float:
+        now = self.clock()
+        return now - self._ended.setdefault((run, attempt.k), now)
 
     def judge(self, run: str, attempt: Attempt) -> tuple[str, bool]:
-        """State of an attempt that has not ended (running or lost), and whether that is certain."""
+        """State of an attempt that has not ended, and whether that is certain."""
         alive = process_alive(attempt.claim)
         if alive is False:
             return "lost", True
@@ -120,6 +142,8 @@ class Watch:
             self._moved.add(key)
         if now - since > self.timeout:
             return "lost", True
+        if (attempt.beat or {}).get("quiet", 0.0) > self.stall:
+            return "stalled", True
         return "running", alive is True or key in self._moved
 
 
@@ -129,26 +153,12 @@ def create(path: Path, value: Any) -> bool:
     Raises:
         UserError: the place cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w") as file:
-            file.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return True
+    return storage.create(path, as_json(value))
 
 
 def check_root(root: Path) -> None:
     """Raises: UserError: `root` is not a sweep directory, or one of another version."""
-    if not (root / "sweep.json").is_file():
+    if not storage.exists(root / "sweep.json"):
         raise UserError(
             f"{root}: no sweep here; make one with: prime-jax sweep plan EXPERIMENT {root}"
         )
@@ -168,21 +178,61 @@ def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
         watch: the reader's memory; without one only a dead local process counts as lost.
     """
     watch = watch or Watch()
-    state = root / "state"
-    found: dict[str, dict[tuple[int, str], Path]] = {}
-    for name in os.listdir(state):
+    folder = root / "state"
+    found: dict[str, dict[tuple[int, str], str]] = {}
+    for name in storage.names(folder):
         if match := NAME.fullmatch(name):
             run, k, kind = match.groups()
-            found.setdefault(run, {})[int(k or 0), kind] = state / name
-    runs = [_run(i, files, watch) for i, files in found.items() if (0, "spec") in files]
+            found.setdefault(run, {})[int(k or 0), kind] = name
+    found = {run: files for run, files in found.items() if (0, "spec") in files}
+    wanted = [name for files in found.values() for name in _wanted(files, watch.kept)]
+    values = {}
+    for name, data in zip(wanted, storage.read_all(folder, wanted), strict=True):
+        value = parse_json(data, folder / name)
+        (values if name.endswith(".beat") else watch.kept)[name] = value
+    runs = [_run(i, files, ChainMap(values, watch.kept), watch) for i, files in found.items()]
     return sorted(runs, key=lambda run: (run.spec["flops"]["matmul"], run.id))
 
 
-def claim(root: Path, run: str, k: int, by: str = "worker") -> bool:
-    """Try to become the owner of attempt k."""
-    return create(
-        root / "state" / f"{run}.{k}.claim", {**identity(), "by": by, "time": time.time()}
-    )
+def read_run(root: Path, run: str) -> Run:
+    """A run as its spec alone tells it, for those who are told the rest."""
+    return Run(run, read_json(root / "state" / f"{run}.spec"), (), None, "running", True)
+
+
+def _wanted(files: dict[tuple[int, str], str], kept: dict[str, Any]) -> list[str]:
+    """The files of one run that must be read: no beats once there is a result, and of claims only
+    the newest attempt's, whose owner may be alive."""
+    done, last = (0, "result") in files, max((k for k, _ in files), default=0)
+    return [
+        name
+        for (k, kind), name in files.items()
+        if name not in kept
+        and not (kind == "beat" and done)
+        and not (kind == "claim" and (done or k < last))
+    ]
+
+
+def open_runs(root: Path, slice: str = "", watch: Watch | None = None) -> list[Run]:
+    """The runs that a worker on `slice` may take now or after a while, running ones left out.
+
+    Args:
+        root: the sweep.
+        slice: canonical name of accelerators; empty: those of every slice.
+        watch: as in `list_runs`.
+    """
+    return [run for run in list_runs(root, watch) if run.fits(slice) and run.opens_in() is not None]
+
+
+def claim(
+    root: Path,
+    run: str,
+    k: int,
+    by: str = "worker",
+    say: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Try to become the owner of attempt k, with one and the same claim through any outage."""
+    mine = {**identity(), "by": by, "time": time.time(), "claim": uuid.uuid4().hex}
+    return storage.insist(lambda: create(root / "state" / f"{run}.{k}.claim", mine), say)
 
 
 def beat(root: Path, run: str, k: int, values: dict[str, Any]) -> None:
@@ -191,7 +241,7 @@ def beat(root: Path, run: str, k: int, values: dict[str, Any]) -> None:
 
 def superseded(root: Path, run: str, k: int) -> bool:
     """Whether somebody has taken attempt k+1, so that the owner of k must stop."""
-    return (root / "state" / f"{run}.{k + 1}.claim").exists()
+    return storage.exists(root / "state" / f"{run}.{k + 1}.claim")
 
 
 def end(
@@ -256,10 +306,12 @@ def process_alive(claim: dict[str, Any]) -> bool | None:
     return claim["started"] is not None and _started(claim["pid"]) == claim["started"]
 
 
+@functools.cache
 def _kernel() -> str | None:
     """Names this boot and this container's process numbers; None without Linux's /proc."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
@@ -268,7 +320,8 @@ def _kernel() -> str | None:
 def _started(pid: int) -> int | None:
     """Start time of a process in clock ticks after boot; None if it is gone or a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
@@ -283,20 +336,23 @@ def _close_next(root: Path, run: Run, how: str, reason: str) -> None:
     end(root, run.id, k, how, reason)
 
 
-def _run(name: str, files: dict[tuple[int, str], Path], watch: Watch) -> Run:
-    def read(k: int, kind: str) -> Any:
-        return read_json(files[k, kind]) if (k, kind) in files else None
+def _run(
+    name: str, files: dict[tuple[int, str], str], values: Mapping[str, Any], watch: Watch
+) -> Run:
+    def value(k: int, kind: str) -> Any:
+        return values.get(files.get((k, kind), ""))
 
     claims = sorted(k for k, kind in files if kind == "claim")
     attempts = tuple(
-        Attempt(k, *(read(k, kind) for kind in ("claim", "beat", "end"))) for k in claims
+        Attempt(k, value(k, "claim") or {}, value(k, "beat"), value(k, "end")) for k in claims
     )
-    result = read(0, "result")
-    state, certain = "pending", True
+    result = value(0, "result")
+    state, certain, ended_for = "pending", True, 0.0
     if result is not None:
         state = "done"
     elif attempts and attempts[-1].end:
         state = {"reset": "pending"}.get(attempts[-1].end["state"], attempts[-1].end["state"])
+        ended_for = watch.ended_for(name, attempts[-1])
     elif attempts:
         state, certain = watch.judge(name, attempts[-1])
-    return Run(name, read(0, "spec"), attempts, result, state, certain)
+    return Run(name, value(0, "spec"), attempts, result, state, certain, ended_for)

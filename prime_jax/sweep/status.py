@@ -1,17 +1,25 @@
 """A sweep as people read it: one line per run, counts, and the last words of what failed."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from prime_jax.sweep.plan import PARAMS, human
 from prime_jax.sweep.state import Run
 
-STATES = ("done", "diverged", "running", "pending", "preempted", "lost", "failed", "killed")
+STATES = (
+    "done",
+    "diverged",
+    "running",
+    "pending",
+    "preempted",
+    "lost",
+    "stalled",
+    "failed",
+    "killed",
+)
 TAIL = 8  # lines of a traceback worth showing
 
 
@@ -32,15 +40,10 @@ def line(run: Run, beat: dict[str, Any] | None = None) -> str:
     spec, state = run.spec, status_of(run)
     attempt = run.attempts[-1] if run.attempts else None
     beat = beat or (attempt.beat if attempt else None) or {}
-    n = human(spec["params"][PARAMS[spec["convention"]]])
-    words = [
-        run.id,
-        f"{spec['budget']:.3g}",
-        f"N={n}",
-        spec["family"],
-        f"seed {spec['config']['seed']}",
-        state,
-    ]
+    words = [run.id, f"{spec['budget']:.3g}", f"N={size(run)}"]
+    words += [spec["family"], f"seed {spec['config']['seed']}"]
+    words += [run.slice] if run.slice else []
+    words.append(state)
     steps, step = spec["config"]["steps"], beat.get("step", 0)
     if run.result:
         words += [f"{loss['estimator']} {loss['value']:.4f}" for loss in run.result["losses"]]
@@ -49,14 +52,26 @@ def line(run: Run, beat: dict[str, Any] | None = None) -> str:
         words += [beat["phase"]] if beat.get("phase", "train") != "train" else []
         words += [f"loss {beat['loss']:.3f}"] if beat.get("loss") is not None else []
         words += [f"MFU {beat['mfu']:.2f}"] if beat.get("mfu") else []
-    rate = beat.get("tokens_per_second")
-    if state == "running" and rate:
-        words.append(f"ETA {duration(spec['tokens'] * (1 - step / steps) / rate)}")
+    rest = seconds_left(run, beat)
+    words += [] if rest is None else [f"ETA {duration(rest)}"]
     if run.k > 1:
         words.append(f"attempt {run.k}")
     if run.interruptions:
-        words.append(f"({run.interruptions} interrupted)")
+        words.append(f"({run.interruptions} preempted)")
     return " ".join(words)
+
+
+def size(run: Run) -> str:
+    """N in the convention of the plan, e.g. 151M."""
+    return human(run.spec["params"][PARAMS[run.spec["convention"]]])
+
+
+def seconds_left(run: Run, beat: dict[str, Any]) -> float | None:
+    """At the speed that was measured last; None where the run does not run."""
+    rate, steps = beat.get("tokens_per_second"), run.spec["config"]["steps"]
+    if status_of(run) != "running" or not rate:
+        return None
+    return run.spec["tokens"] * (1 - beat.get("step", 0) / steps) / rate
 
 
 def failure(run: Run) -> str:
@@ -66,31 +81,35 @@ def failure(run: Run) -> str:
     return "\n".join(f"    {text}" for text in lines)
 
 
-def show(runs: Sequence[Run], console: Console) -> None:
-    console.print(counts(runs), highlight=False)
+def show(runs: Sequence[Run], console: Console, head: str) -> None:
+    lines = [head]
     for run in runs:
-        console.print(escape(line(run)), highlight=False, soft_wrap=True)
+        lines.append(line(run))
         if run.state == "failed":
-            console.print(escape(failure(run)), style="red", highlight=False, soft_wrap=True)
+            console.out("\n".join(lines), highlight=False)
+            console.out(failure(run), style="red", highlight=False)
+            lines = []
+    if lines:
+        console.out("\n".join(lines), highlight=False)
 
 
 def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What `--json` prints: per run its id, state, attempts, last beat, and reason if it stopped."""
-    now = time.time()
     return [
         {
             "run": run.id,
             "family": run.spec["family"],
             "seed": run.spec["config"]["seed"],
             "budget": run.spec["budget"],
+            "slice": run.slice,
             "status": status_of(run),
             "attempts": run.k,
             "failures": run.failures,
             "interruptions": run.interruptions,
-            "opens_in": run.opens_in(now),
+            "opens_in": run.opens_in(),
             "steps": run.spec["config"]["steps"],
             "beat": run.attempts[-1].beat if run.attempts else None,
-            "host": run.attempts[-1].claim["host"] if run.attempts else None,
+            "host": run.attempts[-1].claim.get("host") if run.attempts else None,
             "reason": run.reason,
         }
         for run in runs

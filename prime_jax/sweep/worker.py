@@ -2,121 +2,42 @@
 
 Every engine starts this same loop; `pool.py` starts several of it here. A worker that dies loses
 at most the steps since its checkpoint: another sees its process gone, or its beat stand still,
-and takes attempt k+1 from there.
+and takes attempt k+1 from there. In a gang of several processes process 0 decides, and tells the
+others before every step of the loop what to do.
 """
 
 import contextlib
 import json
-import math
+import os
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from prime_jax.config import RunConfig, from_dict
+from prime_jax import distributed, storage
 from prime_jax.errors import UserError
-from prime_jax.records import write_json_atomic
-from prime_jax.sweep import state, status
+from prime_jax.storage import Path
+from prime_jax.sweep import state
+from prime_jax.sweep.attempt import Apart, Trainer, Worker, run_attempt
+from prime_jax.sweep.screen import Screen
 from prime_jax.sweep.state import Run
 
 DONE, FAILED, PREEMPTED = 0, 1, 85  # exit codes, the same on every engine
-TRACEBACK_LINES = 30
-POLL = 1.0  # seconds between looks while only other workers' runs are left
+POLL, POLL_REMOTE = 1.0, 15.0  # seconds between looks while only other workers' runs are left
+LEAVE, START = 60.0, 180.0  # seconds before a time limit: to leave, and to begin another run
 TRACED = ("seed", "steps", "optim", "checkpoint", "log")  # settings that need no new compilation
-
-
-class Trainer(Protocol):
-    """What a worker needs of `prime_jax.train`, which is one."""
-
-    Preempted: type[Exception]
-    Stopped: type[Exception]
-
-    def train(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        *,
-        earlier: Sequence[Path],
-        beat: Callable[[dict[str, Any]], bool],
-        say: Callable[[str], None],
-    ) -> dict[str, Any]: ...
-
-
-class Heart(threading.Thread):
-    """Rewrites the beat of one attempt and notices when somebody else has taken the run.
-
-    As a context manager it has stopped when the block is left: a beat never follows an end.
-    """
-
-    def __init__(self, root: Path, run: str, k: int, seconds: float):
-        super().__init__(daemon=True)
-        self.root, self.run_id, self.k, self.seconds = root, run, k, seconds
-        self.latest: dict[str, Any] = {}
-        self.fenced = threading.Event()
-        self._over = threading.Event()
-
-    def __enter__(self) -> "Heart":
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self.join()
-
-    def run(self) -> None:
-        count = 0
-        while not self._over.is_set():
-            count += 1
-            with contextlib.suppress(OSError, UserError):  # a store hiccup never stops training
-                state.beat(self.root, self.run_id, self.k, {**self.latest, "count": count})
-                if state.superseded(self.root, self.run_id, self.k):
-                    self.fenced.set()
-            self._over.wait(self.seconds)
-
-
-@dataclass
-class Screen:
-    """One bar over the sweep, one line for the current run, and what happened printed above."""
-
-    progress: Progress
-    overall: TaskID
-    current: TaskID
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, console: Console) -> Iterator["Screen"]:
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            yield cls(progress, progress.add_task(""), progress.add_task("", visible=False))
-
-    def sweep(self, runs: Sequence[Run]) -> None:
-        done = sum(run.state == "done" for run in runs)
-        self.progress.update(
-            self.overall, description=status.counts(runs), total=len(runs), completed=done
-        )
-
-    def run(self, run: Run, beat: dict[str, Any]) -> None:
-        text, total = escape(status.line(run, beat)), run.spec["config"]["steps"]
-        self.progress.update(
-            self.current, description=text, total=total, completed=beat.get("step", 0), visible=True
-        )
-
-    def say(self, text: str, style: str = "") -> None:
-        self.progress.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
 
 
 def work(
     root: Path,
     *,
+    slice: str = "",
+    minutes: float | None = None,
     trainer: Trainer | None = None,
     console: Console | None = None,
     beat_seconds: float = 30.0,
@@ -126,7 +47,9 @@ def work(
     """Run what is open in the sweep `root`, one run after the other.
 
     Args:
-        root: the sweep directory.
+        root: the sweep.
+        slice: canonical name of this machine; runs planned for another one are left alone.
+        minutes: when this machine is taken away, counted from now.
         trainer: `prime_jax.train` unless a test brings its own.
         console: where progress goes.
         beat_seconds: between two beats.
@@ -137,28 +60,115 @@ def work(
         0 if nothing is left to do, 1 if runs have failed, 85 if interrupted (and saved).
 
     Raises:
-        UserError: `root` is no sweep of this version, or cannot be written to.
+        UserError: `root` is no sweep of this version, has nothing for this slice, or cannot be
+            written to; or not all processes of the gang came.
     """
-    began, watch, last, results = time.monotonic(), state.Watch(timeout), "", []
+    limit, console = Limit(minutes), console or Console()
     state.check_root(root)
-    with signals() as stopping, Screen.open(console or Console()) as screen:
+    gang = distributed.start(lambda text: console.print(text, highlight=False, soft_wrap=True))
+    leads = gang is None or gang.process == 0
+    with signals(gang) as stopping, Screen.open(console) as screen:
         trainer = trainer or _jax_trainer(root)
-        while True:
-            runs = state.list_runs(root, watch)
-            screen.sweep(runs)
-            run = _choose(runs, last, backoff)
-            if stopping.is_set() or (run is None and not _worth_waiting(runs, backoff)):
-                break
-            if run is None:
-                stopping.wait(POLL)
-            elif state.claim(root, run.id, run.k + 1):
-                last = _compiled_shape(run)
-                result = _attempt(root, run, trainer, beat_seconds, stopping, screen)
-                results += [result] if result else []
-        screen.say(share(results, time.monotonic() - began))
-    if stopping.is_set():
-        return PREEMPTED
-    return FAILED if any(run.state == "failed" for run in runs) else DONE
+        worker = Worker(root, trainer, screen, gang, stopping, limit.late, beat_seconds)
+        watch = state.Watch(timeout)
+        leader = Leader(worker, slice, limit, watch, backoff)
+        with contextlib.suppress(Apart):
+            while True:
+                order = leader.order() if leads else None
+                if gang:
+                    order = distributed.share(order)
+                    if distributed.notified():
+                        stopping.set()
+                        order = {"leave": PREEMPTED}
+                if "leave" in order:
+                    break
+                if "run" not in order:
+                    stopping.wait(POLL_REMOTE if storage.is_remote(root) else POLL)
+                    continue
+                run = leader.chosen if leads else state.read_run(root, order["run"])
+                leader.note(run_attempt(worker, run, order["k"], order["earlier"]))
+            if leads:
+                leader.say_share()
+            return order["leave"]
+    return PREEMPTED  # the gang has come apart
+
+
+@dataclass
+class Limit:
+    """The time that a machine is ours, and what must fit into the rest of it."""
+
+    minutes: float | None
+    began: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Seconds."""
+        if self.minutes is None:
+            return float("inf")
+        return 60 * self.minutes - (time.monotonic() - self.began)
+
+    def late(self, save_seconds: float) -> bool:
+        """Whether to save and leave now; a short limit keeps a smaller reserve."""
+        return self.left() < max(self._at_most(LEAVE), 2 * save_seconds)
+
+    def allows(self, first_step_seconds: float) -> bool:
+        """Whether a run begun now could still be saved, as far as the last one tells."""
+        reserve = self._at_most(LEAVE) + max(self._at_most(START), 2 * first_step_seconds)
+        return self.left() > reserve
+
+    def _at_most(self, seconds: float) -> float:
+        return min(seconds, 6 * self.minutes) if self.minutes else 0.0  # a tenth
+
+
+@dataclass
+class Leader:
+    """What process 0 decides with."""
+
+    worker: Worker
+    slice: str
+    limit: Limit
+    watch: state.Watch
+    backoff: float
+    chosen: Run | None = None
+    began: float = field(default_factory=time.monotonic)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    last: str = ""  # what the last compilation fits
+
+    def order(self) -> dict[str, Any]:
+        """What every process does next: run an attempt, wait ({}), or leave with a code."""
+        root, stopping = self.worker.root, self.worker.stopping
+        runs = storage.insist(lambda: state.list_runs(root, self.watch), self.worker.screen.say)
+        planned = {run.slice for run in runs}
+        runs = [run for run in runs if run.fits(self.slice)]
+        if planned and not runs:
+            names = ", ".join(sorted(planned))
+            raise UserError(f"{root}: no run is planned for {self.slice}; there are: {names}")
+        self.worker.screen.sweep(runs)
+        if stopping.is_set():
+            return {"leave": PREEMPTED}
+        ready = [run for run in runs if run.opens_in(backoff=self.backoff) == 0.0]
+        first = max((r["seconds"].get("first_step") or 0.0 for r in self.results), default=0.0)
+        if ready and not self.limit.allows(first):
+            self.worker.screen.say("time is nearly up: no other run is begun", "yellow")
+            return {"leave": PREEMPTED}
+        for run in sorted(ready, key=self._rank, reverse=True):
+            k = run.k + 1
+            if state.claim(root, run.id, k, say=self.worker.screen.say):
+                self.chosen, self.last = run, _compiled_shape(run)
+                return {"run": run.id, "k": k, "earlier": [a.k for a in reversed(run.attempts)]}
+        if ready or worth_waiting(runs, self.backoff):
+            return {}
+        return {"leave": FAILED if any(run.state == "failed" for run in runs) else DONE}
+
+    def _rank(self, run: Run) -> tuple[bool, float]:
+        """The largest, but first those that the last compilation fits."""
+        fits = bool(self.last) and _compiled_shape(run) == self.last
+        return fits, run.spec["flops"]["matmul"]
+
+    def note(self, result: dict[str, Any] | None) -> None:
+        self.results += [result] if result else []
+
+    def say_share(self) -> None:
+        self.worker.screen.say(share(self.results, time.monotonic() - self.began))
 
 
 def share(results: Sequence[dict[str, Any]], life: float) -> str:
@@ -168,86 +178,10 @@ def share(results: Sequence[dict[str, Any]], life: float) -> str:
     return f"training steps: {train / rest:.0%} of {rest:.0f} s (without {compile_:.0f} s of compilation)"
 
 
-def _attempt(
-    root: Path,
-    run: Run,
-    trainer: Trainer,
-    beat_seconds: float,
-    stopping: threading.Event,
-    screen: Screen,
-) -> dict[str, Any] | None:
-    """Train attempt k+1 of a run, which is ours; its result, or None once its end is recorded."""
-    k, folder = run.k + 1, root / "runs" / run.id
-    heart = Heart(root, run.id, k, beat_seconds)
-    mine = replace(run, state="running", attempts=(*run.attempts, state.Attempt(k, {}, None, None)))
-
-    def beat(values: dict[str, Any]) -> bool:
-        # Before the first loss, or after the last finite one: JSON has no NaN.
-        odd = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
-        values = values | dict.fromkeys(odd)
-        heart.latest = values
-        screen.run(mine, values)
-        return not (heart.fenced.is_set() or stopping.is_set())
-
-    def ended(how: str, reason: str, tail: str = "", *, retry: bool = True) -> None:
-        state.end(root, run.id, k, how, reason, tail=tail, retry=retry)
-        screen.say(f"{how} {run.id} attempt {k}: {reason}", "red" if how == "failed" else "yellow")
-        if tail:
-            screen.say(tail, "red")
-
-    try:
-        with heart:
-            config = from_dict(RunConfig, run.spec["config"])
-            (folder / str(k)).mkdir(parents=True, exist_ok=True)
-            earlier = [
-                folder / str(a.k) for a in reversed(run.attempts) if (folder / str(a.k)).is_dir()
-            ]
-            screen.run(mine, {})
-            result = trainer.train(
-                config, folder / str(k), earlier=earlier, beat=beat, say=screen.say
-            )
-    except (trainer.Preempted, trainer.Stopped, KeyboardInterrupt) as error:
-        if heart.fenced.is_set():
-            screen.say(
-                f"left {run.id} attempt {k}: another attempt has begun, or it was killed", "yellow"
-            )
-            return None
-        stopping.set()
-        ended(
-            "preempted",
-            "interrupted" if isinstance(error, KeyboardInterrupt) else "interrupted, saved",
-        )
-    except UserError as error:  # the same again until a person acts
-        ended("failed", str(error), retry=False)
-    except Exception as error:
-        tail = "\n".join(traceback.format_exc().splitlines()[-TRACEBACK_LINES:])
-        ended("failed", f"{type(error).__name__}: {error}", tail)
-    else:
-        extra = {"budget": run.spec["budget"], "rules": run.spec["rules"]}
-        result |= extra | {"attempt": k, "preemptions": run.interruptions}
-        write_json_atomic(folder / str(k) / "result.json", result)
-        state.publish(root, run.id, result)
-        screen.say(status.line(replace(mine, result=result)))
-        return result
-    return None
-
-
-def _choose(runs: Sequence[Run], last: str, backoff: float) -> Run | None:
-    """The largest open run, preferably one that the last compilation fits."""
-    now = time.time()
-    ready = [run for run in runs if run.opens_in(now, backoff) == 0.0]
-    return max(
-        ready,
-        key=lambda run: (_compiled_shape(run) == last, run.spec["flops"]["matmul"]),
-        default=None,
-    )
-
-
-def _worth_waiting(runs: Sequence[Run], backoff: float) -> bool:
+def worth_waiting(runs: Sequence[Run], backoff: float) -> bool:
     """Whether a run may open soon: one that backs off, or whose owner may be dead."""
-    now = time.time()
     return any(
-        run.opens_in(now, backoff) is not None or (run.state == "running" and not run.certain)
+        run.opens_in(backoff=backoff) is not None or (run.state == "running" and not run.certain)
         for run in runs
     )
 
@@ -262,13 +196,18 @@ def _jax_trainer(root: Path) -> Trainer:
 
     from prime_jax import train
 
-    jax.config.update("jax_compilation_cache_dir", str((root / "cache" / "xla").absolute()))
+    cache = root / "cache" / "xla"
+    cache = cache if storage.is_remote(root) else cache.absolute()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     return train
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once."""
+def signals(gang: distributed.Gang | None = None) -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once.
+
+    In a gang SIGTERM is JAX's own, which tells the other processes; SIGINT becomes one.
+    """
     stopping = threading.Event()
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -276,7 +215,11 @@ def signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopping.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    def pass_on(number: int, _: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {signal.SIGINT: pass_on} if gang else {signal.SIGINT: handle, signal.SIGTERM: handle}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield stopping
     finally:

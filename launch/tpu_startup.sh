@@ -1,0 +1,134 @@
+# shellcheck shell=bash
+# Start-up script of a Cloud TPU VM: runs as root at every boot, on every host of the slice.
+# `prime-jax sweep up --on tpu` puts exports above it: PRIME_ROOT, PRIME_SLICE, PRIME_CODE,
+# PRIME_NAME, PRIME_PROJECT, PRIME_ZONE, PRIME_DATA (lines FROM TO), PRIME_MOUNT, PRIME_SETUP
+# (shell lines) and JAX_COORDINATOR_PORT. `prime-jax sweep render --on tpu` prints the whole.
+set -euo pipefail
+
+home=${PRIME_HOME:-/opt/prime}
+lock=${PRIME_LOCK:-/tmp/libtpu_lockfile}
+metadata="http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/attributes"
+mkdir -p "$home"
+log=$home/startup.log
+exec >>"$log" 2>&1
+
+attribute() { curl --silent --fail --retry 5 -H 'Metadata-Flavor: Google' "$metadata/$1"; }
+megascale() { attribute tpu-env | sed -n "s/^MEGASCALE_$1: *'\{0,1\}\([^']*\)'\{0,1\}$/\1/p"; }
+say() { echo "$(date -u +%FT%TZ) $*"; }
+ship() { gcloud storage cp "$log" "$PRIME_ROOT/logs/$PRIME_NAME/host-$process.log" >/dev/null 2>&1 || true; }
+mark() { echo "$2" | gcloud storage cp - "$PRIME_ROOT/launch/$PRIME_NAME.$1"; }
+
+# The rent ends here, even when nobody watches. The next `up` or `down` does it where the VM may not.
+give_back() {
+  say "deleting $PRIME_NAME"
+  ship
+  gcloud compute tpus queued-resources delete "$PRIME_NAME" --project "$PRIME_PROJECT" \
+    --zone "$PRIME_ZONE" --force --quiet --async || say "may not delete itself; \`sweep up\` will"
+}
+
+stage=starting stopping='' finished='' worker='' process=unknown
+# shellcheck disable=SC2329 # called by the trap below
+at_exit() {
+  local code=$?
+  if [[ -z $stopping && -z $finished ]]; then
+    say "$stage failed (exit code $code)"
+    mark failed "$PRIME_NAME host $process: $stage failed (exit code $code)" || true
+    give_back
+  fi
+  ship
+  [[ -z ${shipper:-} ]] || kill "$shipper" 2>/dev/null || true
+}
+# Preemption and maintenance: the worker saves and leaves with 85.
+# shellcheck disable=SC2329 # called by the trap below
+stop() {
+  stopping=yes
+  say 'asked to stop'
+  [[ -z $worker ]] || kill -TERM "$worker" 2>/dev/null || true
+}
+trap at_exit EXIT
+trap stop TERM INT
+
+stage='reading the metadata'
+mapfile -t hosts < <(attribute worker-network-endpoints | tr , '\n' | cut -d: -f3)
+process=$(attribute agent-worker-number)
+count=${#hosts[@]} first=${hosts[0]}
+slices=$(megascale NUM_SLICES || true)
+if [[ ${slices:-1} -gt 1 ]]; then # the same job on several slices
+  first=$(megascale COORDINATOR_ADDRESS)
+  first=${first%:*}
+  process=$((process + count * $(megascale SLICE_ID)))
+  count=$((count * slices))
+fi
+if [[ $count -gt 1 ]]; then
+  export PRIME_COORDINATOR=$first:$JAX_COORDINATOR_PORT PRIME_PROCESSES=$count PRIME_PROCESS_ID=$process
+fi
+while sleep "${PRIME_SHIP_SECONDS:-60}"; do ship; done &
+shipper=$!
+
+stage='installing'
+if [[ ! -e $home/installed || $(<"$home/installed") != "$PRIME_CODE" ]]; then
+  say "host $process of $count: installing $PRIME_CODE"
+  rm -rf "$home/code" "$home/venv"
+  mkdir -p "$home/code"
+  gcloud storage cp "$PRIME_CODE" "$home/code.tar.gz"
+  tar -xzf "$home/code.tar.gz" -C "$home/code"
+  # The image's Python is too old: bring one. --target works on images whose pip is locked, too.
+  python3 -m pip install --quiet --upgrade --target "$home/uv" uv
+  export UV_PYTHON_INSTALL_DIR=$home/python
+  "$home/uv/bin/uv" venv --python 3.12 "$home/venv"
+  (cd "$home/code" && "$home/uv/bin/uv" pip install --python "$home/venv" -c constraints.txt -e '.[tpu,gcp]')
+  echo "$PRIME_CODE" >"$home/installed"
+fi
+
+stage='the setup of the user'
+eval "$PRIME_SETUP"
+
+stage='fetching data'
+while read -r from to; do
+  [[ -n $from ]] || continue
+  mkdir -p "$to"
+  if [[ -z ${PRIME_MOUNT:-} ]]; then
+    say "copying $from to $to"
+    gcloud storage rsync --recursive "$from" "$to"
+  elif ! mountpoint -q "$to"; then
+    say "mounting $from at $to"
+    from=${from#gs://}
+    gcsfuse -o ro --implicit-dirs --only-dir "${from#*/}" "${from%%/*}" "$to"
+  fi
+done <<<"$PRIME_DATA"
+
+stage='the worker'
+crashes=0
+while [[ -z $stopping ]]; do
+  rm -f "$lock" # of a process that was killed
+  say "host $process of $count: working on $PRIME_ROOT"
+  "$home/venv/bin/prime-jax" sweep work "$PRIME_ROOT" --slice "$PRIME_SLICE" &
+  worker=$!
+  code=0
+  wait "$worker" || code=$?
+  while kill -0 "$worker" 2>/dev/null; do # a signal has ended the wait, not the worker
+    code=0
+    wait "$worker" || code=$?
+  done
+  worker=''
+  say "worker left with exit code $code"
+  [[ -z $stopping ]] || exit 85
+  case $code in
+    0 | 1) # nothing is open; 1: some runs have failed, and are recorded
+      finished=yes
+      if [[ $process == 0 ]]; then
+        mark idle "exit code $code" || true
+        give_back
+      fi
+      exit 0
+      ;;
+    85) sleep "${PRIME_PAUSE_SECONDS:-10}" ;; # another host was told to stop: meet again
+    2) exit 2 ;;                              # bad input stays bad
+    *)
+      crashes=$((crashes + 1))
+      [[ $crashes -lt 5 ]] || exit "$code"
+      sleep "${PRIME_PAUSE_SECONDS:-10}"
+      ;;
+  esac
+done
+exit 85

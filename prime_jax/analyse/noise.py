@@ -1,0 +1,92 @@
+"""Where on the way from noise to text the bound is paid.
+
+Two decompositions over the share of hidden sub-tokens, both in nats per token:
+
+* the integrand of the sub-token NELBO at each noise level: its mean over the levels is the bound
+  (divided by l it is the mean cost of one hidden sub-token at that level);
+* the cost of each step of the ancestral sampler on the uniform grid of as many steps, within-token
+  joint reveals: their sum is the bound `finite:T`, and where a step costs more than the integrand
+  over its interval, finer steps would pay.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from prime_jax.analyse.subjects import Subject
+from prime_jax.evaluate import likelihood
+from prime_jax.metrics import Clock
+from prime_jax.records import Loss, as_dict
+from prime_jax.schedule import stratum
+
+BOUND, STEPS = "subtoken", "finite"
+
+
+def measure(
+    subject: Subject, levels: int, examples: int, replicates: int, tick: Callable[[], None]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for each noise level, and the two bounds that they add up to."""
+    blocks = subject.blocks(examples)
+    about = (subject.target_counts(blocks.tokens), blocks.doc, subject.given)
+    density = draws(subject, BOUND, blocks.tokens, levels, replicates, tick)
+    steps = draws(subject, f"{STEPS}:{levels}", blocks.tokens, levels, replicates, tick)
+    rows = []
+    for level in range(levels):
+        cost = likelihood.summarise(BOUND, density[level], *about)
+        step = likelihood.summarise(f"{STEPS}:{levels}", steps[level] / levels, *about)
+        rows.append(
+            {"run": subject.name, "from": level / levels, "to": (level + 1) / levels}
+            | _columns("nats", cost)
+            | _columns("step", step)
+            | {"nats_per_subtoken": cost.value / subject.run.codebook.length}
+        )
+    totals = {
+        name: likelihood.summarise(name, parts.mean(axis=0), *about)
+        for name, parts in ((BOUND, density), (f"{STEPS}:{levels}", steps))
+    }
+    return rows, {
+        "run": subject.name,
+        "eval_set": blocks.hash,
+        "examples": len(blocks.tokens),
+        "losses": [as_dict(loss) for loss in totals.values()],
+    }
+
+
+def _columns(name: str, loss: Loss) -> dict[str, float]:
+    return {name: loss.value, f"{name}_se_mc": loss.se_mc, f"{name}_se_data": loss.se_data}
+
+
+def draws(
+    subject: Subject,
+    estimator: str,
+    token_ExL: np.ndarray,
+    levels: int,
+    replicates: int,
+    tick: Callable[[], None],
+) -> np.ndarray:
+    """Nats float64 [levels, R, E]: an estimator's draws with the noise kept inside each level."""
+    run, examples = subject.run, len(token_ExL)
+    count = levels * replicates
+    replicate = np.repeat(np.arange(count, dtype=np.int32), examples)  # masks of their own
+    example = np.tile(np.arange(examples, dtype=np.int32), count)
+    inside = [
+        (stratum(np.arange(examples) + 7919 * r, examples) + 0.5) / examples for r in range(count)
+    ]
+    level = np.repeat(np.arange(levels), replicates)[:, None]
+    uniform = ((level + np.array(inside)) / levels).reshape(-1).astype(np.float32)
+    devices = run.program.mesh_choice.replica * run.program.mesh_choice.data
+    size = -(-run.config.eval.batch_size // devices) * devices  # the one that is compiled
+    pending = []
+    for row in likelihood.batches(likelihood.Row(replicate, example, uniform), size):
+        found = run.program.draw(Clock(), estimator, run.params, token_ExL[row.example], row)
+        pending.append(found[estimator])
+        tick()
+    flat = np.concatenate([np.asarray(x, np.float64) for x in pending])[: len(example)]
+    return flat.reshape(levels, replicates, examples)
+
+
+def batches(subject: Subject, levels: int, examples: int, replicates: int) -> int:
+    """Network calls of `measure`, nearly."""
+    size = subject.run.config.eval.batch_size
+    return 2 * -(-levels * replicates * examples // size)

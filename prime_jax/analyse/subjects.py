@@ -1,0 +1,101 @@
+"""What is analysed: finished runs with a name each, and the validation blocks they are shown."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prime_jax import trained
+from prime_jax.data import loader, manifest
+from prime_jax.errors import UserError
+from prime_jax.objectives import targets
+from prime_jax.trained import Trained
+
+SEED = 4_711  # of masks; the same for all runs, so that they are compared on the same ones
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A run, its name in tables and figures, and the dataset it is shown (its own, or given)."""
+
+    name: str
+    run: Trained
+    data: manifest.Manifest | None
+
+    def blocks(self, examples: int) -> loader.EvalBlocks:
+        """Validation blocks.
+
+        Raises:
+            UserError: no dataset, or one with other tokens than the run's.
+        """
+        if self.data is None:
+            raise UserError(
+                f"{self.name}: its dataset {self.run.config.data.path} is not on this machine; give "
+                "--data DIR"
+            )
+        return loader.eval_blocks(self.data, "valid", examples)
+
+    def target_counts(self, token_ExL: np.ndarray) -> np.ndarray:
+        """int [E]: tokens of each block that are charged for."""
+        return np.asarray(targets(self.run.config, token_ExL, self.run.eos_id)).sum(axis=1)
+
+    @property
+    def given(self) -> str:
+        return "lengths" if self.run.config.data.segment_ids else ""
+
+    @cached_property
+    def params(self) -> Any:
+        """Whole, on one device."""
+        return jax.device_put(jax.device_get(self.run.params), jax.devices()[0])
+
+    def about(self) -> dict[str, Any]:
+        c = self.run.config
+        return {
+            "run": self.name,
+            "path": str(self.run.path),
+            "id": self.run.id,
+            "family": c.family,
+            "length": self.run.codebook.length,
+            "layers": c.model.layers,
+            "width": c.model.width,
+            "step": self.run.step,
+            "permutation": self.run.codebook.hash,
+        }
+
+
+def load(names: list[str], data: Path | None = None) -> list[Subject]:
+    """The runs, each with a name of its own: family, l, the beginning of its id (and a number).
+
+    Raises:
+        UserError: no such run, an unfinished one, or a dataset that is not for it.
+    """
+    runs = [trained.load(name) for name in names]
+    labels = [_label(run) for run in runs]
+    labels = [f"{x} #{k + 1}" if labels.count(x) > 1 else x for k, x in enumerate(labels)]
+    given = manifest.load(data) if data else None
+    for run in runs if given else []:
+        manifest.check(given, _any_data(run.config))
+    return [Subject(n, run, given or run.data) for n, run in zip(labels, runs, strict=True)]
+
+
+def _any_data(config: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(config, data=replace(config.data, fingerprint=""))
+
+
+def _label(run: Trained) -> str:
+    length = f" l={run.codebook.length}" if run.config.family == "prime" else ""
+    return f"{run.config.family}{length} {run.id[:6]}"
+
+
+def diffusion_only(subjects: list[Subject], what: str) -> None:
+    """Raises: UserError: an autoregressive run, which hides nothing."""
+    for subject in subjects:
+        if subject.run.config.family == "arm":
+            raise UserError(
+                f"{subject.name}: {what} needs a diffusion model; family arm hides nothing"
+            )

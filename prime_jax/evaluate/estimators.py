@@ -1,0 +1,212 @@
+"""The estimators of a likelihood: each maps rows of tokens to one unbiased draw of its bound, nats.
+
+Sub-tokens are hidden by fixed-count masking: exactly k of n, weight n / k, no schedule and no end
+points (math.md sections 1 and 3). What is charged, and which kind of number that is, is in
+docs/theory.md; the chain rule under fixed orders in chain.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prime_jax.config import RunConfig
+from prime_jax.kernels.subtoken_head import Head, subtoken_log_masses
+from prime_jax.objectives import (
+    Inputs,
+    Network,
+    autoregressive_inputs,
+    cut,
+    make_head,
+    masked_inputs,
+)
+from prime_jax.subtokens import Codebook
+
+Values = dict[str, jax.Array]  # estimator name -> nats [B]
+
+
+class Task(NamedTuple):
+    """What an estimator needs besides the tokens; static under `jit`.
+
+    `guidance` is the scale w of classifier-free guidance by the context (`guided`); 0 is none.
+    """
+
+    config: RunConfig
+    head: Head
+    eos_id: int
+    guidance: float = 0.0
+
+    @property
+    def book(self) -> Codebook:
+        return self.head.codebook
+
+
+class Text(NamedTuple):
+    """Rows to score.
+
+    Attributes:
+        token_BxL: the truth.
+        target_BxL: positions that are hidden and charged; the others are context, visible and free.
+        stop_B: positions from here on are padding that nothing sees; None where there is none.
+        most: at least the targets of any row, the same on all devices; None for the whole length.
+    """
+
+    token_BxL: jax.Array
+    target_BxL: jax.Array
+    stop_B: jax.Array | None = None
+    most: jax.Array | None = None
+
+
+def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> tuple:
+    """Per sequence: (marginal, joint) weighted cost in nats of the sub-tokens in `masked & ~later`.
+
+    The marginal cost charges each of them alone, the joint cost within-token together. Without
+    `later_BxLxS` nothing is left for later.
+    """
+    h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
+    row_BxL = jnp.asarray(head.codebook.rows)[inputs.token_BxL]
+    parts = (row_BxL, inputs.masked_BxLxS, later_BxLxS)
+    h_NxD, *flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (h_BxLxD, *parts))
+    marginal_N, joint_N = subtoken_log_masses(head, h_NxD, head_VxD, *flat)
+    weight_BxL = inputs.weight_BxL
+    nats = (-(x_N.reshape(weight_BxL.shape) * weight_BxL).sum(1) for x_N in (marginal_N, joint_N))
+    return tuple(nats)
+
+
+def hidden(task: Task, text: Text, masked_BxLxS, weight_BxL=None) -> Inputs:
+    """The rows with these sub-tokens hidden; what a position costs is weighted, by 1 if not given."""
+    if weight_BxL is None:
+        weight_BxL = jnp.ones(text.token_BxL.shape, jnp.float32)
+    inputs = masked_inputs(
+        task.config, task.book, text.token_BxL, masked_BxLxS, weight_BxL, task.eos_id
+    )
+    return inputs if text.stop_B is None else cut(inputs, text.stop_B)
+
+
+def shifted(task: Task, text: Text) -> Inputs:
+    """The rows as an autoregressive model reads them, charged at the targets."""
+    inputs = autoregressive_inputs(task.config, task.book, text.token_BxL, task.eos_id)
+    inputs = inputs._replace(
+        masked_BxLxS=text.target_BxL[..., None], weight_BxL=text.target_BxL.astype(jnp.float32)
+    )
+    return inputs if text.stop_B is None else cut(inputs, text.stop_B)
+
+
+def exact(task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
+    """-log p(x) of an autoregressive model, nats [B]."""
+    return {"ar": row_nats(task.head, network, shifted(task, text))[1]}
+
+
+def fixed_count(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.Array) -> tuple:
+    """Hide exactly k of the n candidates, k uniform on 1..n: (mask [B, N], weight n / k [B])."""
+    n_B = candidate_BxN.sum(axis=1)
+    k_B = 1 + jnp.minimum(jnp.floor(uniform_B * n_B).astype(n_B.dtype), n_B - 1)
+    rank_BxN = jnp.argsort(jnp.argsort(jnp.where(candidate_BxN, score_BxN, 2.0), axis=1), axis=1)
+    weight_B = jnp.where(n_B > 0, n_B / jnp.maximum(k_B, 1), 0.0)
+    return (rank_BxN < k_B[:, None]) & candidate_BxN, weight_B
+
+
+def independent(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.Array) -> tuple:
+    """Hide each candidate with probability t, t uniform: (mask [B, N], weight 1 / t [B]).
+
+    The same bound as `fixed_count` with more variance, for comparison with published numbers.
+    """
+    t_B = jnp.maximum(uniform_B, 1e-7)  # below that nothing is hidden in float32
+    return (score_BxN < t_B[:, None]) & candidate_BxN, 1 / t_B
+
+
+MASKINGS = {"": fixed_count, "independent": independent}
+
+
+def _hide(masking: str, task: Task, score_BxLxU, candidate_BxLxU, uniform_B) -> tuple:
+    """(mask [B, L, U], weight [B, L]): each block of block diffusion, or the sequence, on its own.
+
+    Blocks shift the stratified draw by a golden ratio each: every level stays uniform.
+    """
+    batch, length, _ = score_BxLxU.shape
+    block = task.config.objective.block_length or length
+    shift_G = jnp.arange(length // block) * 0.6180339887
+    uniform_BxG = (uniform_B[:, None] + shift_G) % 1.0
+    by_block = (x.reshape(uniform_BxG.size, -1) for x in (score_BxLxU, candidate_BxLxU))
+    masked, weight = MASKINGS[masking](*by_block, uniform_BxG.reshape(-1))
+    weight_BxL = jnp.repeat(weight.reshape(batch, -1), block, axis=1)
+    return masked.reshape(score_BxLxU.shape), weight_BxL
+
+
+def _scores(key_B, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform [B, *shape], each row from its own key."""
+    return jax.vmap(lambda key: jax.random.uniform(key, shape))(key_B)
+
+
+def subtoken(masking: str, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
+    """Marginal NELBO over sub-tokens, nats [B].
+
+    With fixed-count masking and l > 1 the same pass gives the published joint loss, no bound.
+    """
+    shape = (*text.token_BxL.shape, task.book.length)
+    candidate_BxLxS = jnp.broadcast_to(text.target_BxL[..., None], shape)
+    drawn = _hide(masking, task, _scores(key_B, shape[1:]), candidate_BxLxS, uniform_B)
+    marginal_B, joint_B = row_nats(task.head, network, hidden(task, text, *drawn))
+    if masking:
+        return {f"subtoken:{masking}": marginal_B}
+    values = {"subtoken": marginal_B}
+    if task.book.length > 1:
+        values["joint"] = joint_B
+    return values
+
+
+def token(masking: str, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
+    """NELBO of the token-level mask process: whole tokens hidden, joint cost, nats [B]."""
+    score = _scores(key_B, text.token_BxL.shape[1:])
+    whole = (score[..., None], text.target_BxL[..., None])
+    masked_BxLx1, weight_BxL = _hide(masking, task, *whole, uniform_B)
+    masked_BxLxS = jnp.broadcast_to(masked_BxLx1, (*score.shape, task.book.length))
+    inputs = hidden(task, text, masked_BxLxS, weight_BxL)
+    label = f"token:{masking}" if masking else "token"
+    return {label: row_nats(task.head, network, inputs)[1]}
+
+
+def finite(steps: int, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
+    """NELBO of the sampler with `steps` linear steps and within-token joint reveals, nats [B]."""
+    step_B = 1 + jnp.minimum(jnp.floor(uniform_B * steps), steps - 1)
+    score = _scores(key_B, (*text.token_BxL.shape[1:], task.book.length))
+
+    def hidden_at(t_B):
+        return (score < t_B[:, None, None]) & text.target_BxL[..., None]
+
+    inputs = hidden(task, text, hidden_at(step_B / steps))
+    later_BxLxS = hidden_at((step_B - 1) / steps)
+    nats_B = row_nats(task.head, network, inputs, later_BxLxS)[1]
+    return {f"finite:{steps}": steps * nats_B}
+
+
+def guided(task: Task, network: Network, context_BxL: jax.Array) -> Network:
+    """Classifier-free guidance: logits (1 + w) z - w z', where z' does not see the context.
+
+    Logits are linear in the hidden states, so these are combined and every bound stays one, of the
+    guided model.
+    """
+    w = task.guidance
+
+    def combined(digits_BxLxS, segment_ids_BxL, keys_B):
+        h_BxLxD, head_VxD = network(digits_BxLxS, segment_ids_BxL, keys_B)
+        context = context_BxL[..., None]
+        if digits_BxLxS.ndim == 4:  # both copies of block diffusion
+            context = context[:, None]
+        blind_BxLxS = jnp.where(context, task.book.base, digits_BxLxS)
+        without_BxLxD, _ = network(blind_BxLxS, segment_ids_BxL, keys_B)
+        mixed_BxLxD = (1 + w) * h_BxLxD.astype(jnp.float32) - w * without_BxLxD
+        return mixed_BxLxD.astype(h_BxLxD.dtype), head_VxD
+
+    return combined
+
+
+def make_task(
+    config: RunConfig,
+    codebook: Codebook,
+    eos_id: int,
+    axis_name: str | None = None,
+    guidance: float = 0.0,
+) -> Task:
+    """Args: axis_name: mesh axis that splits the head's rows (`make_head`)."""
+    return Task(config, make_head(config, codebook, axis_name), eos_id, guidance)

@@ -1,0 +1,174 @@
+"""The numbers of one run on sets of text, and their record `eval.json`.
+
+eval.json (beside result.json; readable without this package):
+
+    schema, run, step, family
+    sets     one per set of text: data, rules (preset@version or split), hash, stride, context,
+             texts, bytes (null: the tokenizer loses text), clusters, losses
+    losses   as in result.json (records.Loss), with `valid` (a likelihood or a bound on it) and, if
+             so, `perplexity` and `bits_per_byte`
+    samples  one per sample file that was scored: `samples.py`
+    tasks    one per harness call: `tasks.py`
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prime_jax.errors import UserError
+from prime_jax.evaluate import likelihood
+from prime_jax.evaluate.score import Partial, Scorer, replicated
+from prime_jax.evaluate.texts import TextSet
+from prime_jax.records import Loss, as_dict, read_json, write_json_atomic
+from prime_jax.trained import Trained
+
+SCHEMA = 1
+FILE, WORK = "eval.json", "eval"
+
+
+def names_of(run: Trained, asked: str) -> list[str]:
+    """The estimators to run; all that apply by default.
+
+    Args:
+        asked: names separated by commas, or nothing.
+    Raises:
+        UserError: an unknown estimator, or one that this family does not have.
+    """
+    arm = run.config.family == "arm"
+    if not asked:
+        return likelihood.estimators_of(run.config, run.codebook)
+    names = list(dict.fromkeys(name.strip() for name in asked.split(",") if name.strip()))
+    for name in names:
+        likelihood.estimator(name)
+        if name == "greedy":
+            raise UserError("estimator 'greedy' is no likelihood; it serves the task harness")
+        if arm != (name == "ar"):
+            right = "its only estimator is ar" if arm else "use chain:l2r for left to right"
+            raise UserError(
+                f"estimator {name!r}: {run.path} is of family {run.config.family}; {right}"
+            )
+    return names
+
+
+def evaluate(
+    scorer: Scorer,
+    texts: TextSet,
+    names: list[str],
+    replicates: int,
+    work: Path | None = None,
+    tick: Callable[[str, int, int], None] = lambda name, rows, done: None,
+) -> list[Loss]:
+    """All estimators on one set.
+
+    Args:
+        work: directory where unfinished draws are kept for a later call; None: nowhere.
+        tick: told the estimator, how many draws it makes, and how many of them are newly done.
+    """
+    run = scorer.run
+    given = "lengths" if run.config.data.segment_ids else ""
+    n_tokens_W = scored_tokens(run, texts)
+    losses = []
+    for name in names:
+        count = 1 if likelihood.kind(name) == "nll" else replicates
+        rows, window = replicated(len(texts.windows.tokens), count)
+        identity = texts.identity | {
+            "run": run.id,
+            "step": run.step,
+            "codebook": run.codebook.hash,
+            "estimator": name,
+            "replicates": count,
+        }
+        path = work and work / f"{texts.windows.hash}-{name.replace(':', '-')}.npz"
+        kept = Partial(path, identity, len(window))
+        told = functools.partial(tick, name, len(window))
+        drawn = scorer.draws(name, texts.windows, rows, window, kept, told)
+        for label, nats in sorted(drawn.items(), key=lambda item: item[0] != name):
+            shaped = nats.reshape(count, -1)
+            losses.append(likelihood.summarise(label, shaped, n_tokens_W, texts.cluster, given))
+        kept.discard()
+    return losses
+
+
+def scored_tokens(run: Trained, texts: TextSet) -> np.ndarray:
+    """int [W]: targets in each window; EOS is none where segment ids give the lengths away."""
+    scored = [t[s:] for t, s in zip(texts.windows.tokens, texts.windows.start, strict=True)]
+    if run.config.data.segment_ids:
+        scored = [tokens[tokens != run.eos_id] for tokens in scored]
+    return np.array([len(tokens) for tokens in scored])
+
+
+def described(loss: Loss, n_bytes: int | None) -> dict[str, Any]:
+    """A loss as it is stored: perplexity and bits only where it is a likelihood or a bound."""
+    valid = loss.kind != "train_loss"
+    out = as_dict(loss) | {"valid": valid}
+    if valid:
+        out["perplexity"] = math.exp(min(loss.value, 700.0))
+        out["bits_per_byte"] = likelihood.bits_per_byte(loss, n_bytes or 0)
+    return out
+
+
+def as_record(texts: TextSet, losses: list[Loss]) -> dict[str, Any]:
+    return {
+        "data": texts.name,
+        "rules": texts.rules,
+        **texts.identity,
+        "texts": texts.texts,
+        "bytes": texts.n_bytes,
+        "clusters": texts.clusters,
+        "losses": [described(loss, texts.n_bytes) for loss in losses],
+    }
+
+
+def store(run: Trained, path: Path, key: str, entry: dict[str, Any], same: tuple[str, ...]) -> None:
+    """Add an entry to a list of eval.json, in the place of one that agrees in the fields `same`.
+
+    Losses of the same set stay side by side: a new estimator joins those that are there.
+
+    Raises:
+        UserError: the file is of another run, damaged or cannot be written.
+    """
+    about = {"schema": SCHEMA, "run": run.id, "step": run.step, "family": run.config.family}
+    found = read_json(path) if path.exists() else about
+    if not isinstance(found, dict) or any(found.get(k) != v for k, v in about.items()):
+        raise UserError(f"{path} is not of run {run.id} at step {run.step}; move it away")
+    entries = found.setdefault(key, [])
+    for i, old in enumerate(entries):
+        if all(old.get(field) == entry.get(field) for field in same):
+            if "losses" in entry:
+                new = {loss["estimator"] for loss in entry["losses"]}
+                kept = [loss for loss in old["losses"] if loss["estimator"] not in new]
+                entry = entry | {"losses": kept + entry["losses"]}
+            entries[i] = entry
+            break
+    else:
+        entries.append(entry)
+    write_json_atomic(path, found)
+
+
+def table(records: list[dict[str, Any]]) -> Any:
+    """A rich table of the sets' losses."""
+    from rich.table import Table
+
+    out = Table("data", "estimator", "kind", "valid", "nats/token", "se (MC)", "se (data)")
+    for column in ("perplexity", "bits/byte", "tokens"):
+        out.add_column(column)
+    for record in records:
+        for loss in record["losses"]:
+            bits = loss.get("bits_per_byte")
+            out.add_row(
+                record["data"],
+                loss["estimator"],
+                loss["kind"],
+                "yes" if loss["valid"] else "no",
+                f"{loss['value']:.4f}",
+                f"{loss['se_mc']:.4f}",
+                f"{loss['se_data']:.4f}",
+                f"{loss['perplexity']:.2f}" if loss["valid"] else "",
+                "" if bits is None else f"{bits:.4f}",
+                f"{loss['n_tokens']:,}",
+            )
+    return out

@@ -1,0 +1,89 @@
+"""Generative perplexity: samples of one run, scored by another (or the same) run.
+
+A sample file is JSON lines, each {"tokens": [ids], "text": "..."} as `prime-jax sample` writes.
+Where both runs share a tokenizer the ids are scored, else the text, tokenized anew. A low number
+alone proves nothing, repetitive samples score well: their quality (sample/quality.py) stands beside
+it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prime_jax.errors import UserError
+from prime_jax.evaluate import report
+from prime_jax.evaluate.score import Scorer, Windows, cut
+from prime_jax.evaluate.texts import TextSet
+from prime_jax.sample.quality import Quality, quality
+from prime_jax.trained import Trained
+
+
+def load(path: Path, of: Trained, scorer: Trained) -> tuple[TextSet, Quality]:
+    """The samples as windows of the scorer, and what they look like without it.
+
+    Raises:
+        UserError: not such a file, or ids outside the vocabulary.
+    """
+    tokens_N, texts = _read(path)
+    seen = quality([tokens.tolist() for tokens in tokens_N])
+    n_bytes = sum(len(text.encode()) for text in texts)
+    if not same_tokenizer(of, scorer):
+        tokens_N = scorer.tokenizer.encode_batch(texts)
+    largest = max((int(t.max()) for t in tokens_N if len(t)), default=0)
+    if largest >= scorer.config.model.vocab_size:
+        raise UserError(
+            f"{path}: token {largest} is outside the vocabulary of {scorer.path} "
+            f"({scorer.config.model.vocab_size})"
+        )
+    size = scorer.config.data.seq_len
+    pieces = [(i, t[b:e]) for i, t in enumerate(tokens_N) for b, _, e in cut(len(t), size, size, 0)]
+    if not pieces:
+        raise UserError(f"{path}: holds no sample with a token")
+    number, stretches = zip(*pieces, strict=True)
+    windows = Windows([np.asarray(p, np.int32) for p in stretches], np.zeros(len(pieces), np.int32))
+    texts_of = (str(path), "", windows, np.array(number), "texts", len(tokens_N), n_bytes, size, 0)
+    return TextSet(*texts_of), seen
+
+
+def same_tokenizer(a: Trained, b: Trained) -> bool:
+    return a is b or a.tokenizer.hash == b.tokenizer.hash
+
+
+def _read(path: Path) -> tuple[list[np.ndarray], list[str]]:
+    tokens, texts = [], []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            tokens.append(np.array(value["tokens"], np.int64).reshape(-1))
+            texts.append(str(value["text"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'{path} line {number}: not a sample, {{"tokens": [ids], "text": "..."}}'
+            ) from error
+        if len(tokens[-1]) and tokens[-1].min() < 0:
+            raise UserError(f"{path} line {number}: negative token id")
+    if not tokens:
+        raise UserError(f"{path}: holds no sample")
+    return tokens, texts
+
+
+def score(
+    path: Path,
+    of: Trained,
+    scorer: Scorer,
+    names: list[str],
+    replicates: int,
+    tick: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """The entry of eval.json: losses under the scorer, and the samples' own quality."""
+    texts, seen = load(path, of, scorer.run)
+    losses = report.evaluate(scorer, texts, names, replicates, tick=tick)
+    by = {"run": scorer.run.id, "step": scorer.run.step, "family": scorer.run.config.family}
+    return report.as_record(texts, losses) | {"scorer": by, "quality": seen._asdict()}

@@ -1,0 +1,262 @@
+"""Scoring windows of tokens with a finished run: padded, batched, over devices, resumable.
+
+A window is a stretch of a text: the tokens from `start` on are scored, those before are context.
+Windows are padded to a few lengths, padding that nothing sees; a window's numbers depend on itself,
+its replicate and its keys, never on the batch it is in, so any part of the work can be done again
+or left to another time.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from prime_jax import distributed, meshes
+from prime_jax.config import MeshConfig
+from prime_jax.errors import UserError
+from prime_jax.evaluate import likelihood
+from prime_jax.evaluate.likelihood import Row
+from prime_jax.metrics import Clock
+from prime_jax.sharding import Shardings
+from prime_jax.step import Parts, make_draw
+from prime_jax.trained import Trained
+
+SHORTEST = 32  # the shortest length that windows are padded to
+SAVE_SECONDS = 20.0
+AHEAD = 2  # batches on the device while earlier ones are read
+
+
+class Windows(NamedTuple):
+    """Stretches of texts.
+
+    Attributes:
+        tokens: int32 arrays, each no longer than the model's length.
+        start: int32 [W], where scoring starts in each.
+    """
+
+    tokens: list[np.ndarray]
+    start: np.ndarray
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits of the tokens and of what is scored."""
+        digest = hashlib.sha256(self.start.astype("<i4").tobytes())
+        for tokens in self.tokens:
+            digest.update(len(tokens).to_bytes(4, "little") + tokens.astype("<i4").tobytes())
+        return digest.hexdigest()[:12]
+
+
+def cut(length: int, size: int, stride: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, start, stop) of the windows of a text: each token is scored in exactly one.
+
+    A window scores `stride` tokens (the last one what is left) after at most `context` tokens
+    before them.
+
+    Args:
+        length: of the text; size: of the model.
+    Raises:
+        UserError: a window would be longer than the model.
+    """
+    if stride < 1 or context < 0 or stride + context > size:
+        raise UserError(
+            f"stride {stride} + context {context}: a window must score at least one token and "
+            f"hold at most {size}, the length that the run was trained at"
+        )
+    for start in range(0, length, stride):
+        yield max(0, start - context), start, min(start + stride, length)
+
+
+def padded_to(length: int, longest: int, block: int = 1) -> int:
+    """The length that a window is padded to: the model's, halved while whole blocks still fit."""
+    while longest % (2 * block) == 0 and longest // 2 >= max(length, SHORTEST):
+        longest //= 2
+    return longest
+
+
+class Partial:
+    """Draws that are done, in a file that a later call continues; without a path, in memory.
+
+    Args:
+        identity: of the work; another one in the file is refused by starting anew.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any], rows: int):
+        self.path, self.rows = path, rows
+        self.identity = json.dumps(identity, sort_keys=True)
+        self.nats: dict[str, np.ndarray] = {}
+        self._saved = time.monotonic()
+        if path is not None and path.exists():
+            try:
+                with np.load(path) as stored:
+                    if str(stored["identity"]) == self.identity:
+                        self.nats = {k: stored[k] for k in stored.files if k != "identity"}
+            except (OSError, ValueError, KeyError):
+                pass  # damaged: it is only saved work
+
+    def open(self) -> np.ndarray:
+        """Rows that are still to do."""
+        for values in self.nats.values():
+            return np.flatnonzero(np.isnan(values))
+        return np.arange(self.rows)
+
+    def put(self, index: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        for label, value in values.items():
+            array = self.nats.setdefault(label, np.full(self.rows, np.nan))
+            array[index] = value[: len(index)]
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        if self.path is None or not distributed.is_writer():
+            return
+        temporary = self.path.with_name(f".{self.path.name}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, identity=self.identity, **self.nats)
+            temporary.replace(self.path)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self._saved = time.monotonic()
+
+    def discard(self) -> None:
+        if self.path is not None and distributed.is_writer():
+            self.path.unlink(missing_ok=True)
+
+
+class Scorer:
+    """Draws of any estimator for windows of tokens, over some devices.
+
+    Args:
+        devices: how many share a batch; 0: all.
+        batch_size: windows of full length per call, more of shorter ones; 0: that of the run's
+            config. Rounded up to the devices.
+        guidance: scale of classifier-free guidance by the context (diffusion runs only).
+    """
+
+    def __init__(
+        self, run: Trained, *, devices: int = 0, batch_size: int = 0, guidance: float = 0.0
+    ):
+        if guidance and run.config.family == "arm":
+            raise UserError(f"{run.path}: guidance (cfg) needs a diffusion run, this is an arm")
+        available = jax.devices()
+        if not 0 <= devices <= len(available):
+            raise UserError(f"--devices {devices}: this machine has {len(available)}")
+        count = devices or len(available)
+        self.run, self.guidance, self.clock = run, guidance, Clock()
+        config = dataclasses.replace(run.config, batch_size=count, mesh=MeshConfig(model=1))
+        self.mesh, _ = meshes.make(config, available[:count])
+        self.config = config
+        self.batch_size = -(-(batch_size or config.eval.batch_size) // count) * count
+        self.shardings = Shardings.of(self.mesh)
+        self.specs = self.shardings.specs(run.params)
+        place = lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec))  # noqa: E731
+        self.params = jax.tree.map(place, run.params, self.specs)
+        self._draws: dict[tuple[int, bool, int], Any] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens that a window can have."""
+        return self.config.data.seq_len
+
+    def _batch(self, length: int, rows: int) -> int:
+        """Windows of a padded length per call: so many tokens, and not many more than there are."""
+        devices, most = self.mesh.size, self.batch_size * (self.length // length)
+        return min(most, devices * (1 << (-(-rows // devices) - 1).bit_length()))
+
+    def _draw(self, length: int, whole: bool, batch: int) -> Any:
+        """The compiled estimators for `batch` windows of this padded length.
+
+        Args:
+            whole: they are scored from end to end and need no padding.
+        """
+        if (length, whole, batch) not in self._draws:
+            data = dataclasses.replace(self.config.data, seq_len=length)
+            parts = Parts(
+                dataclasses.replace(self.config, data=data),
+                self.run.codebook,
+                self.mesh,
+                self.shardings,
+                self.specs,
+                self.run.eos_id,
+            )
+            self._draws[length, whole, batch] = make_draw(parts, self.guidance)
+        return self._draws[length, whole, batch]
+
+    def draws(
+        self,
+        name: str,
+        windows: Windows,
+        rows: Row,
+        window: np.ndarray,
+        partial: Partial | None = None,
+        tick: Callable[[int], None] = lambda rows: None,
+    ) -> dict[str, np.ndarray]:
+        """One draw for every row: {label: nats float64 [rows]}.
+
+        Args:
+            rows: keys and noise levels; `window` [rows]: the window that each one scores.
+            partial: where draws are kept until all are done.
+            tick: told how many rows are newly done.
+        """
+        partial = partial or Partial(None, {}, len(window))
+        lengths = np.array([len(tokens) for tokens in windows.tokens], np.int32)
+        block = self.config.objective.block_length or 1
+        sizes = np.array([padded_to(n, self.length, block) for n in lengths])
+        wholes = (windows.start == 0) & (lengths == sizes)
+        todo = partial.open()
+        tick(len(window) - len(todo))
+        waiting: deque[tuple[np.ndarray, Any]] = deque()
+
+        def read() -> None:
+            index, values = waiting.popleft()
+            partial.put(index, {k: np.asarray(v, np.float64) for k, v in values.items()})
+            tick(len(index))
+
+        try:
+            for size, whole in sorted(set(zip(sizes.tolist(), wholes.tolist(), strict=True))):
+                group = ((sizes == size) & (wholes == whole))[window]
+                batch = self._batch(size, int(group.sum()))
+                for index in _batches(todo[group[todo]], batch):
+                    full = np.resize(index, batch)  # a last batch is filled up by repetition
+                    values = self._run(name, windows, rows.take(full), window[full], size)
+                    waiting.append((index, values))
+                    if len(waiting) > AHEAD:
+                        read()
+            while waiting:
+                read()
+        except BaseException:  # whatever stops the work, what is done stays
+            partial.save()
+            raise
+        return partial.nats
+
+    def _run(self, name: str, windows: Windows, row: Row, window: np.ndarray, size: int) -> Any:
+        tokens = np.zeros((len(window), size), np.int32)
+        for i, w in enumerate(window):
+            tokens[i, : len(windows.tokens[w])] = windows.tokens[w]
+        start = windows.start[window].astype(np.int32)
+        stop = np.array([len(windows.tokens[w]) for w in window], np.int32)
+        whole = not start.any() and bool((stop == size).all())
+        if not whole:
+            most = np.full(len(window), (stop - start).max(), np.int32)
+            row = row._replace(start=start, stop=stop, most=most)
+        return self._draw(size, whole, len(window))(self.clock, name, self.params, tokens, row)
+
+
+def _batches(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(index), size):
+        yield index[start : start + size]
+
+
+def replicated(windows: int, replicates: int) -> tuple[Row, np.ndarray]:
+    """Rows of an evaluation set, stratified as in training, and the window of each."""
+    rows = likelihood.grid(windows, replicates)
+    return rows, rows.example

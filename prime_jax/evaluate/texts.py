@@ -1,0 +1,204 @@
+"""What is evaluated on: a prepared dataset, text files or a zero-shot set, as windows of tokens.
+
+DIR                    a prepared dataset, its blocks as in training
+text:GLOB              each file one text; jsonl:GLOB, parquet:GLOB and the others of sources.py
+PRESET:PATH            a zero-shot set (presets.py): a file, a directory or a glob of .txt,
+                       .jsonl or .parquet
+zero-shot:DIR          every zero-shot set found in DIR, as NAME.txt, NAME.jsonl, NAME/...
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prime_jax.data import loader, manifest, sources, tokenizer
+from prime_jax.errors import UserError
+from prime_jax.evaluate.presets import PRESETS
+from prime_jax.evaluate.score import Windows, cut
+from prime_jax.trained import Trained
+
+SUFFIXES = {".txt": "text", ".tokens": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+CLUSTERS = 20  # texts from which the standard error over texts is trusted
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How texts become windows: `stride` scored tokens after at most `context` tokens.
+
+    Attributes:
+        stride: 0 for what the context leaves of the model's length.
+        examples: blocks of a prepared dataset, evenly spaced; 0 for all.
+        split: of a prepared dataset.
+    """
+
+    stride: int = 0
+    context: int = 0
+    examples: int = 0
+    split: str = "valid"
+
+
+@dataclass(frozen=True, eq=False)
+class TextSet:
+    """Windows to score, and what the result says about them.
+
+    Attributes:
+        name: what the user asked for; `rules`: the preset and its version, or empty.
+        cluster: int64 [W], what windows' errors are grouped by: `clusters`, texts or windows.
+        n_bytes: of the scored text; None where the tokenizer loses some of it.
+    """
+
+    name: str
+    rules: str
+    windows: Windows
+    cluster: np.ndarray
+    clusters: str
+    texts: int
+    n_bytes: int | None
+    stride: int
+    context: int
+
+    @property
+    def identity(self) -> dict:
+        """What makes two results comparable."""
+        return {"hash": self.windows.hash, "stride": self.stride, "context": self.context}
+
+
+def load(spec: str, run: Trained, cutting: Cutting) -> list[TextSet]:
+    """The sets that a spec names.
+
+    Raises:
+        UserError: nothing there, text that cannot be read, or another tokenizer's tokens.
+    """
+    kind, colon, rest = spec.partition(":")
+    size = run.config.data.seq_len
+    stride = cutting.stride or size - cutting.context
+    cutting = dataclasses.replace(cutting, stride=stride)
+    list(cut(1, size, stride, cutting.context))  # refused before anything is read
+    if kind == "zero-shot":
+        return [_preset(f"{n}:{p}", n, p, run, cutting) for n, p in _found(rest)]
+    if kind in PRESETS and colon:
+        return [_preset(spec, kind, rest, run, cutting)]
+    if not colon or Path(spec).exists():
+        return [_prepared(spec, run, cutting)]
+    return [_tokenised(spec, "", read(spec), run, cutting, stream=False)]
+
+
+def read(spec: str) -> list[str]:
+    """The texts of a source (`sources.parse`), without those that are empty or no text."""
+    documents = [
+        document.text
+        for source in sources.parse(spec)
+        for part in source.parts
+        for document in part.documents()
+        if document is not None and document.text
+    ]
+    if not documents:
+        raise UserError(f"{spec}: holds no text")
+    return documents
+
+
+def _found(directory: str) -> list[tuple[str, str]]:
+    """(preset, path) of the sets in a directory."""
+    out = []
+    for name in PRESETS:
+        paths = [Path(directory) / name, *(Path(directory) / (name + s) for s in SUFFIXES)]
+        out += [(name, str(path)) for path in paths if path.exists()][:1]
+    if not out:
+        names = ", ".join(PRESETS)
+        raise UserError(f"zero-shot:{directory}: none of {names} (.txt, .jsonl, .parquet) is there")
+    return out
+
+
+def _preset(name: str, kind: str, path: str, run: Trained, cutting: Cutting) -> TextSet:
+    preset = PRESETS[kind]
+    files = [path]
+    if Path(path).is_dir():
+        files = [str(file) for file in sorted(Path(path).iterdir()) if file.suffix in SUFFIXES]
+        if not files:
+            raise UserError(f"{name}: no .txt, .jsonl or .parquet file in {path}")
+    texts: list[str] = []
+    for file in files:
+        reader = SUFFIXES.get(Path(file).suffix, "text")
+        for text in read(f"{reader}:{file}"):
+            by_line = reader == "text" and preset.unit == "line"
+            texts += [t for t in text.splitlines() if t.strip()] if by_line else [text]
+    clean = [preset.detokenise(text) for text in texts]
+    rules = f"{kind}@{preset.version}"
+    return _tokenised(name, rules, clean, run, cutting, stream=preset.layout == "stream")
+
+
+def _tokenised(
+    name: str, rules: str, texts: list[str], run: Trained, cutting: Cutting, *, stream: bool
+) -> TextSet:
+    ids = run.tokenizer.encode_batch(texts)
+    n_bytes: int | None = sum(len(text.encode()) for text in texts)
+    for text, tokens in zip(texts, ids, strict=True):
+        try:
+            tokenizer.check_lossless(run.tokenizer, text, tokens)
+        except UserError:
+            n_bytes = None
+            break
+    number = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
+    if stream:
+        end = [run.eos_id] if run.eos_id >= 0 else []
+        ids = [np.append(i, np.array(end, i.dtype)) for i in ids]
+        number = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
+        ids = [np.concatenate(ids)]
+    return _windows(name, rules, ids, number, run, cutting, texts=len(texts), n_bytes=n_bytes)
+
+
+def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
+    data = manifest.load(name)
+    if run.data is not None and data.tokenizer_hash != run.data.tokenizer_hash:
+        raise UserError(
+            f"{name} was prepared with tokenizer {data.request.tokenizer} ({data.tokenizer_hash}), "
+            f"the run with {run.data.request.tokenizer} ({run.data.tokenizer_hash}); give its text "
+            "as text:GLOB instead"
+        )
+    if data.vocab_size != run.config.model.vocab_size:
+        raise UserError(
+            f"{name} has {data.vocab_size} token ids, the run {run.config.model.vocab_size}"
+        )
+    blocks = loader.eval_blocks(data, cutting.split, cutting.examples)
+    n_bytes = int(blocks.n_bytes.sum())
+    size = run.config.data.seq_len
+    if (data.seq_len, cutting.stride, cutting.context) == (size, size, 0):
+        windows = Windows(list(blocks.tokens), np.zeros(len(blocks.tokens), np.int32))
+        texts = len(np.unique(blocks.doc))
+        return TextSet(name, cutting.split, windows, blocks.doc, "texts", texts, n_bytes, size, 0)
+    if cutting.examples:
+        raise UserError(
+            f"{name}: blocks of {data.seq_len} tokens, picked with gaps, are not cut anew with "
+            f"stride {cutting.stride} and context {cutting.context}; add --examples 0 for the whole "
+            "split"
+        )
+    stream, number = blocks.tokens.reshape(-1), np.repeat(blocks.doc, data.seq_len)
+    found = len(np.unique(blocks.doc))
+    return _windows(
+        name, cutting.split, [stream], number, run, cutting, texts=found, n_bytes=n_bytes
+    )
+
+
+def _windows(
+    name: str, rules: str, ids: list[np.ndarray], number, run: Trained, cutting: Cutting, **counts
+) -> TextSet:
+    """Args: number: int [tokens of all ids], the text that each token belongs to."""
+    tokens, starts, cluster, at = [], [], [], 0
+    for stream in ids:
+        size = run.config.data.seq_len
+        for begin, start, stop in cut(len(stream), size, cutting.stride, cutting.context):
+            tokens.append(np.asarray(stream[begin:stop], np.int32))
+            starts.append(start - begin)
+            cluster.append(number[at + start])
+        at += len(stream)
+    if not tokens:
+        raise UserError(f"{name}: holds no text")
+    enough = len(np.unique(cluster)) >= CLUSTERS
+    by = np.asarray(cluster) if enough else np.arange(len(tokens))
+    windows = Windows(tokens, np.array(starts, np.int32))
+    kind = "texts" if enough else "windows"
+    return TextSet(
+        name, rules, windows, by, kind, stride=cutting.stride, context=cutting.context, **counts
+    )

@@ -1,0 +1,176 @@
+"""The exported folder: `model.safetensors`, `config.json` and the tokenizer; readable as RUN.
+
+Inside, the head (and the embedding where l = 1) is in the order of codes; in the folder it is in
+the order of token ids, see `layouts`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prime_jax.config import ModelConfig, RunConfig, from_dict, to_dict
+from prime_jax.data.tokenizer import Tokenizer
+from prime_jax.errors import UserError
+from prime_jax.interchange.layouts import OURS, Shape, body, body_tensors, check
+from prime_jax.interchange.tensors import open_weights
+from prime_jax.records import read_json, write_json_atomic
+from prime_jax.subtokens import Codebook, base
+
+SCHEMA = 1
+WEIGHTS, CONFIG, CODES = "model.safetensors", "config.json", "codes"
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A model outside of JAX.
+
+    Attributes:
+        tensors: `layers.0.qkv`, ...: float32 [out, in], rows by token id (`layouts`).
+        step: at which it was taken; 0 if nobody knows.
+    """
+
+    config: RunConfig
+    codebook: Codebook
+    tensors: dict[str, np.ndarray]
+    step: int
+    eos_id: int
+
+
+def is_exported(directory: Path) -> bool:
+    return (directory / WEIGHTS).is_file()
+
+
+def embedding_shape(m: ModelConfig, slots: int) -> Shape:
+    size = m.width if m.embedding == "sum" else m.width // slots
+    return 1 if m.embedding == "cat_shared" else slots, base(m.vocab_size, slots) + 1, size
+
+
+def shapes(config: RunConfig) -> dict[str, Shape]:
+    """Every tensor of `model.safetensors` and its shape."""
+    m = config.model
+    out = {name: shape for name, (shape, _) in body(OURS, m).items()}
+    out[OURS.embedding] = embedding_shape(m, config.subtokens.length)
+    out[CODES] = (m.vocab_size,)
+    return out if m.tied_head else out | {OURS.head: (m.vocab_size, m.width)}
+
+
+def from_params(params: Any, book: Codebook) -> dict[str, np.ndarray]:
+    """Our tensors [out, in] by token id, from the parameters of a run."""
+    tree = jax.device_get(params)
+    out = {"embedding": tree["embedding"], "final_norm": tree["final_norm"]}
+    if book.length == 1:
+        out["embedding"] = out["embedding"][:, [*book.codes, book.base]]
+    if "head" in tree:
+        out["head"] = tree["head"][book.rows]
+    for name, stack in tree["layers"].items():
+        out |= {f"layers.{i}.{name}": x.T for i, x in enumerate(stack)}
+    return out
+
+
+def to_params(tensors: dict[str, np.ndarray], config: RunConfig, book: Codebook) -> Any:
+    """Inverse of `from_params`: arrays of NumPy, layers stacked."""
+    tree = {"embedding": tensors["embedding"], "final_norm": tensors["final_norm"]}
+    if book.length == 1:
+        tree["embedding"] = tree["embedding"][:, np.argsort([*book.codes, book.base])]
+    if not config.model.tied_head:
+        tree["head"] = tensors["head"][book.tokens]
+    names = [name.partition("layers.0.")[2] for name in tensors if name.startswith("layers.0.")]
+    layers = range(config.model.layers)
+    return tree | {
+        "layers": {
+            name: np.stack([tensors[f"layers.{i}.{name}"].T for i in layers]) for name in names
+        }
+    }
+
+
+def place(tree: Any, abstract: Any) -> Any:
+    """Arrays of NumPy on the devices, sharded as `abstract` says."""
+
+    def put(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+        x = np.ascontiguousarray(x, like.dtype)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, abstract)
+
+
+def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
+    """Make the folder; `config.json` comes last.
+
+    Raises:
+        UserError: `out` holds something already, or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    c, book = weights.config, weights.codebook
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; give a new folder")
+    tensors = {f"{name}.weight": np.ascontiguousarray(x) for name, x in weights.tensors.items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        codes = {CODES: book.codes.astype(np.int64)}
+        save_file(tensors | codes, out / WEIGHTS, metadata={"format": "prime_jax"})
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    if tokenizer is not None:
+        tokenizer.save(out)
+    about = {
+        "model_type": "prime_jax",
+        "schema": SCHEMA,
+        "family": c.family,
+        "vocab_size": book.vocab_size,
+        "length": book.length,
+        "base": book.base,
+        "mask_id": book.base,  # the digit that means "masked"; for ARM: BOS
+        "permutation_hash": book.hash,
+        "tokenizer_hash": tokenizer.hash if tokenizer else None,
+        "eos_id": weights.eos_id,
+        "step": weights.step,
+        "run": to_dict(c),
+    }
+    write_json_atomic(out / CONFIG, about)
+
+
+def read_config(directory: Path) -> RunConfig:
+    """The run that an exported folder came from.
+
+    Raises:
+        UserError: no `config.json`, a damaged one, or another schema.
+    """
+    return from_dict(RunConfig, _about(directory)["run"], str(directory / CONFIG))
+
+
+def _about(directory: Path) -> dict[str, Any]:
+    about = read_json(directory / CONFIG)
+    wanted = ("run", "step", "eos_id", "permutation_hash")
+    if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+        raise UserError(f"{directory / CONFIG}: not the config of a folder that this version wrote")
+    if lacking := [key for key in wanted if key not in about]:
+        raise UserError(f"{directory / CONFIG}: lacks {', '.join(lacking)}")
+    return about
+
+
+def read(directory: Path) -> Weights:
+    """An exported folder.
+
+    Raises:
+        UserError: a damaged file, unknown or missing tensors, wrong shapes, altered codes.
+    """
+    about, config, file = _about(directory), read_config(directory), directory / WEIGHTS
+    tensors = open_weights(file)
+    check(str(file), tensors, shapes(config))
+    codes = tensors[CODES].read().astype(np.int64)
+    slots = config.subtokens.length
+    book = Codebook(slots, base(config.model.vocab_size, slots), codes)
+    if book.hash != about["permutation_hash"]:
+        raise UserError(
+            f"{file}: its codes ({book.hash}) are not those of config.json "
+            f"({about['permutation_hash']})"
+        )
+    ours = body_tensors(OURS, config.model, tensors)
+    for name in (OURS.embedding, OURS.head):
+        if name in tensors:
+            ours[name.removesuffix(".weight")] = tensors[name].float32()
+    return Weights(config, book, ours, about["step"], about["eos_id"])

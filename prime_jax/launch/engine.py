@@ -1,0 +1,219 @@
+"""What every engine is given, and the options that it declares. No JAX, no cloud library.
+
+An engine is a module of this package with
+
+    Options                                   a frozen dataclass: its command-line options
+    render(sweep, options) -> {file: text}    what would be sent
+    up(sweep, options, desk) -> exit code     start workers; safe to run twice
+    down(sweep, options, desk) -> exit code   list and remove what `up` of this sweep made
+
+A rendered target has APPLY, the command that takes its files, in place of `up` and `down`.
+"""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from prime_jax.errors import UserError
+from prime_jax.slices import Slice
+
+if TYPE_CHECKING:
+    from prime_jax.costs import Prices
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as engines see it: a name, and pools that are counted anew at every look.
+
+    Attributes:
+        root: absolute path or URL; it makes the name, so that `down` finds what `up` made.
+        source: the same as the state's functions take it.
+        workers: at most so many per pool.
+        only: the pool of this slice alone; it takes the runs planned for no slice, too.
+    """
+
+    root: str
+    source: Any
+    workers: int = 1
+    only: Slice | None = None
+
+    @property
+    def name(self) -> str:
+        """Beginning of the names of everything that engines make for this sweep."""
+        return f"prime-{hashlib.sha256(self.root.encode()).hexdigest()[:6]}"
+
+    @property
+    def notes(self) -> Any:
+        """Where engines and their machines leave files."""
+        return self.source / "launch"
+
+    def on_object_store(self) -> bool:
+        return "://" in self.root
+
+    def pools(self) -> "list[Pool]":
+        """One pool per slice that runs were planned for.
+
+        Raises:
+            UserError: no sweep is there.
+        """
+        from prime_jax import slices
+        from prime_jax.sweep import state
+
+        state.check_root(self.source)
+        groups: dict[str, list[Any]] = {}
+        for run in state.list_runs(self.source):
+            name = run.slice or (self.only.name if self.only else "")
+            unfinished = run.state == "running" or run.opens_in() is not None
+            groups.setdefault(name, []).extend([run] if unfinished else [])
+        if self.only:
+            groups = {self.only.name: groups.get(self.only.name, [])}
+        return [
+            Pool(self, slices.parse(name) if name else None, len(runs), _data(runs))
+            for name, runs in sorted(groups.items())
+        ]
+
+    def busy_pools(self) -> "list[Pool]":
+        """Those with something to do."""
+        return [pool for pool in self.pools() if pool.runs]
+
+
+def sweep_at(root: Any, workers: int = 1, only: Slice | None = None) -> Sweep:
+    """The sweep at a path or URL.
+
+    Raises:
+        UserError: fewer than one worker.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
+    text = str(root).rstrip("/")
+    return Sweep(text if "://" in text else str(Path(text).resolve()), root, workers, only)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Identical workers for the runs of one slice.
+
+    Attributes:
+        where: None for runs that any machine may take.
+        runs: how many are unfinished, running ones included.
+        data: local folders of prepared data that these runs read.
+    """
+
+    sweep: Sweep
+    where: Slice | None
+    runs: int
+    data: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.sweep.name}-{self.where.name if self.where else 'any'}"
+
+    @property
+    def want(self) -> int:
+        """Workers that have something to do."""
+        return min(self.sweep.workers, self.runs)
+
+    @property
+    def hosts(self) -> int:
+        return self.where.hosts if self.where else 1
+
+    def work(self) -> list[str]:
+        """The worker's command, the same on every engine and host."""
+        chosen = ["--slice", self.where.name] if self.where else []
+        return ["sweep", "work", self.sweep.root, *chosen]
+
+    def copies(self, source: str) -> list[tuple[str, str]]:
+        """(from, to) of each data folder: SOURCE/NAME goes where the runs look for it.
+
+        Raises:
+            UserError: the runs read local folders and no source was given.
+        """
+        if self.data and not source:
+            raise UserError(
+                f"runs read {self.data[0]}; copy its folder to a bucket and add --data gs://BUCKET/DIR"
+            )
+        return [(f"{source.rstrip('/')}/{PurePosixPath(path).name}", path) for path in self.data]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where engines say what they do, and ask."""
+
+    console: Any
+    yes: bool
+    prices: "Prices | None"
+
+    def say(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+    def agree(self, lines: Sequence[str], question: str) -> bool:
+        """Show what will be done; whether to do it.
+
+        Raises:
+            UserError: nobody is there to ask.
+        """
+        for line in lines:
+            self.say(line)
+        if self.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise UserError("nobody is here to answer; --yes does it without asking")
+        return self.console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+    def cost(self, where: Slice | None, workers: int) -> str:
+        """Of so many workers, per hour."""
+        if where is None or self.prices is None:
+            return "cost unknown (give --prices FILE)" if where else "no accelerators"
+        price = self.prices.of(where, workers)
+        if price is None:
+            return f"cost unknown: no {where.generation} in the price list"
+        return f"{price:.2f} {self.prices.currency} per hour on demand ({self.prices.date})"
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field of an engine's Options: its default, its text in --help and what argparse needs."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+def _data(runs: Sequence[Any]) -> tuple[str, ...]:
+    paths = {run.spec["config"]["data"]["path"] for run in runs}
+    return tuple(sorted(path for path in paths if "://" not in path))
+
+
+def needs(extra: str, package: str) -> UserError:
+    """What to say when an engine's library is missing."""
+    return UserError(f"this engine needs {package}: pip install 'prime_jax[{extra}]'")
+
+
+def template(name: str) -> str:
+    """A file of the repository's launch/.
+
+    Raises:
+        UserError: this is an installed wheel, which does not carry them.
+    """
+    path = REPO / "launch" / name
+    if not path.is_file():
+        raise UserError(
+            f"no {path}: `up` and `render` need a checkout of prime_jax (pip install -e .)"
+        )
+    return path.read_text()
+
+
+def fill(file: str, **values: Any) -> str:
+    """A template of launch/ with its $names replaced.
+
+    A list takes the place of a line that holds nothing but its $name: one line each, at the same
+    indentation; an empty one leaves nothing.
+    """
+    lines: list[str] = []
+    for line in template(file).splitlines():
+        slot = values.get(line.strip().removeprefix("$"))
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += [indent + one for one in slot] if isinstance(slot, list) else [line]
+    return Template("\n".join(lines) + "\n").substitute(values)

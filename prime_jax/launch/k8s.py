@@ -1,0 +1,126 @@
+"""Kubernetes: a rendered JobSet per worker, queued by Kueue; on GKE the only way to TPU7x.
+
+One JobSet per gang, so that the restart of one leaves the others alone. Exit codes 1 and 2 end it;
+85, a crash or a lost node restart the whole gang, which continues from its checkpoint.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prime_jax.errors import UserError
+from prime_jax.launch.engine import Pool, Sweep, fill, option
+
+APPLY = "kubectl apply -f"
+LONGEST = 28  # of a JobSet's name: pods, services and Kueue's objects are named after it
+# Node labels of Google Kubernetes Engine.
+TPUS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
+}
+GPUS = {"a100": "nvidia-a100-80gb", "h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
+# A slice of several hosts is one node pool, and one job at a time has all of it.
+EXCLUSIVE = [
+    "annotations:",
+    "  alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool",
+]
+FUSE = ["metadata:", "  annotations:", '    gke-gcsfuse/volumes: "true"']
+
+
+@dataclass(frozen=True)
+class Options:
+    image: str = option("", "container image built from launch/Dockerfile")
+    namespace: str = option("default", "Kubernetes namespace")
+    queue: str = option("", "Kueue's local queue (default: none, start at once)")
+    spot: bool = option(False, "rent what may be taken away at any time, for less")
+    service_account: str = option("default", "Kubernetes service account that may write to ROOT")
+    data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+
+
+def render(sweep: Sweep, options: Options) -> dict[str, str]:
+    """One file per pool, of a JobSet per worker.
+
+    Raises:
+        UserError: no image, a ROOT that pods cannot reach, or runs without a slice.
+    """
+    if not options.image:
+        raise UserError("--on k8s needs --image, e.g. REGION-docker.pkg.dev/PROJECT/REPO/prime_jax")
+    if not sweep.on_object_store():
+        raise UserError(f"{sweep.root}: pods cannot see it; ROOT must be gs://BUCKET/DIR")
+    return {
+        f"{pool.name}.yaml": "---\n".join(_jobsets(pool, options)) for pool in sweep.busy_pools()
+    }
+
+
+def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
+    if pool.where is None:
+        raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
+    where, tpu = pool.where, pool.where.chip.platform == "tpu"
+    jobs = where.slices if tpu else 1
+    for index in range(pool.want):
+        name = f"{pool.name}-{index}"
+        if len(name) > LONGEST:
+            raise UserError(f"{name}: longer than {LONGEST} characters; lower --workers")
+        yield fill(
+            "jobset.yaml",
+            name=name,
+            sweep=pool.sweep.name,
+            namespace=options.namespace,
+            queue=[f"kueue.x-k8s.io/queue-name: {options.queue}"] * bool(options.queue),
+            exclusive=EXCLUSIVE * (tpu and where.hosts > jobs),
+            jobs=jobs,
+            hosts=where.hosts // jobs,
+            image=options.image,
+            service_account=options.service_account,
+            arguments=", ".join(f'"{word}"' for word in pool.work()),
+            selector=_selector(pool, options),
+            resource="google.com/tpu" if tpu else "nvidia.com/gpu",
+            chips=where.chips_per_host,
+            metadata=FUSE * bool(pool.data),
+            mounts=_mounts(pool, options),
+            volumes=_volumes(pool, options),
+        )
+
+
+def _selector(pool: Pool, options: Options) -> list[str]:
+    where = pool.where
+    if where.chip.platform == "tpu":
+        lines = [
+            f"cloud.google.com/gke-tpu-accelerator: {TPUS[where.generation]}",
+            f"cloud.google.com/gke-tpu-topology: {where.sides}",
+        ]
+    else:
+        lines = [f"cloud.google.com/gke-accelerator: {GPUS[where.generation]}"]
+    return lines + ['cloud.google.com/gke-spot: "true"'] * options.spot
+
+
+def _mounts(pool: Pool, options: Options) -> list[str]:
+    """Each data folder where the runs look for it, read from the bucket when needed."""
+    lines = []
+    for source, path in pool.copies(options.data):
+        inside = source.removeprefix("gs://").partition("/")[2]
+        lines += [
+            "- name: data",
+            f"  mountPath: {path}",
+            f"  subPath: {inside}",
+            "  readOnly: true",
+        ]
+    return ["volumeMounts:", *lines] if lines else []
+
+
+def _volumes(pool: Pool, options: Options) -> list[str]:
+    if not pool.data:
+        return []
+    bucket = options.data.removeprefix("gs://").partition("/")[0]
+    return [
+        "volumes:",
+        "- name: data",
+        "  csi:",
+        "    driver: gcsfuse.csi.storage.gke.io",
+        "    readOnly: true",
+        "    volumeAttributes:",
+        f"      bucketName: {bucket}",
+        "      mountOptions: implicit-dirs",
+    ]

@@ -1,0 +1,189 @@
+"""Slurm: an array of identical workers per pool, submitted by submitit.
+
+More array tasks than workers, so that a preempted or timed-out one has a successor whether or not
+the site requeues jobs; tasks that find nothing open leave at once. Nothing polls the accounting.
+"""
+
+import contextlib
+import io
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prime_jax.errors import UserError
+from prime_jax.launch.engine import Desk, Pool, Sweep, needs, option
+
+GRACE = 120  # seconds between the notice of the time limit and the limit
+
+
+@dataclass(frozen=True)
+class Options:
+    partition: str = option("", "partition to submit to (default: the cluster's)")
+    account: str = option("", "account to charge")
+    qos: str = option("", "quality of service")
+    constraint: str = option("", "features that nodes must have")
+    time: int = option(1440, "limit of one job; workers save before it ends", metavar="MINUTES")
+    cpus: int = option(0, "cores per process (default: the cluster's)", metavar="N")
+    mem: float = option(0.0, "memory per node (default: the cluster's)", metavar="GB")
+    tasks: int = option(
+        0, "array tasks, first and spare ones together (default: 10 per worker)", metavar="N"
+    )
+    setup: tuple[str, ...] = option(
+        (), "shell line to run before the worker; may be repeated", metavar="LINE"
+    )
+    sbatch: tuple[str, ...] = option(
+        (), "further option of sbatch; may be repeated", metavar="NAME=VALUE"
+    )
+
+
+def render(sweep: Sweep, options: Options) -> dict[str, str]:
+    """The batch script of each pool; `sbatch FILE` is all that `up` does with it."""
+    return {
+        f"{pool.name}.sbatch": _executor(pool, options)._make_submission_file_text(
+            shlex.join(_command(pool, options)), ""
+        )
+        for pool in sweep.busy_pools()
+    }
+
+
+def up(sweep: Sweep, options: Options, desk: Desk) -> int:
+    """Submit an array for each pool that has none.
+
+    Raises:
+        UserError: no Slurm here, or its refusal in its own words.
+    """
+    if not shutil.which("sbatch"):
+        raise UserError("no Slurm here: sbatch was not found; run this on a login node")
+    there = {name for _, name, _ in _queue(sweep)}
+    pools = sweep.busy_pools()
+    new = [pool for pool in pools if pool.name not in there]
+    for pool in pools:
+        if pool.name in there:
+            desk.say(f"{pool.name}: already in the queue; `down` first to change it")
+    if not pools:
+        desk.say("every run has ended")
+    lines = [
+        f"{pool.name}: {pool.runs} runs, array of {_tasks(pool, options)} tasks, at most "
+        f"{pool.want} at a time, {pool.hosts} nodes each; {desk.cost(pool.where, pool.want)}"
+        for pool in new
+    ]
+    if not new or not desk.agree(lines, "submit?"):
+        return 0
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    for pool in new:
+        executor = _executor(pool, options)
+        try:
+            executor.folder.mkdir(parents=True, exist_ok=True)
+            # Not a pickled function: the worker's command is the same as on every other engine.
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats Slurm's words
+                job = executor._submit_command(shlex.join(_command(pool, options)))
+        except OSError as error:
+            raise UserError(f"cannot write {executor.folder}: {error.strerror}") from error
+        except (FailedJobError, FailedSubmissionError) as error:
+            words = [line for line in str(error).splitlines() if line.strip()]
+            raise UserError(f"Slurm: {words[-1] if words else error}") from error
+        desk.say(f"{pool.name}: job {job.job_id}; logs in {executor.folder}")
+    return 0
+
+
+def down(sweep: Sweep, options: Options, desk: Desk) -> int:
+    """Cancel this sweep's jobs; running workers get SIGTERM, save and leave."""
+    jobs = _queue(sweep)
+    if not jobs:
+        desk.say("no jobs of this sweep")
+        return 0
+    lines = [f"{number} {name} {state}" for number, name, state in jobs]
+    if desk.agree(lines, "cancel?"):
+        numbers = sorted({number for number, _, _ in jobs})
+        _slurm("scancel", *numbers)
+        desk.say(f"cancelled {', '.join(numbers)}")
+    return 0
+
+
+def _tasks(pool: Pool, options: Options) -> int:
+    return options.tasks or 10 * pool.want
+
+
+def _command(pool: Pool, options: Options) -> list[str]:
+    return [sys.executable, "-m", "prime_jax.cli", *pool.work(), "--time-limit", str(options.time)]
+
+
+def _executor(pool: Pool, options: Options) -> Any:
+    """submitit's executor with this pool's parameters."""
+    try:
+        from submitit.slurm.slurm import SlurmExecutor
+    except ImportError as error:
+        raise needs("slurm", "submitit") from error
+
+    class Executor(SlurmExecutor):
+        """Renders without a cluster, too; `up` has looked for one."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    extra = dict(pair.partition("=")[::2] for pair in options.sbatch)
+    executor = Executor(_logs(pool))
+    chip = pool.where.chip if pool.where else None
+    if chip and chip.platform != "cuda":
+        raise UserError(f"slurm: pool {pool.name} is of TPUs; use --on tpu or --on k8s")
+    setup = list(options.setup)
+    if chip:
+        gpus = pool.where.chips_per_host
+        # One process per node has all its GPUs; under Slurm JAX would take one per process.
+        setup.append(f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}")
+    given = {
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "cpus_per_task": options.cpus,
+        "mem": f"{options.mem:g}G" if options.mem else None,
+        "gpus_per_node": pool.where.chips_per_host if chip else None,
+    }
+    executor.update_parameters(
+        job_name=pool.name,
+        nodes=pool.hosts,
+        ntasks_per_node=1,
+        time=options.time,
+        array_parallelism=pool.want,
+        stderr_to_stdout=True,
+        wckey=None,
+        setup=setup,
+        # Once one process of a gang has left, the others have time to save, but not for ever.
+        srun_args=[f"--wait={GRACE}"],
+        additional_parameters={"signal": f"TERM@{GRACE}", **extra},
+        **{name: value for name, value in given.items() if value},
+    )
+    executor.parameters["map_count"] = _tasks(pool, options)
+    return executor
+
+
+def _logs(pool: Pool) -> Path:
+    """A folder that all nodes see: the sweep's, else one in the user's home."""
+    if pool.sweep.on_object_store():
+        return Path.home() / ".cache" / "prime_jax" / pool.sweep.name
+    return Path(pool.sweep.root) / "logs" / "slurm"
+
+
+def _queue(sweep: Sweep) -> list[tuple[str, str, str]]:
+    """(number, name, state) of this user's arrays of the sweep that are queued or running."""
+    rows = [line.split("|") for line in _slurm("squeue", "--me", "-h", "-o", "%F|%j|%T")]
+    found = {(n, name, state) for n, name, state in rows if name.startswith(f"{sweep.name}-")}
+    return sorted(found)
+
+
+def _slurm(*command: str) -> list[str]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no Slurm here: {command[0]} was not found") from error
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise UserError(f"Slurm: {command[0]}: {words[-1]}")
+    return done.stdout.split("\n")[:-1]

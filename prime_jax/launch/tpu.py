@@ -1,0 +1,258 @@
+"""Cloud TPU VMs by queued resources: one per worker, made and deleted by a stateless reconcile.
+
+Each pass lists what carries the sweep's name, deletes what is dead or idle (it holds quota),
+waits for that, and makes what is missing under fresh names. It keeps no record, so it may crash
+anywhere, run twice or from cron. Machines install themselves from ROOT; nobody logs in.
+"""
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prime_jax import storage
+from prime_jax.errors import UserError
+from prime_jax.launch import archive
+from prime_jax.launch.engine import Desk, Pool, Sweep, needs
+from prime_jax.launch.tpu_request import Options, parent_of, request
+
+POLL, WAIT = 60.0, 600.0  # seconds between passes; for one operation of the cloud
+DEAD = ("SUSPENDED", "FAILED")  # their machines are gone, their quota is not
+USELESS = ("IDLE", "BROKEN")
+GOING = ("DELETING", "SUSPENDING")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A queued resource of this sweep.
+
+    Attributes:
+        state: as the cloud calls it, or what the machine itself said: IDLE when nothing was left
+            to do, BROKEN when it could not work.
+        why: the cloud's words if it failed.
+    """
+
+    name: str
+    state: str
+    why: str = ""
+
+    @property
+    def pool(self) -> str:
+        return self.name.rpartition("-")[0]
+
+
+def render(sweep: Sweep, options: Options) -> dict[str, str]:
+    """The request and the start-up script of one machine of each pool."""
+    code, out = archive.address(sweep, archive.pack()), {}
+    for pool in sweep.busy_pools():
+        made = request(pool, options, f"{pool.name}-0000", code)
+        metadata = made["tpu"]["node_spec"][0]["node"]["metadata"]
+        out[f"{pool.name}-startup.sh"] = metadata["startup-script"]
+        metadata["startup-script"] = f"(the text of {pool.name}-startup.sh)"
+        out[f"{pool.name}-request.json"] = json.dumps(made, indent=2) + "\n"
+    return out
+
+
+def up(sweep: Sweep, options: Options, desk: Desk) -> int:
+    """Delete what is dead or idle and make what is missing; with --watch, again and again.
+
+    Raises:
+        UserError: bad options, no credentials, or the cloud's refusal in its own words.
+    """
+    if not sweep.root.startswith("gs://"):
+        raise UserError(f"{sweep.root}: TPU VMs cannot see it; ROOT must be gs://BUCKET/DIR")
+    busy = reconcile(sweep, options, desk)
+    calm = replace(desk, yes=True)  # the number of machines has been agreed to
+    while busy and options.watch:
+        time.sleep(POLL)
+        try:
+            busy = reconcile(sweep, replace(options, again=False), calm)
+        except UserError as error:
+            if not (isinstance(error, storage.Unreachable) or _transient(error.__cause__)):
+                raise
+            desk.say(f"{error}; trying again", "yellow")
+    return 0
+
+
+def reconcile(sweep: Sweep, options: Options, desk: Desk) -> bool:
+    """One pass; whether there is something to come back for."""
+    parent, packed, pools = parent_of(options), archive.pack(), sweep.pools()
+    code = archive.address(sweep, packed)
+    for pool in sweep.busy_pools():  # all mistakes before anything is made
+        request(pool, options, f"{pool.name}-0000", code)
+    marks = Marks.read(sweep)
+    stuck = bool(marks.failed) and not options.again
+    with _cloud() as cloud:
+        machines = _machines(cloud, parent, sweep, marks)
+        todo = [(pool, *_difference(pool, machines)) for pool in pools]
+        if stuck:
+            todo = [(pool, gone, 0) for pool, gone, _ in todo]
+        lines = [line for pool, gone, new in todo for line in _describe(pool, gone, new, desk)]
+        if not lines:
+            desk.say("; ".join(_counts(pool, machines) for pool in pools))
+        elif not desk.agree([packed.summary(), *lines], "go ahead?"):
+            return False
+        _delete(cloud, parent, [machine.name for _, gone, _ in todo for machine in gone], desk)
+        for name in marks.failed if options.again else ():
+            storage.remove(sweep.notes / f"{name}.failed")
+        if any(new for _, _, new in todo):
+            archive.publish(sweep, packed)
+        for pool, _, new in todo:
+            for _ in range(new):
+                desk.say(f"requested {_create(cloud, parent, pool, options, code)}")
+    if stuck:
+        raise UserError(
+            f"machines could not work: {'; '.join(marks.failed.values())}; logs in "
+            f"{sweep.root}/logs; when mended, repeat with --again"
+        )
+    return bool(machines) or any(pool.runs for pool in pools)
+
+
+def down(sweep: Sweep, options: Options, desk: Desk) -> int:
+    """Delete every queued resource of this sweep, machines included; 1 if some remain."""
+    parent = parent_of(options)
+    with _cloud() as cloud:
+        mine = _machines(cloud, parent, sweep, Marks())
+        if not mine:
+            desk.say(f"nothing of this sweep in {options.zone}")
+            return 0
+        if not desk.agree([f"{m.name} {m.state}" for m in mine], "delete?"):
+            return 0
+        _delete(cloud, parent, [m.name for m in mine], desk)
+        left = _machines(cloud, parent, sweep, Marks())
+    desk.say(f"left: {', '.join(m.name for m in left)}" if left else "nothing is left")
+    return 1 if left else 0
+
+
+def _difference(pool: Pool, machines: Sequence[Machine]) -> tuple[list[Machine], int]:
+    """(to delete, how many to make) of one pool."""
+    mine = [machine for machine in machines if machine.pool == pool.name]
+    gone = [machine for machine in mine if machine.state in (*DEAD, *USELESS)]
+    alive = [machine for machine in mine if machine.state not in (*DEAD, *USELESS, *GOING)]
+    # Those that still wait cost nothing; a working one leaves by itself when nothing is open.
+    waiting = [machine for machine in alive if machine.state != "ACTIVE"]
+    surplus = max(0, len(alive) - pool.want)
+    return gone + waiting[:surplus], max(0, pool.want - len(alive))
+
+
+def _describe(pool: Pool, gone: Sequence[Machine], new: int, desk: Desk) -> Iterator[str]:
+    for machine in gone:
+        yield f"delete {machine.name}: {machine.state} {machine.why}".rstrip()
+    if new:
+        cost = desk.cost(pool.where, new)
+        yield f"make {new} x {pool.where.name} for {pool.runs} runs: {cost}"
+
+
+def _counts(pool: Pool, machines: Sequence[Machine]) -> str:
+    states = [machine.state for machine in machines if machine.pool == pool.name]
+    return f"{pool.name}: {pool.runs} runs, {', '.join(states) or 'no machines'}"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What machines left in ROOT/launch when their worker ended: NAME.idle or NAME.failed.
+
+    Attributes:
+        idle: their names.
+        failed: what each said, by name.
+    """
+
+    idle: frozenset[str] = frozenset()
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, sweep: Sweep) -> "Marks":
+        names = storage.names(sweep.notes)
+        failed = [name.removesuffix(".failed") for name in names if name.endswith(".failed")]
+        said = {name: storage.read(sweep.notes / f"{name}.failed").decode() for name in failed}
+        idle = frozenset(name.removesuffix(".idle") for name in names if name.endswith(".idle"))
+        return cls(idle, {name: text.strip() for name, text in said.items()})
+
+
+def client() -> Any:
+    """The Cloud TPU client; tests put one on a loopback channel here.
+
+    Raises:
+        UserError: its library is missing.
+    """
+    try:
+        from google.cloud import tpu_v2
+    except ImportError as error:
+        raise needs("gcp", "google-cloud-tpu") from error
+    return tpu_v2.TpuClient()
+
+
+@contextlib.contextmanager
+def _cloud() -> Iterator[Any]:
+    """The client; what it raises inside comes out as one line in the cloud's own words."""
+    try:
+        from google.api_core.exceptions import GoogleAPICallError, RetryError
+        from google.auth.exceptions import GoogleAuthError
+    except ImportError as error:
+        raise needs("gcp", "google-cloud-tpu") from error
+    try:
+        yield client()
+    except GoogleAPICallError as error:
+        raise UserError(f"Cloud TPU: {' '.join(error.message.split())}") from error
+    except TimeoutError as error:
+        raise UserError(f"Cloud TPU: an operation takes longer than {WAIT:.0f} s") from error
+    except RetryError as error:
+        raise UserError(f"Cloud TPU does not answer: {' '.join(str(error).split())}") from error
+    except GoogleAuthError as error:
+        words = str(error).splitlines()[0]
+        hint = "gcloud auth application-default login"
+        raise UserError(f"no Google credentials ({words}); run: {hint}") from error
+
+
+def _machines(cloud: Any, parent: str, sweep: Sweep, marks: Marks) -> list[Machine]:
+    found = []
+    for one in cloud.list_queued_resources(parent=parent):
+        name = one.name.rpartition("/")[2]
+        if name.startswith(f"{sweep.name}-"):
+            state = one.state.state.name
+            if state not in (*DEAD, *GOING):
+                state = "BROKEN" if name in marks.failed else state
+                state = "IDLE" if name in marks.idle else state
+            why = " ".join(one.state.failed_data.error.message.split())
+            found.append(Machine(name, state, why))
+    return sorted(found, key=lambda machine: machine.name)
+
+
+def _create(cloud: Any, parent: str, pool: Pool, options: Options, code: str) -> str:
+    from google.api_core.exceptions import AlreadyExists
+
+    while True:
+        name = f"{pool.name}-{secrets.token_hex(4)}"
+        made = request(pool, options, name, code)
+        with contextlib.suppress(AlreadyExists):  # somebody else's `up` drew the same digits
+            cloud.create_queued_resource(
+                parent=parent, queued_resource_id=name, queued_resource=made
+            ).result(timeout=WAIT)
+            return name
+
+
+def _delete(cloud: Any, parent: str, names: Sequence[str], desk: Desk) -> None:
+    """Delete with the machines, and wait: until then the quota is held."""
+    from google.api_core.exceptions import NotFound
+
+    begun = []
+    for name in names:
+        whole = {"name": f"{parent}/queuedResources/{name}", "force": True}
+        with contextlib.suppress(NotFound):  # it deleted itself, or another `up` was faster
+            begun.append(cloud.delete_queued_resource(request=whole))
+            desk.say(f"deleting {name}")
+    if begun:
+        desk.say("waiting until they are gone: they hold quota")
+    for operation in begun:
+        with contextlib.suppress(NotFound):
+            operation.result(timeout=WAIT)
+
+
+def _transient(error: BaseException | None) -> bool:
+    from google.api_core import exceptions
+
+    kinds = exceptions.ServiceUnavailable, exceptions.DeadlineExceeded, exceptions.RetryError
+    return isinstance(error, (*kinds, TimeoutError))

@@ -1,0 +1,119 @@
+"""What a Cloud TPU pool asks for: one queued resource, and the start-up script inside it."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from prime_jax.errors import UserError
+from prime_jax.launch.engine import Pool, option, template
+
+PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
+# (accelerator type before the size, default runtime version), from Cloud TPU's page of each.
+CLOUD = {
+    "v4": ("v4", "tpu-ubuntu2204-base"),
+    "v5e": ("v5litepod", "v2-alpha-tpuv5-lite"),
+    "v5p": ("v5p", "v2-alpha-tpuv5"),
+    "v6e": ("v6e", "v2-alpha-tpuv6e"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    project: str = option("", "Google Cloud project")
+    zone: str = option("", "its zone, e.g. europe-west4-b")
+    spot: bool = option(False, "rent what may be taken away at any time, for less")
+    reservation: str = option("", "take machines of this reservation", metavar="NAME")
+    valid_until: str = option(
+        "", "give up a request that waited so long, e.g. 6h or 2d", metavar="TIME"
+    )
+    runtime_version: str = option("", "image of the machines (default: the usual one of the slice)")
+    network: str = option("", "VPC network (default: the project's)")
+    subnetwork: str = option("", "its subnetwork")
+    service_account: str = option(
+        "", "identity of the machines (default: the project's)", metavar="EMAIL"
+    )
+    data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+    mount: bool = option(False, "mount the data with gcsfuse instead of copying it")
+    setup: tuple[str, ...] = option(
+        (), "shell line to run before the worker; may be repeated", metavar="LINE"
+    )
+    again: bool = option(False, "start machines although earlier ones could not work")
+    watch: bool = option(False, "stay, look every minute, replace what was taken away")
+
+
+def parent_of(options: Options) -> str:
+    for name in ("project", "zone"):
+        if not getattr(options, name):
+            raise UserError(f"--on tpu needs --{name}")
+    return f"projects/{options.project}/locations/{options.zone}"
+
+
+def request(pool: Pool, options: Options, name: str, code: str) -> dict[str, Any]:
+    """A queued resource, as the client takes it.
+
+    Raises:
+        UserError: options that exclude each other, or a slice that is not rented this way.
+    """
+    if options.spot and options.reservation:
+        raise UserError("--spot and --reservation exclude each other")
+    where = pool.where
+    if where is None:
+        raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
+    if where.generation not in CLOUD:
+        kind = "TPU7x is" if where.generation == "tpu7x" else "GPUs are"
+        raise UserError(f"{where.name}: {kind} not rented as TPU VMs; render for k8s or sky")
+    family, runtime = CLOUD[where.generation]
+    size = where.name.rpartition("-")[2]
+    network = {"network": options.network, "subnetwork": options.subnetwork}
+    node = {
+        "accelerator_type": f"{family}-{size}",
+        "runtime_version": options.runtime_version or runtime,
+        "network_config": {k: v for k, v in network.items() if v} | {"enable_external_ips": True},
+        "service_account": {
+            **({"email": options.service_account} if options.service_account else {}),
+            "scope": ["https://www.googleapis.com/auth/cloud-platform"],
+        },
+        "labels": {"prime-sweep": pool.sweep.name},
+        "metadata": {"startup-script": startup(pool, options, name, code)},
+    }
+    spec = {"parent": parent_of(options), "node": node}
+    if where.slices > 1:
+        spec["multislice_params"] = {"node_count": where.slices, "node_id_prefix": name}
+    else:
+        spec["node_id"] = name
+    made: dict[str, Any] = {"tpu": {"node_spec": [spec]}}
+    if options.spot:
+        made["spot"] = {}
+    if options.reservation:
+        made["guaranteed"], node["scheduling_config"] = {}, {"reserved": True}
+        made["reservation_name"] = f"{parent_of(options)}/reservations/{options.reservation}"
+    if options.valid_until:
+        seconds = {"seconds": _seconds(options.valid_until)}
+        made["queueing_policy"] = {"valid_until_duration": seconds}
+    return made
+
+
+def startup(pool: Pool, options: Options, name: str, code: str) -> str:
+    """The start-up script of one machine: what differs, then launch/tpu_startup.sh."""
+    values = {
+        "PRIME_ROOT": pool.sweep.root,
+        "PRIME_CODE": code,
+        "PRIME_NAME": name,
+        "PRIME_PROJECT": options.project,
+        "PRIME_ZONE": options.zone,
+        "PRIME_SLICE": pool.where.name,
+        "PRIME_DATA": "\n".join(f"{a} {b}" for a, b in pool.copies(options.data)),
+        "PRIME_MOUNT": "yes" if options.mount else "",
+        "PRIME_SETUP": "\n".join(options.setup),
+        "JAX_COORDINATOR_PORT": str(PORT),
+    }
+    exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in values.items())
+    return f"#!/usr/bin/env bash\n{exports}{template('tpu_startup.sh')}"
+
+
+def _seconds(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([mhd])", text)
+    if not match:
+        raise UserError(f"--valid-until {text}: write 90m, 6h or 2d")
+    return int(match[1]) * {"m": 60, "h": 3600, "d": 86400}[match[2]]

@@ -1,0 +1,383 @@
+"""Where a sweep lives: a local or shared folder, or a bucket (`gs://`, `s3://`), behind one path type.
+
+Local paths are `pathlib.Path`, others `etils.epath.Path`, which reads like it. What epath lacks or
+does poorly goes through fsspec: exclusive creation, one listing of a folder, concurrent reads.
+A bucket that does not answer is `Unreachable`, which may pass; everything else is a `UserError`.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import pathlib
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prime_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    Path = pathlib.Path | epath.Path
+else:
+    Path = pathlib.Path
+T = TypeVar("T")
+
+PROTOCOLS = {"gs": "gcp", "s3": "s3"}  # and the extra that brings each
+CHUNK = 1 << 24
+PATIENCE = 3600.0  # seconds that work done is worth waiting for a store
+MIRROR_SECONDS = 30.0  # between copies of a log into a bucket
+WAITABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
+LOGIN = {
+    "gs": "log in with `gcloud auth application-default login`, or give the machine's service "
+    "account the role Storage Object Admin",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
+}
+# gcsfs, when it is imported, would make a client that asks another service about every bucket.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+
+class Unreachable(UserError):
+    """The store does not answer, and may do so later."""
+
+
+def path(text: str | os.PathLike[str]) -> Path:
+    """The path that a person wrote.
+
+    Raises:
+        UserError: a protocol that is not supported, or whose package is not installed.
+    """
+    text = os.fspath(text)
+    protocol, found, rest = text.partition("://")
+    if not found:
+        return pathlib.Path(text)
+    if protocol not in PROTOCOLS or not rest.strip("/"):
+        raise UserError(f"{text}: expected a folder, gs://BUCKET/... or s3://BUCKET/...")
+    _filesystem(protocol)
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def is_remote(place: Path) -> bool:
+    return "://" in os.fspath(place)
+
+
+def create(place: Path, data: bytes) -> bool:
+    """Write `data` if nothing is at `place`, whole or not at all; False when something is.
+
+    A retried request may meet its own first try: equal content counts as ours, so callers make
+    it unique.
+
+    Raises:
+        UserError, Unreachable: the place cannot be written to.
+    """
+    with _told("write", place):
+        if not is_remote(place):
+            return _create_local(place, data)
+        try:
+            _of(place).pipe_file(str(place), data, mode="create")
+        except Exception as error:
+            if not _exists_already(error):
+                raise
+            return _of(place).cat_file(str(place)) == data
+        return True
+
+
+def write(place: Path, data: bytes) -> None:
+    """Replace a file so that a reader, or a crash, sees the old content or the new one.
+
+    Raises:
+        UserError, Unreachable: the place cannot be written to.
+    """
+    with _told("write", place):
+        if is_remote(place):
+            _of(place).pipe_file(str(place), data)
+            return
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, place)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read(place: Path) -> bytes:
+    """Raises: UserError, Unreachable: it is missing or cannot be read."""
+    with _told("read", place):
+        if is_remote(place):
+            return _of(place).cat_file(str(place))
+        return place.read_bytes()
+
+
+def read_all(folder: Path, names: Iterable[str]) -> list[bytes]:
+    """The contents of some files of one folder, read together where that is quicker.
+
+    Raises:
+        UserError, Unreachable: one of them is missing or cannot be read.
+    """
+    base = os.fspath(folder)
+    files = [f"{base}/{name}" for name in names]
+    with _told("read", folder):
+        if is_remote(folder):
+            fs = _of(folder)
+            found = fs.cat(files) if files else {}
+            return [found[fs._strip_protocol(file)] for file in files]
+        out = []
+        for file in files:
+            with open(file, "rb", buffering=0) as stream:
+                out.append(stream.read())
+        return out
+
+
+def exists(place: Path) -> bool:
+    """Whether a file (or a folder, which a bucket has while something is in it) is there."""
+    with _told("read", place):
+        return _of(place).exists(str(place)) if is_remote(place) else place.exists()
+
+
+def names(folder: Path) -> list[str]:
+    """What is directly in a folder, from one listing; nothing if there is no such folder."""
+    with _told("read", folder):
+        try:
+            if not is_remote(folder):
+                return os.listdir(folder)
+            return [name.rpartition("/")[2] for name in _of(folder).ls(str(folder), detail=False)]
+        except FileNotFoundError:
+            return []
+
+
+def make_folder(folder: Path) -> None:
+    """Raises: UserError: it cannot be made. A bucket needs no folders."""
+    if not is_remote(folder):
+        with _told("make", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove(place: Path) -> None:
+    """Remove a file, or a folder with all in it, if it is there.
+
+    Raises:
+        UserError, Unreachable: it cannot be removed.
+    """
+    import shutil
+
+    with _told("remove", place), contextlib.suppress(FileNotFoundError):
+        if is_remote(place):
+            _of(place).rm(str(place), recursive=True)
+        elif place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink()
+
+
+def upload(local: pathlib.Path, place: Path) -> None:
+    """Copy a local folder's files to a bucket."""
+    with _told("write", place):
+        _of(place).put(f"{local}/", f"{place}/", recursive=True)
+
+
+def download(place: Path, local: pathlib.Path) -> None:
+    """Copy the files below `place` in a bucket to a local folder."""
+    with _told("read", place):
+        _of(place).get(f"{place}/", f"{local}/", recursive=True)
+
+
+def checksums(folder: Path) -> dict[str, list[Any]]:
+    """{relative name: [bytes, checksum]} of every file below a folder.
+
+    A bucket's own checksums come with its listing: nothing is read again. They differ from those
+    of local files, so a copy elsewhere can be compared by sizes only (`same_sums`).
+    """
+    with _told("read", folder):
+        if is_remote(folder):
+            found = _of(folder).find(str(folder), detail=True)
+            start = len(_of(folder)._strip_protocol(str(folder))) + 1
+            return {name[start:]: _server_sum(info) for name, info in sorted(found.items())}
+        out = {}
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            crc = 0
+            with file.open("rb") as stream:
+                while block := stream.read(CHUNK):
+                    crc = zlib.crc32(block, crc)
+            out[str(file.relative_to(folder))] = [file.stat().st_size, crc]
+        return out
+
+
+def same_sums(one: list[Any] | None, two: list[Any]) -> bool:
+    """Whether two checksums agree; of different kinds, whether the sizes do."""
+    if one is None:
+        return False
+    comparable = type(one[1]) is type(two[1]) and _kind(one) == _kind(two)
+    return one == two if comparable else one[0] == two[0]
+
+
+def insist(action: Callable[[], T], say: Callable[[str], None], patience: float = PATIENCE) -> T:
+    """Do it, again and again while the store is out of reach.
+
+    Raises:
+        Unreachable: still, after `patience` seconds.
+    """
+    began, pause = time.monotonic(), 1.0
+    while True:
+        try:
+            return action()
+        except Unreachable as error:
+            if time.monotonic() - began > patience:
+                raise
+            say(f"{error}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+            pause = min(2 * pause, MIRROR_SECONDS)
+
+
+class Log:
+    """A text file that grows. In a bucket, where nothing can, a copy is renewed now and then.
+
+    A store out of reach never stops the writer; `close` waits a while for it.
+    """
+
+    def __init__(self, place: Path, text: str = "", seconds: float = MIRROR_SECONDS):
+        self.place, self._remote = place, is_remote(place)
+        if not self._remote:
+            with _told("write", place):
+                place.write_text(text)
+                self._stream = place.open("a")
+            return
+        self._lines, self._changed, self._over = [text], bool(text), threading.Event()
+        self._thread = threading.Thread(target=self._mirror, args=(seconds,), daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        if not self._remote:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        self._lines.append(text)
+        self._changed = True
+
+    def close(self) -> None:
+        if not self._remote:
+            self._stream.close()
+        elif not self._over.is_set():
+            self._over.set()
+            self._thread.join()
+            insist(self._copy, lambda _: None, patience=2 * MIRROR_SECONDS)
+
+    def _mirror(self, seconds: float) -> None:
+        while not self._over.wait(seconds):
+            with contextlib.suppress(UserError):
+                self._copy()
+
+    def _copy(self) -> None:
+        if self._changed:
+            self._changed = False
+            try:
+                write(self.place, "".join(self._lines).encode())
+            except UserError:
+                self._changed = True
+                raise
+
+
+def _create_local(place: pathlib.Path, data: bytes) -> bool:
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, place)
+        except FileExistsError:
+            # NFS may have made the link and lost its answer.
+            return temporary.stat().st_nlink == 2
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _filesystem(protocol: str) -> Any:
+    """One client for all threads. What another process writes must be seen: no listing caches."""
+    import logging
+
+    import fsspec
+
+    for name in ("gcsfs", "s3fs"):  # they log the traceback of what they then raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("gcs", "s3"):  # epath makes its own clients from this
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    try:
+        return fsspec.filesystem({"gs": "gcs"}.get(protocol, protocol))
+    except ImportError as error:
+        extra = PROTOCOLS[protocol]
+        raise UserError(f"{protocol}:// needs: pip install 'prime_jax[{extra}]'") from error
+    except Exception as error:
+        raise UserError(f"{protocol}://: {_line(error)}; {LOGIN[protocol]}") from error
+
+
+def _of(place: Path) -> Any:
+    return _filesystem(os.fspath(place).partition("://")[0])
+
+
+def _server_sum(info: dict[str, Any]) -> list[Any]:
+    for kind in ("crc32c", "ETag"):
+        if info.get(kind):
+            return [info["size"], f"{kind}:{info[kind]}"]
+    return [info["size"], ""]
+
+
+def _kind(sums: list[Any]) -> str:
+    return str(sums[1]).partition(":")[0] if isinstance(sums[1], str) else ""
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _exists_already(error: Exception) -> bool:
+    """gcsfs says so plainly, s3fs by what its error came from."""
+    answer = getattr(error.__cause__, "response", {})
+    code = answer.get("Error", {}).get("Code")
+    return isinstance(error, FileExistsError) or code == "PreconditionFailed"
+
+
+@contextlib.contextmanager
+def _told(verb: str, place: Path) -> Any:
+    """Turns what stores raise into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if verb == "read" and not is_remote(place):
+            raise UserError(f"cannot read {place}: {error.strerror}") from error
+        raise UserError(f"cannot {verb} {place}: no such file, folder or bucket") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise explain(error, f"cannot {verb} {place}", place) from error
+
+
+def explain(error: Exception, what: str, place: Path) -> UserError:
+    """The `Unreachable` or other `UserError` that stands for an error of a store."""
+    if not is_remote(place):
+        kind = Unreachable if getattr(error, "errno", None) in WAITABLE else UserError
+        return kind(f"{what}: {getattr(error, 'strerror', None) or _line(error)}")
+    protocol = os.fspath(place).partition("://")[0]
+    code = str(getattr(error, "code", ""))
+    names = {c.__name__ for c in type(error).__mro__}
+    credentials = names & {
+        "PermissionError",
+        "NoCredentialsError",
+        "GoogleAuthError",
+        "PartialCredentialsError",
+    }
+    words = ("Forbidden", "PERMISSION_DENIED", "UNAUTHENTICATED", "Unable to locate credentials")
+    if credentials or code in ("401", "403") or any(word in str(error) for word in words):
+        return UserError(f"{what}: {_line(error)}; {LOGIN[protocol]}")
+    if isinstance(error, (ValueError, NotADirectoryError, IsADirectoryError)) or code == "400":
+        return UserError(f"{what}: {_line(error)}")
+    return Unreachable(f"{what}: {_line(error)}")

@@ -1,0 +1,124 @@
+"""Workers of several processes: one claims, all train, all leave together. The training is real."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import fake_store
+import pytest
+
+from prime_jax import checkpoint, storage
+from prime_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
+from prime_jax.data import manifest
+from prime_jax.sweep import grid, plan, state
+
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def planned(root, data, steps: int, **settings) -> list[str]:
+    """A sweep of two real runs, one of them for v5e-8."""
+    base = RunConfig(
+        steps=steps,
+        batch_size=8,
+        model=ModelConfig(vocab_size=16, layers=1, width=32, heads=2),
+        data=DataConfig(path=str(data), seq_len=16),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=1),
+        eval=EvalConfig(examples=8, replicates=1, batch_size=8, estimators=()),
+        mesh=MeshConfig(replica=1),
+        checkpoint=CheckpointConfig(every=4, keep=2),
+        log=LogConfig(every=1),
+    )
+    small = grid.Sweep(
+        name="gang",
+        base=base,
+        families={"arm": {}},
+        budgets=(2e7,),
+        sizes=((1, 32, 2),),
+        seeds=(0, 1),
+        batch="fixed:8",
+        lr="fixed:1e-3",
+        **settings,
+    )
+    experiment = grid.Experiment(small.name, tuple(grid.rows(small)), "0" * 64)
+    listed = plan.candidates(experiment, {str(data): manifest.load(data)})
+    plan.write(root, experiment, listed[:1], "v5e-8")
+    plan.write(root, experiment, listed[1:], "v5e-16")
+    return [candidate.id for candidate in listed]
+
+
+def gang(url: str, processes: int, *options: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} {FLAGS}",
+        "PRIME_COORDINATOR": f"127.0.0.1:{port}",
+        "PRIME_PROCESSES": str(processes),
+        "PRIME_WAIT_SECONDS": "120",
+    }
+    command = [sys.executable, "-u", "-m", "prime_jax.cli", "sweep", "work", url, *options]
+    return [
+        subprocess.Popen(
+            command,
+            env={**environment, "PRIME_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def ended(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    return [process.returncode for process in processes], texts
+
+
+def test_a_gang_trains_its_slice_in_a_bucket_and_another_finishes(markov_data, tmp_path):
+    """Two processes do the run of their slice on `gs://`, checkpoints included; one does the rest."""
+    with fake_store.bucket("gs") as made:
+        root = storage.path(made.url)
+        mine, other = planned(root, markov_data, 12)
+        codes, texts = ended(gang(made.url, 2, "--slice", "v5e-8"))
+        assert codes == [0, 0], texts
+        assert all("waiting for 2 processes" in text for text in texts)
+        runs = {run.id: run for run in state.list_runs(root)}
+        assert (runs[mine].state, runs[other].state) == ("done", "pending")
+        folder = root / "runs" / mine / "1"
+        kept = checkpoint.steps(folder / "checkpoints")
+        assert kept[-1] == runs[mine].result["steps"]
+        assert len(kept) <= 2
+        assert {"log.0.txt", "log.1.txt", "metrics.jsonl"} <= set(storage.names(folder))
+
+
+@pytest.mark.slow
+def test_a_gang_that_is_told_to_stop_saves_and_its_run_is_finished_elsewhere(markov_data, tmp_path):
+    planned(tmp_path, markov_data, 2000)
+    workers = gang(str(tmp_path), 2)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if any(state.list_runs(tmp_path)[i].k for i in range(2)) and list(
+            tmp_path.glob("runs/*/1/checkpoints/*.json")
+        ):
+            break
+        time.sleep(0.05)
+    workers[1].send_signal(signal.SIGTERM)
+    codes, texts = ended(workers)
+    assert codes == [85, 85], texts
+    assert sorted(run.state for run in state.list_runs(tmp_path)) == ["pending", "preempted"]
+    codes, texts = ended(gang(str(tmp_path), 1))
+    assert codes == [0], texts
+    assert [run.state for run in state.list_runs(tmp_path)] == ["done", "done"]
+    assert any("continues at step" in text for text in texts)

@@ -1,0 +1,91 @@
+"""`sweep up|down|render` as a user types them: what is refused, in one line, and what is written."""
+
+from dataclasses import fields
+
+import fake_trainer
+import pytest
+
+from prime_jax import cli
+from prime_jax.launch import commands, engine
+from prime_jax.sweep import state
+
+
+@pytest.fixture
+def root(tmp_path):
+    fake_trainer.planned(tmp_path / "sweep")
+    return str(tmp_path / "sweep")
+
+
+def refused(capsys, *words: str) -> str:
+    assert cli.main(["sweep", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_unknown_engines_slices_and_options_of_others(root, capsys):
+    assert "did you mean slurm" in refused(capsys, "up", root, "--on", "slrum")
+    assert "local, slurm, tpu, k8s, sky" in refused(capsys, "up", root, "--on", "aws")
+    assert "no such chip" in refused(capsys, "up", root, "--on", "slurm", "--slice", "v9-4")
+    assert "--zone: not an option of --on slurm" in refused(
+        capsys, "up", root, "--on", "slurm", "--zone", "z"
+    )
+    assert "at least 1" in refused(capsys, "up", root, "--on", "slurm", "--workers", "0")
+
+
+def test_a_root_that_is_no_sweep(tmp_path, capsys):
+    for name in commands.ENGINES:
+        words = ("--image", "i") if name == "k8s" else ()
+        line = refused(capsys, "render", str(tmp_path / "nothing"), "--on", name, *words)
+        assert "no sweep here" in line or "ROOT must be" in line
+
+
+def test_what_is_only_rendered(root, capsys):
+    assert "sweep render ROOT --on k8s" in refused(capsys, "up", root, "--on", "k8s")
+    assert "sky jobs launch" in refused(capsys, "up", root, "--on", "sky")
+    assert "only rendered" in refused(capsys, "down", root, "--on", "k8s")
+
+
+def test_no_slurm_here(root, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for command in ("up", "down"):
+        assert "no Slurm here" in refused(capsys, command, root, "--on", "slurm", "--yes")
+
+
+def test_a_missing_library_is_one_line_with_the_command(root, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "submitit.slurm.slurm", None)
+    assert "pip install 'prime_jax[slurm]'" in refused(capsys, "render", root, "--on", "slurm")
+
+
+def test_a_wheel_says_that_it_needs_a_checkout(root, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "REPO", tmp_path)
+    with pytest.raises(engine.UserError, match="need a checkout"):
+        engine.template("jobset.yaml")
+
+
+def test_render_prints_or_writes(root, capsys, tmp_path):
+    pytest.importorskip("submitit", reason="pip install 'prime_jax[slurm]'")
+    words = ["sweep", "render", root, "--on", "slurm", "--slice", "h100-8"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("#!/bin/bash")
+    assert cli.main([*words, "-o", str(tmp_path / "out")]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.read_text() == printed
+    for run in state.open_runs(tmp_path / "sweep"):
+        state.publish(tmp_path / "sweep", run.id, {"status": "done", "losses": []})
+    assert "every run has ended" in refused(capsys, *words[1:])
+
+
+def test_options_mean_the_same_wherever_they_appear():
+    """One flag, one type: --help describes it once."""
+    seen: dict[str, object] = {}
+    for module in commands.ENGINES.values():
+        for one in fields(module.Options):
+            assert seen.setdefault(one.name, one.type) == one.type
+
+
+def test_names_tell_sweeps_apart_and_stay_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert engine.sweep_at("a").name == engine.sweep_at(tmp_path / "a/").name
+    assert engine.sweep_at("a").name != engine.sweep_at("b").name
+    assert engine.sweep_at("gs://b/a/").name == engine.sweep_at("gs://b/a").name

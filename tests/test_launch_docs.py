@@ -1,0 +1,111 @@
+"""Files shown in docs/ are what `sweep render` prints. `python tests/test_launch_docs.py` renews them."""
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import fake_trainer
+import pytest
+
+from prime_jax import slices
+from prime_jax.launch import engine, k8s, sky, slurm, tpu
+from prime_jax.launch.tpu_request import Options
+
+DOCS = engine.REPO / "docs"
+BUCKET = "gs://my-project-sweeps"
+PAGES = {"tpu-vm.md": ("request", "startup"), "slurm.md": ("slurm",), "gke.md": ("k8s", "sky")}
+LANGUAGES = {"request": "json", "startup": "bash", "slurm": "bash", "k8s": "yaml", "sky": "yaml"}
+
+
+def rendered(folder: Path) -> dict[str, str]:
+    """What the pages show, by name."""
+    base = fake_trainer.BASE
+    data = replace(base.data, path="/home/me/prime_jax/data/c4")
+    fake_trainer.planned(folder / "sweep", base=replace(base, data=data))
+    sweep = engine.Sweep(f"{BUCKET}/c4", folder / "sweep", 4, slices.parse("v5e-16"))
+    shared = replace(sweep, root="/shared/c4", workers=8, only=slices.parse("h100-8"))
+    worker, source = "prime-worker", f"{BUCKET}/data"
+    where = Options(
+        project="my-project",
+        zone="europe-west4-b",
+        spot=True,
+        service_account=f"{worker}@my-project.iam.gserviceaccount.com",
+        data=source,
+    )
+    image = "europe-west4-docker.pkg.dev/my-project/prime/prime_jax:1"
+    pods = k8s.Options(image, queue="tpus", spot=True, service_account=worker, data=source)
+    script, request = tpu.render(sweep, where).values()
+    (batch,) = slurm.render(shared, slurm.Options(partition="gpu", time=480)).values()
+    (sets,) = k8s.render(replace(sweep, workers=1), pods).values()
+    (task,) = sky.render(sweep, sky.Options(spot=True, data=source)).values()
+    texts = {"request": request, "slurm": batch, "k8s": sets, "sky": task}
+    texts["startup"] = script.partition("# shellcheck")[0]
+    code = re.compile(r"code-[0-9a-f]{12}")
+    return {
+        name: code.sub("code-0123456789ab", text)
+        .replace(sys.executable, "/shared/prime_jax/.venv/bin/python")
+        .strip()
+        for name, text in texts.items()
+    }
+
+
+def renew(page: str, texts: dict[str, str]) -> str:
+    """A page with its rendered blocks replaced."""
+    for name in texts:
+        block = f"<!-- rendered: {name} -->\n```{LANGUAGES[name]}\n{texts[name]}\n```\n"
+        pattern = rf"<!-- rendered: {name} -->\n(```.*?\n```\n)?"
+        page = re.sub(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
+    return page
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    pytest.importorskip("submitit", reason="pip install 'prime_jax[slurm]'")
+    return rendered(tmp_path_factory.mktemp("docs"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_shows_what_is_rendered(name, texts):
+    page = (DOCS / name).read_text()
+    for part in PAGES[name]:
+        assert f"<!-- rendered: {part} -->" in page
+    assert renew(page, texts) == page, "python tests/test_launch_docs.py"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_on_a_page_exist(name, monkeypatch):
+    """Every prime-jax line of a page parses."""
+    from prime_jax import cli, storage
+
+    monkeypatch.setattr(storage, "_filesystem", lambda protocol: None)  # no client of gs://
+    text = (DOCS / name).read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [
+        line for block in blocks for line in block.splitlines() if line.startswith("prime-jax")
+    ]
+    assert lines
+    names = "\n".join(re.findall(r"^export .*$", text, re.MULTILINE))
+    for line in lines:
+        shell = ["bash", "-c", f"{names}\nprintf '%s\\n' {line}"]
+        words = subprocess.run(shell, capture_output=True, text=True, check=True, cwd=engine.REPO)
+        cli.parser().parse_args(words.stdout.splitlines()[1:])
+
+
+def test_xpks_one_liner():
+    import shutil
+
+    if not shutil.which("xpk"):
+        pytest.skip("xpk is not installed")
+    (line,) = re.findall(r"^xpk workload create .*$", (DOCS / "gke.md").read_text(), re.MULTILINE)
+    done = subprocess.run(["bash", "-c", f"{line} --dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = rendered(Path(folder))
+    for name in PAGES:
+        (DOCS / name).write_text(renew((DOCS / name).read_text(), fresh))

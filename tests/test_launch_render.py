@@ -1,0 +1,252 @@
+"""What is rendered for Kubernetes, SkyPilot and Slurm, and the tools that read it."""
+
+import os
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import fake_trainer
+import pytest
+import yaml
+
+from prime_jax import distributed, slices
+from prime_jax.errors import UserError
+from prime_jax.launch import engine, k8s, sky, slurm
+from prime_jax.sweep import state
+
+K8S = k8s.Options(image="registry/prime_jax", queue="tpus", data="gs://bucket/data", spot=True)
+SKY = sky.Options(spot=True, data="gs://bucket/data")
+SLICES = ["v5e-4", "v5e-16", "v5p-128", "v6e-256", "tpu7x-128", "h100-8", "2xh100-8", "2xv6e-256"]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    fake_trainer.planned(tmp_path / "sweep", base=_with_data("/data/c4"))
+    where = slices.parse("v5e-16")
+    return engine.Sweep("gs://bucket/sweep", tmp_path / "sweep", 3, where)
+
+
+def _with_data(path):
+    base = fake_trainer.BASE
+    return replace(base, data=replace(base.data, path=path))
+
+
+def jobsets(sweep, options=K8S) -> list[dict]:
+    (text,) = k8s.render(sweep, options).values()
+    return list(yaml.safe_load_all(text))
+
+
+def on(sweep, name: str):
+    return replace(sweep, only=slices.parse(name))
+
+
+def test_a_jobset_per_worker(sweep):
+    found = jobsets(sweep)
+    names = [one["metadata"]["name"] for one in found]
+    assert names == [f"{sweep.name}-v5e-16-{i}" for i in range(3)]
+    one = found[0]
+    assert one["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "tpus"
+    (replicated,) = one["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (replicated["replicas"], job["parallelism"], job["completions"]) == (1, 4, 4)
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["args"] == ["sweep", "work", "gs://bucket/sweep", "--slice", "v5e-16"]
+    (mount,) = container["volumeMounts"]
+    assert (mount["mountPath"], mount["subPath"]) == ("/data/c4", "data/c4")
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+
+
+def test_which_exit_codes_restart_a_gang(sweep):
+    spec = jobsets(sweep)[0]["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    (ends,) = job["podFailurePolicy"]["rules"]
+    assert ends["onExitCodes"]["values"] == [1, 2], "not 85, nor the codes of crashes"
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert job["backoffLimit"] == 0
+    assert spec["failurePolicy"]["maxRestarts"] >= 100
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts", "each"),
+    [
+        ("v5e-1", 1, 1),
+        ("v5e-8", 1, 8),
+        ("v5e-16", 4, 4),
+        ("v4-8", 1, 4),
+        ("v5p-128", 16, 4),
+        ("tpu7x-8", 1, 4),
+        ("2xv6e-256", 128, 4),
+        ("h100-4", 1, 4),
+        ("4xh100-8", 4, 8),
+    ],
+)
+def test_hosts_of_a_slice(name, hosts, each):
+    where = slices.parse(name)
+    assert (where.hosts, where.chips_per_host) == (hosts, each)
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_names_are_short_and_hosts_are_counted(sweep, name):
+    where = slices.parse(name)
+    for one in jobsets(on(sweep, name)):
+        assert len(one["metadata"]["name"]) <= 28
+        (replicated,) = one["spec"]["replicatedJobs"]
+        job = replicated["template"]["spec"]
+        assert replicated["replicas"] * job["completions"] == where.hosts
+        ((_, chips),) = job["template"]["spec"]["containers"][0]["resources"]["limits"].items()
+        assert chips * where.hosts == where.chips
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_a_worker_finds_its_gang_in_what_the_jobset_sets(sweep, name):
+    one = jobsets(on(sweep, name))[0]
+    (replicated,) = one["spec"]["replicatedJobs"]
+    job, gangs = replicated["template"]["spec"], set()
+    given = job["template"]["spec"]["containers"][0]["env"]
+    fields = {
+        "JOBSET_NAME": one["metadata"]["name"],
+        "REPLICATED_JOB_NAME": replicated["name"],
+    }
+    for index in range(replicated["replicas"]):
+        for completion in range(job["completions"]):
+            values = fields | {"JOB_INDEX": str(index), "JOB_COMPLETION_INDEX": str(completion)}
+            names = {e["name"]: e.get("value", values.get(e["name"])) for e in given}
+            gangs.add(distributed.detect(names | values))
+    hosts = slices.parse(name).hosts
+    if hosts == 1:
+        assert gangs == {None}
+    else:
+        assert {gang.coordinator for gang in gangs} == {
+            f"{one['metadata']['name']}-workers-0-0.{one['metadata']['name']}:8476"
+        }
+        assert {gang.process for gang in gangs} == set(range(hosts))
+        assert {gang.processes for gang in gangs} == {hosts}
+
+
+def test_jobsets_against_the_published_schema(sweep):
+    path = os.environ.get("PRIME_JOBSET_SCHEMA")
+    if not path:
+        pytest.skip("PRIME_JOBSET_SCHEMA names no file (BUILD.md)")
+    jsonschema = pytest.importorskip("jsonschema")
+    published = yaml.safe_load(Path(path).read_text())
+    if "spec" in published:  # the CustomResourceDefinition
+        (version,) = [v for v in published["spec"]["versions"] if v["name"] == "v1alpha2"]
+        published = version["schema"]["openAPIV3Schema"]
+    for name in SLICES:
+        for options in (K8S, k8s.Options(image="i", data="gs://b/d")):
+            for one in jobsets(on(sweep, name), options):
+                jsonschema.validate(one, published)
+
+
+@pytest.mark.parametrize(
+    ("name", "accelerators", "nodes"),
+    [
+        ("v5e-16", "tpu-v5litepod-16", 1),
+        ("v5p-128", "tpu-v5p-128", 1),
+        ("h100-8", "H100:8", 1),
+        ("2xh100-8", "H100:8", 2),
+    ],
+)
+def test_a_sky_task(sweep, name, accelerators, nodes):
+    (text,) = sky.render(on(sweep, name), SKY).values()
+    task = yaml.safe_load(text)
+    assert task["resources"]["accelerators"] == accelerators
+    assert task["num_nodes"] == nodes
+    assert ("accelerator_args" in task["resources"]) == accelerators.startswith("tpu")
+    assert task["resources"]["use_spot"] is True
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [85]
+    assert task["file_mounts"] == {"/data/c4": "gs://bucket/data/c4"}
+
+
+def test_what_a_sky_task_runs_finds_its_gang(sweep, tmp_path):
+    (text,) = sky.render(sweep, SKY).values()
+    program = tmp_path / "prime-venv" / "bin" / "prime-jax"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        '#!/bin/sh\necho "$PRIME_COORDINATOR $PRIME_PROCESS_ID/$PRIME_PROCESSES $*"\n'
+    )
+    program.chmod(0o755)
+    given = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "1"}
+    done = subprocess.run(
+        ["bash", "-c", yaml.safe_load(text)["run"]],
+        env=given | {"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [
+        *("10.0.0.1:8476", "1/2"),
+        *("sweep", "work", "gs://bucket/sweep", "--slice", "v5e-16"),
+    ]
+
+
+def test_sky_reads_its_task(sweep, tmp_path):
+    skypilot = pytest.importorskip("sky", reason="pip install skypilot")
+    for name in ("v5e-16", "v5p-128", "h100-8", "2xh100-8"):
+        (text,) = sky.render(on(sweep, name), SKY).values()
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.replace("workdir: .", f"workdir: {tmp_path}"))
+        (resources,) = skypilot.Task.from_yaml(str(path)).resources
+        assert resources.use_spot
+
+
+def test_a_slurm_array_has_spare_tasks(sweep):
+    pytest.importorskip("submitit", reason="pip install 'prime_jax[slurm]'")
+    options = slurm.Options(
+        partition="gpu", time=60, setup=("module load cuda",), sbatch=("nice=5",)
+    )
+    (text,) = slurm.render(on(sweep, "2xh100-8"), options).values()
+    flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE))
+    expected = {"array": "0-29%3", "nodes": "2", "ntasks-per-node": "1", "gpus-per-node": "8"}
+    expected |= {
+        "partition": "gpu",
+        "time": "60",
+        "nice": "5",
+        "job-name": f"{sweep.name}-2xh100-8",
+    }
+    assert expected.items() <= flags.items()
+    assert flags["signal"].startswith("TERM@"), "a worker does not know submitit's USR2"
+    lines = text.splitlines()
+    assert "module load cuda" in lines
+    assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7" in lines
+    (command,) = [line for line in lines if line.startswith("srun")]
+    assert command.endswith("sweep work gs://bucket/sweep --slice 2xh100-8 --time-limit 60")
+
+
+def test_runs_for_any_machine_need_no_gpus_on_slurm(sweep):
+    pytest.importorskip("submitit", reason="pip install 'prime_jax[slurm]'")
+    (text,) = slurm.render(replace(sweep, only=None), slurm.Options()).values()
+    assert "gpus" not in text
+    assert "--slice" not in text
+
+
+def test_finished_pools_are_not_rendered(sweep):
+    for run in state.open_runs(sweep.source):
+        state.publish(sweep.source, run.id, {"status": "done", "losses": []})
+    assert k8s.render(sweep, K8S) == {}
+
+
+def test_what_cannot_be_rendered(sweep):
+    for render, options in ((k8s.render, K8S), (sky.render, SKY)):
+        with pytest.raises(UserError, match="ROOT must be"):
+            render(replace(sweep, root="/home/me"), options)
+        with pytest.raises(UserError, match="--slice"):
+            render(replace(sweep, only=None), options)
+        with pytest.raises(UserError, match="--data"):
+            render(sweep, replace(options, data=""))
+    with pytest.raises(UserError, match="--image"):
+        k8s.render(sweep, k8s.Options())
+    with pytest.raises(UserError, match="k8s"):
+        sky.render(on(sweep, "tpu7x-128"), SKY)
+    with pytest.raises(UserError, match="TPUs"):
+        slurm.render(sweep, slurm.Options())

@@ -1,0 +1,398 @@
+import json
+import sys
+from dataclasses import replace
+
+import fake_store
+import fake_trainer
+import pytest
+from rich.console import Console
+
+from prime_jax import slices
+from prime_jax.costs import Prices
+from prime_jax.errors import UserError
+from prime_jax.launch import archive, engine, tpu, tpu_request
+from prime_jax.launch.tpu_request import Options
+from prime_jax.sweep import state
+
+pytest.importorskip("google.cloud.tpu_v2", reason="pip install 'prime_jax[gcp]'")
+import fake_tpu
+import grpc
+from google.api_core import exceptions
+from google.cloud import tpu_v2
+
+OPTIONS = Options(project="p", zone="us-west4-a", spot=True, data="gs://bucket/data")
+V5E = slices.parse("v5e-16")
+
+
+@pytest.fixture(scope="module")
+def packed():
+    return archive.pack()
+
+
+@pytest.fixture
+def cloud(monkeypatch, packed):
+    fake = fake_tpu.FakeTpu()
+    monkeypatch.setattr(tpu.archive, "pack", lambda: packed)
+    with fake_tpu.serve(fake) as client:
+        monkeypatch.setattr(tpu, "client", lambda: client)
+        yield fake
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Eight runs, at most three machines; their files stay in a local folder."""
+    fake_trainer.planned(tmp_path / "sweep")
+    return engine.Sweep("gs://bucket/sweep", tmp_path / "sweep", 3, V5E)
+
+
+def finish(sweep, leave: int) -> None:
+    """Finish all but so many runs."""
+    for run in state.open_runs(sweep.source)[leave:]:
+        state.publish(sweep.source, run.id, {"status": "done", "losses": []})
+
+
+def desk(yes: bool = True) -> tuple[engine.Desk, Console]:
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    return engine.Desk(console, yes, Prices("2026-01-01", "USD", {"v5e": 1.5})), console
+
+
+def up(sweep, options=OPTIONS) -> str:
+    """What it printed."""
+    here, console = desk()
+    try:
+        assert tpu.up(sweep, options, here) == 0
+    finally:
+        console.file.close()
+    return console.export_text()
+
+
+def down(sweep) -> str:
+    here, console = desk()
+    assert tpu.down(sweep, OPTIONS, here) == 0
+    console.file.close()
+    return console.export_text()
+
+
+def test_up_makes_what_is_missing_and_says_what_it_costs(cloud, sweep, packed):
+    text = up(sweep)
+    assert len(cloud.resources) == 3
+    assert "72.00 USD per hour" in text  # 3 machines of 16 chips
+    assert (sweep.notes / packed.name).read_bytes() == packed.data
+    for full, one in cloud.resources.items():
+        name = full.rpartition("/")[2]
+        assert name.startswith(f"{sweep.name}-v5e-16-")
+        node = one.tpu.node_spec[0].node
+        assert (node.accelerator_type, node.runtime_version) == (
+            "v5litepod-16",
+            "v2-alpha-tpuv5-lite",
+        )
+        assert "spot" in one
+        assert f"export PRIME_NAME={name}\n" in node.metadata["startup-script"]
+    up(sweep)
+    assert len(cloud.resources) == 3, "the second time changes nothing"
+
+
+def test_no_more_machines_than_open_runs(cloud, sweep):
+    finish(sweep, leave=1)
+    up(sweep)
+    assert len(cloud.resources) == 1
+
+
+def test_machines_wait_for_quota(cloud, sweep):
+    cloud.quota = 32
+    up(sweep)
+    cloud.settle()
+    assert sorted(cloud.states().values()) == ["ACTIVE", "ACTIVE", "WAITING_FOR_RESOURCES"]
+    up(sweep)
+    assert len(cloud.resources) == 3, "a machine that waits is not missing"
+
+
+def test_a_preempted_machine_is_deleted_before_it_is_replaced(cloud, sweep):
+    cloud.quota = 48
+    up(sweep)
+    cloud.settle()
+    lost = min(cloud.states())
+    cloud.preempt(lost)
+    assert cloud.held() == 48, "SUSPENDED holds quota"
+    cloud.log.clear()
+    up(sweep)
+    changes = [(method, name) for method, name in cloud.log if method != "list"]
+    assert changes[0] == ("delete", lost)
+    assert [method for method, _ in changes] == ["delete", "create"]
+    assert lost not in cloud.states(), "under a fresh name"
+    cloud.settle()
+    assert list(cloud.states().values()) == ["ACTIVE"] * 3
+
+
+def test_what_failed_is_shown_in_the_clouds_words_and_replaced(cloud, sweep):
+    up(sweep)
+    broken = min(cloud.states())
+    cloud.break_(broken, "Quota limit 'TPUV5sPreemptibleLitepodPerProject' has been exceeded.")
+    text = up(sweep)
+    assert "Quota limit 'TPUV5sPreemptibleLitepodPerProject' has been exceeded." in text
+    assert broken not in cloud.states()
+    assert len(cloud.states()) == 3
+
+
+def test_an_idle_machine_is_deleted_and_a_working_one_is_not(cloud, sweep):
+    up(sweep)
+    cloud.settle()
+    finish(sweep, leave=1)
+    idle, *working = sorted(cloud.states())
+    (sweep.notes / f"{idle}.idle").write_text("exit code 0\n")
+    up(sweep)
+    assert sorted(cloud.states()) == working, "the other one leaves by itself"
+
+
+def test_machines_that_still_wait_go_when_there_is_nothing_for_them(cloud, sweep):
+    up(sweep)
+    finish(sweep, leave=0)
+    up(sweep)
+    assert cloud.states() == {}
+
+
+def test_machines_that_cannot_work_stop_the_making_of_more(cloud, sweep):
+    up(sweep)
+    cloud.settle()
+    broken = min(cloud.states())
+    (sweep.notes / f"{broken}.failed").write_text("host 0: installing failed\n")
+    with pytest.raises(UserError, match=r"host 0: installing failed.*--again"):
+        up(sweep)
+    assert broken not in cloud.states(), "it costs and does nothing"
+    assert len(cloud.states()) == 2
+    up(sweep, replace(OPTIONS, again=True))
+    assert len(cloud.states()) == 3
+    up(sweep)
+
+
+def test_a_drawn_name_that_exists_is_drawn_again(cloud, sweep, monkeypatch):
+    drawn = iter(["aaaa", "aaaa", "bbbb", "bbbb", "cccc"])
+    monkeypatch.setattr(tpu.secrets, "token_hex", lambda n: next(drawn))
+    up(sweep)
+    assert [name[-4:] for name in sorted(cloud.states())] == ["aaaa", "bbbb", "cccc"]
+
+
+def test_a_crash_after_creation_leaves_nothing_twice(cloud, sweep, monkeypatch):
+    made = tpu._create
+
+    def dies(*arguments):
+        made(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tpu, "_create", dies)
+    with pytest.raises(KeyboardInterrupt):
+        up(sweep)
+    assert len(cloud.states()) == 1
+    monkeypatch.setattr(tpu, "_create", made)
+    up(sweep)
+    assert len(cloud.states()) == 3
+
+
+def test_a_crash_between_deletion_and_creation(cloud, sweep, monkeypatch):
+    up(sweep)
+    cloud.settle()
+    cloud.preempt(min(cloud.states()))
+    cloud.fail["create"] = (grpc.StatusCode.UNAVAILABLE, "try later")
+    with pytest.raises(UserError, match="try later"):
+        up(sweep)
+    assert len(cloud.states()) == 2
+    up(sweep)
+    assert len(cloud.states()) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "code", "words"),
+    [
+        ("create", grpc.StatusCode.PERMISSION_DENIED, "Permission 'tpu.nodes.create' denied"),
+        ("create", grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota exceeded for quota metric 'cores'"),
+        ("list", grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API has not been used in project p"),
+        ("list", grpc.StatusCode.NOT_FOUND, "Location us-west4-z is not found"),
+    ],
+)
+def test_refusals_in_the_clouds_own_words(cloud, sweep, method, code, words):
+    cloud.fail[method] = (code, words)
+    with pytest.raises(UserError, match=words) as caught:
+        up(sweep)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_credentials(sweep, monkeypatch, tmp_path):
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    monkeypatch.setenv("NO_GCE_CHECK", "True")  # no look for a metadata server
+    with pytest.raises(UserError, match="gcloud auth application-default login"):
+        up(sweep)
+
+
+def test_a_missing_library_is_one_line_with_the_command(sweep, monkeypatch):
+    monkeypatch.delattr("google.cloud.tpu_v2")
+    monkeypatch.setitem(sys.modules, "google.cloud.tpu_v2", None)
+    with pytest.raises(UserError, match=r"google-cloud-tpu: pip install 'prime_jax\[gcp\]'"):
+        up(sweep)
+
+
+def test_down_removes_this_sweeps_machines_and_no_others(cloud, sweep, tmp_path):
+    other = replace(sweep, root="gs://bucket/other", workers=1)
+    up(other)
+    up(sweep)
+    cloud.settle()
+    cloud.preempt(min(name for name in cloud.states() if name.startswith(sweep.name)))
+    assert "nothing is left" in down(sweep)
+    assert [name[:12] for name in cloud.states()] == [other.name]
+    assert "nothing of this sweep" in down(sweep)
+
+
+def test_nothing_is_made_without_an_answer(cloud, sweep, monkeypatch):
+    here, console = desk(yes=False)
+    monkeypatch.setattr("sys.stdin", console.file)
+    with pytest.raises(UserError, match="--yes"):
+        tpu.up(sweep, OPTIONS, here)
+    console.file.close()
+    assert cloud.states() == {}
+
+
+def test_watch_replaces_what_is_taken_away_until_all_is_done(cloud, sweep, monkeypatch):
+    passes = iter(range(100))
+
+    def meanwhile(seconds):
+        index = next(passes)
+        cloud.settle()
+        if index == 0:
+            cloud.preempt(min(cloud.states()))
+        if index == 1:
+            assert list(cloud.states().values()) == ["ACTIVE"] * 3
+            cloud.fail["list"] = (grpc.StatusCode.UNAVAILABLE, "a hiccup")
+        if index == 3:
+            finish(sweep, leave=0)
+            cloud.resources.clear()  # each deletes itself
+
+    monkeypatch.setattr(tpu.time, "sleep", meanwhile)
+    # The client itself would retry a hiccup for minutes.
+    text = up(sweep, replace(OPTIONS, watch=True))
+    assert cloud.states() == {}
+    assert text.count("requested") == 4
+    assert next(passes) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"project": ""}, "--project"),
+        ({"zone": ""}, "--zone"),
+        ({"reservation": "r"}, "--spot and --reservation"),
+        ({"valid_until": "tomorrow"}, "--valid-until"),
+    ],
+)
+def test_bad_options(cloud, sweep, changed, message):
+    with pytest.raises(UserError, match=message):
+        up(sweep, replace(OPTIONS, **changed))
+    assert cloud.log == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["tpu"]["node_spec"][0].update(parent="projects/q/locations/z"), "parent"),
+        (lambda r: r["tpu"]["node_spec"][0].update(node_id="x" * 64), "63"),
+        (lambda r: r["tpu"]["node_spec"][0]["node"].pop("runtime_version"), "runtime_version"),
+        (lambda r: r.update(reservation_name="projects/p/locations/z/reservations/r"), "spot"),
+    ],
+)
+def test_the_server_rejects_what_the_real_one_rejects(cloud, sweep, change, words):
+    pool = sweep.pools()[0]
+    good = tpu_request.request(pool, OPTIONS, "a", "gs://code")
+    change(good)
+    where = {"parent": tpu_request.parent_of(OPTIONS), "queued_resource_id": "a"}
+    with pytest.raises(exceptions.InvalidArgument, match=words):
+        tpu.client().create_queued_resource(**where, queued_resource=good)
+
+
+@pytest.mark.parametrize(
+    ("name", "accelerator", "runtime"),
+    [
+        ("v4-8", "v4-8", "tpu-ubuntu2204-base"),
+        ("v5p-128", "v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-256", "v6e-256", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_clouds_names(cloud, sweep, name, accelerator, runtime):
+    sweep = replace(sweep, only=slices.parse(name))
+    up(sweep, replace(OPTIONS, spot=False, reservation="mine", valid_until="6h"))
+    one = next(iter(cloud.resources.values()))
+    node = one.tpu.node_spec[0].node
+    assert (node.accelerator_type, node.runtime_version) == (accelerator, runtime)
+    assert one.reservation_name == "projects/p/locations/us-west4-a/reservations/mine"
+    assert "guaranteed" in one
+    assert node.scheduling_config.reserved
+    assert one.queueing_policy.valid_until_duration.total_seconds() == 6 * 3600
+
+
+def test_several_slices_are_one_request(cloud, sweep):
+    up(replace(sweep, only=slices.parse("2xv6e-256"), workers=1))
+    (full, one), *rest = cloud.resources.items()
+    assert not rest
+    params = one.tpu.node_spec[0].multislice_params
+    assert (params.node_count, params.node_id_prefix) == (2, full.rpartition("/")[2])
+    assert len(f"{params.node_id_prefix}-0") <= 63
+
+
+def test_slices_that_are_no_tpu_vms(cloud, sweep):
+    for name, words in (("tpu7x-8", "k8s"), ("h100-8", "GPUs")):
+        with pytest.raises(UserError, match=words):
+            up(replace(sweep, only=slices.parse(name)))
+    with pytest.raises(UserError, match="--slice"):
+        up(replace(sweep, only=None))
+
+
+def test_finished_runs_without_a_slice_are_no_mistake(cloud, sweep):
+    finish(sweep, leave=0)
+    up(replace(sweep, only=None))
+    assert cloud.states() == {}
+
+
+def test_a_local_root_is_refused(cloud, sweep):
+    with pytest.raises(UserError, match="gs://"):
+        up(replace(sweep, root="/home/me/sweep"))
+
+
+def test_render_is_what_up_sends(cloud, sweep):
+    files = tpu.render(sweep, OPTIONS)
+    request = json.loads(files[f"{sweep.name}-v5e-16-request.json"])
+    script = files[f"{sweep.name}-v5e-16-startup.sh"]
+    request["tpu"]["node_spec"][0]["node"]["metadata"]["startup-script"] = script
+    finish(sweep, leave=1)
+    up(sweep)
+    (full, sent), *_ = cloud.resources.items()
+    name = full.rpartition("/")[2]
+    text = json.dumps(request).replace(f"{sweep.name}-v5e-16-0000", name)
+    expected = tpu_v2.QueuedResource(json.loads(text))
+    sent = tpu_v2.QueuedResource({"tpu": sent.tpu, "spot": {}})
+    assert tpu_v2.QueuedResource.to_dict(sent) == tpu_v2.QueuedResource.to_dict(expected)
+
+
+def test_from_the_command_line_with_the_sweep_in_a_bucket(cloud, packed, capsys):
+    from prime_jax import cli, storage
+
+    where = ["--project", "p", "--zone", "us-west4-a"]
+    with fake_store.bucket("gs") as bucket:
+        root = storage.path(bucket.url)
+        fake_trainer.planned(root)
+        up = ["sweep", "up", bucket.url, "--on", "tpu", "--slice", "v5e-16", "--workers", "2"]
+        up += [*where, "--data", "gs://bucket/data", "--yes"]
+        assert cli.main(up) == 0
+        assert "2 x v5e-16" in capsys.readouterr().out
+        assert storage.read(root / "launch" / packed.name) == packed.data
+        script = next(iter(cloud.resources.values())).tpu.node_spec[0].node.metadata
+        assert f"PRIME_ROOT={bucket.url}\n" in script["startup-script"]
+        storage.write(root / "launch" / f"{min(cloud.states())}.failed", b"no disk")
+        assert cli.main(up) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "no disk" in line
+        cloud.fail["list"] = (grpc.StatusCode.PERMISSION_DENIED, "you may not")
+        assert cli.main([*up, "--again"]) == 2
+        assert capsys.readouterr().err == "prime-jax: Cloud TPU: you may not\n"
+        bucket.store.denied = True
+        assert cli.main([*up, "--again"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert cli.main(["sweep", "down", bucket.url, "--on", "tpu", *where, "--yes"]) == 0
+    assert cloud.states() == {}
