@@ -25,6 +25,7 @@ from prime_jax.records import write_json_atomic
 from prime_jax.storage import Path
 
 PATIENCE = 300.0  # seconds that a save in the background waits for a store to come back
+LAYOUT = 1  # of the parameters; the next number whenever their order or meaning changes
 
 
 def _seal(directory: Path, step: int) -> Path:
@@ -174,7 +175,7 @@ class Writer:
             storage.remove(self._data(step))
             storage.upload(target, self._data(step))
         files = storage.checksums(self._data(step))
-        sums = {"step": step, "about": self.about, "files": files}
+        sums = {"layout": LAYOUT, "step": step, "about": self.about, "files": files}
         write_json_atomic(_seal(self.directory, step), sums)
 
     def _data(self, step: int) -> Path:
@@ -241,7 +242,13 @@ def _damage(directory: Path, step: int) -> str | None:
 def _load(directory: Path, step: int, abstract: Any, about: dict[str, Any]) -> Any:
     from orbax.checkpoint import v1 as ocp
 
-    saved = json.loads(storage.read(_seal(directory, step)))["about"]
+    seal = json.loads(storage.read(_seal(directory, step)))
+    if seal.get("layout") != LAYOUT:
+        raise UserError(
+            f"{_data(directory, step)}: parameters in layout {seal.get('layout')}, this version "
+            f"reads {LAYOUT}; train again, or use the version that saved it"
+        )
+    saved = seal["about"]
     for key, value in about.items():
         if saved.get(key) != value:
             raise UserError(

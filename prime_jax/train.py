@@ -176,8 +176,7 @@ class Run:
 
     def _train(self, state: State) -> State:
         c, steps = self.config, self.config.steps
-        horizon = optim.horizon(c)
-        seed = np.uint32(c.seed)
+        horizon, seed = optim.horizon(c), np.uint32(c.seed)
         batches = loader.train_batches(
             self.data,
             seed=c.seed,

@@ -49,6 +49,15 @@ def test_what_is_no_finished_run_is_refused(tiny_run, tmp_path):
         trained.load(str(unfinished))
 
 
+def test_parameters_in_another_order_are_refused(tiny_run, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(tiny_run, older)
+    seal = next((older / "checkpoints").glob("*.json"))
+    write_json_atomic(seal, read_json(seal) | {"layout": 0})
+    with pytest.raises(UserError, match="layout 0"):
+        trained.load(str(older))
+
+
 def with_about(run_dir, **changes):
     """Let the seal of a checkpoint say something else about what it belongs to."""
     seal = next((run_dir / "checkpoints").glob("*.json"))
