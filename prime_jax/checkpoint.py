@@ -55,13 +55,19 @@ class Writer:
         seconds: how long the last save took, from its call to its seal.
     """
 
-    def __init__(self, directory: Path, about: dict[str, Any], config: CheckpointConfig):
+    def __init__(
+        self,
+        directory: Path,
+        about: dict[str, Any],
+        config: CheckpointConfig,
+        say: Callable[[str], None] = print,
+    ):
         if not storage.is_remote(directory):
             directory = LocalPath(directory).absolute()  # orbax insists
         elif _is_copied(directory) and not distributed.is_alone():
             raise UserError(f"{directory}: several processes save to a shared folder or to gs://")
         self.directory = directory
-        self.about, self.config = about, config
+        self.about, self.config, self.say = about, config, say
         self.seconds = 0.0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -99,6 +105,43 @@ class Writer:
             raise self._failed(step, error) from error
         self._thread = threading.Thread(target=self._finish, args=(step, response, target, began))
         self._thread.start()
+
+    def try_save(self, step: int, state: Any) -> None:
+        """`save`, unless the store is out of reach: then say so, and training goes on.
+
+        Raises:
+            UserError: this save, or the one before, could not be written for another reason.
+        """
+        for act in (self.wait, lambda: self.save(step, state)):
+            try:
+                act()
+            except storage.Unreachable as error:
+                self.say(f"{error}; training goes on")
+
+    def save_surely(self, step: int, state: Any, patience: float) -> None:
+        """Save and seal, as often as it takes while the store is out of reach.
+
+        Raises:
+            Unreachable: still, after `patience` seconds.
+            UserError: as `save`.
+        """
+        began, verdict = time.monotonic(), "again"
+        while verdict == "again":
+            self.try_save(step, state)
+            late = time.monotonic() - began > patience
+            verdict = distributed.share(self._verdict(step, late))
+        if verdict != "saved":
+            raise storage.Unreachable(f"step {step} could not be saved in {self.directory}")
+
+    def _verdict(self, step: int, late: bool) -> str:
+        """Process 0's counts."""
+        try:
+            self.wait()
+            if not distributed.is_writer() or step in self.steps():
+                return "saved"
+        except storage.Unreachable as error:
+            self.say(str(error))
+        return "late" if late else "again"
 
     def wait(self) -> None:
         """Return when the save in progress, if there is one, is sealed.

@@ -121,7 +121,7 @@ class Run:
         self.id = run_id(self.config)
         self.program: Program = program(self.config, self.data.eos_id)
         self.checkpoints = checkpoint.Writer(
-            self.run_dir / "checkpoints", self._about(), config.checkpoint
+            self.run_dir / "checkpoints", self._about(), config.checkpoint, say
         )
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
         self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread
@@ -162,8 +162,7 @@ class Run:
         """The run directory: made by one process, then read by all."""
         if distributed.is_writer():
             prepare_directory(self.config, self.run_dir)
-            codes = self.program.codebook.codes
-            self._write_arrays("codebook.npy", lambda stream: np.save(stream, codes))
+            self._write_arrays("codebook.npy", lambda s: np.save(s, self.program.codebook.codes))
         distributed.barrier("run directory", self.say)
         finished = self.run_dir / "result.json"
         return read_json(finished) if storage.exists(finished) else None
@@ -256,30 +255,13 @@ class Run:
     def _save(self, step: int, state: State) -> None:
         self._read_pending()  # a diverged state is never saved
         with self.clock.measure("checkpoint"):
-            for act in (self.checkpoints.wait, lambda: self.checkpoints.save(step, state)):
-                try:
-                    act()
-                except storage.Unreachable as error:
-                    self.say(f"{error}; training goes on")
+            self.checkpoints.try_save(step, state)
             self.last_save = time.monotonic()
 
     def _save_surely(self, step: int, state: State, patience: float) -> None:
-        """Save, as often as it takes while the store is out of reach."""
-        began, verdict = time.monotonic(), "again"
-        while verdict == "again":
-            self._save(step, state)
-            verdict = distributed.share(self._verdict(step, time.monotonic() - began > patience))
-        if verdict != "saved":
-            raise storage.Unreachable(f"step {step} of run {self.id} could not be saved")
-
-    def _verdict(self, step: int, late: bool) -> str:
-        try:
-            self.checkpoints.wait()
-            if not distributed.is_writer() or step in self.checkpoints.steps():
-                return "saved"
-        except storage.Unreachable as error:
-            self.say(str(error))
-        return "late" if late else "again"
+        self._read_pending()
+        with self.clock.measure("checkpoint"):
+            self.checkpoints.save_surely(step, state, patience)
 
     def _restore(self) -> State:
         with self.clock.measure("checkpoint"):
@@ -321,13 +303,14 @@ class Run:
     def _save_before_leaving(self, step: int, state: State) -> str:
         """Save, unless that took longer than the grace period the last time."""
         grace, needed = self.config.checkpoint.grace_seconds, self.checkpoints.seconds
-        if step not in self.checkpoints.steps():
-            if grace and needed > grace:
-                self.checkpoints.wait()
-                last = (self.checkpoints.steps() or [0])[-1]
-                return f"a save takes {needed:.0f} s, longer than the grace of {grace:g} s: step {last} is the last saved"
+        steps = storage.insist(self.checkpoints.steps, self.say, checkpoint.PATIENCE)
+        saved, slow = distributed.share([step in steps, bool(grace) and needed > grace])
+        if not saved and slow:
+            self.checkpoints.wait()
+            last = (self.checkpoints.steps() or [0])[-1]
+            return f"a save takes {needed:.0f} s, longer than the grace of {grace:g} s: step {last} is the last saved"
+        if not saved:
             self._save_surely(step, state, grace or checkpoint.PATIENCE)
-        self.checkpoints.wait()
         return f"saved step {step}"
 
     # --- evaluation and record

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from prime_jax import checkpoint
+from prime_jax import checkpoint, storage
 from prime_jax.config import RunConfig, from_dict, run_id
 from prime_jax.data import manifest
 from prime_jax.data import tokenizer as tokenizers
@@ -39,7 +39,7 @@ class Trained:
         separator: EOS where there is no dataset: what an exported folder says, else -1.
     """
 
-    path: Path
+    path: storage.Path
     config: RunConfig
     program: Program
     params: Any
@@ -80,21 +80,22 @@ class Trained:
         return lambda params: partial(model.apply, {"params": params})
 
 
-def locate(run: str) -> tuple[RunConfig, list[Path]]:
+def locate(run: str) -> tuple[RunConfig, list[storage.Path]]:
     """The config of RUN and the directories of its attempts, newest first.
 
     Raises:
         UserError: nothing there, or several runs of that name.
     """
-    directory = Path(run)
-    root, _, name = run.rpartition(":")
-    if not directory.exists() and root:
-        sweep_state.check_root(Path(root))
-        found = sweep_state.select(sweep_state.list_runs(Path(root)), [name])[0]
+    directory = storage.path(run)
+    head, _, name = run.rpartition(":")
+    if head and "/" not in name and not storage.exists(directory):
+        root = storage.path(head)
+        sweep_state.check_root(root)
+        found = sweep_state.select(sweep_state.list_runs(root), [name])[0]
         config = from_dict(RunConfig, found.spec["config"], found.id)
-        attempts = [Path(root) / "runs" / found.id / str(a.k) for a in found.attempts]
+        attempts = [root / "runs" / found.id / str(a.k) for a in found.attempts]
         return config, attempts[::-1]
-    if not (directory / "config.json").exists():
+    if not storage.exists(directory / "config.json"):
         raise UserError(f"{run}: no run here (no config.json); give a run directory or ROOT:ID")
     if folder.is_exported(directory):
         return folder.read_config(directory), [directory]

@@ -26,6 +26,7 @@ class Store:
 
     Attributes:
         down: requests are cut off without an answer.
+        lost: so many writes are done, but their answers never arrive.
         denied: requests are answered with "no rights".
         page: most names in one page of a listing.
         counts: requests by what they wanted.
@@ -34,6 +35,7 @@ class Store:
     objects: dict[tuple[str, str], Stored] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     down: bool = False
+    lost: int = 0
     denied: bool = False
     page: int = 1000
     counts: Counter = field(default_factory=Counter)
@@ -141,6 +143,11 @@ class Handler(BaseHTTPRequestHandler):
         return 206, part, {"Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(data)}"}
 
     def answer(self, code: int, body: bytes = b"", kind: str = "", **headers: str) -> None:
+        if self.store.lost and self.command in ("PUT", "POST"):
+            self.store.lost -= 1
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return
         self.send_response(code)
         length = headers.pop("Content_Length", str(len(body)))
         for name, value in headers.items():

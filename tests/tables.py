@@ -105,7 +105,8 @@ def wrong(book: Codebook, seed: int, scale: float = 1.0):
 
 def p_value(observed: np.ndarray, law: np.ndarray) -> float:
     """Of the chi-square test of counts against probabilities; rare cells are taken together."""
-    expected = law.reshape(-1).astype(float) / law.sum() * observed.sum()
+    expected = law.reshape(-1).astype(float)
+    expected *= observed.sum() / expected.sum()
     cell = np.where(expected < 5, 0, np.arange(expected.size) + 1)
     got = np.bincount(cell, observed.reshape(-1))
     wanted = np.bincount(cell, expected)

@@ -80,7 +80,8 @@ def test_slots_add_up_to_the_bound(subject):
 def test_hidden_counts_are_exact(subject):
     tokens = np.zeros((3, 16), np.int32)
     keys = bits.keys_of(np.zeros(3, int), np.arange(3))
-    inputs, weight = bits.hide(subject, tokens, keys, jnp.array([0.001, 0.5, 1.0]))
+    hide = jax.jit(partial(bits.hide, subject))
+    inputs, weight = hide(tokens, keys, jnp.array([0.001, 0.5, 1.0]))
     np.testing.assert_array_equal(inputs.masked_BxLxS.sum(axis=(1, 2)), [1, 32, 64])
     np.testing.assert_allclose(weight, [64, 2, 1])
 
@@ -116,23 +117,32 @@ def test_shapes_of_known_attention():
     assert even == pytest.approx({"sink": 1 / 8, "band": 52 / 64, "entropy": np.log(8)})
 
 
-def test_every_analysis_writes_numbers_and_figures(tiny_run, tmp_path, capsys):
+DRAWN = {
+    "attention": (["--examples", "4", "--ratios", "0.5"], ["attention", "attention-maps-1"]),
+    "bits": (["--examples", "4"], ["bits"]),
+    "noise": (["--examples", "4", "--levels", "2"], ["noise"]),
+    "spectra": ([], ["spectra", "spectra-by-layer"]),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["attention", "bits", *(pytest.param(n, marks=pytest.mark.slow) for n in ("noise", "spectra"))],
+)
+def test_an_analysis_writes_numbers_and_figures_of_several_runs(name, tiny_run, tmp_path):
+    options, drawn = DRAWN[name]
     two = [str(tiny_run), str(tiny_run)]
-    small = ["--out", str(tmp_path), "--examples", "4"]
-    assert cli.main(["analyse", "spectra", *two, "--out", str(tmp_path)]) == 0
-    assert cli.main(["analyse", "attention", *two, *small, "--ratios", "0.5"]) == 0
-    assert cli.main(["analyse", "noise", *two, *small, "--levels", "2"]) == 0
-    assert cli.main(["analyse", "bits", *two, *small]) == 0
-    drawn = ["spectra", "spectra-by-layer", "attention", "attention-maps-1", "noise", "bits"]
-    for name in drawn:
+    assert cli.main(["analyse", name, *two, "--out", str(tmp_path), *options]) == 0
+    for figure in drawn:
         for suffix in ("svg", "png"):
-            assert (tmp_path / f"{name}.{suffix}").stat().st_size > 1000
-    for name in ("spectra", "attention", "noise", "bits"):
-        record = json.loads((tmp_path / f"{name}.json").read_text())
-        rows = list(csv.DictReader((tmp_path / f"{name}.csv").open()))
-        assert len(rows) == len(record["rows"])
-        assert len({row["run"] for row in rows}) == len(record["runs"]) == 2
-    capsys.readouterr()
+            assert (tmp_path / f"{figure}.{suffix}").stat().st_size > 1000
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
+    assert len(rows) == len(record["rows"])
+    assert len({row["run"] for row in rows}) == len(record["runs"]) == 2
+
+
+def test_a_dataset_that_is_none_is_one_line(tiny_run, tmp_path, capsys):
     assert cli.main(["analyse", "noise", str(tiny_run), "--data", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

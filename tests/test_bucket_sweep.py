@@ -27,12 +27,12 @@ def claimer(url: str, runs: list[str], won: list, own_client) -> None:
     won.append([run for run in runs if state.claim(root, run, 1)])
 
 
-@pytest.mark.parametrize("runs", [25, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_eight_claimers_share_the_runs(bucket, runs, monkeypatch):
     """Each with a client and connections of its own, all starting at once."""
     import fsspec
 
-    protocol = {"gs": "gcs"}.get(*[bucket.url.partition("://")[0]] * 2)
+    protocol = "gcs" if bucket.url.startswith("gs") else "s3"
     local, start = threading.local(), threading.Barrier(8)
 
     def own_client():
@@ -50,6 +50,16 @@ def test_eight_claimers_share_the_runs(bucket, runs, monkeypatch):
         thread.join()
     assert sorted(run for mine in won for run in mine) == ids
     assert conf["gcs"]["use_listings_cache"] is False
+
+
+def test_a_claim_whose_answer_is_lost_is_still_ours(bucket):
+    """The client asks again, and meets its own claim."""
+    root = storage.path(bucket.url)
+    fake_trainer.planned(root, families={"arm": {}}, budgets=(1e9,))
+    run = state.list_runs(root)[0]
+    bucket.store.lost = 1
+    assert state.claim(root, run.id, 1)
+    assert not state.claim(root, run.id, 1)
 
 
 def test_one_listing_and_each_file_read_once(bucket):

@@ -76,6 +76,25 @@ def test_which_exit_codes_restart_a_gang(sweep):
     assert job["template"]["spec"]["restartPolicy"] == "Never"
 
 
+@pytest.mark.parametrize(
+    ("name", "hosts", "each"),
+    [
+        ("v5e-1", 1, 1),
+        ("v5e-8", 1, 8),
+        ("v5e-16", 4, 4),
+        ("v4-8", 1, 4),
+        ("v5p-128", 16, 4),
+        ("tpu7x-8", 1, 4),
+        ("2xv6e-256", 128, 4),
+        ("h100-4", 1, 4),
+        ("4xh100-8", 4, 8),
+    ],
+)
+def test_hosts_of_a_slice(name, hosts, each):
+    where = slices.parse(name)
+    assert (where.hosts, where.chips_per_host) == (hosts, each)
+
+
 @pytest.mark.parametrize("name", SLICES)
 def test_names_are_short_and_hosts_are_counted(sweep, name):
     where = slices.parse(name)

@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 
 import fake_store
@@ -220,6 +221,13 @@ def test_no_credentials(sweep, monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path / "nowhere"))
     monkeypatch.setenv("NO_GCE_CHECK", "True")  # no look for a metadata server
     with pytest.raises(UserError, match="gcloud auth application-default login"):
+        up(sweep)
+
+
+def test_a_missing_library_is_one_line_with_the_command(sweep, monkeypatch):
+    monkeypatch.delattr("google.cloud.tpu_v2")
+    monkeypatch.setitem(sys.modules, "google.cloud.tpu_v2", None)
+    with pytest.raises(UserError, match=r"google-cloud-tpu: pip install 'prime_jax\[gcp\]'"):
         up(sweep)
 
 

@@ -152,6 +152,11 @@ def test_confidence_order_reveals_the_surest_tokens_of_the_first_open_block():
     assert set(np.flatnonzero(seen[0])) == set(first[:3])  # all beyond the threshold
     assert set(np.flatnonzero(seen[1])) == set(first)  # and at least one
 
+    other = made.sample([canvas], dataclasses.replace(options, order="entropy", threshold=None))
+    assert other.calls == [4]
+    free = made.sample([canvas], dataclasses.replace(options, order="entropy", threshold=9.0))
+    assert free.calls == [2]  # all of a block at once
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["margin", "entropy", "confidence"])

@@ -255,3 +255,38 @@ def test_runs_belong_to_the_slice_that_they_were_planned_for(tmp_path):
         assert {run.id for run in state.open_runs(tmp_path, slice)} == expected
     state.claim(tmp_path, free, 1)
     assert [run.id for run in state.open_runs(tmp_path)] == [owned]
+
+
+def test_an_owner_whose_training_stands_still_is_stalled(root):
+    run, now = only(root), 1000.0
+    elsewhere(root, run)
+    watch = state.Watch(timeout=300, stall=600, clock=lambda: now)
+    for count, quiet in ((1, 1.0), (2, 599.0)):
+        state.beat(root, run.id, 1, {"count": count, "quiet": quiet})
+        assert only(root, watch).state == "running"
+    state.beat(root, run.id, 1, {"count": 3, "quiet": 601.0})
+    stalled = only(root, watch)
+    assert (stalled.state, stalled.interruptions, stalled.opens_in()) == ("stalled", 1, 0.0)
+
+
+def test_only_what_can_matter_is_read(root, monkeypatch):
+    """One listing; of a finished run its spec and result, nothing twice."""
+    done, running = state.list_runs(root)
+    for run in (done, running):
+        state.claim(root, run.id, 1)
+        state.beat(root, run.id, 1, {"count": 1})
+    state.publish(root, done.id, {"status": "done", "losses": []})
+    read = []
+
+    def reading(folder, names):
+        read.append(sorted(names))
+        return real(folder, names)
+
+    real = state.storage.read_all
+    monkeypatch.setattr(state.storage, "read_all", reading)
+    watch = state.Watch()
+    state.list_runs(root, watch)
+    state.list_runs(root, watch)
+    first = [f"{done.id}.{kind}" for kind in ("result", "spec")]
+    first += [f"{running.id}.{kind}" for kind in ("1.beat", "1.claim", "spec")]
+    assert read == [sorted(first), [f"{running.id}.1.beat"]]

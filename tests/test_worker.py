@@ -14,8 +14,9 @@ import pytest
 from fake_trainer import Trainer
 from rich.console import Console
 
+from prime_jax import storage
 from prime_jax.errors import UserError
-from prime_jax.sweep import pool, state, worker
+from prime_jax.sweep import grid, plan, pool, state, worker
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -300,3 +301,90 @@ def test_a_pool_whose_workers_cannot_start_shows_why(root, screen):
     command = (sys.executable, "-c", "raise SystemExit('no such luck')")
     assert pool.supervise(root, 1, command=command, console=screen) == 1
     assert "no such luck" in shown(screen)
+
+
+def test_a_worker_leaves_the_runs_of_other_slices_alone(tmp_path):
+    small = fake_trainer.sweep(families={"arm": {}}, budgets=(1e9,))
+    experiment = grid.Experiment(small.name, tuple(grid.rows(small)), "0" * 64)
+    one, two = plan.candidates(experiment, {})
+    plan.write(tmp_path, experiment, [one], "v5e-16")
+    plan.write(tmp_path, experiment, [two], "v5e-8")
+    trainer = Trainer()
+    assert work(tmp_path, trainer, slice="v5e-8") == 0
+    assert [run for run, *_ in trainer.calls] == [two.id]
+    with pytest.raises(UserError, match="no run is planned for v4-8; there are: v5e-16, v5e-8"):
+        work(tmp_path, trainer, slice="v4-8")
+
+
+def test_a_worker_saves_and_leaves_before_its_time_is_up(root):
+    """And begins nothing that it could not save."""
+
+    def act(config, call, beat):
+        while beat({"step": 1}):
+            time.sleep(0.01)
+        raise Trainer.Stopped
+
+    trainer = Trainer(act)
+    began = time.monotonic()
+    assert work(root, trainer, minutes=1 / 60) == 85
+    assert time.monotonic() - began < 1.0
+    assert len(trainer.calls) == 1
+    assert find(root, trainer.calls[0][0]).state == "preempted"
+    assert work(root, trainer, minutes=1e-9) == 85
+    assert len(trainer.calls) == 1
+
+
+def test_the_limit_leaves_time_for_what_saving_and_starting_took():
+    limit = worker.Limit(60.0)
+    assert not limit.late(60.0)
+    assert limit.late(1801.0)
+    assert limit.allows(1700.0)
+    assert not limit.allows(1800.0)
+    assert not worker.Limit(None).late(1e9)
+
+
+def test_an_unreachable_store_is_an_interruption_of_the_run_not_a_failure(root):
+    run = keep_one(root)
+    trainer = Trainer(failing_on(run, storage.Unreachable("gone"), times=1))
+    assert work(root, trainer) == 0
+    assert (find(root, run).result["attempt"], find(root, run).result["preemptions"]) == (2, 1)
+
+
+def test_a_superseded_owner_does_not_publish(root):
+    run = keep_one(root)
+
+    def act(config, call, beat):
+        if call == 1:
+            state.claim(root, run, 2)
+            state.end(root, run, 2, "preempted", "by the test")
+
+    trainer = Trainer(act)
+    assert work(root, trainer, beat_seconds=60) == 0
+    assert find(root, run).result["attempt"] == 3
+    assert len(trainer.calls) == 2
+
+
+def test_logs_tell_what_happened_attempt_by_attempt(root, capsys):
+    from prime_jax.cli import main
+
+    run = keep_one(root)
+    work(root, Trainer(failing_on(run, ZeroDivisionError("lost the plot"), times=1)))
+    assert main(["sweep", "logs", str(root), run[:5]]) == 0
+    text = capsys.readouterr().out
+    first, second = text.split("=== attempt 2")
+    assert "Traceback" in first
+    assert "ZeroDivisionError: lost the plot" in first
+    assert "Traceback" not in second
+
+
+def test_machine_time_adds_up_over_attempts(root):
+    run = keep_one(root)
+
+    def act(config, call, beat):
+        time.sleep(0.15)
+        if find(root, run).k == 1:
+            raise Trainer.Preempted
+
+    work(root, Trainer(act), beat_seconds=0.02)
+    work(root, Trainer(act), beat_seconds=0.02)
+    assert find(root, run).result["machine_seconds"] >= 0.2

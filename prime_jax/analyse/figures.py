@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -157,7 +158,7 @@ def spectra_by_layer(rows: list[dict[str, Any]], names: Sequence[str]) -> Figure
                     panel.vlines(
                         at, column(mine, "tail_low"), column(mine, "tail_high"), colour, lw=1
                     )
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            layer_axis(panel, rows)
             if key == "stable_rank":
                 panel.set_title(NAMES[matrix])
             if key == "tail_exponent":
@@ -189,7 +190,7 @@ def attention(rows: list[dict[str, Any]], abouts: list[dict[str, Any]]) -> Figur
                         layers, np.mean(value_ZxH, axis=1), color=shade, lw=1.5, marker="o", ms=4
                     )
             panel.axhline(about["uniform"][name], color=GREY, lw=0.9, ls=(0, (3, 2)))
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            layer_axis(panel, mine)
         line[0].set_title(about["run"])
         line[-1].set_xlabel("layer")
     for name, panel in zip(STATISTICS, panels[:, 0], strict=True):
@@ -247,6 +248,11 @@ def maps(name: str, ratio: float, map_ZxHxCxC: np.ndarray, length: int) -> Figur
     )
     bar.ax.tick_params(labelsize=7)
     return figure
+
+
+def layer_axis(panel: Axes, rows: list[dict[str, Any]]) -> None:
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlim(-0.5, max(row["layer"] for row in rows) + 0.5)
 
 
 def legend(figure: Figure, names: Sequence[str], more: Sequence[Line2D] = ()) -> None:

@@ -93,9 +93,15 @@ def _label(run: Trained) -> str:
 
 
 def diffusion_only(subjects: list[Subject], what: str) -> None:
-    """Raises: UserError: an autoregressive run, which hides nothing."""
+    """Raises: UserError: an autoregressive run, which hides nothing, or block diffusion, whose
+    network reads two copies of a sequence and hides each block at its own level."""
     for subject in subjects:
         if subject.run.config.family == "arm":
             raise UserError(
                 f"{subject.name}: {what} needs a diffusion model; family arm hides nothing"
+            )
+        if subject.run.config.objective.block_length:
+            raise UserError(
+                f"{subject.name}: {what} is not made for block diffusion (objective.block_length); "
+                "`prime-jax eval` gives its bound"
             )

@@ -173,9 +173,15 @@ class Marks:
 
 
 def client() -> Any:
-    """The Cloud TPU client; tests put one on a loopback channel here."""
-    from google.cloud import tpu_v2
+    """The Cloud TPU client; tests put one on a loopback channel here.
 
+    Raises:
+        UserError: its library is missing.
+    """
+    try:
+        from google.cloud import tpu_v2
+    except ImportError as error:
+        raise needs("gcp", "google-cloud-tpu") from error
     return tpu_v2.TpuClient()
 
 

@@ -4,10 +4,11 @@ the fewest steps.
 A step from hidden share u to s costs the joint negative log-probability of what it reveals; summed
 over a grid this is the bound `finite:T`, which the ancestral sampler of that grid attains. We
 measure the cost per revealed share, R(u, s / u), at a few points, interpolate, and find the
-cheapest path from 1 to 0 by dynamic programming.
+cheapest path from 1 to 0 by dynamic programming. A search finds whatever noise favours; so R is the
+cost of infinitesimal steps, which grows with u and is fitted so, less what revealing sub-tokens of
+a token together saves, which is measured on the same tokens.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.config import RunConfig
-from prime_jax.kernels.subtoken_head import subtoken_log_masses
-from prime_jax.objectives import Inputs, masked_inputs
+from prime_jax.kernels.subtoken_head import subtoken_log_masses, subtoken_log_probs
+from prime_jax.kernels.subtoken_head_base import Head, true_digits
+from prime_jax.objectives import masked_inputs
 from prime_jax.sample.predict import Model
 
 SHARES = (0.02, 0.05, *np.linspace(0.1, 1.0, 10).round(2))  # u: hidden before the step
@@ -60,39 +62,57 @@ def measure(
 ) -> Rates:
     """Rates on some sequences; all points share the same random numbers, so that the surface is
     smooth. One network call per batch and share."""
-    cost = jax.jit(partial(_cost, model, config))
+    from scipy.optimize import isotonic_regression
+
+    costs = jax.jit(partial(_costs, model, config))
     params = jax.device_put(params, jax.devices()[0])
-    total = np.zeros((len(SHARES), len(PARTS)))
+    single, saved = np.zeros(len(SHARES)), np.zeros((len(SHARES), len(PARTS)))
     batch = min(batch, len(token_ExL))
     batches = len(token_ExL) // batch
     for i in range(batches):
         tokens = jnp.asarray(token_ExL[i * batch : (i + 1) * batch])
         for k, u in enumerate(SHARES):
-            total[k] += np.asarray(cost(params, tokens, np.float32(u), np.uint32(i)))
-    return Rates(total / (batches * batch * token_ExL.shape[1]))
+            parts = costs(params, tokens, np.float32(u), np.uint32(i))
+            single[k] += parts[0]
+            saved[k, :-1] += parts[1]
+    rising = isotonic_regression(single, weights=np.array(SHARES)).x
+    return Rates((rising[:, None] - saved) / (batches * batch * token_ExL.shape[1]))
 
 
-def _cost(model: Model, config: RunConfig, params, token_BxL, share, index) -> jax.Array:
-    """Summed cost per revealed share, float32 [P], of steps that start at `share`."""
+def _costs(model: Model, config: RunConfig, params, token_BxL, share, index) -> tuple:
+    """Summed nats per revealed share of steps that start at `share`.
+
+    Returns:
+        of infinitesimal steps [], and what longer ones save [P - 1], by part left hidden.
+    """
     book, head = model.head.codebook, model.head
     shape = (*token_BxL.shape, book.length)
     level_BxLxS = jax.random.uniform(jax.random.fold_in(jax.random.key(MEASURE_SEED), index), shape)
     hidden_BxLxS = level_BxLxS < share
     ones_BxL = jnp.ones(token_BxL.shape, jnp.float32)
-    inputs: Inputs = masked_inputs(config, book, token_BxL, hidden_BxLxS, ones_BxL, -1)
+    inputs = masked_inputs(config, book, token_BxL, hidden_BxLxS, ones_BxL, -1)
     h_BxLxD, head_VxD = model.network(params)(inputs.digits_BxLxS, None, None)
-    flat: Callable = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    h_NxD, hidden_NxS, level_NxS = map(flat, (h_BxLxD, hidden_BxLxS, level_BxLxS))
+    parts = (h_BxLxD, hidden_BxLxS, level_BxLxS)
+    h_NxD, hidden_NxS, level_NxS = (x.reshape(-1, *x.shape[2:]) for x in parts)
     row_N = jnp.asarray(book.rows)[token_BxL].reshape(-1)
+    single_NxS = _surprises(head, h_NxD, head_VxD, row_N, hidden_NxS)
 
-    def nats(later_NxS):
-        return subtoken_log_masses(head, h_NxD, head_VxD, row_N, hidden_NxS, later_NxS)
+    def saved(part):
+        later_NxS = hidden_NxS & (level_NxS < part * share)
+        _, joint_N = subtoken_log_masses(head, h_NxD, head_VxD, row_N, hidden_NxS, later_NxS)
+        alone = jnp.where(hidden_NxS & ~later_NxS, single_NxS, 0).sum()
+        return (alone + joint_N.sum()) / (share * (1 - part))
 
-    def rate(part):
-        return -nats(level_NxS < part * share)[1].sum() / (share * (1 - part))
+    alone = jnp.where(hidden_NxS, single_NxS, 0).sum() / share
+    return alone, jax.lax.map(saved, jnp.array(PARTS[:-1], jnp.float32))
 
-    rates = jax.lax.map(rate, jnp.array(PARTS[:-1], jnp.float32))
-    return jnp.append(rates, -nats(None)[0].sum() / share)
+
+def _surprises(head: Head, h_NxD, head_VxD, row_N, hidden_NxS) -> jax.Array:
+    """-log P [N, S] of the true digit of every hidden sub-token alone."""
+    _, marginals_NxSxb, joint_N = subtoken_log_probs(head, h_NxD, head_VxD, row_N, hidden_NxS)
+    if marginals_NxSxb is None:
+        return -joint_N[:, None]
+    return -jnp.where(true_digits(head, row_N), marginals_NxSxb, 0).sum(axis=2)
 
 
 def best(rates: Rates, steps: int) -> np.ndarray:

@@ -79,12 +79,16 @@ def settings_of(options: Options) -> Settings:
     steps = len(shares) - 1
     rates = np.zeros((-(-steps // STEPS_UNIT) * STEPS_UNIT, 2), np.float32)
     rates[:steps] = remasking_rates(shares, options.remasking)
-    threshold = np.inf if options.threshold is None else options.threshold
+    threshold = options.threshold
+    if threshold is None:
+        threshold = np.inf
+    elif options.order == "entropy":  # its score is the negative entropy
+        threshold = -threshold
     return Settings(
         Filters(
             np.float32(options.temperature), np.int32(options.top_k), np.float32(options.top_p)
         ),
-        np.float32(-threshold if options.order == "entropy" else threshold),
+        np.float32(threshold),
         np.float32(options.cfg_scale),
         rates,
         np.int32(steps),

@@ -59,7 +59,7 @@ def restricted(head: Head, digits_NxS: jax.Array, z_NxV: jax.Array) -> jax.Array
 
 
 def rows_at_a_time() -> int:
-    return 32 if target_kind() == "cpu" else 256
+    return 8 if target_kind() == "cpu" else 256
 
 
 def propose(

@@ -223,12 +223,16 @@ def open_runs(root: Path, slice: str = "", watch: Watch | None = None) -> list[R
     return [run for run in list_runs(root, watch) if run.fits(slice) and run.opens_in() is not None]
 
 
-def claim(root: Path, run: str, k: int, by: str = "worker") -> bool:
-    """Try to become the owner of attempt k."""
-    return create(
-        root / "state" / f"{run}.{k}.claim",
-        {**identity(), "by": by, "time": time.time(), "claim": uuid.uuid4().hex},
-    )
+def claim(
+    root: Path,
+    run: str,
+    k: int,
+    by: str = "worker",
+    say: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Try to become the owner of attempt k, with one and the same claim through any outage."""
+    mine = {**identity(), "by": by, "time": time.time(), "claim": uuid.uuid4().hex}
+    return storage.insist(lambda: create(root / "state" / f"{run}.{k}.claim", mine), say)
 
 
 def beat(root: Path, run: str, k: int, values: dict[str, Any]) -> None:

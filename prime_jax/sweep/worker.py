@@ -152,16 +152,12 @@ class Leader:
             return {"leave": PREEMPTED}
         for run in sorted(ready, key=self._rank, reverse=True):
             k = run.k + 1
-            if self._claim(run, k):
+            if state.claim(root, run.id, k, say=self.worker.screen.say):
                 self.chosen, self.last = run, _compiled_shape(run)
                 return {"run": run.id, "k": k, "earlier": [a.k for a in reversed(run.attempts)]}
         if ready or worth_waiting(runs, self.backoff):
             return {}
         return {"leave": FAILED if any(run.state == "failed" for run in runs) else DONE}
-
-    def _claim(self, run: Run, k: int) -> bool:
-        say = self.worker.screen.say
-        return storage.insist(lambda: state.claim(self.worker.root, run.id, k), say)
 
     def _rank(self, run: Run) -> tuple[bool, float]:
         """The largest, but first those that the last compilation fits."""
