@@ -124,8 +124,9 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             say("stopped; what is done is kept, and the same command continues")
             return 85
-    if records:
-        console.print(report.table(records))
+    wide = Console(width=max(report.WIDTH, console.width))
+    for record in records:
+        wide.print(report.table(record))
     say(f"record: {out}")
     return 0
 
@@ -220,6 +221,8 @@ def _samples(args, found, out: Path, tick, records: list) -> None:
 
 
 def _tasks(args, found, out: Path, tick, console: Any) -> None:
+    from rich.console import Console
+
     from prime_jax import distributed
     from prime_jax.evaluate import report, tasks
 
@@ -241,4 +244,4 @@ def _tasks(args, found, out: Path, tick, console: Any) -> None:
         results.append(tasks.evaluate(scorer, call, variant, named))
         if distributed.is_writer():
             report.store(found, out, "tasks", results[-1], ("tasks", "settings", "limit"))
-    console.print(tasks.table(results))
+    Console(width=max(report.WIDTH, console.width)).print(tasks.table(results))

@@ -90,6 +90,7 @@ def _prepare(*, offline: bool) -> None:
     """Before the harness is imported: it reads the environment once, and talks a lot."""
     if offline:
         os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # our progress bar is the one
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
