@@ -270,9 +270,8 @@ def test_rare_tokens_are_drawn_at_their_rate():
         z_NxV = jnp.broadcast_to(z_V, (rows, classes))
         return (draw(filters(), z_NxV, jax.random.split(key, rows)) != 0).sum()
 
-    count = sum(int(rare(key)) for key in jax.random.split(jax.random.key(0), 12))
-    expected = 12 * rows * (classes - 1) * p  # 16
-    assert abs(count - expected) < 4 * expected**0.5
+    count = sum(int(rare(key)) for key in jax.random.split(jax.random.key(0), 4))
+    assert 1 <= count <= 15  # 5.4 expected; 0.01 with the default noise
 
 
 # --- grids

@@ -52,7 +52,7 @@ def test_a_measured_grid_says_what_it_costs(tiny_run, capsys):
     assert "nelbo" in told
     assert cli.main([*command, "--within", "0.5"]) == 0
     assert "steps: measured grid" in capsys.readouterr().err
-    assert "--within 0.0" in failing([*command, "--within", "0.0"], capsys)
+    assert "must be 0 or more" in failing([*command, "--within", "-1.0"], capsys)
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_bad_input_is_one_line(tiny_run, tmp_path, capsys):
     assert "no such order" in failing(["sample", run, "--order", "sideways"], capsys)
     assert "no such grid" in failing(["sample", run, "--grid", "square"], capsys)
     assert "--num 0" in failing(["sample", run, "--num", "0"], capsys)
-    assert "--within needs" in failing(["sample", run, "--within", "0.1"], capsys)
+    assert "needs --grid measured" in failing(["sample", run, "--within", "0.1"], capsys)
     assert "no EOS" in failing(["sample", run, "--stop-at-eos"], capsys)
     assert "cannot write" in failing(["sample", run, "-o", tmp_path / "no" / "where"], capsys)
     assert "no run here" in failing(["sample", tmp_path], capsys)

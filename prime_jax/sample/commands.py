@@ -123,8 +123,8 @@ def _options(args: argparse.Namespace, run: Any, sampler: Any, **more: Any) -> A
         values["stop"] = run.eos_id
     if args.num < 1:
         raise UserError(f"--num {args.num}: must be 1 or more")
-    if args.within is not None and args.grid != "measured":
-        raise UserError("--within needs --grid measured")
+    if args.within is not None and (args.grid != "measured" or args.within < 0):
+        raise UserError(f"--within {args.within}: needs --grid measured, and must be 0 or more")
     if args.watch and (args.num > 1 or run.config.family == "arm"):
         raise UserError("--watch shows one sample of a model of family mdm or prime")
     if args.grid != "measured":
