@@ -81,7 +81,8 @@ def targets(config: RunConfig, token_BxL: jax.Array, eos_id: int) -> jax.Array:
 def autoregressive_inputs(config: RunConfig, book: Codebook, token_BxL, eos_id) -> Inputs:
     """ARM: shift right behind a BOS, which also opens every segment."""
     segment_BxL = segments(config, token_BxL, eos_id)
-    shifted_BxL = jnp.pad(token_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=book.base)
+    digit_BxL = jnp.asarray(book.digits)[token_BxL, 0]
+    shifted_BxL = jnp.pad(digit_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=book.base)
     if segment_BxL is not None:
         first_BxL = jnp.diff(segment_BxL, axis=1, prepend=-1) != 0
         shifted_BxL = jnp.where(first_BxL, book.base, shifted_BxL)

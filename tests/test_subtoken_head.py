@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from head_cases import compare, log_prob_pair, loss_pair, problem, reference_loss
 
-from prime_jax.config import SubtokenConfig
+from prime_jax.config import RunConfig, SubtokenConfig
 from prime_jax.kernels import subtoken_head_xla
 from prime_jax.kernels.subtoken_head import (
     Head,
@@ -22,6 +22,7 @@ from prime_jax.kernels.subtoken_head_reference import (
     subtoken_head_reference,
     subtoken_log_probs_reference,
 )
+from prime_jax.objectives import autoregressive_inputs
 from prime_jax.subtokens import Codebook
 
 CASES = [
@@ -144,6 +145,9 @@ def test_head_rows_are_in_the_order_of_codes(scope):
 def test_a_tied_head_ties_each_token_to_its_own_embedding():
     book = Codebook.create(37, SubtokenConfig(length=1, seed=3))  # embedded by digit
     assert (book.rows == book.digits[:, 0]).all()
+    token = jnp.arange(37)[None]
+    read = autoregressive_inputs(RunConfig(family="arm"), book, token, -1).digits_BxLxS
+    assert (read[0, 1:, 0] == book.rows[:-1]).all()  # ARM embeds by digit as well
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])

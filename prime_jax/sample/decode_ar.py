@@ -41,8 +41,9 @@ def read_prompts(model: Model, params: Any, config: ModelConfig, prompts: Prompt
     """A cache of BOS and each prompt less its last token: that one is read when drawing."""
     batch, length = prompts.token_BxL.shape
     room = -(-length // READ) * READ
-    network, base = model.network(params), model.head.codebook.base
-    input_BxM = jnp.pad(prompts.token_BxL, ((0, 0), (1, READ)), constant_values=base)[:, :room]
+    network, book = model.network(params), model.head.codebook
+    digit_BxL = jnp.asarray(book.digits)[prompts.token_BxL, 0]
+    input_BxM = jnp.pad(digit_BxL, ((0, 0), (1, READ)), constant_values=book.base)[:, :room]
 
     def read(state):
         start, cache = state
@@ -71,7 +72,8 @@ def decode(
     def write(state):
         token_BxL, cache, open_B, count = state
         at_B = jnp.minimum(cache.length_B, length - 1)
-        last_B = jnp.where(at_B > 0, token_BxL[row_B, at_B - 1], book.base)
+        digit_B = jnp.asarray(book.digits)[token_BxL[row_B, at_B - 1], 0]
+        last_B = jnp.where(at_B > 0, digit_B, book.base)
         h_Bx1xD, head_VxD, cache = network(last_B[:, None, None], cache=cache)
         draw_B = jnp.full(batch, count)
         row_N, _ = propose(
