@@ -203,7 +203,7 @@ def report(result: dict[str, Any], out: Path) -> int:
         f"C={result['flops']['matmul']:.3g} FLOPs (matmul), {result['tokens_per_second']:,.0f} "
         f"tokens/s, {seconds['total']:.1f} s of which {seconds['compile']:.1f} s compiling"
     )
-    console.print(f"record: {out / 'result.json'}")
+    console.print(f"record: {out / 'result.json'}", soft_wrap=True)
     return 0
 
 

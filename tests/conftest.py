@@ -11,6 +11,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
+import submitit  # noqa: F401  (its import resets logging: in a test, absl would close pytest's stderr)
 from hypothesis import settings
 
 settings.register_profile("prime_jax", deadline=None)  # speed is not what tests are for

@@ -230,7 +230,7 @@ def test_decoding_equals_repeated_full_passes(arm):
 def test_decoding_draws_from_the_softmax(arm):
     options = Options(gen_length=1, temperature=1.3, batch_size=EIGHT)
     draws = generate(arm, [[4, 9]] * 1024, options)
-    law = np.exp(next_logits(arm, [[4, 9]] * EIGHT)[0][-1] / 1.3)
+    law = np.exp(np.float64(next_logits(arm, [[4, 9]] * EIGHT)[0][-1]) / 1.3)
     assert p_value(np.bincount(np.ravel(draws), minlength=37), law) > 1e-3
 
 
