@@ -250,8 +250,8 @@ def main() -> None:
     print(text, flush=True)
     for kernel in args.kernels:
         for table in TABLES[kernel](args.widths, dtype):
+            print(f"{table.title}\n{_line('side', *COLUMNS)}", flush=True)
             rows = measure(table, args.rounds)
-            print(f"{table.title}\n{_line('side', *COLUMNS)}")
             print("\n".join(_line(*row) for row in rows), flush=True)
             text += markdown(table.title, rows)
             if args.out:  # as far as it is measured

@@ -37,16 +37,16 @@ def packed(length):
     return jnp.asarray(np.stack([row, np.full(length, -1)]), jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def pulled(function, q, k, v, dout):
+    out, pull = jax.vjp(function, q, k, v)
+    return out, *pull(dout)
+
+
 def with_gradients(function, q, k, v, dout):
-    """(output, dq, dk, dv) as float32."""
-
-    @jax.jit
-    def run(q, k, v, dout):
-        out, pull = jax.vjp(function, q, k, v)
-        return out, *pull(dout)
-
+    """(output, dq, dk, dv) as float32; compiled once per function."""
     with jax.default_matmul_precision("highest"):
-        return [np.asarray(x, np.float32) for x in run(q, k, v, dout)]
+        return [np.asarray(x, np.float32) for x in pulled(function, q, k, v, dout)]
 
 
 def assert_equals_reference(implementation, qkv, causal, ids, blocks=(), block_length=0):
@@ -58,8 +58,11 @@ def assert_equals_reference(implementation, qkv, causal, ids, blocks=(), block_l
     return got
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize(
+    ("implementation", "causal"),
+    [(name, causal) for name in ("pallas", "xla", "scan") for causal in (False, True)]
+    + [("splash", True), pytest.param("splash", False, marks=pytest.mark.slow)],
+)
 def test_equals_the_reference(implementation, causal):
     qkv = arrays(50, 12, heads=4, groups=2)
     out, *gradients = assert_equals_reference(implementation, qkv, causal, packed(50))
@@ -124,7 +127,13 @@ def test_block_diffusion_equals_the_reference(implementation, ids):
 
 
 @pytest.mark.parametrize(
-    ("size", "causal", "ids"), [(4, False, False), (64, True, True), (96, False, True)]
+    ("size", "causal", "ids"),
+    [
+        (4, False, False),
+        (96, True, True),
+        pytest.param(64, True, True, marks=pytest.mark.slow),
+        pytest.param(96, False, True, marks=pytest.mark.slow),
+    ],
 )
 def test_kernel_at_any_head_size(size, causal, ids, monkeypatch):
     monkeypatch.setattr(attention_mosaic, "PART", 12)  # three parts, the last one shorter

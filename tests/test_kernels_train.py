@@ -38,13 +38,16 @@ def tiny(quick) -> RunConfig:
         steps=4,
         batch_size=4,
         optim=OptimConfig(peak_lr=1e-2, warmup_steps=1),
-        eval=EvalConfig(examples=4, replicates=2, batch_size=8, estimators=("subtoken",)),
+        eval=EvalConfig(estimators=()),
         mesh=MeshConfig(data=1, remat="none"),
     )
 
 
+EVALUATED = EvalConfig(examples=4, replicates=2, batch_size=8, estimators=("subtoken",))
+
+
 def losses(config: RunConfig, run_dir) -> list[float]:
-    """The loss of every step, and of the evaluation."""
+    """The loss of every step, and of an evaluation if there is one."""
     result = train(config, run_dir, say=lambda _: None)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [r["loss"] for r in rows if "loss" in r] + [x["value"] for x in result["losses"]]
@@ -87,6 +90,15 @@ def test_every_implementation_trains_to_the_same_losses(
 
 
 @pytest.mark.slow
+def test_every_implementation_evaluates_alike(tiny, tmp_path):
+    config = dataclasses.replace(tiny, eval=EVALUATED)
+    plain = losses(config, tmp_path / "plain")
+    got = losses(dataclasses.replace(config, kernels=ALL), tmp_path / "kernels")
+    assert len(plain) > config.steps
+    np.testing.assert_allclose(got, plain, rtol=2e-5)
+
+
+@pytest.mark.slow
 def test_packed_documents_train_alike(tiny, tmp_path):
     """With segment ids, through the model: the kernels skip what XLA masks."""
     data = dataclasses.replace(tiny.data, segment_ids=True)
@@ -106,8 +118,8 @@ def test_a_kernel_that_does_not_compile_leaves_the_run_to_plain_xla(
     monkeypatch.setattr(embedding_pallas, "from_words", broken)
     # Another blocks setting: programs are kept, and the one of `embedding = pallas` may be there.
     kernels = KernelConfig(embedding="pallas", attention_blocks=(256, 256))
-    config = dataclasses.replace(tiny, kernels=kernels, eval=EvalConfig(estimators=()))
+    config = dataclasses.replace(tiny, kernels=kernels)
     with pytest.warns(UserWarning, match="no layout") as told:
         got = losses(config, tmp_path)
     assert len(told) == 1
-    np.testing.assert_allclose(got, plain[: config.steps], rtol=2e-5)
+    np.testing.assert_allclose(got, plain, rtol=2e-5)

@@ -21,7 +21,7 @@ CASES = [  # vocabulary, sub-tokens, scope, rows
     (200, 8, "codes", 65),
     (200, 1, "vocab", 100),
     (200, 3, "vocab", 40),  # b = 6
-    (64, 6, "vocab", 16),  # one tile
+    pytest.param(64, 6, "vocab", 16, marks=pytest.mark.slow),  # one tile
 ]
 
 
@@ -136,7 +136,7 @@ def visited(visits, tiles, blocks, cores):
     return forward, backward
 
 
-@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("cores", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_visits_are_the_consistent_tiles(cores):
     p = problem(1000, 10, 1024, 8)
     head = Head(p.book)
@@ -156,12 +156,6 @@ def test_visits_are_the_consistent_tiles(cores):
     np.testing.assert_array_equal(backward, np.where(forward.any(0), forward, [[1]] + [[0]] * 31))
     everything = subtoken_head_sparse.all_tiles(3, 5, cores)
     assert all((x == 1).all() for x in visited(everything, 3, 5, cores))
-
-
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_lowers_for_a_tpu(chip, lower_for):
-    for case in subtoken_head_pallas.cases(chip, 512, 51200):
-        assert lower_for(chip, case).count("tpu_custom_call") == 1
 
 
 def test_what_the_kernels_do_not_support_is_left_to_xla():

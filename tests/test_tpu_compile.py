@@ -79,7 +79,10 @@ def test_every_kernel_has_a_forward_and_a_backward_case():
         assert any(n.startswith(f"{name} backward") for n in names)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "chip",
+    [c if c in ("v5e", "v6e") else pytest.param(c, marks=pytest.mark.slow) for c in CHIPS],
+)
 @pytest.mark.parametrize("kernel", list(check.CASES))
 def test_the_kernels_lower_for_every_chip(kernel, chip, lower_for):
     for width in (512, 2048):
