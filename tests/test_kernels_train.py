@@ -32,7 +32,7 @@ def exact_products():
 
 
 @pytest.fixture(scope="module")
-def tiny(quick) -> RunConfig:
+def brief(quick) -> RunConfig:
     return dataclasses.replace(
         quick,
         steps=4,
@@ -54,9 +54,9 @@ def losses(config: RunConfig, run_dir) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny, tmp_path_factory):
+def plain(brief, tmp_path_factory):
     kernels = KernelConfig(head="xla", attention="scan", embedding="xla")
-    config = dataclasses.replace(tiny, kernels=kernels)
+    config = dataclasses.replace(brief, kernels=kernels)
     return losses(config, tmp_path_factory.mktemp("plain"))
 
 
@@ -73,7 +73,7 @@ def plain(tiny, tmp_path_factory):
     ids=str,
 )
 def test_every_implementation_trains_to_the_same_losses(
-    kernels, tiny, plain, tmp_path, monkeypatch
+    kernels, brief, plain, tmp_path, monkeypatch
 ):
     called = set()
     for name, (module, function) in KERNELS.items():
@@ -84,14 +84,14 @@ def test_every_implementation_trains_to_the_same_losses(
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, function, spy)
-    got = losses(dataclasses.replace(tiny, kernels=kernels), tmp_path)
+    got = losses(dataclasses.replace(brief, kernels=kernels), tmp_path)
     assert called == {name for name in KERNELS if getattr(kernels, name) == "pallas"}
     np.testing.assert_allclose(got, plain, rtol=2e-5)
 
 
 @pytest.mark.slow
-def test_every_implementation_evaluates_alike(tiny, tmp_path):
-    config = dataclasses.replace(tiny, eval=EVALUATED)
+def test_every_implementation_evaluates_alike(brief, tmp_path):
+    config = dataclasses.replace(brief, eval=EVALUATED)
     plain = losses(config, tmp_path / "plain")
     got = losses(dataclasses.replace(config, kernels=ALL), tmp_path / "kernels")
     assert len(plain) > config.steps
@@ -99,10 +99,10 @@ def test_every_implementation_evaluates_alike(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_packed_documents_train_alike(tiny, tmp_path):
+def test_packed_documents_train_alike(brief, tmp_path):
     """With segment ids, through the model: the kernels skip what XLA masks."""
-    data = dataclasses.replace(tiny.data, segment_ids=True)
-    config = dataclasses.replace(tiny, steps=2, data=data)
+    data = dataclasses.replace(brief.data, segment_ids=True)
+    config = dataclasses.replace(brief, steps=2, data=data)
     plain = losses(config, tmp_path / "plain")
     kernels = KernelConfig(attention="pallas")
     got = losses(dataclasses.replace(config, kernels=kernels), tmp_path / "kernels")
@@ -110,7 +110,7 @@ def test_packed_documents_train_alike(tiny, tmp_path):
 
 
 def test_a_kernel_that_does_not_compile_leaves_the_run_to_plain_xla(
-    tiny, plain, tmp_path, monkeypatch
+    brief, plain, tmp_path, monkeypatch
 ):
     def broken(*args, **kwargs):
         raise RuntimeError("Mosaic failed to compile TPU kernel: no layout")
@@ -118,7 +118,7 @@ def test_a_kernel_that_does_not_compile_leaves_the_run_to_plain_xla(
     monkeypatch.setattr(embedding_pallas, "from_words", broken)
     # Another blocks setting: programs are kept, and the one of `embedding = pallas` may be there.
     kernels = KernelConfig(embedding="pallas", attention_blocks=(256, 256))
-    config = dataclasses.replace(tiny, kernels=kernels)
+    config = dataclasses.replace(brief, kernels=kernels)
     with pytest.warns(UserWarning, match="no layout") as told:
         got = losses(config, tmp_path)
     assert len(told) == 1

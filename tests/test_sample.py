@@ -214,7 +214,7 @@ def next_logits(run, texts: list[list[int]]) -> list[np.ndarray]:
     """Logits [V] in token order of what follows each position of a text, by one full pass."""
     book, padded = run.codebook, np.zeros((len(texts), 32, 1), np.int32)
     for row, text in enumerate(texts):
-        padded[row, : len(text) + 1, 0] = [book.base, *text]
+        padded[row, : len(text) + 1, 0] = [book.base, *book.digits[text, 0]]
     h_BxLxD, head_VxD = jax.jit(run.network(run.params))(padded)
     z_BxLxV = np.asarray(h_BxLxD @ head_VxD.T)[..., book.rows]
     return [z[: len(text) + 1] for z, text in zip(z_BxLxV, texts, strict=True)]
