@@ -69,7 +69,7 @@ def jax_side(config: configs.RunConfig):
     from prime_jax import optim, sharding, step
     from prime_jax.metrics import Clock
 
-    device = jax.devices()[0]  # only after `step` has tuned the heap
+    device = jax.devices()[0]
     yield device.device_kind
 
     program, clock = step.program(config, eos_id=0), Clock()

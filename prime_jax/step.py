@@ -26,8 +26,6 @@ from prime_jax.objectives import loss_sums, make_head, training_inputs
 from prime_jax.sharding import Shardings
 from prime_jax.subtokens import Codebook
 
-hardware.keep_heap()  # here, because threads that XLA has started keep heaps of their own
-
 
 class State(NamedTuple):
     """What a checkpoint holds. `ema` is an empty dict unless an average is kept."""
@@ -135,6 +133,7 @@ def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) ->
 
 @lru_cache(maxsize=32)
 def _program(config: RunConfig, eos_id: int, codebook: Codebook | None) -> Program:
+    hardware.keep_heap()
     return make_program(config, eos_id, jax.devices(), codebook)
 
 
