@@ -29,7 +29,7 @@ test: install
 
 # The full matrices: minutes, not seconds.
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 # Sweeps on a real Slurm on this machine, from Debian's packages, which are not installed.
 test-slurm: install
