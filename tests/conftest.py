@@ -1,5 +1,6 @@
 """Shared set-up: eight virtual CPU devices, a small prepared dataset, tiny runs."""
 
+import contextlib
 import os
 
 # Tests compile far more than they compute: unoptimised code is four times quicker to make.
@@ -11,8 +12,10 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
-import submitit  # noqa: F401  (its import resets logging: in a test, absl would close pytest's stderr)
 from hypothesis import settings
+
+with contextlib.suppress(ImportError):  # its import resets logging: later, absl would close stderr
+    import submitit  # noqa: F401
 
 settings.register_profile("prime_jax", deadline=None)  # speed is not what tests are for
 settings.load_profile("prime_jax")

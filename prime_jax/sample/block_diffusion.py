@@ -37,7 +37,8 @@ def options_of(config: RunConfig, options: Options) -> Options:
     for name in ("cfg_scale", "remasking"):
         if getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')}: not with a run trained in blocks")
-    return dataclasses.replace(options, block_length=block)
+    # Steps are counted for each example alone, which only skipping the idle ones allows here.
+    return dataclasses.replace(options, block_length=block, cached=True)
 
 
 def whole_blocks(config: RunConfig, canvas: np.ndarray, hidden: int) -> np.ndarray:

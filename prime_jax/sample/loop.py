@@ -155,7 +155,9 @@ def _adaptive(call: _Call, digits_BxLxS, count) -> jax.Array:
     count_B = orders.due(call.batch.plan, hidden_BxLxS)
     active_BxL = orders.active_block(call.batch.plan, hidden_BxLxS)
     score = orders.SCORES[call.rule.order]
-    step_B = jnp.full(digits_BxLxS.shape[:1], count)
+    # An example's own progress: in block diffusion the number of calls depends on its batch.
+    plan = call.batch.plan
+    step_B = orders.revealed(plan, hidden_BxLxS) + plan.block_L[:, 0] * plan.block_L.shape[1]
     drawn_BxLxS, score_BxL = call.predict(digits_BxLxS, step_B, active_BxL, score)
     chosen_BxL = orders.surest(active_BxL, score_BxL, count_B, call.settings.threshold)
     return jnp.where(hidden_BxLxS & chosen_BxL[..., None], drawn_BxLxS, digits_BxLxS)

@@ -149,11 +149,17 @@ def next_fixed(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
     return jnp.where(hidden_BxLxS, plan.when_LxS, NEVER).min(axis=(1, 2))
 
 
+def revealed(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
+    """How many tokens, int32 [B], of a plan are revealed."""
+    planned_B = (plan.when_LxS.min(axis=2) < NEVER).sum(axis=1)
+    return planned_B - hidden_BxLxS.any(axis=2).sum(axis=1)
+
+
 def due(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
     """How many tokens, int32 [B], the next step of an adaptive plan reveals."""
     time_BxL = jnp.sort(plan.when_LxS.min(axis=2), axis=1)
     length = time_BxL.shape[1]
-    done_B = (time_BxL < NEVER).sum(axis=1) - hidden_BxLxS.any(axis=2).sum(axis=1)
+    done_B = revealed(plan, hidden_BxLxS)
     at_Bx1 = jnp.minimum(done_B, length - 1)[:, None]
     next_Bx1 = jnp.take_along_axis(time_BxL, at_Bx1, axis=1)
     later_BxL = jnp.arange(length) >= done_B[:, None]
