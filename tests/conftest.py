@@ -31,6 +31,15 @@ def markov_data(tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Even a small corpus is prepared in several parts and shards."""
+    from prime_jax.data import assemble, sources
+
+    monkeypatch.setattr(sources, "PART_BYTES", 4000)
+    monkeypatch.setattr(assemble, "SHARD_BYTES", 4000)
+
+
 @pytest.fixture(scope="session")
 def tiny(markov_data):
     """A Prime run of 12 steps on the Markov source, on one device."""

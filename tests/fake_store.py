@@ -80,7 +80,10 @@ class Store:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads a request, obeys `store.down`, and answers in one piece."""
+    """Reads a request, obeys `store.down`, and answers in one piece.
+
+    A subclass says how it refuses: `refuse()` answers a caller who may not.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -125,9 +128,6 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
             return out
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def refuse(self) -> None:
-        raise NotImplementedError
 
     def range_of(self, data: bytes) -> tuple[int, bytes, dict[str, str]]:
         """Status, content and headers of a read, whole or of a byte range."""

@@ -11,8 +11,10 @@ import textwrap
 import time
 from pathlib import Path
 
+import gangs
 import numpy as np
 import pytest
+from gangs import ended
 
 from prime_jax import checkpoint, distributed
 from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
@@ -115,35 +117,8 @@ def start(config: RunConfig, out: Path, processes: int, slow: float = 0.0) -> li
     """The processes of a gang with eight devices between them."""
     path = out.with_suffix(".config.json")
     path.write_text(json.dumps(to_dict(config)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={8 // processes}"
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "PRIME_COORDINATOR": f"127.0.0.1:{port}",
-        "PRIME_PROCESSES": str(processes),
-        "PRIME_WAIT_SECONDS": "120",
-        "PRIME_HEARTBEAT_SECONDS": "10",
-    }
-    command = [sys.executable, "-u", "-c", WORKER, str(path), str(out), str(slow)]
-    return [
-        subprocess.Popen(
-            command,
-            env={**environment, "PRIME_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(processes)
-    ]
-
-
-def ended(gang: list) -> tuple[list[int], list[str]]:
-    texts = [process.communicate(timeout=300)[0] for process in gang]
-    return [process.returncode for process in gang], texts
+    words = ["-c", WORKER, str(path), str(out), str(slow)]
+    return gangs.start(words, processes, devices=8, PRIME_HEARTBEAT_SECONDS="10")
 
 
 def losses(out: Path) -> list[float]:

@@ -1,14 +1,13 @@
 """Workers of several processes: one claims, all train, all leave together. The training is real."""
 
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import fake_store
+import gangs
 import pytest
+from gangs import ended
 
 from prime_jax import checkpoint, storage
 from prime_jax.config import (
@@ -23,8 +22,6 @@ from prime_jax.config import (
 )
 from prime_jax.data import manifest
 from prime_jax.sweep import grid, plan, state
-
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def planned(root, data, steps: int, **settings) -> list[str]:
@@ -59,31 +56,8 @@ def planned(root, data, steps: int, **settings) -> list[str]:
 
 
 def gang(url: str, processes: int, *options: str) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} {FLAGS}",
-        "PRIME_COORDINATOR": f"127.0.0.1:{port}",
-        "PRIME_PROCESSES": str(processes),
-        "PRIME_WAIT_SECONDS": "120",
-    }
-    command = [sys.executable, "-u", "-m", "prime_jax.cli", "sweep", "work", url, *options]
-    return [
-        subprocess.Popen(
-            command,
-            env={**environment, "PRIME_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(processes)
-    ]
-
-
-def ended(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    return [process.returncode for process in processes], texts
+    words = ["-m", "prime_jax.cli", "sweep", "work", url, *options]
+    return gangs.start(words, processes, devices=4)
 
 
 def test_a_gang_trains_its_slice_in_a_bucket_and_another_finishes(markov_data, tmp_path):

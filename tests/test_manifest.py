@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_prepare import corpus, make, small_parts  # noqa: F401
+from corpora import corpus, make
 
 from prime_jax import config as configs
 from prime_jax.data import manifest as manifests

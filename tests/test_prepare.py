@@ -11,25 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import corpus, make
 
 from prime_jax.data import assemble, commands, encode, loader, parallel, prepare, readers, sources
 from prime_jax.data import manifest as manifests
 from prime_jax.errors import UserError
-
-WORDS = ["alpha", "beta", "gamma", "\u2581", "naïve", "\0", "漢字", "\t", "tab\r\n", "end"]
-
-
-def corpus(directory: Path, documents: int = 60, words: int = 120, seed: int = 0) -> str:
-    rng = np.random.default_rng(seed)
-    directory.mkdir(parents=True, exist_ok=True)
-    for i in range(documents):
-        text = " ".join(WORDS[k] for k in rng.integers(0, len(WORDS), words + 7 * i))
-        (directory / f"{seed}-{i:03d}.txt").write_bytes(text.encode())
-    return f"text:{directory}/{seed}-*.txt"
-
-
-def make(source, out, tokenizer="bytes", seq_len=32, workers=1, **options):
-    return prepare.prepare(source, tokenizer, out, seq_len, workers=workers, **options)
 
 
 def stream(manifest, split):
@@ -55,12 +41,6 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(text, tmp_path_factory):
     return make(text, tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(sources, "PART_BYTES", 4000)
-    monkeypatch.setattr(assemble, "SHARD_BYTES", 4000)
 
 
 def test_streams_hold_every_document_once_in_the_split_of_its_hash(prepared, text):
