@@ -76,7 +76,7 @@ def draws(
     level = np.repeat(np.arange(levels), replicates)[:, None]
     uniform = ((level + np.array(inside)) / levels).reshape(-1).astype(np.float32)
     devices = run.program.mesh_choice.replica * run.program.mesh_choice.data
-    size = -(-run.config.eval.batch_size // devices) * devices  # the one that is compiled
+    size = likelihood.batch_size(run.config, devices)  # the one that is compiled
     pending = []
     for row in likelihood.batches(likelihood.Row(replicate, example, uniform), size):
         found = run.program.draw(Clock(), estimator, run.params, token_ExL[row.example], row)

@@ -145,6 +145,11 @@ def grid(examples: int, replicates: int) -> Row:
     return Row(replicate, example, uniform.reshape(-1).astype(np.float32))
 
 
+def batch_size(config: RunConfig, devices: int) -> int:
+    """Rows of a batch: `eval.batch_size`, rounded up to a multiple of the devices that share it."""
+    return -(-config.eval.batch_size // devices) * devices
+
+
 def batches(rows: Row, size: int) -> Iterator[Row]:
     """Equal batches; the last one is filled up by repeating its final row."""
     total = len(rows.example)
@@ -201,7 +206,7 @@ def evaluate(
         tick: called after every batch (progress, preemption).
         devices: that share a batch; its size is rounded up to a multiple of them.
     """
-    size = -(-config.eval.batch_size // devices) * devices
+    size = batch_size(config, devices)
     losses, nats = [], {}
     given = "lengths" if config.data.segment_ids else ""
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
