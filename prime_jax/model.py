@@ -194,9 +194,9 @@ class Transformer(nn.Module):
         """
         c = self.config
 
-        def weight(name, shape, dtype):
+        def weight(name, shape):
             part = self.param(name, init, self.shardings.local(name, shape))
-            return self.shardings.gathered(name, shape, part, dtype)
+            return self.shardings.gathered(name, shape, part, c.dtype)
 
         doubled = self.block_length > 0 and cache is None
         if doubled:
@@ -208,7 +208,8 @@ class Transformer(nn.Module):
         rows, size = self.base + 1, c.width if c.embedding == "sum" else c.width // self.slots
         tables = 1 if c.embedding == "cat_shared" else self.slots
         init = nn.initializers.normal(c.init_std)
-        table_TxRxE = weight("embedding", (tables, rows, size), jnp.float32)
+        # Read in float32, so that the gradient of a frequent token is summed in it.
+        table_TxRxE = weight("embedding", (tables, rows, size)).astype(jnp.float32)
         digits_NxS = digits_BxLxS.reshape(-1, self.slots)
         implementation = self.embedding.implementation
         x_NxD = subtoken_embedding(
@@ -250,7 +251,7 @@ class Transformer(nn.Module):
         if c.tied_head:
             head_VxD = table_TxRxE.reshape(-1, c.width)[: c.vocab_size].astype(c.dtype)
         else:
-            head_VxD = weight("head", (c.vocab_size, c.width), c.dtype)
+            head_VxD = weight("head", (c.vocab_size, c.width))
         h_BxLxD = h_NxD.reshape(batch, length, c.width)
         if cache is None:
             return h_BxLxD, head_VxD
