@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install quickstart test test-slow test-slurm test-tpu-compile lint format bench bound-demo clean
+.PHONY: install quickstart test test-slow test-slurm test-tpu-compile test-gpu lint format bench bound-demo clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,16 @@ test-tpu-compile: .venv-tpu/.installed
 	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tpu-compile]'
 	@touch $@
 
+# On a machine with an NVIDIA GPU: kernels and training there against its CPU.
+test-gpu: .venv-gpu/.installed
+	JAX_PLATFORMS=cuda,cpu XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false \
+		.venv-gpu/bin/python -m pytest -m gpu -rs
+
+.venv-gpu/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,cuda]'
+	@touch $@
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -61,4 +71,4 @@ bound-demo: install
 	$(BIN)/python experiments/bound_demo.py
 
 clean:
-	rm -rf $(VENV) .venv-tpu build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tpu .venv-gpu build dist *.egg-info .pytest_cache .ruff_cache
