@@ -20,9 +20,10 @@ from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
 from prime_jax.slices import Chip, Slice, of_device
 
+# There a reduce-scatter is made as an all-reduce, and cut (on v5e from 16 chips on).
+SUMMED_WHOLE = ("TPU v4", "TPU v5", "TPU v5 lite")
 # Shares of the peak that well-kept programs reach. Matrix products: public dense trainings (MaxText
 # reports 65 % on v5p and 44-50 % on v6e for 8B to 70B parameters); narrow models stay below.
-SUMMED_WHOLE = ("TPU v4", "TPU v5")  # there a reduce-scatter is made as an all-reduce, and cut
 MATMUL = {"TPU v6 lite": 0.5, "TPU7x": 0.45}
 EFFICIENCY = {"matmul": 0.6, "hbm": 0.8, "link": 0.8, "network": 0.7}
 ADAM_BYTES = 32  # read and write value and two moments in float32, write and read the gradient
