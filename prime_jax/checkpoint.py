@@ -210,18 +210,30 @@ def restore(
 ) -> Any | None:
     """The newest undamaged state in any of several checkpoint directories, or None.
 
+    Process 0 looks for it: it is read for that once, and the others cannot find another one.
+
     Args:
         abstract: shapes, dtypes and shardings of the state.
         say: told in one line about each damaged checkpoint that was skipped.
     Raises:
         UserError: an undamaged checkpoint belongs to another run.
     """
-    found = [(step, directory) for directory in directories for step in steps(directory)]
-    for step, directory in sorted(found, reverse=True, key=lambda pair: pair[0]):
-        damage = _damage(directory, step)
+    found = distributed.share(_newest(directories, say) if distributed.is_writer() else None)
+    if found is None:
+        return None
+    step, place = found
+    return _load(directories[place], step, abstract, about)
+
+
+def _newest(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[int, int] | None:
+    """(step, place in `directories`) of the newest undamaged checkpoint."""
+    found = [(step, place) for place, d in enumerate(directories) for step in steps(d)]
+    for step, place in sorted(found, key=lambda pair: (-pair[0], pair[1])):
+        damage = _damage(directories[place], step)
         if damage is None:
-            return _load(directory, step, abstract, about)
-        say(f"checkpoint {_data(directory, step)} is damaged ({damage}); trying the one before")
+            return step, place
+        where = _data(directories[place], step)
+        say(f"checkpoint {where} is damaged ({damage}); trying the one before")
     return None
 
 

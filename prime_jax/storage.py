@@ -15,6 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prime_jax.errors import UserError
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 PROTOCOLS = {"gs": "gcp", "s3": "s3"}  # and the extra that brings each
 CHUNK = 1 << 24
+READERS = 8  # files that are read at once for their checksums
 PATIENCE = 3600.0  # seconds that work done is worth waiting for a store
 MIRROR_SECONDS = 30.0  # between copies of a log into a bucket
 WAITABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
@@ -198,14 +200,18 @@ def checksums(folder: Path) -> dict[str, list[Any]]:
             found = _of(folder).find(str(folder), detail=True)
             start = len(_of(folder)._strip_protocol(str(folder))) + 1
             return {name[start:]: _server_sum(info) for name, info in sorted(found.items())}
-        out = {}
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            crc = 0
-            with file.open("rb") as stream:
-                while block := stream.read(CHUNK):
-                    crc = zlib.crc32(block, crc)
-            out[str(file.relative_to(folder))] = [file.stat().st_size, crc]
-        return out
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        with ThreadPoolExecutor(READERS) as readers:
+            sums = list(readers.map(_local_sum, files))
+        return {str(p.relative_to(folder)): x for p, x in zip(files, sums, strict=True)}
+
+
+def _local_sum(file: pathlib.Path) -> list[int]:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(CHUNK):
+            crc = zlib.crc32(block, crc)
+    return [file.stat().st_size, crc]
 
 
 def same_sums(one: list[Any] | None, two: list[Any]) -> bool:
