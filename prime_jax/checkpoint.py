@@ -189,7 +189,7 @@ class Writer:
             kept = self.steps()
             rest = f"; step {kept[-1]} is kept" if kept else "; no earlier checkpoint exists"
         kind = type(storage.explain(error, "", self.directory))
-        reason = str(error).splitlines()[0][:200]
+        reason = str(error).splitlines()[0][:600]  # paths come first, causes last
         return kind(f"cannot save step {step} in {self.directory} ({reason}){rest}")
 
     def _prune(self) -> None:
@@ -200,6 +200,44 @@ class Writer:
                     # The seal goes first: a step without one is no step.
                     storage.remove(_seal(self.directory, old))
                     storage.remove(self._data(old))
+
+
+class Schedule:
+    """Which steps are saved: every so many, and so many minutes apart.
+
+    The steps are the same on all processes of a gang, whose clocks differ: process 0 reads its own
+    and tells the others, at steps that all know. Between two saves it looks about log2(steps)
+    times, each time half of what it believes to be left later.
+    """
+
+    def __init__(self, config: CheckpointConfig, first_step: int):
+        self.every, self.seconds = config.every, 60 * config.minutes
+        self._saved = self._looked = time.monotonic()
+        self._at, self._next = first_step, first_step + 1
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` steps; every process asks after every step."""
+        if self.every and step % self.every == 0:
+            return True
+        if not self.seconds or step < self._next:
+            return False
+        wait = distributed.share(self._wait(step))
+        self._at, self._next = step, step + wait
+        return wait == 0
+
+    def saved(self, step: int) -> None:
+        self._saved = self._looked = time.monotonic()
+        self._at, self._next = step, step + 1
+
+    def _wait(self, step: int) -> int:
+        """Steps until the next look; 0 if the time has come."""
+        now = time.monotonic()
+        left = self.seconds - (now - self._saved)
+        pace = (now - self._looked) / max(step - self._at, 1)  # seconds a step, since the last look
+        self._looked = now
+        if left <= 0:
+            return 0
+        return max(1, int(left / max(pace, 1e-9) / 2))
 
 
 def restore(

@@ -140,7 +140,9 @@ def run_train(args: argparse.Namespace) -> int:
     from prime_jax.progress import RunProgress
     from prime_jax.train import Interrupted, Preempted, fill_fingerprint, train
 
-    config = fill_fingerprint(config, manifest.load(config.data.path))
+    data = manifest.load(config.data.path)
+    manifest.check(data, config)
+    config = fill_fingerprint(config, data)
     out = args.out or Path("runs") / run_id(config)
     with RunProgress() as progress:
         distributed.start(progress.say)

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from prime_jax import peers
@@ -256,11 +257,13 @@ class Notice:
         for s, handler in self._previous.items():
             signal.signal(s, handler)
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._forget()
         if not self.alone:
             self.tell_all()
+        elif callable(outer := self._previous[number]) and outer is not signal.default_int_handler:
+            outer(number, frame)  # a worker's, which is to leave as well
 
     def tell_all(self) -> None:
         """Make every process stop, as if this one had been preempted."""

@@ -12,6 +12,7 @@ from typing import Any
 from prime_jax import storage
 from prime_jax.config import LogConfig
 from prime_jax.errors import UserError
+from prime_jax.logfile import Log
 from prime_jax.storage import Path
 
 
@@ -129,7 +130,7 @@ class MetricsLog:
         if storage.exists(path):
             rows = storage.read(path).decode(errors="replace").splitlines()
             kept = "".join(row + "\n" for row in rows if _step(row) <= resumed_at)
-        self._log = storage.Log(path, kept)
+        self._log = Log(path, kept)
 
     def write(self, row: dict[str, Any]) -> None:
         """`row` holds `step` and numbers, or a nested `eval` list in the form of result.json."""

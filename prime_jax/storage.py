@@ -7,14 +7,14 @@ A bucket that does not answer is `Unreachable`, which may pass; everything else 
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import pathlib
-import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 PROTOCOLS = {"gs": "gcp", "s3": "s3"}  # and the extra that brings each
 CHUNK = 1 << 24
+LOCK = ".lock"
 READERS = 8  # files that are read at once for their checksums
 PATIENCE = 3600.0  # seconds that work done is worth waiting for a store
 MIRROR_SECONDS = 30.0  # between copies of a log into a bucket
@@ -78,7 +79,7 @@ def create(place: Path, data: bytes) -> bool:
     Raises:
         UserError, Unreachable: the place cannot be written to.
     """
-    with _told("write", place):
+    with told("write", place):
         if not is_remote(place):
             return _create_local(place, data)
         try:
@@ -96,7 +97,7 @@ def write(place: Path, data: bytes) -> None:
     Raises:
         UserError, Unreachable: the place cannot be written to.
     """
-    with _told("write", place):
+    with told("write", place):
         if is_remote(place):
             _of(place).pipe_file(str(place), data)
             return
@@ -110,7 +111,7 @@ def write(place: Path, data: bytes) -> None:
 
 def read(place: Path) -> bytes:
     """Raises: UserError, Unreachable: it is missing or cannot be read."""
-    with _told("read", place):
+    with told("read", place):
         if is_remote(place):
             return _of(place).cat_file(str(place))
         return place.read_bytes()
@@ -124,7 +125,7 @@ def read_all(folder: Path, names: Iterable[str]) -> list[bytes]:
     """
     base = os.fspath(folder)
     files = [f"{base}/{name}" for name in names]
-    with _told("read", folder):
+    with told("read", folder):
         if is_remote(folder):
             fs = _of(folder)
             found = fs.cat(files) if files else {}
@@ -138,13 +139,13 @@ def read_all(folder: Path, names: Iterable[str]) -> list[bytes]:
 
 def exists(place: Path) -> bool:
     """Whether a file (or a folder, which a bucket has while something is in it) is there."""
-    with _told("read", place):
+    with told("read", place):
         return _of(place).exists(str(place)) if is_remote(place) else place.exists()
 
 
 def names(folder: Path) -> list[str]:
     """What is directly in a folder, from one listing; nothing if there is no such folder."""
-    with _told("read", folder):
+    with told("read", folder):
         try:
             if not is_remote(folder):
                 return os.listdir(folder)
@@ -156,7 +157,7 @@ def names(folder: Path) -> list[str]:
 def make_folder(folder: Path) -> None:
     """Raises: UserError: it cannot be made. A bucket needs no folders."""
     if not is_remote(folder):
-        with _told("make", folder):
+        with told("make", folder):
             folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -168,7 +169,7 @@ def remove(place: Path) -> None:
     """
     import shutil
 
-    with _told("remove", place), contextlib.suppress(FileNotFoundError):
+    with told("remove", place), contextlib.suppress(FileNotFoundError):
         if is_remote(place):
             _of(place).rm(str(place), recursive=True)
         elif place.is_dir():
@@ -179,13 +180,13 @@ def remove(place: Path) -> None:
 
 def upload(local: pathlib.Path, place: Path) -> None:
     """Copy a local folder's files to a bucket."""
-    with _told("write", place):
+    with told("write", place):
         _of(place).put(f"{local}/", f"{place}/", recursive=True)
 
 
 def download(place: Path, local: pathlib.Path) -> None:
     """Copy the files below `place` in a bucket to a local folder."""
-    with _told("read", place):
+    with told("read", place):
         _of(place).get(f"{place}/", f"{local}/", recursive=True)
 
 
@@ -195,7 +196,7 @@ def checksums(folder: Path) -> dict[str, list[Any]]:
     A bucket's own checksums come with its listing: nothing is read again. They differ from those
     of local files, so a copy elsewhere can be compared by sizes only (`same_sums`).
     """
-    with _told("read", folder):
+    with told("read", folder):
         if is_remote(folder):
             found = _of(folder).find(str(folder), detail=True)
             start = len(_of(folder)._strip_protocol(str(folder))) + 1
@@ -240,52 +241,30 @@ def insist(action: Callable[[], T], say: Callable[[str], None], patience: float 
             pause = min(2 * pause, MIRROR_SECONDS)
 
 
-class Log:
-    """A text file that grows. In a bucket, where nothing can, a copy is renewed now and then.
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """This process's own folder, as long as the block lasts; a killed process leaves no lock.
 
-    A store out of reach never stops the writer; `close` waits a while for it.
+    Not in a bucket, and not where the file system has no locks.
+
+    Raises:
+        UserError: another process has it.
     """
-
-    def __init__(self, place: Path, text: str = "", seconds: float = MIRROR_SECONDS):
-        self.place, self._remote = place, is_remote(place)
-        if not self._remote:
-            with _told("write", place):
-                place.write_text(text)
-                self._stream = place.open("a")
-            return
-        self._lines, self._changed, self._over = [text], bool(text), threading.Event()
-        self._thread = threading.Thread(target=self._mirror, args=(seconds,), daemon=True)
-        self._thread.start()
-
-    def write(self, text: str) -> None:
-        if not self._remote:
-            self._stream.write(text)
-            self._stream.flush()
-            return
-        self._lines.append(text)
-        self._changed = True
-
-    def close(self) -> None:
-        if not self._remote:
-            self._stream.close()
-        elif not self._over.is_set():
-            self._over.set()
-            self._thread.join()
-            insist(self._copy, lambda _: None, patience=2 * MIRROR_SECONDS)
-
-    def _mirror(self, seconds: float) -> None:
-        while not self._over.wait(seconds):
-            with contextlib.suppress(UserError):
-                self._copy()
-
-    def _copy(self) -> None:
-        if self._changed:
-            self._changed = False
-            try:
-                write(self.place, "".join(self._lines).encode())
-            except UserError:
-                self._changed = True
+    if is_remote(folder):
+        yield
+        return
+    make_folder(folder)
+    with told("lock", folder):
+        stream = (folder / LOCK).open("a")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is training there") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise
+        yield
 
 
 def _create_local(place: pathlib.Path, data: bytes) -> bool:
@@ -353,7 +332,7 @@ def _exists_already(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _told(verb: str, place: Path) -> Any:
+def told(verb: str, place: Path) -> Any:
     """Turns what stores raise into one line."""
     try:
         yield

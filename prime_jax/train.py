@@ -4,6 +4,7 @@ A run directory can be stopped at any moment and continued: the state comes from
 undamaged checkpoint, the data order and all randomness from (seed, step).
 """
 
+import contextlib
 import dataclasses
 import io
 import platform
@@ -52,7 +53,7 @@ class Preempted(Interrupted):
 
 
 class Stopped(Interrupted):
-    """`beat` returned False: somebody else owns this run now."""
+    """`beat` returned False: this process is to leave the run."""
 
 
 class Diverged(Exception):
@@ -76,11 +77,13 @@ def train(
     Returns:
         The record (records.py); status `diverged` after a non-finite loss.
     Raises:
-        UserError: bad config, data, checkpoint or disk.
+        UserError: bad config, data, checkpoint or disk, or another process trains there.
         Preempted, Stopped: interrupted after saving.
     """
     with peers.blamed():
-        return Run(config, run_dir, earlier, beat, say).complete()
+        run = Run(config, run_dir, earlier, beat, say)
+        with storage.locked(run.run_dir) if distributed.is_writer() else contextlib.nullcontext():
+            return run.complete()
 
 
 def prepare_directory(config: RunConfig, run_dir: Path) -> None:
@@ -125,7 +128,7 @@ class Run:
         )
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
         self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread
-        self.last_beat = self.last_save = time.monotonic()
+        self.last_beat = time.monotonic()
         self.speed = 0.0
         self.first_seconds: float | None = None  # from the start to the first step's numbers
         tokens = config.batch_size * config.data.seq_len
@@ -187,6 +190,7 @@ class Run:
         )
         row = None
         profile = Profile(self.run_dir / "profile", c.log.profile)
+        saves = checkpoint.Schedule(c.checkpoint, self.first_step)
         mark, marked_step = time.perf_counter(), self.first_step
         for step in range(self.first_step, steps):
             with self.clock.measure("input"):
@@ -204,8 +208,9 @@ class Run:
             if now - mark >= BEAT_SECONDS:
                 self.speed = (step - marked_step) * c.batch_size * c.data.seq_len / (now - mark)
                 mark, marked_step = now, step
-            if self._due(step + 1):
+            if step + 1 < steps and saves.due(step + 1):  # the last one is saved below
                 self._save(step + 1, state)
+                saves.saved(step + 1)
             if c.eval.every and (step + 1) % c.eval.every == 0 and step + 1 < steps:
                 self._evaluate(state, final=False)
             self._attend(step + 1, state, "train")
@@ -237,13 +242,6 @@ class Run:
                 f"learning rate {values['lr']:.3g}"
             )
 
-    def _due(self, step: int) -> bool:
-        every, minutes = self.config.checkpoint.every, self.config.checkpoint.minutes
-        if step == self.config.steps:
-            return False  # saved by the caller
-        by_time = minutes and time.monotonic() - self.last_save > 60 * minutes
-        return bool((every and step % every == 0) or by_time)
-
     def _about(self) -> dict[str, str]:
         return {
             "run": self.id,
@@ -255,7 +253,6 @@ class Run:
         self._read_pending()  # a diverged state is never saved
         with self.clock.measure("checkpoint"):
             self.checkpoints.try_save(step, state)
-            self.last_save = time.monotonic()
 
     def _save_surely(self, step: int, state: State, patience: float) -> None:
         self._read_pending()
@@ -295,8 +292,8 @@ class Run:
         if not self.notice.due() and (wanted or jax.process_count() > 1):
             return
         saved = self._save_before_leaving(step, state)
-        if not wanted:
-            raise Stopped(f"another attempt owns run {self.id}; {saved}")
+        if not wanted and self.notice.number is None:
+            raise Stopped(f"told to leave run {self.id}: {saved}")
         raise Preempted(f"asked to stop: {saved} of run {self.id}")
 
     def _save_before_leaving(self, step: int, state: State) -> str:

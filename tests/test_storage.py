@@ -10,6 +10,7 @@ import pytest
 
 from prime_jax import storage
 from prime_jax.errors import UserError
+from prime_jax.logfile import Log
 
 STORES = ("local", "gs", "s3")
 
@@ -112,7 +113,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_a_log_grows_locally_and_is_mirrored_into_a_bucket(folder):
-    log = storage.Log(folder / "log.txt", "old\n", seconds=0.02)
+    log = Log(folder / "log.txt", "old\n", seconds=0.02)
     log.write("new\n")
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:

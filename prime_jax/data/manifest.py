@@ -190,6 +190,10 @@ def load(path: str | Path, *, verify: bool = False) -> Manifest:
         manifest = configs.from_dict(Manifest, values | {"directory": str(directory)}, str(file))
     except TypeError as error:  # a field is missing
         raise UserError(f"{file} is damaged ({error}); run: {again}") from error
+    splits = [manifest.split(name) for name in SPLITS]
+    content = (manifest.tokenizer_hash, manifest.seq_len, manifest.eos_policy, splits)
+    if fingerprint(*content) != manifest.fingerprint:
+        raise UserError(f"{file} was altered{manifest.rebuild()}")
     for name in SPLITS:
         for shard in manifest.split(name).shards:
             _check_shard(manifest, shard, contents=verify)

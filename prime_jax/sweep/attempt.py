@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from prime_jax import distributed, storage
 from prime_jax.config import RunConfig, from_dict
 from prime_jax.errors import UserError
+from prime_jax.logfile import Log
 from prime_jax.records import write_json_atomic
 from prime_jax.storage import Path
 from prime_jax.sweep import state, status
@@ -129,7 +130,7 @@ def run_attempt(worker: Worker, run: Run, k: int, earlier: Sequence[int]) -> dic
     """
     folder = worker.root / "runs" / run.id
     storage.make_folder(folder / str(k))
-    log = storage.Log(folder / str(k) / f"log.{worker.process}.txt")
+    log = Log(folder / str(k) / f"log.{worker.process}.txt")
     try:
         return _Attempt(worker, run, k, log).train([folder / str(j) for j in earlier])
     finally:
@@ -138,7 +139,7 @@ def run_attempt(worker: Worker, run: Run, k: int, earlier: Sequence[int]) -> dic
 
 
 class _Attempt:
-    def __init__(self, worker: Worker, run: Run, k: int, log: storage.Log):
+    def __init__(self, worker: Worker, run: Run, k: int, log: Log):
         self.worker, self.run, self.k, self.log = worker, run, k, log
         self.folder = worker.root / "runs" / run.id / str(k)
         mine = state.Attempt(k, {}, None, None)

@@ -204,15 +204,19 @@ def _jax_trainer(root: Path) -> Trainer:
 
 @contextlib.contextmanager
 def signals(gang: distributed.Gang | None = None) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once.
+    """An event that SIGINT and SIGTERM set; another one, a second or more later, acts at once.
 
-    In a gang SIGTERM is JAX's own, which tells the other processes; SIGINT becomes one.
+    (The first may come twice, from a launcher and from the machine.) In a gang SIGTERM is JAX's own, which tells the other processes; SIGINT becomes one.
     """
-    stopping = threading.Event()
+    stopping, first = threading.Event(), float("inf")
 
     def handle(number: int, _: FrameType | None) -> None:
-        if stopping.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        nonlocal first
+        now = time.monotonic()
+        if now - first >= 1.0:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        first = min(first, now)
         stopping.set()
 
     def pass_on(number: int, _: FrameType | None) -> None:

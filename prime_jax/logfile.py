@@ -1,0 +1,57 @@
+"""A text file that grows, wherever the run is kept."""
+
+import contextlib
+import threading
+
+from prime_jax.errors import UserError
+from prime_jax.storage import MIRROR_SECONDS, Path, insist, is_remote, told, write
+
+
+class Log:
+    """A text file that grows. In a bucket, where nothing can, a copy is renewed now and then.
+
+    A store out of reach never stops the writer; `close` waits a while for it.
+    """
+
+    def __init__(self, place: Path, text: str = "", seconds: float = MIRROR_SECONDS):
+        self.place, self._remote = place, is_remote(place)
+        if not self._remote:
+            with told("write", place):
+                place.write_text(text)
+                self._stream = place.open("a")
+            return
+        self._lines, self._changed, self._over = [text], bool(text), threading.Event()
+        self._thread = threading.Thread(target=self._mirror, args=(seconds,), daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        if not self._remote:
+            with told("write", self.place):
+                self._stream.write(text)
+                self._stream.flush()
+            return
+        self._lines.append(text)
+        self._changed = True
+
+    def close(self) -> None:
+        if not self._remote:
+            with contextlib.suppress(OSError):  # every line was flushed, or its failure told
+                self._stream.close()
+        elif not self._over.is_set():
+            self._over.set()
+            self._thread.join()
+            insist(self._copy, lambda _: None, patience=2 * MIRROR_SECONDS)
+
+    def _mirror(self, seconds: float) -> None:
+        while not self._over.wait(seconds):
+            with contextlib.suppress(UserError):
+                self._copy()
+
+    def _copy(self) -> None:
+        if self._changed:
+            self._changed = False
+            try:
+                write(self.place, "".join(self._lines).encode())
+            except UserError:
+                self._changed = True
+                raise
