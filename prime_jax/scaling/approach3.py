@@ -32,6 +32,7 @@ LOGS = (0, 1, 3)  # unknowns that are logs of terms of the loss
 AGREE = 1e-9  # starts within this relative distance of the best objective agree with it
 MOST = 0.9  # of the starts should
 STATIONARY = 1e-6  # largest scaled gradient of a converged fit
+FLAT = 1e-12  # share of the largest curvature that rounding cannot tell from none
 SILENT, EXACT = 1e-12, 1e-30  # residual, and objective of a run, that are rounding
 
 
@@ -234,7 +235,7 @@ class Certificate:
         gradient: largest component of the gradient, as a share of what it would be if every
             residual pulled the same way; 0 at a stationary point.
         smallest_eigenvalue: of the Hessian in the standardised unknowns that are not at a bound,
-            as a share of the largest; above 0 at a proper minimum.
+            as a share of the largest; above FLAT at a proper minimum.
         starts, agreeing: number of starts and the share that ends within 1e-9 of the best.
         bounds: parameters that ended at a bound of the search.
     """
@@ -247,7 +248,7 @@ class Certificate:
 
     @property
     def converged(self) -> bool:
-        return self.gradient < STATIONARY and self.smallest_eigenvalue > 0
+        return self.gradient < STATIONARY and self.smallest_eigenvalue > FLAT
 
 
 def certify(p: Problem, theta_5: Array, ends_S: ArrayLike = ()) -> Certificate:

@@ -141,7 +141,7 @@ def _fit_findings(points: Points, fit: approach3.Fit) -> list[Finding]:
         findings.append(
             refuse("not_converged", f"the scaled gradient is {certificate.gradient:.1e}")
         )
-    elif certificate.smallest_eigenvalue <= 0:
+    elif certificate.smallest_eigenvalue <= approach3.FLAT:
         findings.append(
             warn(
                 "negative_curvature",
