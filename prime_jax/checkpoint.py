@@ -266,12 +266,14 @@ def restore(
 def _newest(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[int, int] | None:
     """(step, place in `directories`) of the newest undamaged checkpoint."""
     found = [(step, place) for place, d in enumerate(directories) for step in steps(d)]
-    for step, place in sorted(found, key=lambda pair: (-pair[0], pair[1])):
+    found.sort(key=lambda pair: (-pair[0], pair[1]))
+    for step, place in found:
         damage = _damage(directories[place], step)
         if damage is None:
             return step, place
-        where = _data(directories[place], step)
-        say(f"checkpoint {where} is damaged ({damage}); trying the one before")
+        last = (step, place) == found[-1]
+        then = "none is left: beginning at step 0" if last else "trying the one before"
+        say(f"checkpoint {_data(directories[place], step)} is damaged ({damage}); {then}")
     return None
 
 

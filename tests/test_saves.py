@@ -11,6 +11,7 @@ import textwrap
 import time
 
 import gangs
+import numpy as np
 import pytest
 
 from prime_jax import checkpoint, distributed
@@ -90,6 +91,18 @@ def test_every_nth_save_is_kept(quick, tmp_path):
     every = CheckpointConfig(every=2, keep=1, keep_every=4, minutes=0)
     train(dataclasses.replace(quick, checkpoint=every), tmp_path, say=SILENT)
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 8, 12]
+
+
+def test_it_is_said_when_no_whole_save_is_left(tmp_path):
+    writer = checkpoint.Writer(tmp_path, {}, CheckpointConfig(keep=2))
+    for step in (1, 2):
+        writer.save(step, {"x": np.arange(8.0)})
+        writer.wait()
+        (tmp_path / f"{step:09d}.json").write_text("{")
+    said = []
+    assert checkpoint.restore([tmp_path], None, {}, said.append) is None
+    assert ["trying the one before" in line for line in said] == [True, False]
+    assert "beginning at step 0" in said[1]
 
 
 GANG = """
