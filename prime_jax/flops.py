@@ -70,6 +70,20 @@ def train_flops(config: RunConfig, convention: Convention) -> float:
     return flops_per_token(config, convention) * config.tokens
 
 
+def evaluation_flops(config: RunConfig, convention: Convention) -> float:
+    """FLOPs of one evaluation: R forward passes over its blocks for each estimator, one for ARM.
+
+    A bound with T steps reads a block T times. 0 where all blocks are to be taken, however many.
+    """
+    e, names = config.eval, set(config.eval.estimators) - {"ar"}
+    if config.subtokens.length == 1 and "subtoken" in names:
+        names -= {"token"}  # the same
+    times = sum(int(name.partition("finite:")[2] or 1) for name in names)
+    passes = 1 if config.family == "arm" else e.replicates * times
+    tokens = e.examples * config.data.seq_len
+    return flops_per_token(config, convention) / BACKWARD * tokens * passes
+
+
 def _layer_matrices(m: ModelConfig) -> int:
     """Weights of one layer that take part in matrix products."""
     kv_width = m.width // m.heads * (m.kv_heads or m.heads)

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from prime_jax import flops
-from prime_jax.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, SubtokenConfig
+from prime_jax.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SubtokenConfig,
+)
 from prime_jax.errors import UserError
 from prime_jax.kernels.attention import by_blocks
 
@@ -166,3 +173,16 @@ def test_run_totals_and_unknown_convention():
     assert flops.param_counts(config)["reference"] * 6 == flops.flops_per_token(config, "reference")
     with pytest.raises(UserError, match="matmul"):
         flops.flops_per_token(config, "matmull")
+
+
+def test_an_evaluation_is_forward_passes():
+    evaluation = EvalConfig(examples=10, replicates=8, estimators=("subtoken", "token", "finite:4"))
+
+    def passes(family, length):
+        config = run(family, length, eval=evaluation)
+        forward = flops.flops_per_token(config, "matmul") / 3
+        return flops.evaluation_flops(config, "matmul") / (forward * 10 * config.data.seq_len)
+
+    assert passes("arm", 1) == pytest.approx(1)
+    assert passes("prime", 5) == pytest.approx(8 * (1 + 1 + 4))
+    assert passes("mdm", 1) == pytest.approx(8 * (1 + 4))

@@ -137,6 +137,9 @@ def table(
     good = [candidate for candidate in listed if not candidate.drop]
     total = sum(flops.train_flops(c.config, "matmul") for c in good)
     summary = f"{len(good)} OK, {len(listed) - len(good)} DROP, {total:.3g} FLOPs (matmul)"
+    final = sum(flops.evaluation_flops(c.config, "matmul") for c in good)
+    if total:
+        summary += f" and {100 * final / total:.2g} % more to evaluate at the end"
     if flops_per_second:
         summary += f", {total / flops_per_second / 3600:.3g} h at {flops_per_second:.3g} FLOP/s"
     if any(candidate.epochs is None for candidate in good):
