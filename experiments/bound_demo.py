@@ -103,6 +103,13 @@ def show(numbers: dict, console: Console) -> None:
     console.print(table)
 
 
+def finish(numbers: dict, out: Path) -> None:
+    """The table, OUT/numbers.json, and the same numbers as one JSON object on the last line."""
+    show(numbers, Console())
+    write_json_atomic(out / "numbers.json", numbers)
+    print(json.dumps(numbers))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1200)
@@ -124,9 +131,7 @@ def main() -> None:
             train(run, args.out / name, beat=progress.beat, say=progress.say)
         blocks = loader.eval_blocks(manifest.load(args.data), "valid", run.eval.examples)
         numbers["runs"][name] = corrected(args.out / name, source, blocks)
-    show(numbers, Console())
-    write_json_atomic(args.out / "numbers.json", numbers)
-    print(json.dumps(numbers))
+    finish(numbers, args.out)
 
 
 if __name__ == "__main__":

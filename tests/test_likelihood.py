@@ -1,7 +1,9 @@
 """Whole runs on sources whose entropy is known: no valid number may fall below it."""
 
 import dataclasses
+import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ from prime_jax.config import (
 from prime_jax.data import markov
 from prime_jax.data.prepare import prepare
 from prime_jax.errors import UserError
-from prime_jax.evaluate import likelihood
+from prime_jax.evaluate import estimators, likelihood
 from prime_jax.subtokens import Codebook
 from prime_jax.train import train
 
@@ -72,6 +74,67 @@ def test_a_uniform_source_gives_log_v(family, tmp_path):
     config = run_on(data, family, steps=60, optim=OptimConfig(peak_lr=3e-3, warmup_steps=10))
     for loss in valid(train(config, tmp_path / "run", say=lambda _: None)):
         assert loss["value"] == pytest.approx(np.log(16), abs=0.03)
+
+
+def evaluated(family: str, network, tokens: np.ndarray, vocab: int, replicates: int) -> np.ndarray:
+    """Nats [R, E] of sequences under a network that is a function of the digits, as shipped."""
+    config = set_path(run_on("nowhere", family), "model.vocab_size", vocab)
+    book = Codebook.create(vocab, config.subtokens)
+
+    def untrained(digits_BxLxS, *_):
+        return network(digits_BxLxS[..., 0]), jnp.eye(vocab)[book.tokens]
+
+    task, rows = estimators.make_task(config, book, -1), likelihood.grid(len(tokens), replicates)
+    name = "ar" if family == "arm" else "subtoken"
+    numbers = (jnp.asarray(x) for x in (rows.replicate, rows.example, rows.uniform))
+    values = likelihood.draw(task, name, untrained, jnp.asarray(tokens)[rows.example], *numbers)
+    return np.asarray(values[name], float).reshape(replicates, len(tokens))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ignorance_costs_log_v_for_every_text(family):
+    """Without training: every draw of every family, not only their mean."""
+    tokens = np.random.default_rng(0).integers(0, 16, (32, 16))
+    nats = evaluated(family, lambda digits: jnp.zeros((*digits.shape, 16)), tokens, 16, 4)
+    np.testing.assert_allclose(nats, 16 * np.log(16), rtol=1e-6)
+
+
+def from_windows(family: str, window_XxL: np.ndarray, p_X: np.ndarray):
+    """The network that knows how probable every window is: the chance of each token given what
+    its family may read. ARM reads BOS and the tokens before, MDM all that is not hidden."""
+    window_XxL, mask = jnp.asarray(window_XxL), 1 + window_XxL.max()
+
+    def network(digits_BxL):
+        if family == "arm":
+            same_BxXxL = window_XxL[:, :-1] == digits_BxL[:, None, 1:]
+            first = ((0, 0), (0, 0), (1, 0))
+            fits_BxXxL = jnp.cumprod(jnp.pad(same_BxXxL, first, constant_values=True), axis=2)
+        else:
+            fits_BxXxL = (window_XxL == digits_BxL[:, None]) | (digits_BxL[:, None] == mask)
+            fits_BxXxL = fits_BxXxL.all(axis=2, keepdims=True)
+        p_BxXxL = fits_BxXxL * jnp.asarray(p_X)[:, None]
+        return jnp.log(jnp.einsum("bxl,xlv->blv", p_BxXxL, jnp.eye(mask)[window_XxL]) + 1e-30)
+
+    return network
+
+
+@pytest.mark.parametrize("family", ["arm", "mdm"])
+def test_the_law_of_the_stream_costs_its_entropy_and_another_law_more(family):
+    """i.i.d. tokens in documents of random length: all windows of three, each with its chance."""
+    source = markov.parse("V=3,order=0,seed=0,doc_mean=2.5")
+    tokens = np.array(list(itertools.product(range(4), repeat=3)))
+    p_X, entropy = np.exp(source.log_prob(tokens)), source.block_entropy(3)
+    other_X = (p_X + 1e-6) * np.exp(np.random.default_rng(0).normal(0, 0.5, len(tokens)))
+
+    def cost(known_X: np.ndarray) -> tuple[float, float]:
+        nats_R = evaluated(family, from_windows(family, tokens, known_X), tokens, 4, 256) @ p_X
+        return nats_R.mean(), nats_R.std(ddof=1) / len(nats_R) ** 0.5
+
+    value, error = cost(p_X)
+    assert value == pytest.approx(entropy, abs=5 * error + 1e-5)
+    assert error < 0.01
+    value, error = cost(other_X)
+    assert value > entropy + 5 * error
 
 
 def test_results_do_not_depend_on_the_evaluation_batch(documents, tmp_path):

@@ -1,0 +1,103 @@
+"""Training times, exactly: integrals over them are integrals over [eps, 1)."""
+
+import dataclasses
+from collections.abc import Callable
+from math import comb
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prime_jax import schedule
+from prime_jax.config import ObjectiveConfig
+
+CONFIG = ObjectiveConfig()
+EPS = CONFIG.time_eps
+SLOTS = 6
+TOLERANCE = 1e-9  # polynomials under Gauss-Legendre quadrature leave rounding only
+
+
+@pytest.fixture(autouse=True)
+def _double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def reveals(t: np.ndarray) -> np.ndarray:
+    """w(t) q(mask | t) for masks of k = 1 .. SLOTS hidden slots, and t: all are polynomials."""
+    k = np.arange(1, SLOTS + 1).reshape(-1, *[1] * t.ndim)
+    return np.concatenate([t ** (k - 1) * (1 - t) ** (SLOTS - k), t[None]])
+
+
+def integrals() -> np.ndarray:
+    """Means of `reveals` over [eps, 1), from their antiderivatives."""
+    out = []
+    for k in range(1, SLOTS + 1):
+        powers = [(comb(SLOTS - k, j) * (-1) ** j, k + j) for j in range(SLOTS - k + 1)]
+        out.append(sum(c * (1 - EPS**p) / p for c, p in powers) / (1 - EPS))
+    return np.array([*out, (1 + EPS) / 2])
+
+
+def error(times: Callable, count: int, hosts: int, stratum: int = 0) -> float:
+    """Largest error of the mean of `reveals` over all offsets of one stratum and all rows.
+
+    As the offset passes through a stratum of width 1 / count, the rows of a batch together pass
+    once through [0, 1): a quadrature over offsets is a composite one over times.
+    """
+    node, share = np.polynomial.legendre.leggauss(40)
+    rows = np.arange(count).reshape(hosts, -1)
+    total = np.zeros(SLOTS + 1)
+    for offset, part in zip((stratum + (node + 1) / 2) / count, share / 2, strict=True):
+        t = np.stack([times(CONFIG, jnp.float64(offset), jnp.asarray(row), count) for row in rows])
+        total += part * reveals(t).mean((1, 2))
+    return float(np.abs(total - integrals()).max())
+
+
+def clipped(floor: float) -> Callable:
+    return lambda *args: np.maximum(schedule.times(*args), floor)
+
+
+@pytest.mark.parametrize(
+    ("count", "hosts"), [(1, 1), (2, 1), (5, 1), (6, 3), (16, 1), (16, 4), (24, 8)]
+)
+def test_times_integrate_exactly(count, hosts):
+    for stratum in {0, count // 2, count - 1}:
+        assert error(schedule.times, count, hosts, stratum) < TOLERANCE
+
+
+@pytest.mark.parametrize("floor", [1e-2, 1e-3])
+@pytest.mark.parametrize(("count", "hosts"), [(1, 1), (16, 4)])
+def test_a_clip_of_the_times_is_caught(count, hosts, floor):
+    assert error(clipped(floor), count, hosts) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_every_row_sees_all_times(count):
+    """Over all offsets each row alone is uniform: no row, hence no host, keeps to some noise."""
+    node, share = np.polynomial.legendre.leggauss(40)
+    row, got = jnp.arange(count), np.zeros((SLOTS + 1, count))
+    for stratum in range(count):
+        for offset, part in zip((stratum + (node + 1) / 2) / count, share / 2, strict=True):
+            t = np.asarray(schedule.times(CONFIG, jnp.float64(offset), row, count))
+            got += part / count * reveals(t)
+    np.testing.assert_allclose(got, np.tile(integrals(), (count, 1)).T, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+@pytest.mark.parametrize("count", [16, 48, 256, 512, 1000])
+def test_a_share_of_the_batch_spreads_over_all_times(count, hosts):
+    """What a host or a micro-batch holds leaves no gap above three times its even spacing, or 0.05
+    (where the stride is close to a fraction of small terms, as 317 / 512 is to 8 / 13)."""
+    for part in np.arange(count).reshape(hosts, -1):
+        u = np.sort(np.asarray(schedule.stratum(part, count)) / count)
+        assert np.diff(u, append=1 + u[0]).max() <= max(3 / len(part), 0.05)
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_discrete_times_are_drawn_equally_often(steps):
+    config = dataclasses.replace(CONFIG, time_steps=steps)
+    t = schedule.times(config, jnp.float64(0.3 / steps), jnp.arange(3 * steps), 3 * steps)
+    values, counts = np.unique(np.round(np.asarray(t) * steps, 9), return_counts=True)
+    np.testing.assert_array_equal(values, np.arange(1, steps + 1))
+    np.testing.assert_array_equal(counts, 3)
