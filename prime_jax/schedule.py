@@ -73,7 +73,8 @@ def check(config: ObjectiveConfig) -> None:
 def stratum(index: jax.Array, count: int) -> jax.Array:
     """Interleaved strata: a permutation of range(count) in which every contiguous run of indices
     spreads over the whole range, so that each device and micro-batch sees all noise levels."""
-    stride = max(1, round(count * 0.6180339887))
+    # As far apart as the golden ratio says, if that many products fit into int32.
+    stride = max(1, min(round(count * 0.6180339887), (2**31 - 1) // count - 64))
     while np.gcd(stride, count) != 1:
         stride += 1
     return index * stride % count

@@ -94,6 +94,14 @@ def test_a_share_of_the_batch_spreads_over_all_times(count, hosts):
         assert np.diff(u, append=1 + u[0]).max() <= max(3 / len(part), 0.05)
 
 
+@pytest.mark.parametrize("count", [46_341, 100_000, 262_144])
+def test_the_strata_of_a_very_large_batch_are_a_permutation(count):
+    """Block diffusion counts blocks: index times stride must not leave int32."""
+    with jax.enable_x64(False):
+        found = np.asarray(jax.jit(schedule.stratum, static_argnums=1)(jnp.arange(count), count))
+    assert np.array_equal(np.sort(found), np.arange(count))
+
+
 @pytest.mark.parametrize("steps", [4, 10])
 def test_discrete_times_are_drawn_equally_often(steps):
     config = dataclasses.replace(CONFIG, time_steps=steps)
