@@ -223,6 +223,19 @@ def nearest(key: str, valid: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(valid)}"
 
 
+def allowed(cls: type, path: str) -> str:
+    """What a dotted setting of the config class `cls` takes, in words."""
+    head, _, rest = path.partition(".")
+    hint = typing.get_type_hints(cls)[head]
+    if rest:
+        return allowed(hint, rest)
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if typing.get_origin(hint) is tuple:
+        return f"any number of {typing.get_args(hint)[0].__name__}"
+    return "True or False" if hint is bool else hint.__name__
+
+
 def _typed(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):

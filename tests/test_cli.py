@@ -68,7 +68,9 @@ def test_overrides_are_typed():
         (["--model.widht", "256"], "did you mean --model.width"),
         (["--optim.lr", "1"], "no such setting"),
         (["--model.width", "wide"], "--model.width wide: not a valid value"),
-        (["--family", "gpt"], "--family gpt: not a valid value"),
+        (["--family", "gpt"], "--family gpt: not a valid value (one of arm, mdm, prime; now"),
+        (["--kernels.head-blocks", "x"], "not a valid value (any number of int; now"),
+        (["--model.qk-norm", "maybe"], "not a valid value (True or False; now True)"),
         (["--seed", "0", "--steps", "1.5"], "--steps 1.5: not a valid value"),
     ],
 )
@@ -157,6 +159,34 @@ def _empty(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
     return path
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ("RunConfig(family='foo')", "config.family: 'foo' is not one of arm, mdm, prime"),
+        ("RunConfig(model=ModelConfig(embedding='foo'))", "not one of cat_shared, cat, sum"),
+        ("RunConfig(model=ModelConfig(width='64'))", "config.model.width: expected int, got '64'"),
+        ("RunConfig(optim=OptimConfig(schedule='foo'))", "optim.schedule: 'foo' is not one of cos"),
+        ("RunConfig(objective=ObjectiveConfig(weight='foo'))", "not one of nelbo, flat"),
+        ("RunConfig(objective=ObjectiveConfig(loss='foo'))", "not one of marginal, joint"),
+        ("RunConfig(steps=3.5)", "config.steps: expected int, got 3.5"),
+        ("RunConfig(model=3)", "config.model: expected an object with the fields of ModelConfig"),
+        (
+            "RunConfig(stepz=3)",
+            "line 4: RunConfig(stepz=...): no such setting; did you mean steps?",
+        ),
+        ("ModelConfig(widht=3)", "ModelConfig(widht=...): no such setting; did you mean width?"),
+        ("replace(RunConfig(), stepz=3)", "RunConfig(stepz=...): no such setting; did you mean st"),
+    ],
+)
+def test_what_a_file_builds_is_checked(tmp_path, capsys, made, says):
+    path = tmp_path / "mine.py"
+    names = "ModelConfig, ObjectiveConfig, OptimConfig, RunConfig"
+    imports = f"from dataclasses import replace\nfrom prime_jax.config import {names}\n"
+    path.write_text(f"{imports}def config():\n    return {made}\n")
+    assert says in bad_command(["train", path, "--out", tmp_path / "run"], capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_reports_what_is_there(capsys):

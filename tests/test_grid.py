@@ -7,7 +7,7 @@ import pytest
 from prime_jax import experiment, flops
 from prime_jax.config import RunConfig, run_id, set_path
 from prime_jax.errors import UserError
-from prime_jax.sweep import grid
+from prime_jax.sweep import grid, strict
 
 SWEEP_FILE = """
 from prime_jax.config import DataConfig, ModelConfig, RunConfig
@@ -170,6 +170,55 @@ def test_bad_experiment_files_are_told_in_one_line(tmp_path, text, says):
         grid.load_experiment(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+STRICT_FILE = """
+from prime_jax.config import ModelConfig, RunConfig
+from prime_jax.sweep.grid import Around, Sweep
+
+def sweep():
+    fields = dict(name="mine", base=RunConfig(), families={"arm": {}}, budgets=[1e9], sizes=[1e5])
+    return Sweep(**fields | dict(%s))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ("budgets=['x']", r"sweep.budgets = \['x'\]: must be numbers of FLOPs above 0"),
+        ("budgets=1e9", "sweep.budgets = 1000000000.0: must be numbers"),
+        ("budgets=[-1e9]", "above 0"),
+        ("name=3", "sweep.name = 3: must be text"),
+        ("base=3", "sweep.base = 3: must be a RunConfig"),
+        ("base=RunConfig(family='foo')", "sweep.base.family: 'foo' is not one of arm, mdm, prime"),
+        ("base=RunConfig(model=ModelConfig(qk_norm=3))", "sweep.base.model.qk_norm: expected bool"),
+        ("families=['arm']", "sweep.families = .*must be label -> overrides"),
+        ("families={'arm': 3}", "sweep.families = .*must be label -> overrides"),
+        ("sizes=[(2, 32)]", r"sweep.sizes = .*must be shapes \(layers, width, heads\)"),
+        ("sizes=['8M']", "sweep.sizes = .*must be shapes"),
+        ("sizes=lambda config: [1e5]", "TypeError: .*positional argument"),
+        ("sizes=lambda config, budget: [1 / 0]", "line 7: ZeroDivisionError"),
+        ("sizes=Around(spam=4)", r"Around\(spam=...\): no such setting; did you mean span"),
+        ("flops='all'", "sweep.flops = 'all': must be one of matmul, reference"),
+        ("seeds=3", "sweep.seeds = 3: must be whole numbers"),
+        ("seeds=[0.5]", "must be whole numbers"),
+        ("extra_seeds={1e9: 1}", "sweep.extra_seeds = .*must be budget -> whole numbers"),
+        ("batch=16", "sweep.batch = 16: must be the name of a rule"),
+        ("epochs_limit='4'", "sweep.epochs_limit = '4': must be a number above 0"),
+        ("budget=[1e9]", r"Sweep\(budget=...\): no such setting; did you mean budgets\?"),
+    ],
+)
+def test_fields_of_a_sweep_are_checked(tmp_path, changed, says):
+    path = tmp_path / "bad.py"
+    path.write_text(STRICT_FILE % changed)
+    with pytest.raises(UserError, match=says) as caught:
+        grid.load_experiment(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_every_field_of_a_sweep_has_its_check():
+    assert list(strict.FIELDS) == [f.name for f in dataclasses.fields(grid.Sweep)]
 
 
 def test_json_that_is_no_list(tmp_path):

@@ -19,6 +19,7 @@ from prime_jax.errors import UserError
 from prime_jax.flops import Convention
 from prime_jax.sweep import rules
 from prime_jax.sweep.rules import Shape
+from prime_jax.sweep.strict import strict
 
 Size = Shape | float  # an explicit shape, or a target N (without embeddings and head)
 Rule = str | Callable[..., Any]
@@ -131,8 +132,9 @@ def load_experiment(path: str | Path) -> Experiment:
             raise UserError(f"{path}: expected a list of rows")
         made = [from_json(value, f"{path} row {i}") for i, value in enumerate(values)]
         return Experiment(path.stem, tuple(made), _hash(path))
-    sweep = experiment.call(path, "sweep", Sweep)
-    return Experiment(sweep.name, tuple(rows(sweep)), _hash(path), sweep.epochs_limit)
+    sweep = strict(experiment.call(path, "sweep", Sweep), f"{path}: sweep")
+    made = experiment.guarded(path, lambda: tuple(rows(sweep)))  # rules may be the file's own
+    return Experiment(sweep.name, made, _hash(path), sweep.epochs_limit)
 
 
 def rows(sweep: Sweep) -> list[Row]:
