@@ -2,14 +2,24 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 
-from prime_jax import cli
+from prime_jax import cli, ranges
 from prime_jax.commands import override
-from prime_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig, from_dict, to_dict
+from prime_jax.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    from_dict,
+    to_dict,
+    validate,
+)
 from prime_jax.errors import UserError
 
 HEAVY = ("jax", "numpy", "scipy", "tyro", "rich", "matplotlib", "grain", "sentencepiece")
@@ -145,6 +155,9 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     assert "seq_len" in bad_command([*train, "--data.seq-len", "8"], capsys)
     assert "heads" in bad_command([*train, "--model.heads", "3"], capsys)
     assert "subtokens.length" in bad_command([*train, "--subtokens.length", "4"], capsys)
+    assert "log.every = 0: must be at least 1" in bad_command([*train, "--log.every", "0"], capsys)
+    assert "seed = -1: must be between 0" in bad_command([*train, "--seed", "-1"], capsys)
+    assert "estimator 'tokn'" in bad_command([*train, "--eval.estimators", "tokn"], capsys)
     assert "alpha runs from" in bad_command(
         [*train, "--objective.schedule", "geometric", "--objective.sigma-min", "0.01"], capsys
     )
@@ -159,6 +172,88 @@ def _empty(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
     return path
+
+
+OUT_OF_RANGE = {
+    "steps": [0, -1],
+    "batch_size": [0],
+    "seed": [-1, 2**32],
+    "model.vocab_size": [0],
+    "model.layers": [0],
+    "model.width": [0, -64],
+    "model.heads": [0],
+    "model.kv_heads": [-1],
+    "model.ffn_multiple": [0],
+    "model.dropout": [-0.1, 1],
+    "model.rope_base": [0],
+    "model.norm_eps": [0, "nan"],
+    "model.init_std": [-0.02, "inf"],
+    "subtokens.length": [0, 33],
+    "subtokens.shuffle": [-0.5, 2],
+    "subtokens.seed": [-1],
+    "objective.power": [0],
+    "objective.sigma_min": [0],
+    "objective.sigma_max": [-1],
+    "objective.time_eps": [0, 1],
+    "objective.token_mask_rho": [2],
+    "objective.random_length": [-1],
+    "objective.block_length": [-4],
+    "objective.time_steps": [-1],
+    "data.seq_len": [0],
+    "optim.peak_lr": [0, "nan", "inf"],
+    "optim.final_lr_fraction": [-1, 1.5],
+    "optim.warmup_steps": [-3],
+    "optim.cooldown_fraction": [2],
+    "optim.b1": [2, 1, -0.1],
+    "optim.b2": [1],
+    "optim.eps": [0],
+    "optim.weight_decay": [-0.1],
+    "optim.clip": [-1],
+    "optim.ema": [1],
+    "eval.examples": [-1],
+    "eval.replicates": [0],
+    "eval.every": [-1],
+    "eval.batch_size": [0],
+    "mesh.replica": [-1],
+    "mesh.data": [-2],
+    "mesh.model": [-1],
+    "mesh.accumulate": [0],
+    "kernels.head_blocks": [0],
+    "kernels.attention_blocks": [-128],
+    "checkpoint.every": [-1],
+    "checkpoint.minutes": [-1],
+    "checkpoint.keep": [0],
+    "checkpoint.keep_every": [-1],
+    "checkpoint.grace_seconds": [-1],
+    "log.every": [0],
+    "log.profile": [-5],
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_numbers_out_of_range_are_told_with_what_is_allowed(name):
+    for value in OUT_OF_RANGE[name]:
+        config = override(RunConfig(), [f"--{name}", str(value)])
+        with pytest.raises(UserError, match=rf"^{re.escape(name)} = \S+: must be \w+") as caught:
+            validate(config)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_number_of_a_config_has_a_range():
+    def numeric(cls, prefix=""):
+        for name, hint in typing.get_type_hints(cls).items():
+            if dataclasses.is_dataclass(hint):
+                yield from numeric(hint, f"{prefix}{name}.")
+            elif hint in (int, float, tuple[int, ...]):
+                yield prefix + name
+
+    ranged = [name for _, _, names in ranges.RANGES for name in names]
+    assert sorted(ranged) == sorted(numeric(RunConfig)) == sorted(OUT_OF_RANGE)
+
+
+def test_validate_checks_types_too():
+    with pytest.raises(UserError, match="family: 'foo' is not one of"):
+        validate(RunConfig(family="foo"))
 
 
 @pytest.mark.parametrize(
