@@ -168,6 +168,22 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     assert "function config()" in bad_command(["train", _empty(tmp_path)], capsys)
 
 
+@pytest.mark.parametrize("workers", ["0", "-2"])
+def test_a_sweep_needs_a_worker(tmp_path, capsys, workers):
+    line = bad_command(["sweep", "run", tmp_path, "--workers", workers], capsys)
+    assert f"--workers {workers}: must be at least 1" in line
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "x.py", "--flops-per-second"], ["work", ".", "--time-limit"]]
+)
+def test_speeds_and_times_are_above_0(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sweep", *words, "0"])
+    assert stop.value.code == 2
+    assert "a number above 0" in capsys.readouterr().err
+
+
 def _empty(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
