@@ -52,12 +52,14 @@ def _plan(commands: argparse._SubParsersAction) -> None:
         help="list the runs of an experiment; with ROOT, create or extend the sweep",
         description="Lists every candidate run as OK or DROP with the reason. With ROOT, writes "
         "the OK ones there. Planning again adds what is new and changes nothing else.",
+        epilog="docs/experiments.md describes both forms of EXPERIMENT: the fields of a Sweep, "
+        "its rules, and the schema of a JSON row.",
     )
     parser.add_argument(
         "experiment",
         type=Path,
         metavar="EXPERIMENT",
-        help="a Python file with sweep(), or a JSON list of rows",
+        help="a Python file with a function sweep() -> Sweep, or a .json file, a list of rows",
     )
     parser.add_argument(
         "root", type=storage.path, metavar="ROOT", nargs="?", help=f"{ROOT}; left out: only print"
