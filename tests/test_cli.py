@@ -1,5 +1,6 @@
 """The command line as a person meets it: light start, one-line errors, exit codes."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -34,18 +35,36 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-COMMANDS = [
-    [],
-    ["train"],
-    ["doctor"],
-    ["data"],
-    ["sweep"],
-    ["fit"],
-    ["kernels"],
-    ["kernels", "check"],
-    ["sample"],
-    ["infill"],
-]
+def commands_below(parser, words=()):
+    """(words, parser) of every command and group of commands."""
+    yield words, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from commands_below(inner, (*words, name))
+
+
+COMMANDS = dict(commands_below(cli.parser()))
+
+
+def test_all_commands_are_found():
+    some = {("data", "entropy"), ("sweep", "status"), ("scaling", "design"), ("analyse", "bits")}
+    assert some | {(), ("export",), ("import",), ("eval",)} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_and_option_has_a_text(words):
+    parser = COMMANDS[words]
+    assert parser.description
+    for action in parser._actions:
+        if isinstance(action, (argparse._SubParsersAction, argparse._HelpAction)):
+            continue
+        name = action.option_strings or action.dest
+        assert action.help, name
+        if action.option_strings and action.required:
+            assert "(required)" in action.help, name
+        if action.default not in (None, False, 0, "", [], argparse.SUPPRESS):
+            assert re.search(r"default|\(.+\)", action.help), f"{name} does not say its default"
 
 
 @pytest.mark.parametrize("words", COMMANDS)
