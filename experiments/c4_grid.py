@@ -54,9 +54,9 @@ Arithmetic (sums over the cells; hours = C matmul / (40 % of the bfloat16 peak) 
     | 2359M |      2.36e9 | 3.15e9 |      3.27e9 |
     | 3426M |      3.43e9 | 4.57e9 |      4.71e9 |
 
-Memory: the mesh of today shares the batch only, every chip holds 16 bytes per parameter (value,
-gradient, two moments). 16 GB (v5e) end near 0.7e9 parameters, 80 GB (H100) near 4e9: the largest
-size waits for sharded parameters.
+Memory: value, gradient and two moments are 16 bytes per parameter, shared by all chips of a slice
+(docs/presets.md). On one chip they end near 0.7e9 parameters (v5e, 16 GB) or 4e9 (H100, 80 GB); the
+largest size, 78 GB, is 5 GB on each of 16 chips. `--slice v5e-16 --check` asks the compiler.
 
 Published results, in nats per token, best size at 3e20 (not rerun, valid or training split not
 verified):

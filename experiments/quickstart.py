@@ -11,9 +11,19 @@ training bytes, so that no run sees a block twice. Bytes, because at 1e11 FLOPs 
 model of BPE ids stays near the unigram entropy and its curves say nothing.
 
 Sizes: a ladder of shapes, each two to three times the one before in N (head included). A budget
-uses four neighbouring steps, about four times below and above the optimum that a pilot with another
-seed (100) suggested. They were fixed before the runs that the report shows; a minimum at an edge is
-reported as censored. Small widths get a larger initialisation than the default 0.02.
+uses four neighbouring steps around the optimum that a pilot with another seed (100) suggested. They
+were fixed before the runs that the report shows, and the fit of those (docs/results/quickstart.md,
+approach 3, wide intervals) puts some optima nearer to the lower edge than the pilot did:
+
+    | N* / smallest size, largest size / N* | ARM      | MDM       | Prime    |
+    | 8e10                                  | 4.0, 3.6 | 3.0, 5.0  | 2.7, 5.4 |
+    | 2e11                                  | 3.9, 4.6 | 2.1, 8.3  | 2.7, 6.5 |
+    | 6e11                                  | 2.8, 5.6 | 1.1, 14.5 | 2.1, 7.7 |
+
+So only ARM at the two smaller budgets has sizes about four times below and above its optimum. MDM at
+6e11 is hardly bracketed from below (1.6 by the parabola of that budget) and at 2e11 by two; Prime by
+two to three. A minimum at an edge is reported as censored. Small widths get a larger initialisation
+than the default 0.02.
 
 Training weighs all noise levels alike (`flat`), which has less variance at few tokens; what is
 reported is the valid bound of every model.

@@ -24,8 +24,8 @@ Data (the Llama tokenizer's model file; its dummy prefix is turned off to be los
         --valid-fraction 0.0005 --test-fraction 0.0005
 
 Arithmetic (hours = C matmul / (40 % of the bfloat16 peak) / 3600: 7.88e13 FLOP/s on a v5e chip,
-3.956e14 on an H100; 40 % is an assumption). 1.1B x 16 bytes do not fit a 16 GB chip until
-parameters are sharded:
+3.956e14 on an H100; 40 % is an assumption). 1.1B x 16 bytes do not fit one 16 GB chip;
+several share them (docs/presets.md):
     | runs of | N total |      N | N reference |       D | C reference | C matmul | v5e hours | H100 hours |
     | all     |       - | 1.03e9 |      7.71e8 | 1.61e12 |     7.46e21 |  1.17e22 |    41,211 |      8,209 |
     | arm     |  1.14e9 | 1.03e9 |      7.71e8 | 5.38e11 |     2.49e21 |  3.74e21 |    13,178 |      2,625 |

@@ -82,7 +82,7 @@ def override(config: Any, arguments: list[str]) -> Any:
     """
     import difflib
 
-    from prime_jax.config import to_dict
+    from prime_jax.config import allowed, to_dict
 
     known = flatten(to_dict(config))
     starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
@@ -96,8 +96,8 @@ def override(config: Any, arguments: list[str]) -> Any:
             hint = f"did you mean --{close[0]}?" if close else "--settings lists them all"
             raise UserError(f"--{name}: no such setting; {hint}")
         if _tyro(config, group) is None:
-            kind = type(known[name]).__name__
-            raise UserError(f"{' '.join(group)}: not a valid value ({kind}, now {known[name]!r})")
+            kind = allowed(type(config), name)
+            raise UserError(f"{' '.join(group)}: not a valid value ({kind}; now {known[name]!r})")
     return _tyro(config, arguments)
 
 

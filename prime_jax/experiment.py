@@ -1,20 +1,39 @@
-"""Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many."""
+"""Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many.
 
+A dataclass takes whatever it is given, so what a file builds is read again, strictly.
+"""
+
+import dataclasses
+import re
 import runpy
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from prime_jax.config import RunConfig
+from prime_jax import config as settings
+from prime_jax.config import RunConfig, from_dict, nearest, to_dict
 from prime_jax.errors import UserError
 
 T = TypeVar("T")
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """The run of an experiment file, see `call`."""
-    return call(path, "config", RunConfig)
+    """The run of an experiment file, see `call`.
+
+    Raises:
+        UserError: also a setting of the wrong type, or none of its choices.
+    """
+    return typed(call(path, "config", RunConfig), f"{path}: config")
+
+
+def typed(config: RunConfig, where: str) -> RunConfig:
+    """`config` with every value of the type that its setting declares.
+
+    Raises:
+        UserError: a value that is not, with what the setting allows.
+    """
+    return from_dict(RunConfig, to_dict(config), where)
 
 
 def call(path: str | Path, function: str, returns: type[T]) -> T:
@@ -27,10 +46,10 @@ def call(path: str | Path, function: str, returns: type[T]) -> T:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such experiment file")
-    module = _guarded(path, lambda: runpy.run_path(str(path), run_name=path.stem))
+    module = guarded(path, lambda: runpy.run_path(str(path), run_name=path.stem))
     if not callable(module.get(function)):
         raise UserError(f"{path}: must define a function {function}() -> {returns.__name__}")
-    value = _guarded(path, module[function])
+    value = guarded(path, module[function])
     if not isinstance(value, returns):
         raise UserError(
             f"{path}: {function}() returned {type(value).__name__}, not {returns.__name__}"
@@ -38,7 +57,12 @@ def call(path: str | Path, function: str, returns: type[T]) -> T:
     return value
 
 
-def _guarded(path: Path, run: Callable[[], T]) -> T:
+def guarded(path: Path, run: Callable[[], T]) -> T:
+    """`run()`, which executes code of the experiment file `path`.
+
+    Raises:
+        UserError: in place of any exception, with the line of the file if it is known.
+    """
     try:
         return run()
     except UserError:
@@ -46,8 +70,19 @@ def _guarded(path: Path, run: Callable[[], T]) -> T:
     except SyntaxError as error:
         raise UserError(f"{error.filename or path} line {error.lineno}: {error.msg}") from error
     except Exception as error:
-        inside = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
-        ]
-        line = f" line {inside[-1]}" if inside else ""
-        raise UserError(f"{path}{line}: {type(error).__name__}: {error}") from error
+        frames = traceback.walk_tb(error.__traceback__)
+        inside = [(frame, n) for frame, n in frames if frame.f_code.co_filename == str(path)]
+        frame, number = inside[-1] if inside else (None, 0)
+        line = f" line {number}" if inside else ""
+        known = vars(settings) | (frame.f_globals if frame else {})
+        raise UserError(f"{path}{line}: {_what(error, known)}") from error
+
+
+def _what(error: Exception, known: Mapping[str, Any]) -> str:
+    """An exception in words; for a keyword that a class in `known` lacks, the nearest that it has."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    cls = known.get(found[1]) if found else None
+    if not dataclasses.is_dataclass(cls):
+        return f"{type(error).__name__}: {error}"
+    valid = [f.name for f in dataclasses.fields(cls)]
+    return f"{found[1]}({found[2]}=...): no such setting{nearest(found[2], valid)}"

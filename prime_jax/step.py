@@ -127,7 +127,12 @@ def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) ->
 
     Args:
         codebook: codes that came with imported weights; by default those that the config makes.
+
+    Raises:
+        UserError: an unknown estimator, which would otherwise be met after the training.
     """
+    for name in config.eval.estimators:
+        likelihood.estimator(name)
     return _program(shape_of(config), eos_id, codebook)
 
 

@@ -1,15 +1,26 @@
 """The command line as a person meets it: light start, one-line errors, exit codes."""
 
+import argparse
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 
-from prime_jax import cli
+from prime_jax import cli, ranges
 from prime_jax.commands import override
-from prime_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig, from_dict, to_dict
+from prime_jax.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    from_dict,
+    to_dict,
+    validate,
+)
 from prime_jax.errors import UserError
 
 HEAVY = ("jax", "numpy", "scipy", "tyro", "rich", "matplotlib", "grain", "sentencepiece")
@@ -24,18 +35,36 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-COMMANDS = [
-    [],
-    ["train"],
-    ["doctor"],
-    ["data"],
-    ["sweep"],
-    ["fit"],
-    ["kernels"],
-    ["kernels", "check"],
-    ["sample"],
-    ["infill"],
-]
+def commands_below(parser, words=()):
+    """(words, parser) of every command and group of commands."""
+    yield words, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from commands_below(inner, (*words, name))
+
+
+COMMANDS = dict(commands_below(cli.parser()))
+
+
+def test_all_commands_are_found():
+    some = {("data", "entropy"), ("sweep", "status"), ("scaling", "design"), ("analyse", "bits")}
+    assert some | {(), ("export",), ("import",), ("eval",)} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_and_option_has_a_text(words):
+    parser = COMMANDS[words]
+    assert parser.description
+    for action in parser._actions:
+        if isinstance(action, (argparse._SubParsersAction, argparse._HelpAction)):
+            continue
+        name = action.option_strings or action.dest
+        assert action.help, name
+        if action.option_strings and action.required:
+            assert "(required)" in action.help, name
+        if action.default not in (None, False, 0, "", [], argparse.SUPPRESS):
+            assert re.search(r"default|\(.+\)", action.help), f"{name} does not say its default"
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -68,7 +97,9 @@ def test_overrides_are_typed():
         (["--model.widht", "256"], "did you mean --model.width"),
         (["--optim.lr", "1"], "no such setting"),
         (["--model.width", "wide"], "--model.width wide: not a valid value"),
-        (["--family", "gpt"], "--family gpt: not a valid value"),
+        (["--family", "gpt"], "--family gpt: not a valid value (one of arm, mdm, prime; now"),
+        (["--kernels.head-blocks", "x"], "not a valid value (any number of int; now"),
+        (["--model.qk-norm", "maybe"], "not a valid value (True or False; now True)"),
         (["--seed", "0", "--steps", "1.5"], "--steps 1.5: not a valid value"),
     ],
 )
@@ -143,6 +174,9 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     assert "seq_len" in bad_command([*train, "--data.seq-len", "8"], capsys)
     assert "heads" in bad_command([*train, "--model.heads", "3"], capsys)
     assert "subtokens.length" in bad_command([*train, "--subtokens.length", "4"], capsys)
+    assert "log.every = 0: must be at least 1" in bad_command([*train, "--log.every", "0"], capsys)
+    assert "seed = -1: must be between 0" in bad_command([*train, "--seed", "-1"], capsys)
+    assert "estimator 'tokn'" in bad_command([*train, "--eval.estimators", "tokn"], capsys)
     assert "alpha runs from" in bad_command(
         [*train, "--objective.schedule", "geometric", "--objective.sigma-min", "0.01"], capsys
     )
@@ -153,10 +187,136 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     assert "function config()" in bad_command(["train", _empty(tmp_path)], capsys)
 
 
+@pytest.mark.parametrize("workers", ["0", "-2"])
+def test_a_sweep_needs_a_worker(tmp_path, capsys, workers):
+    line = bad_command(["sweep", "run", tmp_path, "--workers", workers], capsys)
+    assert f"--workers {workers}: must be at least 1" in line
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "x.py", "--flops-per-second"], ["work", ".", "--time-limit"]]
+)
+def test_speeds_and_times_are_above_0(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sweep", *words, "0"])
+    assert stop.value.code == 2
+    assert "a number above 0" in capsys.readouterr().err
+
+
 def _empty(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
     return path
+
+
+OUT_OF_RANGE = {
+    "steps": [0, -1],
+    "batch_size": [0],
+    "seed": [-1, 2**32],
+    "model.vocab_size": [0],
+    "model.layers": [0],
+    "model.width": [0, -64],
+    "model.heads": [0],
+    "model.kv_heads": [-1],
+    "model.ffn_multiple": [0],
+    "model.dropout": [-0.1, 1],
+    "model.rope_base": [0],
+    "model.norm_eps": [0, "nan"],
+    "model.init_std": [-0.02, "inf"],
+    "subtokens.length": [0, 33],
+    "subtokens.shuffle": [-0.5, 2],
+    "subtokens.seed": [-1],
+    "objective.power": [0],
+    "objective.sigma_min": [0],
+    "objective.sigma_max": [-1],
+    "objective.time_eps": [0, 1],
+    "objective.token_mask_rho": [2],
+    "objective.random_length": [-1],
+    "objective.block_length": [-4],
+    "objective.time_steps": [-1],
+    "data.seq_len": [0],
+    "optim.peak_lr": [0, "nan", "inf"],
+    "optim.final_lr_fraction": [-1, 1.5],
+    "optim.warmup_steps": [-3],
+    "optim.cooldown_fraction": [2],
+    "optim.b1": [2, 1, -0.1],
+    "optim.b2": [1],
+    "optim.eps": [0],
+    "optim.weight_decay": [-0.1],
+    "optim.clip": [-1],
+    "optim.ema": [1],
+    "eval.examples": [-1],
+    "eval.replicates": [0],
+    "eval.every": [-1],
+    "eval.batch_size": [0],
+    "mesh.replica": [-1],
+    "mesh.data": [-2],
+    "mesh.model": [-1],
+    "mesh.accumulate": [0],
+    "kernels.head_blocks": [0],
+    "kernels.attention_blocks": [-128],
+    "checkpoint.every": [-1],
+    "checkpoint.minutes": [-1],
+    "checkpoint.keep": [0],
+    "checkpoint.keep_every": [-1],
+    "checkpoint.grace_seconds": [-1],
+    "log.every": [0],
+    "log.profile": [-5],
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_numbers_out_of_range_are_told_with_what_is_allowed(name):
+    for value in OUT_OF_RANGE[name]:
+        config = override(RunConfig(), [f"--{name}", str(value)])
+        with pytest.raises(UserError, match=rf"^{re.escape(name)} = \S+: must be \w+") as caught:
+            validate(config)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_number_of_a_config_has_a_range():
+    def numeric(cls, prefix=""):
+        for name, hint in typing.get_type_hints(cls).items():
+            if dataclasses.is_dataclass(hint):
+                yield from numeric(hint, f"{prefix}{name}.")
+            elif hint in (int, float, tuple[int, ...]):
+                yield prefix + name
+
+    ranged = [name for _, _, names in ranges.RANGES for name in names]
+    assert sorted(ranged) == sorted(numeric(RunConfig)) == sorted(OUT_OF_RANGE)
+
+
+def test_validate_checks_types_too():
+    with pytest.raises(UserError, match="family: 'foo' is not one of"):
+        validate(RunConfig(family="foo"))
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ("RunConfig(family='foo')", "config.family: 'foo' is not one of arm, mdm, prime"),
+        ("RunConfig(model=ModelConfig(embedding='foo'))", "not one of cat_shared, cat, sum"),
+        ("RunConfig(model=ModelConfig(width='64'))", "config.model.width: expected int, got '64'"),
+        ("RunConfig(optim=OptimConfig(schedule='foo'))", "optim.schedule: 'foo' is not one of cos"),
+        ("RunConfig(objective=ObjectiveConfig(weight='foo'))", "not one of nelbo, flat"),
+        ("RunConfig(objective=ObjectiveConfig(loss='foo'))", "not one of marginal, joint"),
+        ("RunConfig(steps=3.5)", "config.steps: expected int, got 3.5"),
+        ("RunConfig(model=3)", "config.model: expected an object with the fields of ModelConfig"),
+        (
+            "RunConfig(stepz=3)",
+            "line 4: RunConfig(stepz=...): no such setting; did you mean steps?",
+        ),
+        ("ModelConfig(widht=3)", "ModelConfig(widht=...): no such setting; did you mean width?"),
+        ("replace(RunConfig(), stepz=3)", "RunConfig(stepz=...): no such setting; did you mean st"),
+    ],
+)
+def test_what_a_file_builds_is_checked(tmp_path, capsys, made, says):
+    path = tmp_path / "mine.py"
+    names = "ModelConfig, ObjectiveConfig, OptimConfig, RunConfig"
+    imports = f"from dataclasses import replace\nfrom prime_jax.config import {names}\n"
+    path.write_text(f"{imports}def config():\n    return {made}\n")
+    assert says in bad_command(["train", path, "--out", tmp_path / "run"], capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_reports_what_is_there(capsys):

@@ -72,6 +72,11 @@ def test_impossible_lengths_are_refused(length):
         entropies(COUNTS, SubtokenConfig(length))
 
 
+def test_a_negative_seed_is_refused():
+    with pytest.raises(UserError, match="seed -1"):
+        entropies(COUNTS, SubtokenConfig(2, seed=-1))
+
+
 def test_no_tokens_is_refused():
     with pytest.raises(UserError):
         entropies(np.zeros(4, np.int64), SubtokenConfig(2))

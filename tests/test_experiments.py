@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prime_jax import cli, experiment, flops, hardware
+from prime_jax import cli, experiment, flops, hardware, meshes
 from prime_jax.config import FAMILIES, RunConfig, run_id, validate
 from prime_jax.sweep import grid, plan
 from prime_jax.sweep.grid import Sweep
@@ -110,6 +110,16 @@ def test_every_row_of_every_plan_can_run(name):
     table = plan.table(grid.load_experiment(FILES[name]), listed, 1e14)
     assert table.row_count == len(listed)
     assert f"{len(listed)} OK, 0 DROP" in table.caption
+
+
+def test_memory_of_the_largest_size_of_the_grid():
+    params = max(flops.param_counts(c.config)["total"] for c in candidates("c4_grid"))
+    assert "78 GB, is 5 GB on each of 16 chips" in docstring("c4_grid").replace("\n", " ")
+    assert (round(16 * params / 1e9), round(params / 1e9)) == (78, 5)
+    (total,) = {flops.param_counts(c.config)["total"] for c in candidates("slimpajama_1b")[:1]}
+    choice = meshes.choose(candidates("slimpajama_1b")[0].config, 16)
+    assert (choice.data, choice.replica) == (16, 1), "chips share the parameters"
+    assert total > meshes.SMALL == 64_000_000
 
 
 @all_presets

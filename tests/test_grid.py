@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import math
+import re
+from pathlib import Path
 
 import fake_trainer
 import pytest
@@ -7,7 +10,7 @@ import pytest
 from prime_jax import experiment, flops
 from prime_jax.config import RunConfig, run_id, set_path
 from prime_jax.errors import UserError
-from prime_jax.sweep import grid
+from prime_jax.sweep import grid, rules, strict
 
 SWEEP_FILE = """
 from prime_jax.config import DataConfig, ModelConfig, RunConfig
@@ -124,7 +127,10 @@ def test_json_rows_may_give_tokens():
     ("row", "says"),
     [
         ([], "expected an object"),
-        (a_row(widht=3), "width"),
+        (a_row(widht=3), r"widht: no such field; did you mean width\?"),
+        ({"budgett": 1e9}, r"budgett: no such field; did you mean budget\?"),
+        (a_row(budget=-1), "budget = -1.0: must be above 0"),
+        (a_row(overrides={"optim.schedule": "x"}), "'x' is not one of cosine, wsd"),
         (a_row(width="3"), "row.width: expected int"),
         (a_row(tokens=3), "either steps or tokens"),
         ({"family": "arm", "steps": 1}, "missing budget, seed"),
@@ -170,6 +176,90 @@ def test_bad_experiment_files_are_told_in_one_line(tmp_path, text, says):
         grid.load_experiment(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("tokens", [True, "3", 0, -5, math.inf, math.nan])
+def test_tokens_of_a_row_are_a_number_above_0(tokens):
+    row = a_row(tokens=tokens)
+    del row["steps"]
+    with pytest.raises(UserError, match=r"tokens = .*: must be a number above 0"):
+        grid.from_json(row)
+
+
+def test_an_error_in_a_row_names_its_number(tmp_path):
+    path = tmp_path / "rows.json"
+    bad = {"budgett" if key == "budget" else key: value for key, value in a_row().items()}
+    path.write_text(json.dumps([a_row(), bad, a_row()]))
+    with pytest.raises(UserError) as caught:
+        grid.load_experiment(path)
+    says = "row 2: budgett: no such field; did you mean budget?"
+    assert str(caught.value) == f"{path}, {says}"
+
+
+STRICT_FILE = """
+from prime_jax.config import ModelConfig, RunConfig
+from prime_jax.sweep.grid import Around, Sweep
+
+def sweep():
+    fields = dict(name="mine", base=RunConfig(), families={"arm": {}}, budgets=[1e9], sizes=[1e5])
+    return Sweep(**fields | dict(%s))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ("budgets=['x']", r"sweep.budgets = \['x'\]: must be numbers of FLOPs above 0"),
+        ("budgets=1e9", "sweep.budgets = 1000000000.0: must be numbers"),
+        ("budgets=[-1e9]", "above 0"),
+        ("name=3", "sweep.name = 3: must be text"),
+        ("base=3", "sweep.base = 3: must be a RunConfig"),
+        ("base=RunConfig(family='foo')", "sweep.base.family: 'foo' is not one of arm, mdm, prime"),
+        ("base=RunConfig(model=ModelConfig(qk_norm=3))", "sweep.base.model.qk_norm: expected bool"),
+        ("families=['arm']", "sweep.families = .*must be label -> overrides"),
+        ("families={'arm': 3}", "sweep.families = .*must be label -> overrides"),
+        ("sizes=[(2, 32)]", r"sweep.sizes = .*must be shapes \(layers, width, heads\)"),
+        ("sizes=['8M']", "sweep.sizes = .*must be shapes"),
+        ("sizes=lambda config: [1e5]", "TypeError: .*positional argument"),
+        ("sizes=lambda config, budget: [1 / 0]", "line 7: ZeroDivisionError"),
+        ("sizes=Around(spam=4)", r"Around\(spam=...\): no such setting; did you mean span"),
+        ("flops='all'", "sweep.flops = 'all': must be one of matmul, reference"),
+        ("seeds=3", "sweep.seeds = 3: must be whole numbers"),
+        ("seeds=[0.5]", "must be whole numbers"),
+        ("extra_seeds={1e9: 1}", "sweep.extra_seeds = .*must be budget -> whole numbers"),
+        ("batch=16", "sweep.batch = 16: must be the name of a rule"),
+        ("epochs_limit='4'", "sweep.epochs_limit = '4': must be a number above 0"),
+        ("budget=[1e9]", r"Sweep\(budget=...\): no such setting; did you mean budgets\?"),
+    ],
+)
+def test_fields_of_a_sweep_are_checked(tmp_path, changed, says):
+    path = tmp_path / "bad.py"
+    path.write_text(STRICT_FILE % changed)
+    with pytest.raises(UserError, match=says) as caught:
+        grid.load_experiment(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_every_field_of_a_sweep_has_its_check():
+    assert list(strict.FIELDS) == [f.name for f in dataclasses.fields(grid.Sweep)]
+
+
+def test_the_documented_fields_are_those_that_there_are(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
+    tables = [re.findall(r"^\| `(\w+)`", part, re.MULTILINE) for part in text.split("\n## ")]
+    documented = [names for names in tables if names]
+    fields = lambda cls: [f.name for f in dataclasses.fields(cls)]  # noqa: E731
+    row = fields(grid.Row)
+    row.insert(row.index("steps") + 1, "tokens")
+    assert documented == [fields(grid.Sweep), list(rules.RULES), row]
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "mine.py").write_text(example)
+    read = grid.load_experiment(tmp_path / "mine.py").rows
+    assert (len(read), [row.problem for row in read if row.problem]) == (2 * 2 * 5, [])
+    assert experiment.load_config(tmp_path / "mine.py").data.seq_len == 64
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert [grid.from_json(value).family for value in json.loads(example)] == ["arm", "prime-l9"]
 
 
 def test_json_that_is_no_list(tmp_path):

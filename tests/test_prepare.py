@@ -283,7 +283,12 @@ def test_lossy_tokenizer_is_refused_and_another_may_follow(tmp_path, text, monke
     [
         ({"valid_fraction": 0.7, "test_fraction": 0.3}, "fraction"),
         ({"valid_fraction": -0.1}, "fraction"),
+        ({"valid_fraction": float("nan")}, "fraction"),
         ({"seq_len": 1}, "seq_len"),
+        ({"workers": -3}, "workers = -3: must not be below 0"),
+        ({"max_documents": -1}, "max_documents = -1"),
+        ({"max_bytes": -1}, "max_bytes = -1"),
+        ({"seed": -1}, "seed = -1"),
         ({"tokenizer": "chars:27"}, r"chars:27\+eos"),
         ({"tokenizer": "chars:27+eos"}, "a-z"),
         ({"source": "text:/nowhere/*"}, "nowhere"),
@@ -313,6 +318,14 @@ def test_unwritable_output_is_one_clear_line(text, tmp_path):
         make(text, tmp_path / "file" / "set")
     with pytest.raises(UserError, match="local"):
         make(text, "gs://bucket/set")
+
+
+@pytest.mark.parametrize("there", ["sweep.json", "config.json"])
+def test_a_directory_of_a_sweep_or_a_run_is_refused(text, tmp_path, there):
+    (tmp_path / there).write_text("{}")
+    with pytest.raises(UserError, match="not empty and not a dataset; give a new directory"):
+        make(text, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [there]
 
 
 def test_full_disk_is_one_clear_line_and_nothing_is_lost(text, tmp_path, small_parts, monkeypatch):

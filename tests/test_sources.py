@@ -4,6 +4,7 @@ import bz2
 import gzip
 import itertools
 import json
+import logging
 import sysconfig
 from pathlib import Path
 
@@ -20,6 +21,26 @@ def documents(spec):
 
 def texts(spec):
     return [d.text for d in documents(spec)]
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_a_store_out_of_reach_is_one_line(monkeypatch, caplog, error):
+    """gcsfs logs a traceback before it raises; not every error of a store is an OSError."""
+
+    class Store:
+        def glob(self, path, detail):
+            try:
+                raise error("Cannot connect to host\nmore about it")
+            except error:
+                logging.getLogger("gcsfs").exception("out of retries")
+                raise
+
+    logging.getLogger("gcsfs").setLevel(logging.NOTSET)  # storage.py may have been here
+    monkeypatch.setattr("fsspec.url_to_fs", lambda glob: (Store(), glob))
+    with pytest.raises(UserError) as caught:
+        sources.parse("text:gs://far/*.txt")
+    assert str(caught.value) == "source text:gs://far/*.txt: Cannot connect to host"
+    assert not caplog.records
 
 
 def test_pysource_is_the_standard_library():

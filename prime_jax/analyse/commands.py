@@ -32,7 +32,9 @@ def register(subparsers: Any) -> None:
     def add(name: str, run: Any, summary: str, examples: int = 0) -> argparse.ArgumentParser:
         one = kinds.add_parser(name, help=summary, description=summary)
         one.add_argument("runs", nargs="+", metavar="RUN", help="run, ROOT:ID or exported folder")
-        one.add_argument("--out", type=Path, metavar="DIR")
+        one.add_argument(
+            "--out", type=Path, metavar="DIR", help="default: RUN/analysis of the first run"
+        )
         if examples:
             one.add_argument(
                 "--examples",

@@ -12,6 +12,7 @@ sources:     pysource | text:GLOB | stream:GLOB | jsonl:GLOB | parquet:GLOB | tf
 tokenizers:  bpe:N | unigram:N (trained here) | bytes | sentencepiece:PATH | hf:PATH |
              tiktoken:PATH | chars:27 | synthetic:V
 """
+PREPARED = "made by `prime-jax data prepare`"
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -30,9 +31,16 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION + "\nRun it again to go on after an interruption.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    prepare.add_argument("source", metavar="SOURCE")
-    prepare.add_argument("--tokenizer", required=True, metavar="SPEC")
-    prepare.add_argument("--out", required=True, metavar="DIR", help="local folder to make")
+    prepare.add_argument("source", metavar="SOURCE", help="what text to read, see above")
+    prepare.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="SPEC",
+        help="what makes ids of it, see above (required)",
+    )
+    prepare.add_argument(
+        "--out", required=True, metavar="DIR", help="local folder to make (required)"
+    )
     prepare.add_argument("--seq-len", type=int, default=128, help="tokens of a block (128)")
     prepare.add_argument("--valid-fraction", type=float, default=0.05, help="of documents (0.05)")
     prepare.add_argument("--test-fraction", type=float, default=0.05, help="of documents (0.05)")
@@ -42,8 +50,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     prepare.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     prepare.set_defaults(run=run_prepare)
 
-    inspect = commands.add_parser("inspect", help="what a prepared dataset holds")
-    inspect.add_argument("dir", metavar="DIR")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a prepared dataset holds",
+        description="Prints what DIR was made of, its sizes split by split, statistics of its "
+        "tokens and the first block as text.",
+    )
+    inspect.add_argument("dir", metavar="DIR", help=PREPARED)
     inspect.add_argument("--verify", action="store_true", help="also read and hash every record")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=run_inspect)
@@ -53,8 +66,15 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="how evenly sub-tokens of each length are used, by shuffling",
         description="Mean sub-token entropy, total correlation and mutual information, in bits.",
     )
-    entropy.add_argument("dir", metavar="DIR")
-    entropy.add_argument("-l", "--length", type=int, nargs="+", default=[1, 2, 4, 8])
+    entropy.add_argument("dir", metavar="DIR", help=PREPARED)
+    entropy.add_argument(
+        "-l",
+        "--length",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="sub-tokens per token, 1 to 32 (1 2 4 8)",
+    )
     entropy.add_argument("--seed", type=int, default=0, help="of the permutation (0)")
     entropy.add_argument("--json", action="store_true", help="print one JSON object")
     entropy.set_defaults(run=run_entropy)

@@ -54,11 +54,13 @@ def entropies(counts: np.ndarray, config: SubtokenConfig) -> Entropies:
     Args:
         counts: int64 [V], occurrences of each id.
     Raises:
-        UserError: a length outside 1..32, or no tokens.
+        UserError: a length outside 1..32, a negative seed, or no tokens.
     """
     vocab_size = len(counts)
     if not 1 <= config.length <= 32:
         raise UserError(f"length {config.length}: must be between 1 and 32")
+    if config.seed < 0:
+        raise UserError(f"seed {config.seed}: must not be below 0")
     if not counts.sum():
         raise UserError("the train split holds no tokens")
     book = Codebook.create(vocab_size, config)

@@ -52,13 +52,16 @@ def prepare(
             something else, nowhere to write.
     """
     request = Request(source, tokenizer, seq_len, **options)
-    _validate(request)
+    _validate(request, workers)
     if "://" in str(out):
         raise UserError(f"--out {out}: prepare into a local folder, then copy it")
     directory = Path(out)
     if (directory / manifests.FILE).exists():
         return _finished(directory, request)
     try:
+        begun = (directory / "parts").is_dir()
+        if not begun and directory.is_dir() and any(directory.iterdir()):
+            raise UserError(f"--out {directory}: not empty and not a dataset; give a new directory")
         (directory / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
@@ -71,11 +74,15 @@ def prepare(
             raise
 
 
-def _validate(request: Request) -> None:
+def _validate(request: Request, workers: int) -> None:
     if request.seq_len < 2:
         raise UserError(f"seq_len = {request.seq_len}: must be at least 2")
+    names = ("max_documents", "max_bytes", "seed")
+    for name, value in (("workers", workers), *((name, getattr(request, name)) for name in names)):
+        if value < 0:
+            raise UserError(f"{name} = {value}: must not be below 0")
     fractions = (request.valid_fraction, request.test_fraction)
-    if min(fractions) < 0 or sum(fractions) >= 1:
+    if not (min(fractions) >= 0 and sum(fractions) < 1):
         raise UserError(
             f"valid_fraction = {fractions[0]}, test_fraction = {fractions[1]}: must not be below 0 "
             "and must leave something to train on"

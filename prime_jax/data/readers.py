@@ -4,9 +4,11 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
 from prime_jax.data.markov import Markov
@@ -36,9 +38,17 @@ def uniform(text: str, seed: int = 0) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def _open(path: str) -> BinaryIO:
+def file_systems() -> ModuleType:
+    """The module fsspec, whose stores else log the traceback of whatever they then raise."""
     import fsspec
 
+    for name in ("gcsfs", "s3fs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return fsspec
+
+
+def _open(path: str) -> BinaryIO:
+    fsspec = file_systems()
     if not path.endswith(".zst"):
         return fsspec.open(path, "rb", compression="infer").open()
     import pyarrow  # unlike other readers it notices a truncated file, and reads every frame

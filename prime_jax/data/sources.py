@@ -102,13 +102,12 @@ def _parse_one(spec: str, weight: float) -> Source:
 
 def _files(spec: str, glob: str) -> list[tuple[str, int]]:
     """(path, bytes) of the files that match, sorted by path."""
-    import fsspec
-
     try:
-        fs, path = fsspec.url_to_fs(glob)
+        fs, path = readers.file_systems().url_to_fs(glob)
         found = fs.glob(path, detail=True)
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"source {spec}: {error}") from error
+    except Exception as error:  # every store has exceptions of its own
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"source {spec}: {line}") from error
     files = [(p, info.get("size") or 0) for p, info in found.items() if info["type"] == "file"]
     if not files:
         raise UserError(f"source {spec}: no file matches {glob}")

@@ -34,7 +34,12 @@ def register(subparsers: Any) -> None:
     )
     export.add_argument("run_name", metavar="RUN", help="run directory, ROOT:ID or exported folder")
     export.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    export.add_argument("--format", choices=("safetensors",), default="safetensors")
+    export.add_argument(
+        "--format",
+        choices=("safetensors",),
+        default="safetensors",
+        help="the only one so far (safetensors)",
+    )
     export.set_defaults(run=run_export)
 
     read = subparsers.add_parser(
@@ -43,15 +48,21 @@ def register(subparsers: Any) -> None:
         description=IMPORT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    read.add_argument("layout", choices=("lit_gpt", "megatron", "safetensors"))
-    read.add_argument("file", type=Path, metavar="FILE")
+    read.add_argument(
+        "layout", choices=("lit_gpt", "megatron", "safetensors"), help="how FILE names its tensors"
+    )
+    read.add_argument("file", type=Path, metavar="FILE", help="the weights, see above")
     read.add_argument("out", type=Path, metavar="OUT", help="new folder")
     facts = read.add_argument_group("what lit_gpt and megatron files do not say")
     facts.add_argument("--family", choices=("arm", "mdm", "prime"), help="default: by the shapes")
     facts.add_argument("--vocab-size", type=int, metavar="V", help="ids; more rows are padding")
     facts.add_argument("--heads", type=int, metavar="H", help="query heads (without qk-norm)")
     facts.add_argument("--length", type=int, metavar="l", help="sub-tokens per token")
-    facts.add_argument("--embedding", choices=("sum", "cat", "cat_shared"))
+    facts.add_argument(
+        "--embedding",
+        choices=("sum", "cat", "cat_shared"),
+        help="of the sub-tokens of a token; default: by the shapes",
+    )
     facts.add_argument(
         "--permutation",
         type=Path,

@@ -10,7 +10,12 @@ KERNELS = ("embedding", "attention", "head")
 
 
 def register(subparsers: Any) -> None:
-    kernels = subparsers.add_parser("kernels", help="compile the TPU kernels without a TPU")
+    kernels = subparsers.add_parser(
+        "kernels",
+        help="compile the TPU kernels without a TPU",
+        description="The Pallas kernels of the head, the attention and the embedding, as the TPU "
+        "compiler sees them. No TPU is needed, or used if there is one.",
+    )
     inner = kernels.add_subparsers(title="commands", metavar="COMMAND", required=True)
     check = inner.add_parser(
         "check",
@@ -20,10 +25,20 @@ def register(subparsers: Any) -> None:
         "about cycles; shuffles and spills in the hot block cost time). Exit code 1 if a kernel "
         "does not compile. Needs libtpu; minutes for all chips.",
     )
-    check.add_argument("--chips", nargs="+", choices=CHIPS, default=["v5e", "v5p", "v6e"])
-    check.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    check.add_argument("--widths", nargs="+", type=int, default=[1024], help="model widths D")
-    check.add_argument("--vocab-size", type=int, default=51200)
+    check.add_argument(
+        "--chips",
+        nargs="+",
+        choices=CHIPS,
+        default=["v5e", "v5p", "v6e"],
+        help="to compile for (v5e v5p v6e)",
+    )
+    check.add_argument(
+        "--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="which (all of them)"
+    )
+    check.add_argument(
+        "--widths", nargs="+", type=int, default=[1024], help="model widths D (1024)"
+    )
+    check.add_argument("--vocab-size", type=int, default=51200, help="tokens V (51200)")
     check.add_argument("--no-schedule", action="store_true", help="quicker: memory and time only")
     check.set_defaults(run=run_check)
 

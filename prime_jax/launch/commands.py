@@ -45,10 +45,12 @@ def register(commands: Any, root: dict[str, Any]) -> None:
     render.set_defaults(run=run_render)
     for parser in (up, down, render):
         parser.add_argument("root", metavar="ROOT", **root)
-        parser.add_argument("--on", required=True, metavar="ENGINE", help=", ".join(ENGINES))
+        parser.add_argument(
+            "--on", required=True, metavar="ENGINE", help=f"{', '.join(ENGINES)} (required)"
+        )
         if parser is not down:
             parser.add_argument(
-                "--workers", type=int, default=1, metavar="N", help="at most so many per slice"
+                "--workers", type=int, default=1, metavar="N", help="at most so many per slice (1)"
             )
             parser.add_argument(
                 "--slice",

@@ -19,6 +19,7 @@ HOLES = """holes in TEXT:
   [[KEEP:3 word]]     keep the first three sub-tokens of each token of `word`, draw the others again
   [[KEEP:++?+ word]]  the same with a sign for every sub-token: + kept, ? drawn again
 """
+RUN = "run directory, ROOT:ID or exported folder"
 
 
 def register(subparsers: Any) -> None:
@@ -29,7 +30,7 @@ def register(subparsers: Any) -> None:
         epilog=ORDERS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sample.add_argument("run_name", metavar="RUN")
+    sample.add_argument("run_name", metavar="RUN", help=RUN)
     sample.add_argument("--prompt", metavar="TEXT", help="text to continue (default: none)")
     sample.add_argument("--gen-length", type=int, default=0, help="tokens; 0 fills the context")
     sample.add_argument("--stop-at-eos", action="store_true", help="end a text at its first EOS")
@@ -44,8 +45,8 @@ def register(subparsers: Any) -> None:
         epilog=HOLES + "\n" + ORDERS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    infill.add_argument("run_name", metavar="RUN")
-    infill.add_argument("text", metavar="TEXT")
+    infill.add_argument("run_name", metavar="RUN", help=RUN)
+    infill.add_argument("text", metavar="TEXT", help="with holes, see below")
     _add_options(infill)
     infill.set_defaults(run=run_infill)
 

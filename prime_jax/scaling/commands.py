@@ -48,7 +48,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every command on RUNS_OR_CSV takes."""
-    parser.add_argument("runs", type=storage.path, metavar="RUNS_OR_CSV")
+    parser.add_argument(
+        "runs",
+        type=storage.path,
+        metavar="RUNS_OR_CSV",
+        help="the directory of a sweep, or a CSV with a row per run",
+    )
     parser.add_argument(
         "--metric",
         default="best-valid",
@@ -72,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of approach 3, on log residuals: Huber (default), least absolute deviation, least squares",
     )
     parser.add_argument(
-        "--delta", type=float, default=1e-3, help="log residual from which Huber is linear (1e-3)"
+        "--delta", type=float, default=1e-3, help="log residual from which Huber is linear (0.001)"
     )
     parser.add_argument(
         "--approach2",

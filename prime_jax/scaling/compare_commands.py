@@ -43,7 +43,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     fit_commands.add_options(parser)
-    parser.add_argument("--baseline", required=True, metavar="F", help="a family")
+    parser.add_argument("--baseline", required=True, metavar="F", help="a family (required)")
     parser.add_argument("--against", nargs="+", default=[], metavar="F", help="default: the others")
     parser.set_defaults(run=compare)
     parser = commands.add_parser(

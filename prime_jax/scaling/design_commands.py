@@ -38,14 +38,14 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         type=fit_options.positive,
         required=True,
         metavar="C",
-        help="the budget at which N* is to be known, FLOPs",
+        help="the budget at which N* is to be known, FLOPs (required)",
     )
     parser.add_argument(
         "--budget",
         type=fit_options.positive,
         required=True,
         metavar="C",
-        help="FLOPs that all new runs together may cost",
+        help="FLOPs that all new runs together may cost (required)",
     )
     parser.add_argument("--family", metavar="F", help="required where the fit has several")
     parser.add_argument("--emit", type=Path, metavar="FILE", help="write the rows there, as JSON")

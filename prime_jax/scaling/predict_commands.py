@@ -28,7 +28,11 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         commands, "predict", "N*, D* and the loss at a budget, with intervals", DESCRIPTION
     )
     parser.add_argument(
-        "--flops", type=fit_options.positive, required=True, metavar="C", help="the budget"
+        "--flops",
+        type=fit_options.positive,
+        required=True,
+        metavar="C",
+        help="the budget (required)",
     )
     parser.add_argument("--family", nargs="+", metavar="F", help="default: all of them")
     parser.add_argument(

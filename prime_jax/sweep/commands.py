@@ -7,6 +7,7 @@ from pathlib import Path
 from prime_jax import commands as commands_of_train
 from prime_jax import storage
 from prime_jax.launch import commands as commands_of_launch
+from prime_jax.scaling.fit_options import positive
 
 ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s3://BUCKET/..."
 WIDTH = 110  # that a plan needs at least; narrower terminals wrap its lines
@@ -51,19 +52,21 @@ def _plan(commands: argparse._SubParsersAction) -> None:
         help="list the runs of an experiment; with ROOT, create or extend the sweep",
         description="Lists every candidate run as OK or DROP with the reason. With ROOT, writes "
         "the OK ones there. Planning again adds what is new and changes nothing else.",
+        epilog="docs/experiments.md describes both forms of EXPERIMENT: the fields of a Sweep, "
+        "its rules, and the schema of a JSON row.",
     )
     parser.add_argument(
         "experiment",
         type=Path,
         metavar="EXPERIMENT",
-        help="a Python file with sweep(), or a JSON list of rows",
+        help="a Python file with a function sweep() -> Sweep, or a .json file, a list of rows",
     )
     parser.add_argument(
         "root", type=storage.path, metavar="ROOT", nargs="?", help=f"{ROOT}; left out: only print"
     )
     parser.add_argument(
         "--flops-per-second",
-        type=float,
+        type=positive,
         metavar="F",
         help="speed to estimate hours with, e.g. 5e10",
     )
@@ -114,7 +117,7 @@ def _work(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=positive,
         metavar="MINUTES",
         help="when this machine is taken away: the worker saves and leaves (exit code 85) before",
     )
@@ -235,7 +238,11 @@ def _checked(args: argparse.Namespace, listed, where, console):
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.workers <= 1:
+    from prime_jax.errors import UserError
+
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    if args.workers == 1:
         return work(args)
     from prime_jax.sweep.pool import supervise
 

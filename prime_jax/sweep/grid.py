@@ -1,13 +1,12 @@
 """From a sweep's few choices to its rows: one row is one training run, complete in itself.
 
-An EXPERIMENT is a Python file with `sweep() -> Sweep`, or a JSON file that holds a list of rows.
-The JSON schema is the fields of `Row`, with two liberties: `tokens` may stand for `steps`, and
-`overrides`, `rules` and `flops` may be left out. `overrides` maps dotted settings of `RunConfig`
-to values; what neither they nor the row mention has its default.
+An EXPERIMENT is a Python file with `sweep() -> Sweep`, or a JSON file that holds a list of rows,
+the fields of `Row`. docs/experiments.md describes both.
 """
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from prime_jax.errors import UserError
 from prime_jax.flops import Convention
 from prime_jax.sweep import rules
 from prime_jax.sweep.rules import Shape
+from prime_jax.sweep.strict import strict
 
 Size = Shape | float  # an explicit shape, or a target N (without embeddings and head)
 Rule = str | Callable[..., Any]
@@ -129,10 +129,11 @@ def load_experiment(path: str | Path) -> Experiment:
         values = records.read_json(path)
         if not isinstance(values, list):
             raise UserError(f"{path}: expected a list of rows")
-        made = [from_json(value, f"{path} row {i}") for i, value in enumerate(values)]
+        made = [_numbered(value, f"{path}, row {i}") for i, value in enumerate(values, 1)]
         return Experiment(path.stem, tuple(made), _hash(path))
-    sweep = experiment.call(path, "sweep", Sweep)
-    return Experiment(sweep.name, tuple(rows(sweep)), _hash(path), sweep.epochs_limit)
+    sweep = strict(experiment.call(path, "sweep", Sweep), f"{path}: sweep")
+    made = experiment.guarded(path, lambda: tuple(rows(sweep)))  # rules may be the file's own
+    return Experiment(sweep.name, made, _hash(path), sweep.epochs_limit)
 
 
 def rows(sweep: Sweep) -> list[Row]:
@@ -170,27 +171,41 @@ def to_config(row: Row) -> RunConfig:
     return config
 
 
-def from_json(value: Any, where: str = "row") -> Row:
+def _numbered(value: Any, where: str) -> Row:
+    try:
+        return from_json(value)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def from_json(value: Any) -> Row:
     """A row from the documented schema.
 
     Raises:
-        UserError: an unknown, missing or ill-typed field.
+        UserError: an unknown field (with the nearest valid one), a missing or an ill-typed one.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object with the fields of a row")
+        raise UserError("expected an object with the fields of a row")
+    names = [f.name for f in dataclasses.fields(Row)]
+    for key in value:
+        if key not in (*names, "tokens"):
+            raise UserError(f"{key}: no such field{nearest(key, [*names, 'tokens'])}")
     if ("tokens" in value) == ("steps" in value):
-        raise UserError(f"{where}: give either steps or tokens")
+        raise UserError("give either steps or tokens")
     tokens = value.get("tokens")
     value = {"steps": 0} | {k: v for k, v in value.items() if k != "tokens"}
     required = [f.name for f in dataclasses.fields(Row) if _has_no_default(f)]
     if missing := [name for name in required if name not in value]:
-        raise UserError(f"{where}: missing {', '.join(missing)}")
-    row = from_dict(Row, value, where)
+        raise UserError(f"missing {', '.join(missing)}")
+    row = from_dict(Row, value, "row")
+    if not 0 < row.budget < math.inf:
+        raise UserError(f"budget = {row.budget}: must be above 0 (FLOPs)")
     config = to_config(row)
     if tokens is None:
         return row
-    if not isinstance(tokens, (int, float)):
-        raise UserError(f"{where}.tokens: expected a number, got {tokens!r}")
+    number = isinstance(tokens, (int, float)) and not isinstance(tokens, bool)
+    if not (number and 0 < tokens < math.inf):
+        raise UserError(f"tokens = {tokens!r}: must be a number above 0")
     return replace(row, steps=round(tokens / max(1, row.batch_size * config.data.seq_len)))
 
 
