@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,8 +20,10 @@ from gangs import ended
 from prime_jax import checkpoint, distributed
 from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
+from prime_jax.experiment import load_config
 from prime_jax.train import train
 
+ROOT = Path(__file__).parent.parent
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PROCID": "2",
@@ -60,14 +63,14 @@ except UserError as error:
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, None),
+        ({"JAX_PLATFORMS": "cpu"}, None),
         (
             {"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "1"},
             ("a:1", 2, 1),
         ),
         ({"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "1", "PRIME_PROCESS_ID": "0"}, None),
         (SLURM, ("node03:20077", 4, 2)),
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "JAX_PLATFORMS": "cpu"}, None),
         (
             {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"},
             ("10.0.0.1:8476", 2, 1),
@@ -95,12 +98,35 @@ def test_the_gang_is_read_from_the_environment(environment, expected):
             {"PRIME_COORDINATOR": "a", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "0"},
             "has no port",
         ),
+        (
+            {"PRIME_COORDINATOR": "a:b", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "0"},
+            "has no port",
+        ),
         ({"JOBSET_NAME": "js"}, "not PRIME_HOSTS"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "not TPU_WORKER_ID"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "x"}, "not whole numbers"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS = 'two': must be a whole number"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "not SLURM_PROCID, SLURM_STEP_NODELIST, SLURM_JOB_ID"),
+        ({**SLURM, "SLURM_JOB_ID": ""}, "SLURM_JOB_ID = ''"),
     ],
 )
 def test_a_half_described_gang_is_refused(environment, message):
     with pytest.raises(UserError, match=message):
         distributed.detect(environment)
+
+
+@pytest.mark.parametrize("name", ["PRIME_WAIT_SECONDS", "PRIME_HEARTBEAT_SECONDS"])
+@pytest.mark.parametrize("value", ["x", "0", "-1", "1.5"])
+def test_a_bad_time_is_refused_before_anybody_waits(name, value):
+    gang = {"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "1"}
+    with pytest.raises(UserError, match=f"{name} = '{value}': must be a whole number"):
+        distributed.start(print, gang | {name: value})
+
+
+def test_the_command_that_the_manual_shows_for_several_hosts_has_a_run():
+    text = (ROOT / "BUILD.md").read_text()
+    (name,) = re.findall(r"^prime-jax train (\S+) --out /shared/run$", text, re.MULTILINE)
+    load_config(ROOT / name)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,9 @@ def test_attention_equals_the_reference(gpu, cpu, causal, packed):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(2, 256, 4, 64), (2, 256, 2, 64), (2, 256, 2, 64)]
     qkv = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
-    ids = jnp.asarray(np.repeat([[0, 1, 2]], [100, 100, 56], axis=1).repeat(2, 0)) if packed else None
+    ids = (
+        jnp.asarray(np.repeat([[0, 1, 2]], [100, 100, 56], axis=1).repeat(2, 0)) if packed else None
+    )
     there = jax.device_put(qkv, gpu)
     got = pulled(lambda *a: attention(*a, causal, ids), *there)
     here = [jax.device_put(x, cpu).astype(jnp.float32) for x in qkv]
