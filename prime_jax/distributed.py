@@ -216,17 +216,20 @@ def share(value: Any) -> Any:
     return json.loads(shared.tobytes().rstrip(b"\0"))
 
 
-def meet(name: str, seconds: float) -> bool:
+def meet(name: str, seconds: float, say: Callable[[str], None]) -> bool:
     """Whether all processes come here within `seconds`; needs no devices, unlike `barrier`."""
     import jax
     from jax._src.distributed import global_state
 
     if jax.process_count() == 1:
         return True
+    say(f"process {jax.process_index()}: {name}: waiting {seconds:g} s for the others")
     try:
         global_state.client.wait_at_barrier(name, int(1000 * seconds))
     except Exception:  # a time-out, or a peer that is gone: the client has no type of its own
+        say(f"process {jax.process_index()}: {name}: not all came")
         return False
+    say(f"process {jax.process_index()}: {name}: all are here")
     return True
 
 

@@ -206,6 +206,8 @@ def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
     gang[1].send_signal(signal.SIGTERM)
     codes, texts = ended(gang)
     assert codes == [85, 85], texts
+    for process, text in enumerate(texts):
+        assert f"process {process}: run directory: waiting for the others" in text
     saved = checkpoint.steps(out / "checkpoints")
     assert len(saved) == 1
     assert all(f"saved step {saved[0]}" in text for text in texts)
@@ -226,6 +228,37 @@ def test_a_process_that_waits_in_vain_says_what_to_check():
     assert "waiting for 2 processes" in done.stdout
     assert "came within 1 s; check that every host" in done.stdout
     assert "stack trace" not in done.stderr
+
+
+def test_every_wait_for_the_others_is_told():
+    code = """
+        from prime_jax import distributed
+        distributed.start(print)
+        distributed.barrier("the door", print)
+        distributed.meet("the table", 100, print)
+        if distributed.is_writer():
+            distributed.meet("the garden", 0.2, print)
+    """
+    codes, texts = ended(gangs.start(["-c", textwrap.dedent(code)], 2, devices=2))
+    assert codes == [0, 0], texts
+    told = [
+        [line for line in text.splitlines() if re.search("the (door|table|garden)", line)]
+        for text in texts
+    ]
+    both = [
+        [
+            f"process {process}: the door: waiting for the others",
+            f"process {process}: the door: all are here",
+            f"process {process}: the table: waiting 100 s for the others",
+            f"process {process}: the table: all are here",
+        ]
+        for process in range(2)
+    ]
+    both[0] += [
+        "process 0: the garden: waiting 0.2 s for the others",
+        "process 0: the garden: not all came",
+    ]
+    assert told == both
 
 
 def test_a_second_sigterm_ends_a_process_of_a_gang_at_once():
