@@ -41,11 +41,11 @@ def find(environment: Mapping[str, str]) -> Pod | None:
     """
     if "TPU_VISIBLE_CHIPS" in environment:
         return None  # one of several workers of this host, each with chips of its own
-    if names := environment.get("TPU_WORKER_HOSTNAMES"):
+    if names := [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]:
         if "TPU_WORKER_ID" not in environment:
             raise UserError("TPU_WORKER_HOSTNAMES is set, but not TPU_WORKER_ID")
         number = environment["TPU_WORKER_ID"]
-        return _pod(names.split(","), number, environment.get, "TPU pod")
+        return _pod(names, number, environment.get, "TPU pod")
     platforms = environment.get("JAX_PLATFORMS", "")
     if (platforms and "tpu" not in platforms.split(",")) or "TPU_SKIP_MDS_QUERY" in environment:
         return None

@@ -72,7 +72,7 @@ except UserError as error:
         (SLURM, ("node03:20077", 4, 2)),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "JAX_PLATFORMS": "cpu"}, None),
         (
-            {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"},
+            {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2,", "TPU_WORKER_ID": "1"},
             ("10.0.0.1:8476", 2, 1),
         ),
         (
