@@ -10,12 +10,12 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from prime_jax import peers
+from prime_jax import peers, tpu_pod
 from prime_jax.errors import UserError
 
 PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
@@ -28,7 +28,7 @@ class Gang:
     """The processes of one run.
 
     Attributes:
-        coordinator: host:port of process 0; "" where JAX finds it itself (Cloud TPU).
+        coordinator: host:port of process 0.
         found: where this was read from, for messages.
     """
 
@@ -41,46 +41,59 @@ class Gang:
 def detect(environment: Mapping[str, str]) -> Gang | None:
     """The gang that the environment describes, or None for a process on its own.
 
-    Explicit variables come first, then JobSet (Kubernetes), Slurm and Cloud TPU pods.
+    Explicit variables come first, then JobSet (Kubernetes), Slurm and Cloud TPU pods. The last are
+    known by their metadata server: without one that answers this takes up to 0.7 s, and nothing
+    where JAX_PLATFORMS leaves TPUs out.
 
     Raises:
         UserError: variables that are incomplete or contradict each other.
     """
     given = [name for name in EXPLICIT if name in environment]
     if given:
-        missing = [name for name in EXPLICIT if name not in environment]
-        if missing:
-            raise UserError(f"{', '.join(given)} set, but not {', '.join(missing)}")
-        address, count, index = (environment[name] for name in EXPLICIT)
+        address, count, index = _all(environment, EXPLICIT, ", ".join(given))
         return _gang(address, count, index, "PRIME_* variables")
     if "JOBSET_NAME" in environment:
-        e = environment
-        for name in ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"):
-            if name not in e:
-                raise UserError(f"JOBSET_NAME is set, but not {name}; render the job again")
-        count, index, job = e["PRIME_HOSTS"], e["JOB_COMPLETION_INDEX"], e.get("JOB_INDEX", "0")
-        if e.get("PRIME_SLICES", "1") != "1":  # each job of the set is a slice, together one gang
-            try:
-                index, job = str(int(job) * int(count) + int(index)), "0"
-                count = str(int(e["PRIME_SLICES"]) * int(count))
-            except ValueError as error:
-                raise UserError(f"JobSet variables are not whole numbers: {error}") from error
-        name = f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{job}-0"
-        return _gang(f"{name}.{e['JOBSET_NAME']}:{PORT}", count, index, "JobSet")
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        host = first_host(environment["SLURM_STEP_NODELIST"])
+        return _of_jobset(environment)
+    if _whole(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+        count, index, nodes, _ = _all(environment, names, "SLURM_STEP_NUM_TASKS")
         # Two steps of one job on one node would share a port that depends on the job alone.
-        number = int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID", 0))
-        return _gang(
-            f"{host}:{20_000 + number % 20_000}",
-            environment["SLURM_STEP_NUM_TASKS"],
-            environment["SLURM_PROCID"],
-            "Slurm",
-        )
-    hosts = [h for h in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
-    if len(hosts) > 1:
-        return _gang(f"{hosts[0]}:{PORT}", str(len(hosts)), environment["TPU_WORKER_ID"], "TPU pod")
+        step = _whole(environment, "SLURM_STEP_ID", 0, least=0)
+        port = 20_000 + (_whole(environment, "SLURM_JOB_ID", 0, least=0) * 7 + step) % 20_000
+        return _gang(f"{first_host(nodes)}:{port}", count, index, "Slurm")
+    if pod := tpu_pod.find(environment):
+        port = environment.get("JAX_COORDINATOR_PORT", PORT)
+        return _gang(f"{pod.coordinator}:{port}", pod.processes, pod.process, pod.found)
     return None
+
+
+def _of_jobset(environment: Mapping[str, str]) -> Gang | None:
+    e = environment
+    count, index = _all(e, ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"), "JOBSET_NAME")
+    job = e.get("JOB_INDEX", "0")
+    if e.get("PRIME_SLICES", "1") != "1":  # each job of the set is a slice, together one gang
+        try:
+            index, job = str(int(job) * int(count) + int(index)), "0"
+            count = str(int(e["PRIME_SLICES"]) * int(count))
+        except ValueError as error:
+            raise UserError(f"JobSet variables are not whole numbers: {error}") from error
+    name = f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{job}-0"
+    return _gang(f"{name}.{e['JOBSET_NAME']}:{PORT}", count, index, "JobSet")
+
+
+def _all(environment: Mapping[str, str], names: Sequence[str], given: str) -> list[str]:
+    """The values of variables that must all be there, since `given` is."""
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise UserError(f"{given} set, but not {', '.join(missing)}")
+    return [environment[name] for name in names]
+
+
+def _whole(environment: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name} = {text!r}: must be a whole number of at least {least}")
+    return int(text)
 
 
 def _gang(coordinator: str, processes: str, process: str, found: str) -> Gang | None:
@@ -92,7 +105,8 @@ def _gang(coordinator: str, processes: str, process: str, found: str) -> Gang | 
         ) from None
     if not 0 <= index < count:
         raise UserError(f"{found}: process {index} of {count}; the first one is number 0")
-    if ":" not in coordinator:
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal()):
         raise UserError(f"{found}: coordinator {coordinator!r} has no port; write host:{PORT}")
     return Gang(coordinator, count, index, found) if count > 1 else None
 
@@ -115,15 +129,16 @@ def start(say: Callable[[str], None], environment: Mapping[str, str] = os.enviro
         The gang, None for a process on its own.
 
     Raises:
-        UserError: the coordinator's address cannot be used.
+        UserError: the environment is wrong (see `detect`), or the coordinator's address cannot
+            be used.
     """
     gang = detect(environment)
     if gang is None:
         return None
     import jax
 
-    wait = int(environment.get("PRIME_WAIT_SECONDS", WAIT_SECONDS))
-    heartbeat = int(environment.get("PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS))
+    wait = _whole(environment, "PRIME_WAIT_SECONDS", WAIT_SECONDS)
+    heartbeat = _whole(environment, "PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
     others = f"{gang.processes} processes ({gang.found}), coordinator {gang.coordinator}"
     advice = "check that every host runs the same command and can reach the coordinator's port"
     say(f"process {gang.process}: waiting for {others}")
@@ -202,17 +217,20 @@ def share(value: Any) -> Any:
     return json.loads(shared.tobytes().rstrip(b"\0"))
 
 
-def meet(name: str, seconds: float) -> bool:
+def meet(name: str, seconds: float, say: Callable[[str], None]) -> bool:
     """Whether all processes come here within `seconds`; needs no devices, unlike `barrier`."""
     import jax
     from jax._src.distributed import global_state
 
     if jax.process_count() == 1:
         return True
+    say(f"process {jax.process_index()}: {name}: waiting {seconds:g} s for the others")
     try:
         global_state.client.wait_at_barrier(name, int(1000 * seconds))
     except Exception:  # a time-out, or a peer that is gone: the client has no type of its own
+        say(f"process {jax.process_index()}: {name}: not all came")
         return False
+    say(f"process {jax.process_index()}: {name}: all are here")
     return True
 
 

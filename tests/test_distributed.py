@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,8 +20,10 @@ from gangs import ended
 from prime_jax import checkpoint, distributed
 from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
+from prime_jax.experiment import load_config
 from prime_jax.train import train
 
+ROOT = Path(__file__).parent.parent
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PROCID": "2",
@@ -60,16 +63,16 @@ except UserError as error:
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, None),
+        ({"JAX_PLATFORMS": "cpu"}, None),
         (
             {"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "1"},
             ("a:1", 2, 1),
         ),
         ({"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "1", "PRIME_PROCESS_ID": "0"}, None),
         (SLURM, ("node03:20077", 4, 2)),
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "JAX_PLATFORMS": "cpu"}, None),
         (
-            {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"},
+            {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2,", "TPU_WORKER_ID": "1"},
             ("10.0.0.1:8476", 2, 1),
         ),
         (
@@ -95,12 +98,35 @@ def test_the_gang_is_read_from_the_environment(environment, expected):
             {"PRIME_COORDINATOR": "a", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "0"},
             "has no port",
         ),
+        (
+            {"PRIME_COORDINATOR": "a:b", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "0"},
+            "has no port",
+        ),
         ({"JOBSET_NAME": "js"}, "not PRIME_HOSTS"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "not TPU_WORKER_ID"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "x"}, "not whole numbers"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS = 'two': must be a whole number"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "not SLURM_PROCID, SLURM_STEP_NODELIST, SLURM_JOB_ID"),
+        ({**SLURM, "SLURM_JOB_ID": ""}, "SLURM_JOB_ID = ''"),
     ],
 )
 def test_a_half_described_gang_is_refused(environment, message):
     with pytest.raises(UserError, match=message):
         distributed.detect(environment)
+
+
+@pytest.mark.parametrize("name", ["PRIME_WAIT_SECONDS", "PRIME_HEARTBEAT_SECONDS"])
+@pytest.mark.parametrize("value", ["x", "0", "-1", "1.5"])
+def test_a_bad_time_is_refused_before_anybody_waits(name, value):
+    gang = {"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "1"}
+    with pytest.raises(UserError, match=f"{name} = '{value}': must be a whole number"):
+        distributed.start(print, gang | {name: value})
+
+
+def test_the_command_that_the_manual_shows_for_several_hosts_has_a_run():
+    text = (ROOT / "BUILD.md").read_text()
+    (name,) = re.findall(r"^prime-jax train (\S+) --out /shared/run$", text, re.MULTILINE)
+    load_config(ROOT / name)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +206,8 @@ def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
     gang[1].send_signal(signal.SIGTERM)
     codes, texts = ended(gang)
     assert codes == [85, 85], texts
+    for process, text in enumerate(texts):
+        assert f"process {process}: run directory: waiting for the others" in text
     saved = checkpoint.steps(out / "checkpoints")
     assert len(saved) == 1
     assert all(f"saved step {saved[0]}" in text for text in texts)
@@ -200,6 +228,37 @@ def test_a_process_that_waits_in_vain_says_what_to_check():
     assert "waiting for 2 processes" in done.stdout
     assert "came within 1 s; check that every host" in done.stdout
     assert "stack trace" not in done.stderr
+
+
+def test_every_wait_for_the_others_is_told():
+    code = """
+        from prime_jax import distributed
+        distributed.start(print)
+        distributed.barrier("the door", print)
+        distributed.meet("the table", 100, print)
+        if distributed.is_writer():
+            distributed.meet("the garden", 0.2, print)
+    """
+    codes, texts = ended(gangs.start(["-c", textwrap.dedent(code)], 2, devices=2))
+    assert codes == [0, 0], texts
+    told = [
+        [line for line in text.splitlines() if re.search("the (door|table|garden)", line)]
+        for text in texts
+    ]
+    both = [
+        [
+            f"process {process}: the door: waiting for the others",
+            f"process {process}: the door: all are here",
+            f"process {process}: the table: waiting 100 s for the others",
+            f"process {process}: the table: all are here",
+        ]
+        for process in range(2)
+    ]
+    both[0] += [
+        "process 0: the garden: waiting 0.2 s for the others",
+        "process 0: the garden: not all came",
+    ]
+    assert told == both
 
 
 def test_a_second_sigterm_ends_a_process_of_a_gang_at_once():

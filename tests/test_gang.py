@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import textwrap
 import time
 
 import fake_store
@@ -22,6 +23,10 @@ from prime_jax.config import (
 )
 from prime_jax.data import manifest
 from prime_jax.sweep import grid, plan, state
+
+KEEP = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"
+}  # a fast machine makes a step in less than 1 s
 
 
 def planned(root, data, steps: int, **settings) -> list[str]:
@@ -57,7 +62,7 @@ def planned(root, data, steps: int, **settings) -> list[str]:
 
 def gang(url: str, processes: int, *options: str) -> list[subprocess.Popen]:
     words = ["-m", "prime_jax.cli", "sweep", "work", url, *options]
-    return gangs.start(words, processes, devices=4)
+    return gangs.start(words, processes, devices=4, **KEEP)
 
 
 def test_a_gang_trains_its_slice_in_a_bucket_and_another_finishes(markov_data, tmp_path):
@@ -75,6 +80,32 @@ def test_a_gang_trains_its_slice_in_a_bucket_and_another_finishes(markov_data, t
         assert kept[-1] == runs[mine].result["steps"]
         assert len(kept) <= 2
         assert {"log.0.txt", "log.1.txt", "metrics.jsonl"} <= set(storage.names(folder))
+        assert storage.names(root / "cache" / "xla")  # what was compiled is kept with the sweep
+
+
+@pytest.mark.slow
+def test_a_worker_that_begins_anew_compiles_no_step_again(markov_data, tmp_path):
+    """Two runs of one shape, each in a process of its own that has only the sweep's directory."""
+    root = tmp_path / "sweep"
+    planned(root, markov_data, 4)
+    code = """
+        import sys
+        import jax
+        names = []
+        jax.monitoring.register_event_listener(lambda name, **_: names.append(name.split("/")[-1]))
+        from prime_jax.cli import main
+        code = main(sys.argv[1:])
+        print("hits:", names.count("cache_hits"))
+        sys.exit(code)
+    """
+    hits = []
+    for name in ("v5e-8", "v5e-16"):
+        words = ["-c", textwrap.dedent(code), "sweep", "work", str(root), "--slice", name]
+        codes, (text,) = ended(gangs.start(words, 1, devices=4, **KEEP))
+        assert codes == [0], text
+        hits.append(int(text.rpartition("hits: ")[2]))
+    assert [run.state for run in state.list_runs(root)] == ["done", "done"]
+    assert hits[0] < hits[1]
 
 
 @pytest.mark.slow

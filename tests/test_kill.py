@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from prime_jax import checkpoint
 from prime_jax.config import CheckpointConfig, RunConfig, to_dict
 from prime_jax.train import train
 
-STEPS = 60
+STEPS = {3: 60, 20: 480}  # by the number of kills, so that the last one comes well before the end
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -35,11 +36,16 @@ say(f"compiled from the cache: {len(hits)}")
 """
 
 
+@pytest.fixture(scope="module", params=[3, pytest.param(20, marks=pytest.mark.slow)])
+def kills(request) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def config(quick) -> RunConfig:
+def config(quick, kills) -> RunConfig:
     """Saves at every other step."""
     saving = CheckpointConfig(every=2, keep=3)
-    return dataclasses.replace(quick, steps=STEPS, checkpoint=saving)
+    return dataclasses.replace(quick, steps=STEPS[kills], checkpoint=saving)
 
 
 @pytest.fixture(scope="module")
@@ -78,36 +84,38 @@ def whole(config, tmp_path_factory):
     return out
 
 
-def killed(run, out: Path, rng: random.Random) -> int:
-    """Let the run make some steps, kill it; returns its newest finished save (0: none)."""
+def kill(run, out: Path, rng: random.Random) -> int:
+    """Let the run make some steps and kill it; how the process ended."""
     process = run(out)
-    before = max(checkpoint.steps(out / "checkpoints"), default=0)
-    target = before + rng.randint(3, 12)
+    target = newest(out) + rng.randint(3, 12)
     while process.poll() is None:
         started = (out / "checkpoints" / f"{target:09d}").exists()  # perhaps half written
-        if started or max(checkpoint.steps(out / "checkpoints"), default=0) >= target:
+        if started or newest(out) >= target:
             break
         time.sleep(0.002)
     time.sleep(rng.random() * 0.05)
     process.kill()
     process.communicate()
+    return process.returncode
+
+
+def newest(out: Path) -> int:
+    """Step of the newest finished save, 0 without one."""
     return max(checkpoint.steps(out / "checkpoints"), default=0)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_any_moment_change_nothing(run, whole, tmp_path, kills):
-    rng, out, saved = random.Random(kills), tmp_path / "run", 0
+def test_kills_at_any_moment_change_nothing(run, config, whole, tmp_path, kills):
+    rng, out, ends, saved = random.Random(kills), tmp_path / "run", [], [0]
     for _ in range(kills):
-        if (out / "result.json").exists():
-            break
-        newest = killed(run, out, rng)
-        assert newest >= saved  # what was saved once stays
-        saved = newest
+        ends.append(kill(run, out, rng))
+        saved.append(newest(out))
+    assert ends == [-signal.SIGKILL] * kills  # each of them met a living process
+    assert saved == sorted(saved)  # what was saved once stays
+    assert 0 < saved[-1] < config.steps
     text = finish(run(out))
-    if saved < STEPS:
-        assert f"continues at step {saved} of {STEPS}" in text
-        assert "first step after" in text
-        assert "compiled from the cache: 0" not in text
+    assert f"continues at step {saved[-1]} of {config.steps}" in text
+    assert "first step after" in text
+    assert "compiled from the cache: 0" not in text
     assert losses(out) == losses(whole)
     one, two = (json.loads((path / "result.json").read_text()) for path in (whole, out))
     assert two["losses"] == one["losses"]

@@ -1,28 +1,35 @@
 """Meshes change where numbers are computed, not the numbers."""
 
 import dataclasses
+import json
+from pathlib import Path
 
+import gangs
 import jax
+import mesh_runs
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from mesh_runs import Rows, trained
 
-from prime_jax import meshes, optim, sharding, step
+from prime_jax import meshes, step
 from prime_jax.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     RunConfig,
     SubtokenConfig,
+    to_dict,
 )
 from prime_jax.errors import UserError
 from prime_jax.metrics import Clock
+from prime_jax.sharding import AXES
 
-STEPS = 20
 TINY = RunConfig(
     family="prime",
-    steps=STEPS,
+    steps=20,
     batch_size=8,
     model=ModelConfig(vocab_size=64, layers=2, width=32, heads=4, kv_heads=2),
     subtokens=SubtokenConfig(length=3),
@@ -34,6 +41,7 @@ MESHES = {
     "fully sharded": (1, 8, 1),
     "replicas": (2, 4, 1),
     "tensor parallel": (2, 2, 2),
+    "fully sharded, tensor parallel": (1, 4, 2),
 }
 
 
@@ -44,23 +52,17 @@ def of_family(family: str, **mesh) -> RunConfig:
     )
 
 
-def trained(config: RunConfig) -> np.ndarray:
-    """Losses and gradient norms of every step, [steps, 2]."""
-    program, clock = step.program(config, eos_id=0), Clock()
-    state = program.init(clock, 0)
-    rng, rows = np.random.default_rng(0), np.arange(8, dtype=np.int32)
-    out = []
-    for _ in range(STEPS):
-        tokens = rng.integers(0, 64, (8, 16), np.int32)
-        batch = sharding.spread(program.mesh, (tokens, rows))
-        state, metrics = program.train(clock, state, *batch, np.uint32(0), optim.horizon(config))
-        out.append((float(metrics.loss), float(metrics.grad_norm)))
-    return np.array(out)
-
-
 @pytest.fixture(scope="module")
 def alone():
+    """20 steps on one device."""
     return {f: trained(of_family(f, replica=1, data=1, model=1)) for f in ("arm", "mdm", "prime")}
+
+
+def agree(one: tuple[np.ndarray, Rows], many: tuple[np.ndarray, Rows]) -> None:
+    """The same numbers up to rounding, and the same corruption to the bit."""
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+    assert many[1] == one[1]
+    assert len(one[1]) == TINY.steps * TINY.batch_size
 
 
 @pytest.mark.parametrize(
@@ -76,8 +78,7 @@ def alone():
 )
 def test_any_mesh_gives_the_same_losses(alone, family, name):
     replica, data, model = MESHES[name]
-    many = trained(of_family(family, replica=replica, data=data, model=model))
-    np.testing.assert_allclose(many, alone[family], rtol=1e-5)
+    agree(alone[family], trained(of_family(family, replica=replica, data=data, model=model)))
 
 
 @pytest.mark.slow
@@ -89,7 +90,46 @@ def test_any_mesh_and_option_gives_the_same_losses(alone, family, name, options)
     if 8 // options.get("accumulate", 1) < replica * data:
         replica = replica // 2
     many = trained(of_family(family, replica=replica, data=data, model=model, **options))
-    np.testing.assert_allclose(many, alone[family], rtol=1e-5)
+    agree(alone[family], many)
+
+
+def in_two_processes(function: str, configs: list[RunConfig], folder: Path) -> list[list]:
+    """What `mesh_runs.FUNCTION` gives for each config, from each of two processes."""
+    (folder / "configs.json").write_text(json.dumps([to_dict(config) for config in configs]))
+    words = [mesh_runs.__file__, function, str(folder / "configs.json"), str(folder / "out")]
+    codes, texts = gangs.ended(gangs.start(words, 2, devices=8))
+    assert codes == [0, 0], texts
+    return [json.loads((folder / f"out.{process}").read_text()) for process in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["arm", "mdm", "prime"])
+@pytest.mark.parametrize("name", ["fully sharded", "fully sharded, tensor parallel"])
+def test_two_processes_of_four_devices_give_the_numbers_of_one_device(
+    alone, family, name, tmp_path
+):
+    config = of_family(family, **dict(zip(AXES, MESHES[name], strict=True)))
+    first, second = (found[0] for found in in_two_processes("trained", [config], tmp_path))
+    assert not first[1].keys() & second[1].keys()  # each has half of every batch
+    for numbers, _ in (first, second):
+        agree(alone[family], (np.array(numbers), first[1] | second[1]))
+
+
+def test_processes_and_meshes_hide_the_same_to_the_bit(tmp_path):
+    """Also where a model is split between the processes, so that both hold every row."""
+    objective = ObjectiveConfig(token_mask_rho=0.5, random_length=0.5)
+    model = dataclasses.replace(TINY.model, heads=8, kv_heads=8)
+    config = dataclasses.replace(TINY, steps=4, objective=objective, model=model)
+    one, many, apart, shared = (
+        dataclasses.replace(config, mesh=MeshConfig(*mesh))
+        for mesh in [(1, 1, 1), (8, 1, 1), (1, 4, 2), (1, 1, 8)]
+    )
+    rows = mesh_runs.hidden(one)
+    assert len(set(rows.values())) == len(rows) == 4 * TINY.batch_size
+    assert mesh_runs.hidden(many) == rows
+    first, second = in_two_processes("hidden", [apart, shared], tmp_path)
+    assert not first[0].keys() & second[0].keys()
+    assert first[0] | second[0] == first[1] == second[1] == rows
 
 
 def test_the_optimizer_state_is_sharded_like_the_parameters():

@@ -210,7 +210,8 @@ class _Attempt:
 
     def regroup(self) -> None:
         """After a failure: go on together, or not at all."""
-        if self.worker.gang and not distributed.meet(f"{self.run.id}.{self.k}", GANG_SECONDS):
+        name = f"after attempt {self.k} of run {self.run.id}"
+        if self.worker.gang and not distributed.meet(name, GANG_SECONDS, self.say):
             raise Apart
 
     def publish(self, result: dict[str, Any]) -> dict[str, Any] | None:
