@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -71,12 +71,17 @@ class Verdict:
 
     @property
     def total(self) -> float:
-        """Bytes per chip; where the compiler gave up, its temporaries and our count of the rest."""
+        """Bytes per chip; where the compiler refused without a number, ours."""
         memory = self.record["memory"]
-        if "arguments" in memory:
-            return sum(memory.values())
-        state, temporaries = costs.memory(self.config, self.mesh)
-        return state + memory.get("temporaries", temporaries)
+        if "total" in memory:
+            return memory["total"]
+        return sum(memory.values()) if memory else sum(costs.memory(self.config, self.mesh))
+
+    @property
+    def temporaries(self) -> float:
+        """Bytes per chip; a refused program's are what is not state."""
+        found = self.record["memory"].get("temporaries")
+        return self.total - costs.memory(self.config, self.mesh)[0] if found is None else found
 
     @property
     def prediction(self) -> costs.Prediction:
@@ -181,12 +186,15 @@ def _variants(config: RunConfig) -> Iterator[RunConfig]:
                 accumulate *= 2
 
 
-def expected(config: RunConfig, where: Slice, seen: Verdict | None = None) -> float:
-    """Bytes per chip on paper, corrected by how far off the paper was for a verdict seen."""
+def expected(config: RunConfig, where: Slice, seen: Sequence[Verdict] = ()) -> float:
+    """Bytes per chip on paper, corrected by how far off the paper was for the last verdict seen on
+    the same mesh. What another mesh was off by says nothing: other arrays fill its memory."""
     mesh = meshes.choose(config, where.devices, where.slices)
     state, temporaries = costs.memory(config, mesh)
-    if seen and (measured := seen.record["memory"].get("temporaries")):
-        temporaries *= measured / costs.memory(seen.config, seen.mesh)[1]
+    for verdict in reversed(seen):
+        if verdict.mesh[:3] == mesh[:3]:
+            paper = costs.memory(verdict.config, verdict.mesh)[1]
+            return state + temporaries * verdict.temporaries / paper
     return state + temporaries
 
 
@@ -199,26 +207,34 @@ def autofit(
 ) -> Verdict:
     """The fastest combination that fits, among at most `TRIES` that are compiled.
 
-    Tried in the order of predicted speed, leaving out those that by what was seen cannot fit.
-    Without success, the verdict that came closest.
+    Tried in the order of predicted speed, leaving out those that by what was seen cannot fit; the
+    last try is the one that should need least. Without success, the verdict that came closest.
     """
-    waiting, seen = alternatives(config, where), []
+    found, seen = alternatives(config, where), []
+    if not found:
+        return check(config, where, cache, compile)  # which says what is wrong with its mesh
+    # The state is known exactly. Where it alone is too much everywhere, one try proves it.
+    waiting = [c for c in found if _state(c, where) <= where.chip.memory] or [
+        min(found, key=lambda c: expected(c, where))
+    ]
     while waiting and len(seen) < TRIES:
-        last = seen[-1] if seen else None
-        limit = where.chip.memory
-        hopeful = [c for c in waiting if expected(c, where, last) <= limit]
-        chosen = hopeful[0] if hopeful else min(waiting, key=lambda c: expected(c, where, last))
+        sizes = [expected(c, where, seen) for c in waiting]
+        hopeful = [c for c, size in zip(waiting, sizes, strict=True) if size <= where.chip.memory]
+        if hopeful and len(seen) < TRIES - 1:
+            chosen = hopeful[0]
+        else:
+            chosen = waiting[sizes.index(min(sizes))]
         say(f"trying {describe(chosen.mesh)}")
         verdict = check(chosen, where, cache, compile)
         if verdict.fits:
             return verdict
         seen.append(verdict)
-        if not hopeful:
-            break
         waiting.remove(chosen)
-    if not seen:
-        return check(config, where, cache, compile)  # which says what is wrong with its mesh
     return min(seen, key=lambda verdict: verdict.total)
+
+
+def _state(config: RunConfig, where: Slice) -> float:
+    return costs.memory(config, meshes.choose(config, where.devices, where.slices))[0]
 
 
 def fixes(verdict: Verdict) -> list[str]:
@@ -235,7 +251,7 @@ def fixes(verdict: Verdict) -> list[str]:
     wanted: set[str] = set()
     for change in changes:
         try:
-            size = expected(replace(config, mesh=change), where, verdict)
+            size = expected(replace(config, mesh=change), where, [verdict])
         except UserError:
             continue
         names = describe(change, now)

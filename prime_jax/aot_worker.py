@@ -100,10 +100,14 @@ def check(config: RunConfig, where: Slice) -> dict[str, Any]:
 
 
 def _refused(message: str) -> dict[str, Any]:
-    """What can be learnt from the compiler's refusal: all temporaries, and its own limit."""
+    """What can be learnt from the compiler's refusal: the total, and its own limit.
+
+    It speaks of temporaries and counts the donated state among them: of programs that grow past
+    the limit, the number is the sum of what it says of the last that fits.
+    """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     sizes = [float(n) * units[u] for n, u in re.findall(r"\((\d+\.?\d*)([KMGT])\)", message)]
-    memory = {"temporaries": sizes[0]} if sizes else {}
+    memory = {"total": sizes[0]} if sizes else {}
     limit = {"limit": sizes[1]} if len(sizes) > 1 else {}
     return {"verdict": "OOM", "memory": memory, "message": message.splitlines()[0]} | limit
 
