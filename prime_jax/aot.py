@@ -13,16 +13,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prime_jax import __version__, costs, meshes, step
+from prime_jax import __version__, costs, flops, meshes, step
 from prime_jax.config import MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
 from prime_jax.records import read_json, write_json_atomic
-from prime_jax.slices import GIB, Slice
+from prime_jax.slices import Slice, human_bytes
 
 TRIES = 6  # of autofit
 ENVIRONMENT = {
@@ -41,6 +42,12 @@ SOURCES = (  # what may change a training step or what is read from it, below th
     *("aot_worker.py", "hlo.py", "kernels/*.py"),
 )
 Compile = Callable[[RunConfig, Slice], dict[str, Any]]
+Watch = Callable[[RunConfig, str], AbstractContextManager[None]]  # told what is compiled
+
+
+def unwatched(config: RunConfig, text: str) -> AbstractContextManager[None]:
+    """Nobody looks."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,13 @@ class Verdict:
         config: with the mesh settings that were tried.
         where: the slice.
         record: what `aot_worker.check` found.
+        tried: all that `autofit` compiled in vain, this one included; empty otherwise.
     """
 
     config: RunConfig
     where: Slice
     record: dict[str, Any]
+    tried: tuple[RunConfig, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -115,13 +124,19 @@ def key(config: RunConfig, where: Slice) -> str:
 
 
 def check(
-    config: RunConfig, where: Slice, cache: Path | None = None, compile: Compile | None = None
+    config: RunConfig,
+    where: Slice,
+    cache: Path | None = None,
+    compile: Compile | None = None,
+    watch: Watch = unwatched,
+    text: str = "as written",
 ) -> Verdict:
     """Compile the training step of `config` for `where`, or remember that it was.
 
     Args:
         cache: directory of earlier answers.
         compile: stands in for the compiler (tests).
+        watch: entered for as long as it takes, with `text`.
 
     Raises:
         UserError: no compiler for these chips here, a mesh that does not fit, or the compiler
@@ -130,8 +145,10 @@ def check(
     meshes.choose(config, where.devices, where.slices)
     known = cache / f"{key(config, where)}.json" if cache else None
     if known and known.exists():
-        return Verdict(config, where, read_json(known))
-    record = (compile or compile_apart)(config, where)
+        with watch(config, text):
+            return Verdict(config, where, read_json(known))
+    with watch(config, text):
+        record = (compile or compile_apart)(config, where)
     if known:
         known.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(known, {**record, "compiler": compiler()})
@@ -203,7 +220,7 @@ def autofit(
     where: Slice,
     cache: Path | None = None,
     compile: Compile | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    watch: Watch = unwatched,
 ) -> Verdict:
     """The fastest combination that fits, among at most `TRIES` that are compiled.
 
@@ -212,7 +229,7 @@ def autofit(
     """
     found, seen = alternatives(config, where), []
     if not found:
-        return check(config, where, cache, compile)  # which says what is wrong with its mesh
+        return check(config, where, cache, compile, watch)  # which says what is wrong with its mesh
     # The state is known exactly. Where it alone is too much everywhere, one try proves it.
     waiting = [c for c in found if _state(c, where) <= where.chip.memory] or [
         min(found, key=lambda c: expected(c, where))
@@ -224,13 +241,14 @@ def autofit(
             chosen = hopeful[0]
         else:
             chosen = waiting[sizes.index(min(sizes))]
-        say(f"trying {describe(chosen.mesh)}")
-        verdict = check(chosen, where, cache, compile)
+        text = f"try {len(seen) + 1} of at most {TRIES}, {describe(chosen.mesh)}"
+        verdict = check(chosen, where, cache, compile, watch, text)
         if verdict.fits:
             return verdict
         seen.append(verdict)
         waiting.remove(chosen)
-    return min(seen, key=lambda verdict: verdict.total)
+    closest = min(seen, key=lambda verdict: verdict.total)
+    return replace(closest, tried=tuple(verdict.config for verdict in seen))
 
 
 def _state(config: RunConfig, where: Slice) -> float:
@@ -250,20 +268,26 @@ def fixes(verdict: Verdict) -> list[str]:
     changes += [replace(now, model=size) for size in (2, 4, 8) if size > mesh.model]
     wanted: set[str] = set()
     for change in changes:
+        changed = replace(config, mesh=change)
         try:
-            size = expected(replace(config, mesh=change), where, [verdict])
+            size = expected(changed, where, [verdict])
         except UserError:
+            continue
+        if changed in verdict.tried:
             continue
         names = describe(change, now)
         kind = names.split(" = ")[0]
         if size <= verdict.limit and kind not in wanted:
             wanted.add(kind)
-            out.append(f"{names} (about {size / GIB:.1f} GiB)")
+            out.append(f"{names} (about {human_bytes(size)})")
     if not out:
-        state = costs.memory(config, mesh)[0]
-        needed = state * where.devices / verdict.limit
+        # Shared by all, a chip's part of the state is smallest.
+        state = costs.state_bytes(config, flops.param_counts(config)["total"])
+        chips = state / verdict.limit / where.chip.per_chip
+        search = "none that --autofit compiled fits: use" if verdict.tried else "try --autofit or"
         out.append(
-            f"no single change is enough: try --autofit or more chips (the state alone fills {needed:.1f})"
+            f"no single change is enough; {search} more chips"
+            f" (the state alone, shared by all, fills {chips:.1f} chips)"
         )
     return out
 

@@ -2,14 +2,27 @@
 
 import dataclasses
 import importlib.util
+import io
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
-from prime_jax import aot, aot_worker, costs, hlo, meshes, slices, step
+from prime_jax import (
+    aot,
+    aot_progress,
+    aot_report,
+    aot_worker,
+    costs,
+    flops,
+    hlo,
+    meshes,
+    slices,
+    step,
+)
 from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.errors import UserError
 from prime_jax.experiment import call
@@ -85,6 +98,12 @@ def test_what_no_setting_can_mend_asks_for_more_chips():
     verdict = aot.check(huge, V5E, compile=Compiler())
     (said,) = aot.fixes(verdict)
     assert "more chips" in said
+    assert "try --autofit" in said
+    state = 12 * flops.param_counts(huge)["total"] / V5E.chip.memory
+    assert f"fills {state:.1f} chips" in said
+    copied = dataclasses.replace(huge, mesh=MeshConfig(replica=16, data=1, remat="full"))
+    said = " ".join(aot.fixes(aot.check(copied, V5E, compile=Compiler())))
+    assert f"fills {state:.1f} chips" in said  # not that of 16 copies
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.6])
@@ -135,7 +154,27 @@ def test_autofit_without_success_gives_the_closest():
     compiler = Compiler()
     verdict = aot.autofit(huge, V5E, compile=compiler)
     assert not verdict.fits
-    assert len(compiler.asked) <= aot.TRIES
+    assert len(compiler.asked) == 1  # no setting makes room for the state
+    (said,) = aot.fixes(verdict)
+    assert "--autofit compiled fits" in said
+    assert "try --autofit" not in said
+
+
+def test_what_autofit_compiled_in_vain_is_not_recommended():
+    tried = aot.alternatives(BIG, V5E)
+    verdict = aot.check(tried[0], V5E, compile=Compiler())
+    (before,) = [text for text in aot.fixes(verdict) if "accumulate" in text]
+    told = aot.fixes(dataclasses.replace(verdict, tried=tuple(tried)))
+    assert before not in told
+
+
+def test_a_mesh_says_the_true_reason():
+    split = dataclasses.replace(BIG, batch_size=1, mesh=MeshConfig(model=8))
+    assert meshes.choose(split, 8).why == "as asked"
+    forced = dataclasses.replace(BIG, batch_size=1)
+    assert meshes.choose(forced, 8).why == "1 sequences for 8 devices"
+    assert meshes.choose(BIG, 1).why == "one device"
+    assert meshes.choose(BIG, 8).why == "parameters shared by all"
 
 
 def test_verdicts_are_remembered_by_what_is_compiled(tmp_path):
@@ -289,6 +328,111 @@ def test_the_largest_array_is_padded_to_its_tiles():
     found = hlo.largest(HLO)
     assert found.bytes == 16 * 128 * 4
     assert found.source == "jit(train)/keep"
+
+
+AS_WRITTEN = """HloModule jit_train
+
+body.1 {
+  x = f32[64,8]{1,0} dot(a, b)
+  wide = f32[4096,8]{1,0} broadcast(x), dimensions={0,1}
+  ROOT kept = f32[12,64,8]{2,1,0} dynamic-update-slice(stack, x, i), metadata={op_name="jit(train)/scan"}
+}
+
+more.1 {
+  limit = s32[] constant(12)
+  ROOT lt = pred[] compare(i, limit), direction=LT
+}
+
+step.1 {
+  loop = (s32[], f32[12,64,8]{2,1,0}) while(start), condition=more.1, body=body.1
+  ROOT sum = f32[64,8]{1,0} all-reduce(x), replica_groups={{0,1,2,3}}, to_apply=add.1
+}
+
+ENTRY main.1 {
+  ROOT out = f32[64,8]{1,0} call(p), to_apply=step.1
+}
+"""
+
+
+def test_a_refused_program_is_read_as_it_was_written():
+    """Elementwise operations will be joined with others; what a loop stacks stays."""
+    found = hlo.largest(AS_WRITTEN, hlo.KEPT)
+    assert (found.shape, found.source) == ("f32[12,64,8]", "jit(train)/scan")
+    (message,) = hlo.messages(AS_WRITTEN)
+    assert (message.kind, message.count, message.bytes) == ("all-reduce", 1, 64 * 8 * 4 * 1.5)
+
+
+def refused() -> aot.Verdict:
+    """As the compiler answers where it makes no program."""
+    config = dataclasses.replace(BIG, mesh=MeshConfig(remat="none"))
+    array = hlo.Array(12 * GIB, "bf16[24,32768,8192]", "scan")
+    message = hlo.Message("all-reduce", 3, 2.5 * GIB, 0.0)
+    record = Compiler()(config, V5E) | aot_worker._found(array, [message])
+    return aot.Verdict(
+        config, V5E, record | {"memory": {"total": 148.46 * GIB}, "as_written": True}
+    )
+
+
+def test_an_oom_says_what_fills_the_memory_and_what_is_sent():
+    said = "\n".join(aot_report.details(refused()))
+    assert "largest temporary 12.00 GiB bf16[24,32768,8192]" in said
+    assert "3 all-reduce 2.50 GiB" in said
+    assert "while it computes" not in said  # which nobody knows
+    assert "as written" in said
+    assert f"{148.46 - 15.75:.2f} GiB too much" in said
+
+
+def printed(verdicts: list[aot.Verdict], width: int) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(aot_report.table(verdicts))
+    return console.file.getvalue()
+
+
+def test_the_table_is_readable_at_80_columns():
+    huge = dataclasses.replace(BIG.model, layers=80, width=8192, heads=64)
+    mesh = MeshConfig(model=4, remat="dots", accumulate=16)
+    wide = dataclasses.replace(BIG, family="prime", batch_size=2048, model=huge, mesh=mesh)
+    small = dataclasses.replace(SMALL, mesh=MeshConfig(replica=1, data=16))
+    where = slices.parse("2xv6e-256")
+    verdicts = [aot.check(wide, where, compile=Compiler()), refused()]
+    verdicts.append(aot.check(small, V5E, compile=Compiler()))
+    text = printed(verdicts, aot_report.WIDTH)
+    assert "…" not in text
+    assert len(text.strip().splitlines()) == 2 + len(verdicts)  # no line was folded
+    rows = [line.split() for line in text.splitlines()[-3:]]
+    assert rows[0][:5] == [
+        "prime",
+        "80x8192x64",
+        "2048/16",
+        "x".join(map(str, verdicts[0].mesh[:3])),
+        "dots",
+    ]
+    assert rows[1][5:8] == ["1.22G", "147.24G", "148.46G"]
+    assert rows[1][-1] == "OOM"
+    state = costs.memory(small, verdicts[2].mesh)[0] / slices.MIB
+    assert rows[2][5] == f"{state:.1f}M"
+
+
+def test_compilations_are_counted_and_have_an_end_in_sight(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(aot_progress.time, "monotonic", lambda: now[0])
+    asked = Compiler(factor=1000.0)
+    left = []
+
+    def compile(config, where):
+        left.append(progress.left())
+        now[0] += 50
+        left.append(progress.left())
+        return asked(config, where)
+
+    with aot_progress.Compilations("t", 1, Console(file=io.StringIO())) as progress:
+        aot.autofit(BIG, V5E, compile=compile, watch=progress.watch)
+        assert (progress._state.completed, progress._state.total) == (aot.TRIES, aot.TRIES)
+        assert progress._state.description.startswith("mdm 24x2048: try 6 of at most 6")
+    assert left[0] == aot_progress.FIRST_SECONDS
+    assert left[1] > 0  # overdue is not done
+    assert left[2] == 50
+    assert left[3] == pytest.approx(50 / 3)
 
 
 PRESETS = ("c4_grid", "owt_92m", "slimpajama_1b", "reference", "text8", "lm1b", "quickstart")
