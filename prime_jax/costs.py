@@ -168,14 +168,21 @@ def memory(config: RunConfig, mesh: Mesh) -> tuple[float, float]:
     weights = s.item * one_layer * (mesh.data > 1) + s.outer * s.item
     weights += 4 * s.outer * (mesh.data > 1)  # their gradients, whole before they are scattered
     gradients = 4 * s.held * (2 if config.mesh.accumulate > 1 else 1)
-    state = s.held * (12 + 4 * (config.optim.ema > 0))
-    return state, activations + weights + gradients
+    return state_bytes(config, s.held), activations + weights + gradients
+
+
+def state_bytes(config: RunConfig, params: float) -> float:
+    """Value, two moments and the average, if there is one, in float32."""
+    return params * (12 + 4 * (config.optim.ema > 0))
 
 
 def of_run(config: RunConfig, mesh: Mesh, device_kind: str, slices: int = 1) -> dict | None:
     """What result.json says under `predicted`; None on devices that are not in the table."""
     chip = of_device(device_kind)
-    return predict(config, mesh, chip, slices).as_dict() if chip else None
+    if chip is None:
+        return None
+    prediction = predict(config, mesh, chip, slices).as_dict()
+    return {**prediction, "memory_bytes": sum(memory(config, mesh))}
 
 
 @dataclass(frozen=True)
