@@ -166,6 +166,11 @@ def compile_apart(config: RunConfig, where: Slice) -> dict[str, Any]:
             command, env=kept | ENVIRONMENT, capture_output=True, text=True, check=False
         )
         if not answer.exists():
+            if done.returncode < 0:  # libtpu has died, and its last line says nothing
+                raise UserError(
+                    f"the compiler for {where.name} crashed (signal {-done.returncode}): a fault of "
+                    "its own, which another seq_len, batch or slice may not meet"
+                )
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"the compiler for {where.name} failed ({done.returncode}): {last}")
         record = read_json(answer)

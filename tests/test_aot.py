@@ -476,6 +476,13 @@ def test_the_real_step_lowers_for_256_devices(preset, family):
     assert head not in summed
 
 
+def test_a_compiler_that_crashes_is_one_clear_line(monkeypatch):
+    died = subprocess.CompletedProcess([], -11, "", "RAW: Raising signal 11 with default behavior")
+    monkeypatch.setattr(aot.subprocess, "run", lambda *args, **options: died)
+    with pytest.raises(UserError, match=r"v5e-16 crashed \(signal 11\)"):
+        aot.check(BIG, V5E)
+
+
 def test_without_the_compiler_the_way_to_get_it_is_named(monkeypatch):
     def missing(name):
         raise aot_worker.importlib.metadata.PackageNotFoundError(name)
@@ -498,9 +505,14 @@ SMALL = RunConfig(  # the size of experiments/quickstart.py
 
 @needs_libtpu
 @pytest.mark.tpu_compile
-def test_the_whole_step_compiles_for_v5e_4x4():
+@pytest.mark.parametrize("name", ["v4-32", "v5e-16", "v5p-32", "v6e-16", "tpu7x-16"])
+def test_the_whole_step_compiles_for_16_devices(name):
     """A CPU-sized model: what the compiler says of its memory, and what sharding makes of it."""
-    verdict = aot.check(dataclasses.replace(SMALL, mesh=MeshConfig(data=16)), V5E)
+    where = slices.parse(name)
+    assert where.devices == 16
+    # libtpu 0.0.42 overflows its own stack on TPU7x with sequences as short as 64.
+    data = DataConfig(seq_len=512) if where.generation == "tpu7x" else SMALL.data
+    verdict = aot.check(dataclasses.replace(SMALL, data=data, mesh=MeshConfig(data=16)), where)
     assert verdict.fits
     memory = verdict.record["memory"]
     state, _ = costs.memory(verdict.config, verdict.mesh)
