@@ -12,17 +12,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prime_jax import __version__, costs, meshes, step
+from prime_jax import __version__, costs, flops, meshes, step
 from prime_jax.config import MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
 from prime_jax.records import read_json, write_json_atomic
-from prime_jax.slices import GIB, Slice
+from prime_jax.slices import Slice, human_bytes
 
 TRIES = 6  # of autofit
 ENVIRONMENT = {
@@ -41,6 +42,12 @@ SOURCES = (  # what may change a training step or what is read from it, below th
     *("aot_worker.py", "hlo.py", "kernels/*.py"),
 )
 Compile = Callable[[RunConfig, Slice], dict[str, Any]]
+Watch = Callable[[RunConfig, str], AbstractContextManager[None]]  # told what is compiled
+
+
+def unwatched(config: RunConfig, text: str) -> AbstractContextManager[None]:
+    """Nobody looks."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,13 @@ class Verdict:
         config: with the mesh settings that were tried.
         where: the slice.
         record: what `aot_worker.check` found.
+        tried: all that `autofit` compiled in vain, this one included; empty otherwise.
     """
 
     config: RunConfig
     where: Slice
     record: dict[str, Any]
+    tried: tuple[RunConfig, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -71,12 +80,17 @@ class Verdict:
 
     @property
     def total(self) -> float:
-        """Bytes per chip; where the compiler gave up, its temporaries and our count of the rest."""
+        """Bytes per chip; where the compiler refused without a number, ours."""
         memory = self.record["memory"]
-        if "arguments" in memory:
-            return sum(memory.values())
-        state, temporaries = costs.memory(self.config, self.mesh)
-        return state + memory.get("temporaries", temporaries)
+        if "total" in memory:
+            return memory["total"]
+        return sum(memory.values()) if memory else sum(costs.memory(self.config, self.mesh))
+
+    @property
+    def temporaries(self) -> float:
+        """Bytes per chip; a refused program's are what is not state."""
+        found = self.record["memory"].get("temporaries")
+        return self.total - costs.memory(self.config, self.mesh)[0] if found is None else found
 
     @property
     def prediction(self) -> costs.Prediction:
@@ -110,13 +124,19 @@ def key(config: RunConfig, where: Slice) -> str:
 
 
 def check(
-    config: RunConfig, where: Slice, cache: Path | None = None, compile: Compile | None = None
+    config: RunConfig,
+    where: Slice,
+    cache: Path | None = None,
+    compile: Compile | None = None,
+    watch: Watch = unwatched,
+    text: str = "as written",
 ) -> Verdict:
     """Compile the training step of `config` for `where`, or remember that it was.
 
     Args:
         cache: directory of earlier answers.
         compile: stands in for the compiler (tests).
+        watch: entered for as long as it takes, with `text`.
 
     Raises:
         UserError: no compiler for these chips here, a mesh that does not fit, or the compiler
@@ -125,8 +145,10 @@ def check(
     meshes.choose(config, where.devices, where.slices)
     known = cache / f"{key(config, where)}.json" if cache else None
     if known and known.exists():
-        return Verdict(config, where, read_json(known))
-    record = (compile or compile_apart)(config, where)
+        with watch(config, text):
+            return Verdict(config, where, read_json(known))
+    with watch(config, text):
+        record = (compile or compile_apart)(config, where)
     if known:
         known.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(known, {**record, "compiler": compiler()})
@@ -144,6 +166,11 @@ def compile_apart(config: RunConfig, where: Slice) -> dict[str, Any]:
             command, env=kept | ENVIRONMENT, capture_output=True, text=True, check=False
         )
         if not answer.exists():
+            if done.returncode < 0:  # libtpu has died, and its last line says nothing
+                raise UserError(
+                    f"the compiler for {where.name} crashed (signal {-done.returncode}): a fault of "
+                    "its own, which another seq_len, batch or slice may not meet"
+                )
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"the compiler for {where.name} failed ({done.returncode}): {last}")
         record = read_json(answer)
@@ -181,12 +208,15 @@ def _variants(config: RunConfig) -> Iterator[RunConfig]:
                 accumulate *= 2
 
 
-def expected(config: RunConfig, where: Slice, seen: Verdict | None = None) -> float:
-    """Bytes per chip on paper, corrected by how far off the paper was for a verdict seen."""
+def expected(config: RunConfig, where: Slice, seen: Sequence[Verdict] = ()) -> float:
+    """Bytes per chip on paper, corrected by how far off the paper was for the last verdict seen on
+    the same mesh. What another mesh was off by says nothing: other arrays fill its memory."""
     mesh = meshes.choose(config, where.devices, where.slices)
     state, temporaries = costs.memory(config, mesh)
-    if seen and (measured := seen.record["memory"].get("temporaries")):
-        temporaries *= measured / costs.memory(seen.config, seen.mesh)[1]
+    for verdict in reversed(seen):
+        if verdict.mesh[:3] == mesh[:3]:
+            paper = costs.memory(verdict.config, verdict.mesh)[1]
+            return state + temporaries * verdict.temporaries / paper
     return state + temporaries
 
 
@@ -195,30 +225,39 @@ def autofit(
     where: Slice,
     cache: Path | None = None,
     compile: Compile | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    watch: Watch = unwatched,
 ) -> Verdict:
     """The fastest combination that fits, among at most `TRIES` that are compiled.
 
-    Tried in the order of predicted speed, leaving out those that by what was seen cannot fit.
-    Without success, the verdict that came closest.
+    Tried in the order of predicted speed, leaving out those that by what was seen cannot fit; the
+    last try is the one that should need least. Without success, the verdict that came closest.
     """
-    waiting, seen = alternatives(config, where), []
+    found, seen = alternatives(config, where), []
+    if not found:
+        return check(config, where, cache, compile, watch)  # which says what is wrong with its mesh
+    # The state is known exactly. Where it alone is too much everywhere, one try proves it.
+    waiting = [c for c in found if _state(c, where) <= where.chip.memory] or [
+        min(found, key=lambda c: expected(c, where))
+    ]
     while waiting and len(seen) < TRIES:
-        last = seen[-1] if seen else None
-        limit = where.chip.memory
-        hopeful = [c for c in waiting if expected(c, where, last) <= limit]
-        chosen = hopeful[0] if hopeful else min(waiting, key=lambda c: expected(c, where, last))
-        say(f"trying {describe(chosen.mesh)}")
-        verdict = check(chosen, where, cache, compile)
+        sizes = [expected(c, where, seen) for c in waiting]
+        hopeful = [c for c, size in zip(waiting, sizes, strict=True) if size <= where.chip.memory]
+        if hopeful and len(seen) < TRIES - 1:
+            chosen = hopeful[0]
+        else:
+            chosen = waiting[sizes.index(min(sizes))]
+        text = f"try {len(seen) + 1} of at most {TRIES}, {describe(chosen.mesh)}"
+        verdict = check(chosen, where, cache, compile, watch, text)
         if verdict.fits:
             return verdict
         seen.append(verdict)
-        if not hopeful:
-            break
         waiting.remove(chosen)
-    if not seen:
-        return check(config, where, cache, compile)  # which says what is wrong with its mesh
-    return min(seen, key=lambda verdict: verdict.total)
+    closest = min(seen, key=lambda verdict: verdict.total)
+    return replace(closest, tried=tuple(verdict.config for verdict in seen))
+
+
+def _state(config: RunConfig, where: Slice) -> float:
+    return costs.memory(config, meshes.choose(config, where.devices, where.slices))[0]
 
 
 def fixes(verdict: Verdict) -> list[str]:
@@ -234,20 +273,26 @@ def fixes(verdict: Verdict) -> list[str]:
     changes += [replace(now, model=size) for size in (2, 4, 8) if size > mesh.model]
     wanted: set[str] = set()
     for change in changes:
+        changed = replace(config, mesh=change)
         try:
-            size = expected(replace(config, mesh=change), where, verdict)
+            size = expected(changed, where, [verdict])
         except UserError:
+            continue
+        if changed in verdict.tried:
             continue
         names = describe(change, now)
         kind = names.split(" = ")[0]
         if size <= verdict.limit and kind not in wanted:
             wanted.add(kind)
-            out.append(f"{names} (about {size / GIB:.1f} GiB)")
+            out.append(f"{names} (about {human_bytes(size)})")
     if not out:
-        state = costs.memory(config, mesh)[0]
-        needed = state * where.devices / verdict.limit
+        # Shared by all, a chip's part of the state is smallest.
+        state = costs.state_bytes(config, flops.param_counts(config)["total"])
+        chips = state / verdict.limit / where.chip.per_chip
+        search = "none that --autofit compiled fits: use" if verdict.tried else "try --autofit or"
         out.append(
-            f"no single change is enough: try --autofit or more chips (the state alone fills {needed:.1f})"
+            f"no single change is enough; {search} more chips"
+            f" (the state alone, shared by all, fills {chips:.1f} chips)"
         )
     return out
 

@@ -1,6 +1,7 @@
 """Verdicts of the compiler as people read them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,61 +11,70 @@ from prime_jax import aot, costs, flops
 from prime_jax.aot import Verdict
 from prime_jax.config import RunConfig
 from prime_jax.costs import Prices
-from prime_jax.slices import GIB, Slice
+from prime_jax.slices import Slice, human_bytes
+
+WIDTH = 80  # that the table needs; narrower terminals wrap its lines
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:
-    """One line per shape that was compiled."""
-    out = Table(title=f"compiled for {verdicts[0].where.name}", box=None, padding=(0, 1, 0, 0))
-    for name in ("family", "shape", "batch", "mesh", "settings"):
-        out.add_column(name)
-    for name in ("state", "temp", "GiB/chip", "limit", "s/step", "comm.", "compile"):
+    """One line per shape that was compiled; fits `WIDTH` columns."""
+    limit = human_bytes(verdicts[0].limit)
+    title = f"compiled for {verdicts[0].where.name}: memory a chip, of {limit}"
+    out = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    for name in ("family", "shape", "batch", "mesh", "remat"):
+        out.add_column(name, no_wrap=True)
+    for name in ("state", "temp", "total", "s/step", "comm."):
         out.add_column(name, justify="right", no_wrap=True)
-    out.add_column("verdict")
+    out.add_column("", no_wrap=True)
     for v in verdicts:
-        m, memory, predicted = v.config.model, v.record["memory"], v.prediction
-        gib = lambda name: f"{memory[name] / GIB:.2f}" if name in memory else "-"  # noqa: B023, E731
+        m, predicted = v.config.model, v.prediction
+        memory = {"arguments": costs.memory(v.config, v.mesh)[0]} | v.record["memory"]
+        parts = v.config.mesh.accumulate
         out.add_row(
             v.config.family,
             f"{m.layers}x{m.width}x{m.heads}",
-            str(v.config.batch_size),
+            f"{v.config.batch_size}/{parts}" if parts > 1 else str(v.config.batch_size),
             "x".join(map(str, v.mesh[:3])),
-            f"remat {v.config.mesh.remat}, accumulate {v.config.mesh.accumulate}",
-            gib("arguments"),
-            gib("temporaries"),
-            f"{v.total / GIB:.2f}",
-            f"{v.limit / GIB:.2f}",
+            v.config.mesh.remat,
+            *(_short(size) for size in (memory["arguments"], v.temporaries, v.total)),
             f"{predicted.step_seconds:.3g}",
             f"{predicted.communication:.0%}",
-            f"{v.record['compile_seconds']:.0f} s",
             "[green]OK[/]" if v.fits else "[red]OOM[/]",
         )
     return out
 
 
+def _short(size: float) -> str:
+    """`12.89G`, `16.3M`: in units of 1024."""
+    return human_bytes(size).replace(" ", "").removesuffix("iB")
+
+
 def details(verdict: Verdict) -> list[str]:
-    """Largest temporary and messages of a program that was made, or what would make one fit."""
-    m, lines = verdict.config.model, []
-    name = f"{verdict.config.family} {m.layers}x{m.width}x{m.heads}"
-    record = verdict.record
+    """Largest temporary and messages of a program, and of an oversized one what would make it fit."""
+    m = verdict.config.model
+    record, found = verdict.record, []
+    if record.get("as_written"):
+        found.append("the compiler made no program; as written, before it joins operations:")
     if largest := record.get("largest"):
-        size = largest["bytes"] / GIB
-        lines.append(
-            f"{name}: largest temporary {size:.2f} GiB {largest['shape']} from {largest['source']}"
-        )
+        size = human_bytes(largest["bytes"])
+        found.append(f"largest temporary {size} {largest['shape']} from {largest['source']}")
     if messages := record.get("messages"):
-        listed = ", ".join(
-            f"{x['count']} {x['kind']} {x['bytes'] / GIB:.2f} GiB"
-            f" ({x['background'] / max(x['bytes'], 1):.0%} while it computes)"
-            for x in messages
-        )
-        lines.append(f"{name}: each chip sends per step: {listed}")
+        listed = ", ".join(_message(message, "as_written" in record) for message in messages)
+        found.append(f"each chip sends per step: {listed}")
     if verdict.mesh.why:
-        lines.append(f"{name}: {verdict.mesh}")
+        found.append(str(verdict.mesh))
     if not verdict.fits:
-        over = (verdict.total - verdict.limit) / GIB
-        lines.append(f"{name}: {over:.2f} GiB too much; " + "; or ".join(aot.fixes(verdict)))
-    return lines
+        over = human_bytes(verdict.total - verdict.limit)
+        found.append(f"{over} too much; " + "; or ".join(aot.fixes(verdict)))
+    found.append(f"compiled in {record['compile_seconds']:.0f} s")
+    return [f"{verdict.config.family} {m.layers}x{m.width}x{m.heads}: {line}" for line in found]
+
+
+def _message(message: dict[str, Any], as_written: bool) -> str:
+    text = f"{message['count']} {message['kind']} {human_bytes(message['bytes'])}"
+    if as_written:
+        return text
+    return f"{text} ({message['background'] / max(message['bytes'], 1):.0%} while it computes)"
 
 
 def bill(runs: Sequence[RunConfig], where: Slice, prices: Prices | None) -> str:

@@ -80,7 +80,11 @@ def check(config: RunConfig, where: Slice) -> dict[str, Any]:
     except Exception as error:
         if not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
-        return out | _refused(str(error)) | {"compile_seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        lowered = program.train.lower(*arguments(program))
+        text = lowered.as_text(dialect="hlo", debug_info=True)
+        found = _found(hlo.largest(text, hlo.KEPT), hlo.messages(text))
+        return out | _refused(str(error)) | found | {"as_written": True, "compile_seconds": seconds}
     stats, text = compiled.memory_analysis(), compiled.as_text()
     memory = {
         "arguments": stats.argument_size_in_bytes,
@@ -88,22 +92,31 @@ def check(config: RunConfig, where: Slice) -> dict[str, Any]:
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    largest = hlo.largest(text)
     fits = sum(memory.values()) <= where.chip.memory
     return out | {
         "verdict": "OK" if fits else "OOM",
         "memory": memory,
         "compile_seconds": time.perf_counter() - start,
+        **_found(hlo.largest(text), hlo.messages(text)),
+    }
+
+
+def _found(largest: hlo.Array | None, messages: list[hlo.Message]) -> dict[str, Any]:
+    return {
         "largest": largest._asdict() if largest else None,
-        "messages": [message._asdict() for message in hlo.messages(text)],
+        "messages": [message._asdict() for message in messages],
     }
 
 
 def _refused(message: str) -> dict[str, Any]:
-    """What can be learnt from the compiler's refusal: all temporaries, and its own limit."""
+    """What can be learnt from the compiler's refusal: the total, and its own limit.
+
+    It speaks of temporaries and counts the donated state among them: of programs that grow past
+    the limit, the number is the sum of what it says of the last that fits.
+    """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     sizes = [float(n) * units[u] for n, u in re.findall(r"\((\d+\.?\d*)([KMGT])\)", message)]
-    memory = {"temporaries": sizes[0]} if sizes else {}
+    memory = {"total": sizes[0]} if sizes else {}
     limit = {"limit": sizes[1]} if len(sizes) > 1 else {}
     return {"verdict": "OOM", "memory": memory, "message": message.splitlines()[0]} | limit
 

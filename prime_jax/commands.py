@@ -159,17 +159,17 @@ def look_ahead(config: Any, args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from prime_jax import aot, aot_report
+    from prime_jax.aot_progress import Compilations
     from prime_jax.config import validate
 
     where, prices = slice_of(args)
-    console, verdict = Console(), None
+    console = Console(width=max(aot_report.WIDTH, Console().width))
+    verdict = None
     validate(config)
     if args.check:
-        with console.status(f"compiling for {where.name}") as status:
-            if args.autofit:
-                verdict = aot.autofit(config, where, say=status.update)
-            else:
-                verdict = aot.check(config, where)
+        judge = aot.autofit if args.autofit else aot.check
+        with Compilations(f"compiling for {where.name}", 1, console) as progress:
+            verdict = judge(config, where, watch=progress.watch)
         aot_report.show([verdict], console)
         config = verdict.config
     console.print(aot_report.bill([config], where, prices), soft_wrap=True)

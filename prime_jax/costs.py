@@ -72,24 +72,34 @@ class Sizes:
     """Numbers that both estimates need, per device unless said otherwise."""
 
     layers: float  # parameters of all layers' matrices, split over `model` only
-    outer: float  # embedding and head, likewise
+    outer: float  # embedding and head; `model` splits only an untied head that it divides
     held: float  # parameters that a device keeps
     tokens: float  # of a micro-batch in a group of `model` devices
     item: int  # bytes of a number that is computed with
 
 
 def sizes(config: RunConfig, mesh: Mesh) -> Sizes:
+    """Follows `sharding.SPLIT`, the vectors of the norms apart, which are split nowhere."""
     counts, m = flops.param_counts(config), config.model
     layers = counts["nonembedding"] / mesh.model
-    outer = (counts["total"] - counts["nonembedding"]) / mesh.model
+    head = 0 if m.tied_head else m.vocab_size * m.width
+    embedding = counts["total"] - counts["nonembedding"] - head
+    if m.vocab_size % mesh.model == 0:
+        head /= mesh.model
+    thin = m.width if m.embedding == "sum" else m.width // config.subtokens.length
     rows = config.batch_size / (mesh.replica * mesh.data * config.mesh.accumulate)
     return Sizes(
         layers=layers,
-        outer=outer,
-        held=(layers + outer) / mesh.data,
+        outer=embedding + head,
+        held=_shared(layers + head, m.width, mesh) + _shared(embedding, thin, mesh),
         tokens=rows * config.data.seq_len * config.copies,
         item=2 if m.dtype == "bfloat16" else 4,
     )
+
+
+def _shared(params: float, width: int, mesh: Mesh) -> float:
+    """What a device keeps of matrices that `data` splits along a side, if it divides that."""
+    return params if width % mesh.data else params / mesh.data
 
 
 def predict(config: RunConfig, mesh: Mesh, chip: Chip, slices: int = 1) -> Prediction:
@@ -155,16 +165,24 @@ def memory(config: RunConfig, mesh: Mesh) -> tuple[float, float]:
     kept = {"full": width, "dots": dots, "none": everything}[remat]
     activations = s.tokens * s.item * (m.layers * kept + 2 * everything * (remat != "none"))
     one_layer = s.layers if remat == "none" else 2 * s.layers / m.layers
-    weights = s.item * one_layer * (mesh.data > 1) + s.outer * (s.item + 4)
+    weights = s.item * one_layer * (mesh.data > 1) + s.outer * s.item
+    weights += 4 * s.outer * (mesh.data > 1)  # their gradients, whole before they are scattered
     gradients = 4 * s.held * (2 if config.mesh.accumulate > 1 else 1)
-    state = s.held * (12 + 4 * (config.optim.ema > 0))
-    return state, activations + weights + gradients
+    return state_bytes(config, s.held), activations + weights + gradients
+
+
+def state_bytes(config: RunConfig, params: float) -> float:
+    """Value, two moments and the average, if there is one, in float32."""
+    return params * (12 + 4 * (config.optim.ema > 0))
 
 
 def of_run(config: RunConfig, mesh: Mesh, device_kind: str, slices: int = 1) -> dict | None:
     """What result.json says under `predicted`; None on devices that are not in the table."""
     chip = of_device(device_kind)
-    return predict(config, mesh, chip, slices).as_dict() if chip else None
+    if chip is None:
+        return None
+    prediction = predict(config, mesh, chip, slices).as_dict()
+    return {**prediction, "memory_bytes": sum(memory(config, mesh))}
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,22 @@
-"""What a compiled program does, read from its HLO text: messages between devices, big arrays.
+"""What a program does, read from its HLO text: messages between devices, big arrays.
 
-Loops count as often as they run: a scan over layers sends its message once per layer.
+Loops count as often as they run: a scan over layers sends its message once per layer. The text is
+that of a compiled program or, where the compiler refuses, of the program as it was written.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 VIEWS = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
+# Of a program as written: what makes arrays that fusing does not do away with.
+KEPT = ("dot", "convolution", "custom-call", "scatter", "dynamic-update-slice", "all-gather")
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)(?: \(.*)? \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
@@ -73,13 +76,17 @@ def messages(text: str) -> list[Message]:
     return sorted(found, key=lambda message: -message.bytes)
 
 
-def largest(text: str) -> Array | None:
-    """The largest array that an operation outside of fusions writes to memory."""
+def largest(text: str, opcodes: Collection[str] = ()) -> Array | None:
+    """The largest array that an operation outside of fusions writes to memory.
+
+    Args:
+        opcodes: of the operations that count; all by default.
+    """
     computations, best = _computations(text), None
     fused = {i_called for body in computations.values() for i in body for i_called in _fused(i)}
     for name, body in computations.items():
         for i in body if name not in fused else ():
-            if i.opcode in VIEWS:
+            if i.opcode in VIEWS or (opcodes and i.opcode not in opcodes):
                 continue
             for dtype, dims, order, layout in _ARRAY.findall(i.shapes):
                 size = _size(dtype, dims, order, layout)
@@ -90,7 +97,7 @@ def largest(text: str) -> Array | None:
 
 
 def _fused(i: _Instruction) -> list[str]:
-    return _CALLED.findall(i.rest) if i.opcode != "while" else []
+    return _CALLED.findall(i.rest) if i.opcode not in ("while", "call") else []
 
 
 def _computations(text: str) -> dict[str, list[_Instruction]]:

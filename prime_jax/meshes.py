@@ -70,7 +70,13 @@ def choose(config: RunConfig, devices: int, slices: int = 1) -> Choice:
         return Choice(replica, data, model, "as asked")
     used = max(n for n in range(1, groups + 1) if rows % n == 0)
     params = param_counts(config)["total"]
-    if params <= SMALL:
+    if used == 1:
+        replica, data = 1, 1
+        if model == 1:
+            why.append("one device")
+        elif m.model:
+            why.append("as asked")
+    elif params <= SMALL:
         replica, data = used, 1
         why.append("so few parameters that every device holds all of them")
     elif slices > 1 and used % slices == 0:
@@ -78,7 +84,7 @@ def choose(config: RunConfig, devices: int, slices: int = 1) -> Choice:
         why.append(f"parameters shared inside each of {slices} slices")
     else:
         replica, data = 1, used
-        why.append("parameters shared by all" if used > 1 else "one device")
+        why.append("parameters shared by all")
     if used * model < devices:
         why.append(f"{devices - used * model} of {devices} devices idle: {rows} sequences a step")
     return Choice(replica, data, model, "; ".join(why))

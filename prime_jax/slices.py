@@ -42,7 +42,7 @@ class Chip:
     per_chip: int = 1
 
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 # Peaks, HBM and links: Cloud TPU's page of each version ("ICI bandwidth", in bits, counts one way)
 # and NVIDIA's data sheets. `memory` of TPUs: the limit in the compiler's own out-of-memory
 # message (libtpu 0.0.42). Network: the hosts' cards divided by their chips.
@@ -160,3 +160,8 @@ def of_device(kind: str) -> Chip | None:
     """The chip of a `device_kind`; None for CPUs and whatever is not in the table."""
     found = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
     return max(found, key=lambda chip: len(chip.kind)) if found else None
+
+
+def human_bytes(n: float) -> str:
+    """`12.89 GiB`, below one `16.3 MiB`."""
+    return f"{n / GIB:.2f} GiB" if abs(n) >= GIB else f"{n / MIB:.1f} MiB"

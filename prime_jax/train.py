@@ -34,7 +34,7 @@ from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
 from prime_jax.data import loader, manifest
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood
-from prime_jax.metrics import Clock, MetricsLog, NoLog, Pace, Profile
+from prime_jax.metrics import Clock, MetricsLog, NoLog, Pace, Profile, memory_high_water
 from prime_jax.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
 from prime_jax.step import Metrics, Program, State, program
 from prime_jax.storage import Path
@@ -344,8 +344,7 @@ class Run:
         return peak and peak * len(devices)
 
     def _mfu(self, tokens_per_second: float, convention: flops.Convention) -> float | None:
-        peak = self.pace.peak
-        return peak and self.pace.flops[convention] * tokens_per_second / peak
+        return self.pace.peak and self.pace.flops[convention] * tokens_per_second / self.pace.peak
 
     def _result(self, status: str, losses: list[Loss], reason: str = "") -> dict[str, Any]:
         c, seconds = self.config, self.clock.seconds
@@ -393,5 +392,6 @@ class Run:
             "tokens_per_second": speed,
             "mfu": {name: self._mfu(speed, name) for name in flops.CONVENTIONS},
             "step_seconds": c.batch_size * c.data.seq_len / speed if speed else None,
+            "memory_bytes": memory_high_water() or None,
             "predicted": costs.of_run(c, self.program.mesh_choice, kind, slices),
         }

@@ -1,13 +1,19 @@
 """The paper model of step time, memory and money, and the names of slices."""
 
 import dataclasses
+import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from prime_jax import costs, flops, meshes, slices
-from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig
+from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.errors import UserError
+from prime_jax.model import build
+from prime_jax.sharding import AXES, Shardings
 from prime_jax.slices import GIB
+from prime_jax.subtokens import Codebook
 
 BIG = RunConfig(
     family="mdm",
@@ -125,6 +131,31 @@ def test_memory_falls_with_what_frees_it():
     assert total(replica=16, data=1) > total(replica=1, data=16)
     state, _ = costs.memory(BIG, meshes.choose(BIG, 16))
     assert state == pytest.approx(12 * flops.param_counts(BIG)["total"] / 16)
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+@pytest.mark.parametrize("split", [(1, 8, 1), (2, 1, 4), (1, 2, 4), (1, 3, 2), (1, 1, 8)])
+def test_a_device_is_counted_what_sharding_gives_it(split, tied_head):
+    """Of a big vocabulary `model` splits the head, never the embedding, and not if it is odd."""
+    for vocab_size, embedding in ((4096, "sum"), (4096, "cat"), (4097, "sum")):
+        model = ModelConfig(vocab_size, 2, 64, 8, embedding=embedding, tied_head=tied_head)
+        if tied_head and embedding == "cat":
+            continue
+        config = dataclasses.replace(
+            BIG, family="prime", model=model, subtokens=SubtokenConfig(1 if tied_head else 2)
+        )
+        mesh = meshes.Choice(*split, "")
+        codebook = Codebook.create(vocab_size, config.subtokens)
+        digits = jnp.zeros((1, 8, codebook.length), jnp.int32)
+        whole = jax.eval_shape(build(config, codebook).init, jax.random.key(0), digits)["params"]
+        specs = Shardings(*split).specs(whole)
+        sizes = dict(zip(AXES, split, strict=True))
+        held = sum(
+            x.size / math.prod(sizes[axis] for axis in spec if axis)
+            for x, spec in zip(jax.tree.leaves(whole), jax.tree.leaves(specs), strict=True)
+        )
+        vectors = (2 * 2 + 1) * 64  # norms, which every device holds
+        assert costs.sizes(config, mesh).held == pytest.approx(held, abs=vectors + 100)
 
 
 def test_memory_agrees_with_a_whole_program_that_the_compiler_made():

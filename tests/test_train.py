@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prime_jax import checkpoint
+from prime_jax import checkpoint, costs, meshes, slices
 from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -53,6 +53,30 @@ def whole(tiny_run):
 def stop_at(step: int):
     """A `beat` that ends the run at `step`."""
     return lambda now: now["step"] < step
+
+
+def test_a_result_has_predictions_beside_what_was_measured(quick, tmp_path, monkeypatch):
+    """On a CPU with a data sheet, and with a count of the memory in use, which XLA's CPU has not."""
+    sheet = dataclasses.replace(slices.CHIPS["v5e"], kind=jax.devices()[0].device_kind)
+    monkeypatch.setitem(slices.CHIPS, "cpu", sheet)
+    for module in ("train", "metrics"):
+        monkeypatch.setattr(f"prime_jax.{module}.memory_high_water", lambda: 123_456)
+    result = train(quick, tmp_path / "run", say=SILENT)
+    assert result == read_json(tmp_path / "run" / "result.json")
+    mesh = meshes.choose(quick, 1)
+    expected = costs.predict(quick, mesh, sheet)
+    assert result["predicted"]["step_seconds"] == expected.step_seconds > 0
+    assert result["step_seconds"] > 0
+    state, temporaries = costs.memory(quick, mesh)
+    assert result["predicted"]["memory_bytes"] == state + temporaries > 12 * 16 * 16
+    assert result["memory_bytes"] == 123_456
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["memory_bytes"] for row in rows if "step_seconds" in row} == {123_456}
+
+
+def test_without_a_data_sheet_nothing_is_predicted(whole):
+    result, _ = whole
+    assert (result["predicted"], result["memory_bytes"]) == (None, None)
 
 
 @pytest.fixture

@@ -1,22 +1,15 @@
 """The shapes of a plan, tried on a slice by its compiler: largest first, as few as it takes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from prime_jax import aot, flops
 from prime_jax.aot import Verdict
+from prime_jax.aot_progress import Compilations
 from prime_jax.config import MeshConfig, RunConfig
-from prime_jax.slices import Slice
+from prime_jax.slices import Slice, human_bytes
 from prime_jax.sweep.plan import Candidate
 
 CACHE = Path("cache", "checks")  # below ROOT
@@ -51,24 +44,13 @@ def check(
     """
     out, verdicts = list(listed), []
     families = _shapes(listed, where)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, *times, transient=True) as progress:
-        total = sum(len(shapes) if options.every else 1 for shapes in families.values())
-        task = progress.add_task(f"compiling for {where.name}", total=total)
-        for family, shapes in families.items():
+    total = sum(len(shapes) if options.every else 1 for shapes in families.values())
+    with Compilations(f"compiling for {where.name}", total) as progress:
+        one = partial(aot.autofit if options.autofit else aot.check, watch=progress.watch)
+        for shapes in families.values():
             for number, (config, members) in enumerate(shapes):
-                m = config.model
-                name = f"{family} {m.layers}x{m.width}"
-                verdict = _one(
-                    config,
-                    where,
-                    options,
-                    compile,
-                    lambda text, name=name: progress.update(task, description=f"{name}: {text}"),
-                )
+                verdict = one(config, where, options.cache, compile)
                 verdicts.append(verdict)
-                progress.advance(task)
                 for i in members:
                     out[i] = _judged(out[i], verdict)
                 if verdict.fits and not options.every:
@@ -78,21 +60,8 @@ def check(
                             out[i] = _with_mesh(out[i], verdict.config.mesh)
                     break
                 if not options.every and number + 1 < len(shapes):
-                    progress.update(task, total=progress.tasks[task].total + 1)
+                    progress.more()
     return out, verdicts
-
-
-def _one(
-    config: RunConfig,
-    where: Slice,
-    options: Options,
-    compile: aot.Compile | None,
-    say: Callable[[str], None],
-) -> Verdict:
-    say("as written")
-    if options.autofit:
-        return aot.autofit(config, where, options.cache, compile, say)
-    return aot.check(config, where, options.cache, compile)
 
 
 def _shapes(
@@ -120,8 +89,8 @@ def _size(config: RunConfig) -> tuple[int, int]:
 def _judged(candidate: Candidate, verdict: Verdict) -> Candidate:
     if verdict.fits:
         return _with_mesh(candidate, verdict.config.mesh)
-    gib = (verdict.total - verdict.limit) / aot.GIB
-    reason = f"{gib:.1f} GiB too much for {verdict.where.name}: {aot.fixes(verdict)[0]}"
+    over = human_bytes(verdict.total - verdict.limit)
+    reason = f"{over} too much for {verdict.where.name}: {aot.fixes(verdict)[0]}"
     return replace(candidate, drop=reason)
 
 

@@ -1,0 +1,95 @@
+"""Which compilation runs, of how many, and how long the rest should take."""
+
+import datetime
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+from prime_jax.config import MeshConfig, RunConfig
+
+FIRST_SECONDS = 30.0  # a guess, until one has been compiled
+REMEMBERED_SECONDS = 1.0  # whatever is faster was not compiled
+
+
+class Compilations:
+    """A progress bar, on terminals; a context manager. `watch` goes to `aot.check` and `autofit`.
+
+    Args:
+        title: shown before the first compilation.
+        total: how many are known to be needed.
+    """
+
+    def __init__(self, title: str, total: int, console: Console | None = None):
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("ETA"), _Left(self))
+        self._bar = Progress(*columns, *times, transient=True, console=console)
+        self._task = self._bar.add_task(title, total=total)
+        self._took: list[float] = []
+        self._began: float | None = None
+        self._shape: RunConfig | None = None
+
+    def __enter__(self) -> "Compilations":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def more(self) -> None:
+        """One that did not fit makes another one necessary."""
+        self._bar.update(self._task, total=self._state.total + 1)
+
+    @contextmanager
+    def watch(self, config: RunConfig, text: str) -> Iterator[None]:
+        """Around one compilation; of the shape of the last, it is one more than was expected."""
+        m = config.model
+        name = f"{config.family} {m.layers}x{m.width}: {text}"
+        shape = replace(config, mesh=MeshConfig())
+        if shape == self._shape:
+            self.more()
+        self._shape = shape
+        self._bar.update(self._task, description=name)
+        self._began = time.monotonic()
+        yield
+        took, self._began = time.monotonic() - self._began, None
+        if took > REMEMBERED_SECONDS:
+            self._took.append(took)
+        self._bar.advance(self._task)
+
+    def left(self) -> float:
+        """Seconds, if the rest takes as long as those before; a late one is three quarters done."""
+        each = sum(self._took) / len(self._took) if self._took else FIRST_SECONDS
+        waiting = self._state.total - self._state.completed
+        if self._began is None:
+            return each * waiting
+        running = time.monotonic() - self._began
+        return each * (waiting - 1) + max(each - running, running / 3)
+
+    @property
+    def _state(self) -> Task:
+        return self._bar.tasks[self._task]
+
+
+class _Left(ProgressColumn):
+    """rich's own says nothing until two of three are done."""
+
+    def __init__(self, compilations: Compilations):
+        super().__init__()
+        self._compilations = compilations
+
+    def render(self, task: Task) -> Text:
+        left = datetime.timedelta(seconds=round(self._compilations.left()))
+        return Text(str(left), style="progress.remaining")
