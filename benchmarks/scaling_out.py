@@ -65,6 +65,7 @@ def line(case: Case, verdict: aot.Verdict) -> str:
     gib = lambda name: f"{memory[name] / GIB:.2f}" if name in memory else "-"  # noqa: E731
     messages = verdict.record.get("messages", ())
     sent, beside = (sum(m[key] for m in messages) for key in ("bytes", "background"))
+    share = "" if verdict.record.get("as_written") else f" ({beside / max(sent, 1):.0%})"
     mesh = f"{'x'.join(map(str, verdict.mesh[:3]))}, {case.config.mesh.remat}, {case.config.mesh.accumulate}"
     cells = [
         case.label,
@@ -79,7 +80,7 @@ def line(case: Case, verdict: aot.Verdict) -> str:
         f"{p.step_seconds:.2f}",
         p.bound,
         f"{p.communication:.0%}",
-        f"{sent / GIB:.1f} ({beside / sent:.0%})" if sent else "-",
+        f"{sent / GIB:.1f}{share}" if sent else "-",
         breaks_first(verdict),
         f"{verdict.record['compile_seconds']:.0f}",
     ]
