@@ -18,7 +18,6 @@ from prime_jax import checkpoint, distributed
 from prime_jax.cli import main
 from prime_jax.config import CheckpointConfig, MeshConfig, to_dict
 from prime_jax.records import read_json, write_json_atomic
-from prime_jax.sweep import worker
 from prime_jax.train import train
 
 SILENT = lambda _: None  # noqa: E731
@@ -244,7 +243,6 @@ def test_an_edited_manifest_is_refused(markov_data, tmp_path):
 WORKER = """
 import os, signal, sys, time
 from prime_jax import distributed
-from prime_jax.sweep import worker
 
 with worker.signals() as stopping, distributed.Notice() as notice:
     print("ready", flush=True)
@@ -257,13 +255,11 @@ with worker.signals() as stopping, distributed.Notice() as notice:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_worker_that_is_saving(number):
-    process = program(WORKER)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    process.send_signal(signal.SIGTERM)  # the same one from two sides: no second signal
-    assert process.stdout.readline() == "saving True\n"
-    time.sleep(1.2)
-    process.send_signal(number)
-    assert process.wait(timeout=20) in (-number, 1)
-    process.communicate()
-    assert worker.PREEMPTED == 85
+    with program(WORKER) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)  # the same one from two sides: no second signal
+        assert process.stdout.readline() == "saving True\n"
+        time.sleep(1.2)
+        process.send_signal(number)
+        assert process.wait(timeout=20) in (-number, 1)

@@ -214,7 +214,9 @@ def signals(gang: distributed.Gang | None = None) -> Iterator[threading.Event]:
         nonlocal first
         now = time.monotonic()
         if now - first >= 1.0:
-            signal.signal(number, before[number])
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         first = min(first, now)
         stopping.set()
