@@ -243,6 +243,7 @@ def test_an_edited_manifest_is_refused(markov_data, tmp_path):
 WORKER = """
 import os, signal, sys, time
 from prime_jax import distributed
+from prime_jax.sweep import worker
 
 with worker.signals() as stopping, distributed.Notice() as notice:
     print("ready", flush=True)
