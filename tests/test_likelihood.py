@@ -66,6 +66,7 @@ def test_no_number_falls_below_the_entropy_of_the_stream(documents, family, tmp_
         assert error < 0.03
 
 
+@pytest.mark.slow  # without training: test_ignorance_costs_log_v_for_every_text
 @pytest.mark.parametrize("family", EACH)
 def test_a_uniform_source_gives_log_v(family, tmp_path):
     spec = "V=16,order=0,seed=0,tokens=60000,concentration=1e9"

@@ -24,6 +24,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of Jupyter's own machinery
 def test_the_short_tour(tmp_path, monkeypatch, environment):
     monkeypatch.setenv("PRIME_JAX_TOUR", "short")
