@@ -7,7 +7,8 @@ sequences can beat it); the joint loss has no such floor and falls below it, whi
 called `train_loss` here.
 
 Arithmetic: 4 runs x 1,200 steps x 64 x 32 tokens = 1e7 tokens; a network of 2 x 64 costs about
-0.8 MFLOP a token with its head and attention: 8e12 FLOPs, MINUTES minutes on two CPU cores. Expected (seed 0): docs/theory.md; the numbers are also in OUT/numbers.json.
+0.8 MFLOP a token with its head and attention: 8e12 FLOPs, two and a half minutes on two CPU cores.
+Expected (seed 0): docs/theory.md; the numbers are also in OUT/numbers.json.
 
     python experiments/bound_demo.py [--steps 1200] [--blocks] [--out runs/bound_demo]
 
