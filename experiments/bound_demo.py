@@ -2,9 +2,9 @@
 
 A Markov chain of order one over V = 16 symbols, sequences of L = 32. Four small networks are
 trained: ARM, MDM, MDM-Prime with the marginal loss, MDM-Prime with the published joint loss; with
---blocks a fifth, MDM in blocks of 8 tokens (BD3-LM). Every `nll` and `nelbo` must stay above the entropy of a sequence (no model of
-sequences can beat it); the joint loss has no such floor and falls below it, which is why it is
-called `train_loss` here.
+--blocks a fifth, MDM in blocks of 8 tokens (BD3-LM). Every `nll` and `nelbo` must stay above the
+entropy of a sequence (no model of sequences can beat it); the joint loss has no such floor and
+falls below it, which is why it is called `train_loss` here.
 
 Arithmetic: 4 runs x 1,200 steps x 64 x 32 tokens = 1e7 tokens; a network of 2 x 64 costs about
 0.8 MFLOP a token with its head and attention: 8e12 FLOPs, two and a half minutes on two CPU cores.
