@@ -53,6 +53,8 @@ class Writer:
     processes all of them call `save` and `wait` alike; process 0 seals and prunes.
 
     Attributes:
+        about: identities that a restore compares.
+        origin: what the weights mean, for a reader who has nothing but the checkpoint.
         seconds: how long the last save took, from its call to its seal.
     """
 
@@ -62,13 +64,14 @@ class Writer:
         about: dict[str, Any],
         config: CheckpointConfig,
         say: Callable[[str], None] = print,
+        origin: dict[str, Any] | None = None,
     ):
         if not storage.is_remote(directory):
             directory = LocalPath(directory).absolute()  # orbax insists
         elif _is_copied(directory) and not distributed.is_alone():
             raise UserError(f"{directory}: several processes save to a shared folder or to gs://")
         self.directory = directory
-        self.about, self.config, self.say = about, config, say
+        self.about, self.config, self.say, self.origin = about, config, say, origin or {}
         self.seconds = 0.0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -176,6 +179,7 @@ class Writer:
             storage.upload(target, self._data(step))
         files = storage.checksums(self._data(step))
         sums = {"layout": LAYOUT, "step": step, "about": self.about, "files": files}
+        sums |= {"origin": self.origin}
         write_json_atomic(_seal(self.directory, step), sums)
 
     def _data(self, step: int) -> Path:

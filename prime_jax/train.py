@@ -123,8 +123,9 @@ class Run:
         self.beat, self.say = beat, say
         self.id = run_id(self.config)
         self.program: Program = program(self.config, self.data.eos_id)
+        origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
         self.checkpoints = checkpoint.Writer(
-            self.run_dir / "checkpoints", self._about(), config.checkpoint, say
+            self.run_dir / "checkpoints", self._about(), config.checkpoint, say, origin
         )
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
         self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread

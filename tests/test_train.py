@@ -28,6 +28,7 @@ from prime_jax.config import (
     run_id,
     set_path,
 )
+from prime_jax.data import manifest
 from prime_jax.errors import UserError
 from prime_jax.records import read_json
 from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
@@ -101,6 +102,9 @@ def test_the_record_is_complete(whole, tiny):
     codes = np.load(run_dir / "codebook.npy")
     assert sorted(codes) == list(range(16))
     assert checkpoint.steps(run_dir / "checkpoints") == [12]
+    origin = read_json(run_dir / "checkpoints" / "000000012.json")["origin"]
+    assert origin["config"] == read_json(run_dir / "config.json")
+    assert origin["tokenizer"] == manifest.load(tiny.data.path).tokenizer_hash
 
 
 @pytest.mark.usefixtures("every_step")
