@@ -138,6 +138,7 @@ def test_the_law_of_the_stream_costs_its_entropy_and_another_law_more(family):
     assert value > entropy + 5 * error
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_evaluation_batch(documents, tmp_path):
     data, _ = documents
     config = run_on(data, "prime", steps=3, eval=EvalConfig(examples=24, batch_size=7))

@@ -235,6 +235,7 @@ def test_a_diverged_run_is_a_result_with_a_reason(quick, tmp_path):
     assert last["step"] <= made + 0.5 < wild.steps  # steps that were made, not those planned
 
 
+@pytest.mark.slow
 def test_devices_and_micro_batches_change_rounding_only(quick, tmp_path):
     """The other families and meshes are in test_sharding.py."""
     config = dataclasses.replace(quick, steps=6)
