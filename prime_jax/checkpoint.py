@@ -178,9 +178,8 @@ class Writer:
             storage.remove(self._data(step))
             storage.upload(target, self._data(step))
         files = storage.checksums(self._data(step))
-        sums = {"layout": LAYOUT, "step": step, "about": self.about, "files": files}
-        sums |= {"origin": self.origin}
-        write_json_atomic(_seal(self.directory, step), sums)
+        what = {"layout": LAYOUT, "step": step, "about": self.about, "origin": self.origin}
+        write_json_atomic(_seal(self.directory, step), {**what, "files": files})
 
     def _data(self, step: int) -> Path:
         return _data(self.directory, step)
@@ -216,8 +215,7 @@ class Schedule:
 
     def __init__(self, config: CheckpointConfig, first_step: int):
         self.every, self.seconds = config.every, 60 * config.minutes
-        self._saved = self._looked = time.monotonic()
-        self._at, self._next = first_step, first_step + 1
+        self.saved(first_step)
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` steps; every process asks after every step."""
@@ -230,6 +228,7 @@ class Schedule:
         return wait == 0
 
     def saved(self, step: int) -> None:
+        """Count from here: `step` is saved, or the first one begins."""
         self._saved = self._looked = time.monotonic()
         self._at, self._next = step, step + 1
 
