@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from prime_jax import hardware
 from prime_jax.config import SubtokenConfig
+from prime_jax.hardware import chips
 from prime_jax.kernels.attention import attention
 from prime_jax.kernels.embedding import subtoken_embedding
 from prime_jax.kernels.subtoken_head import (
@@ -180,7 +180,7 @@ TABLES: dict[str, Callable[[list[int], Any], list[Table]]] = {
 
 def compiled(side: Side) -> tuple[Callable[[], Any], int]:
     """(a call that waits for its result, bytes of temporaries)."""
-    options = hardware.compiler_options(jax.devices()[0].device_kind)
+    options = chips.compiler_options(jax.devices()[0].device_kind)
     program = jax.jit(side.function).lower(*side.arguments).compile(options)
     memory = program.memory_analysis()
     call = partial(lambda *args: jax.block_until_ready(program(*args)), *side.arguments)
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
     parser.add_argument("--out", type=Path, help="also write the tables here, as Markdown")
     args = parser.parse_args()
-    hardware.keep_heap()
+    chips.keep_heap()
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
     text = (

@@ -64,9 +64,10 @@ def measure(config) -> dict:
     import jax
     import numpy as np
 
-    from prime_jax import optim, sharding, step
-    from prime_jax.hardware import peak_flops
-    from prime_jax.metrics import Clock, memory_high_water
+    from prime_jax import optim, step
+    from prime_jax.hardware.chips import peak_flops
+    from prime_jax.runtime import sharding
+    from prime_jax.runtime.metrics import Clock, memory_high_water
 
     program, clock = step.program(config, eos_id=0), Clock()
     state = program.init(clock, config.seed)

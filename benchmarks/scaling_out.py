@@ -12,11 +12,13 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prime_jax import aot, flops, slices
+from prime_jax import flops
+from prime_jax.compile_check import aot
 from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.errors import UserError
 from prime_jax.experiment import call
-from prime_jax.slices import GIB
+from prime_jax.hardware import slices
+from prime_jax.hardware.slices import GIB
 from prime_jax.sweep import grid
 from prime_jax.sweep.grid import Sweep
 

@@ -66,8 +66,9 @@ def jax_side(config: configs.RunConfig):
     import jax
     import numpy as np
 
-    from prime_jax import optim, sharding, step
-    from prime_jax.metrics import Clock
+    from prime_jax import optim, step
+    from prime_jax.runtime import sharding
+    from prime_jax.runtime.metrics import Clock
 
     device = jax.devices()[0]
     yield device.device_kind

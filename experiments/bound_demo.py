@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from prime_jax.cli.progress import RunProgress
 from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -37,8 +38,7 @@ from prime_jax.config import (
 )
 from prime_jax.data import loader, manifest, markov
 from prime_jax.data.prepare import prepare
-from prime_jax.progress import RunProgress
-from prime_jax.records import write_json_atomic
+from prime_jax.runtime.records import write_json_atomic
 from prime_jax.train import train
 
 V, L = 16, 32

@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from prime_jax.records import read_json
+from prime_jax.runtime.records import read_json
 from prime_jax.scaling.drawing import COLOURS, GREY, STYLE
 
 ROOT = Path(__file__).resolve().parent.parent

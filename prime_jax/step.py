@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from prime_jax import hardware, meshes, optim, sharding
+from prime_jax import optim
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
 from prime_jax.evaluate import estimators, likelihood
+from prime_jax.hardware import chips
 from prime_jax.kernels import selection
 from prime_jax.kernels.subtoken_head import HeadLoss
-from prime_jax.metrics import Clock
 from prime_jax.model import Transformer, build
 from prime_jax.objectives import loss_sums, make_head, training_inputs
-from prime_jax.sharding import Shardings
+from prime_jax.runtime import meshes, sharding
+from prime_jax.runtime.metrics import Clock
+from prime_jax.runtime.sharding import Shardings
 from prime_jax.subtokens import Codebook
 
 
@@ -72,7 +74,7 @@ class Compiled:
 
     def compile(self, *args: Any) -> Any:
         """Compiled for the mesh; `args` may be shapes with shardings."""
-        options = hardware.compiler_options(self.mesh.devices.flat[0].device_kind)
+        options = chips.compiler_options(self.mesh.devices.flat[0].device_kind)
 
         def attempt(config: RunConfig) -> Any:
             return self.lower(*args, config=config).compile(options)
@@ -138,7 +140,7 @@ def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) ->
 
 @lru_cache(maxsize=32)
 def _program(config: RunConfig, eos_id: int, codebook: Codebook | None) -> Program:
-    hardware.keep_heap()
+    chips.keep_heap()
     return make_program(config, eos_id, jax.devices(), codebook)
 
 

@@ -16,28 +16,17 @@ import flax
 import jax
 import numpy as np
 
-from prime_jax import (
-    __version__,
-    checkpoint,
-    costs,
-    distributed,
-    flops,
-    hardware,
-    meshes,
-    optim,
-    peers,
-    schedule,
-    sharding,
-    storage,
-)
+from prime_jax import __version__, flops, optim, schedule
 from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
 from prime_jax.data import loader, manifest
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood
-from prime_jax.metrics import Clock, MetricsLog, NoLog, Pace, Profile, memory_high_water
-from prime_jax.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
+from prime_jax.hardware import chips, roofline
+from prime_jax.runtime import checkpoint, distributed, meshes, sharding, storage, watchdog
+from prime_jax.runtime.metrics import Clock, MetricsLog, NoLog, Pace, Profile, memory_high_water
+from prime_jax.runtime.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
+from prime_jax.runtime.storage import Path
 from prime_jax.step import Metrics, Program, State, program
-from prime_jax.storage import Path
 
 BEAT_SECONDS = 1.0
 PHASES = ("train", "input", "compile", "eval", "checkpoint")
@@ -80,7 +69,7 @@ def train(
         UserError: bad config, data, checkpoint or disk, or another process trains there.
         Preempted, Stopped: interrupted after saving.
     """
-    with peers.blamed():
+    with watchdog.blamed():
         run = Run(config, run_dir, earlier, beat, say)
         with storage.locked(run.run_dir) if distributed.is_writer() else contextlib.nullcontext():
             return run.complete()
@@ -341,7 +330,7 @@ class Run:
     def _peak(self) -> float | None:
         """FLOP/s of all devices of the run, where their kind is known."""
         devices = self.program.mesh.devices.reshape(-1)
-        peak = hardware.peak_flops(devices[0].device_kind)
+        peak = chips.peak_flops(devices[0].device_kind)
         return peak and peak * len(devices)
 
     def _mfu(self, tokens_per_second: float, convention: flops.Convention) -> float | None:
@@ -394,5 +383,5 @@ class Run:
             "mfu": {name: self._mfu(speed, name) for name in flops.CONVENTIONS},
             "step_seconds": c.batch_size * c.data.seq_len / speed if speed else None,
             "memory_bytes": memory_high_water() or None,
-            "predicted": costs.of_run(c, self.program.mesh_choice, kind, slices),
+            "predicted": roofline.of_run(c, self.program.mesh_choice, kind, slices),
         }

@@ -212,7 +212,7 @@ def bucket(protocol: str) -> Iterator[Bucket]:
     from fake_s3 import S3
     from fsspec.config import conf, set_conf_env
 
-    from prime_jax import storage
+    from prime_jax.runtime import storage
 
     with serving({"gs": GCS, "s3": S3}[protocol]) as (store, address):
         made = Bucket(protocol, store, address)

@@ -15,7 +15,7 @@ from prime_jax.analyse import attention, bits, noise, spectra, subjects
 from prime_jax.config import SubtokenConfig
 from prime_jax.errors import UserError
 from prime_jax.kernels.attention import attention_reference
-from prime_jax.records import read_json
+from prime_jax.runtime.records import read_json
 from prime_jax.subtokens import Codebook
 
 

@@ -11,20 +11,15 @@ import sys
 import pytest
 from rich.console import Console
 
-from prime_jax import (
-    aot,
-    aot_progress,
-    aot_report,
-    aot_worker,
-    costs,
-    flops,
-    hlo,
-    meshes,
-    slices,
-)
+from prime_jax import flops
+from prime_jax.cli import compilations, forecast
+from prime_jax.compile_check import aot, hlo
+from prime_jax.compile_check import worker as aot_worker
 from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig
 from prime_jax.errors import UserError
-from prime_jax.slices import GIB
+from prime_jax.hardware import roofline, slices
+from prime_jax.hardware.slices import GIB
+from prime_jax.runtime import meshes
 from prime_jax.sweep import check, grid, plan
 from prime_jax.sweep.grid import Sweep
 
@@ -54,7 +49,7 @@ class Compiler:
     def __call__(self, config, where):
         self.asked.append(config)
         mesh = meshes.choose(config, where.devices, where.slices)
-        state, temporaries = costs.memory(config, mesh)
+        state, temporaries = roofline.memory(config, mesh)
         factor = self.by_model.get(mesh.model, self.factor)
         memory = {"arguments": state, "temporaries": factor * temporaries}
         fits = sum(memory.values()) <= where.chip.memory
@@ -290,7 +285,7 @@ def refused() -> aot.Verdict:
 
 
 def test_an_oom_says_what_fills_the_memory_and_what_is_sent():
-    said = "\n".join(aot_report.details(refused()))
+    said = "\n".join(forecast.details(refused()))
     assert "largest temporary 12.00 GiB bf16[24,32768,8192]" in said
     assert "3 all-reduce 2.50 GiB" in said
     assert "while it computes" not in said  # which nobody knows
@@ -300,7 +295,7 @@ def test_an_oom_says_what_fills_the_memory_and_what_is_sent():
 
 def printed(verdicts: list[aot.Verdict], width: int) -> str:
     console = Console(width=width, file=io.StringIO())
-    console.print(aot_report.table(verdicts))
+    console.print(forecast.table(verdicts))
     return console.file.getvalue()
 
 
@@ -314,7 +309,7 @@ def test_the_table_is_readable_at_80_columns():
     where = slices.parse("2xv6e-256")
     verdicts = [aot.check(wide, where, compile=Compiler()), refused()]
     verdicts.append(aot.check(small, V5E, compile=Compiler()))
-    text = printed(verdicts, aot_report.WIDTH)
+    text = printed(verdicts, forecast.WIDTH)
     assert "…" not in text
     assert len(text.strip().splitlines()) == 2 + len(verdicts)  # no line was folded
     rows = [line.split() for line in text.splitlines()[-3:]]
@@ -327,13 +322,13 @@ def test_the_table_is_readable_at_80_columns():
     ]
     assert rows[1][5:8] == ["1.22G", "147.24G", "148.46G"]
     assert rows[1][-1] == "OOM"
-    state = costs.memory(small, verdicts[2].mesh)[0] / slices.MIB
+    state = roofline.memory(small, verdicts[2].mesh)[0] / slices.MIB
     assert rows[2][5] == f"{state:.1f}M"
 
 
 def test_compilations_are_counted_and_have_an_end_in_sight(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(aot_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(compilations.time, "monotonic", lambda: now[0])
     asked = Compiler(factor=1000.0)
     left = []
 
@@ -343,11 +338,11 @@ def test_compilations_are_counted_and_have_an_end_in_sight(monkeypatch):
         left.append(progress.left())
         return asked(config, where)
 
-    with aot_progress.Compilations("t", 1, Console(file=io.StringIO())) as progress:
+    with compilations.Compilations("t", 1, Console(file=io.StringIO())) as progress:
         aot.autofit(BIG, V5E, compile=compile, watch=progress.watch)
         assert (progress._state.completed, progress._state.total) == (aot.TRIES, aot.TRIES)
         assert progress._state.description.startswith("mdm 24x2048: try 6 of at most 6")
-    assert left[0] == aot_progress.FIRST_SECONDS
+    assert left[0] == compilations.FIRST_SECONDS
     assert left[1] > 0  # overdue is not done
     assert left[2] == 50
     assert left[3] == pytest.approx(50 / 3)

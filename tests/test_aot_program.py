@@ -6,9 +6,12 @@ import re
 
 import pytest
 
-from prime_jax import aot, aot_worker, costs, hlo, slices, step
+from prime_jax import step
+from prime_jax.compile_check import aot, hlo
+from prime_jax.compile_check import worker as aot_worker
 from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.experiment import call
+from prime_jax.hardware import roofline, slices
 from prime_jax.sweep import grid
 from prime_jax.sweep.grid import Sweep
 
@@ -163,7 +166,7 @@ def test_the_whole_step_compiles_for_16_devices(name):
     verdict = aot.check(dataclasses.replace(SMALL, data=data, mesh=MeshConfig(data=16)), where)
     assert verdict.fits
     memory = verdict.record["memory"]
-    state, _ = costs.memory(verdict.config, verdict.mesh)
+    state, _ = roofline.memory(verdict.config, verdict.mesh)
     assert memory["arguments"] == pytest.approx(state, rel=0.25)  # tiles pad it
     assert memory["outputs"] < 0.1 * state  # the state is donated
     assert verdict.total < 0.1 * verdict.limit

@@ -11,7 +11,7 @@ import pytest
 from fake_trainer import Trainer
 from fsspec.config import conf
 
-from prime_jax import storage
+from prime_jax.runtime import storage
 from prime_jax.sweep import state, worker
 
 

@@ -5,7 +5,7 @@ import threading
 import fake_store
 import pytest
 
-from prime_jax import checkpoint, storage, train
+from prime_jax import train
 from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -16,6 +16,7 @@ from prime_jax.config import (
     OptimConfig,
     RunConfig,
 )
+from prime_jax.runtime import checkpoint, storage
 
 STEPS = 20
 

@@ -11,7 +11,7 @@ import typing
 import pytest
 
 from prime_jax import cli, ranges
-from prime_jax.commands import override
+from prime_jax.cli.train import override
 from prime_jax.config import (
     DataConfig,
     EvalConfig,

@@ -7,9 +7,10 @@ import fake_trainer
 import pytest
 from fake_trainer import Trainer
 
+from prime_jax.cli import sweep as commands
 from prime_jax.config import run_id
 from prime_jax.errors import UserError
-from prime_jax.sweep import collect, commands, grid, state
+from prime_jax.sweep import collect, grid, state
 from prime_jax.sweep.worker import work
 
 

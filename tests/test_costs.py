@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from prime_jax import costs, flops, meshes, slices
+from prime_jax import flops
 from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.errors import UserError
+from prime_jax.hardware import roofline, slices
+from prime_jax.hardware.slices import GIB
 from prime_jax.model import build
-from prime_jax.sharding import AXES, Shardings
-from prime_jax.slices import GIB
+from prime_jax.runtime import meshes
+from prime_jax.runtime.sharding import AXES, Shardings
 from prime_jax.subtokens import Codebook
 
 BIG = RunConfig(
@@ -73,7 +75,7 @@ def predicted(config=BIG, name="v5e-16", **mesh):
     where = slices.parse(name)
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
     choice = meshes.choose(config, where.devices, where.slices)
-    return costs.predict(config, choice, where.chip, where.slices)
+    return roofline.predict(config, choice, where.chip, where.slices)
 
 
 def test_matmul_time_is_flops_over_the_stated_share_of_the_peak():
@@ -124,12 +126,12 @@ def test_tensor_parallel_messages_are_on_the_critical_path():
 def test_memory_falls_with_what_frees_it():
     def total(**mesh):
         config = dataclasses.replace(BIG, mesh=MeshConfig(**mesh))
-        return sum(costs.memory(config, meshes.choose(config, 16)))
+        return sum(roofline.memory(config, meshes.choose(config, 16)))
 
     assert total(remat="full") < total(remat="dots") < total(remat="none")
     assert total(accumulate=16) < total(accumulate=2)
     assert total(replica=16, data=1) > total(replica=1, data=16)
-    state, _ = costs.memory(BIG, meshes.choose(BIG, 16))
+    state, _ = roofline.memory(BIG, meshes.choose(BIG, 16))
     assert state == pytest.approx(12 * flops.param_counts(BIG)["total"] / 16)
 
 
@@ -155,20 +157,20 @@ def test_a_device_is_counted_what_sharding_gives_it(split, tied_head):
             for x, spec in zip(jax.tree.leaves(whole), jax.tree.leaves(specs), strict=True)
         )
         vectors = (2 * 2 + 1) * 64  # norms, which every device holds
-        assert costs.sizes(config, mesh).held == pytest.approx(held, abs=vectors + 100)
+        assert roofline.sizes(config, mesh).held == pytest.approx(held, abs=vectors + 100)
 
 
 def test_memory_agrees_with_a_whole_program_that_the_compiler_made():
     """12 x 768 on v5e-16, 32 Ki tokens a chip: 10.92 GiB of temporaries (libtpu 0.0.42)."""
     model = ModelConfig(vocab_size=50257, layers=12, width=768, heads=12, dtype="bfloat16")
     config = dataclasses.replace(BIG, model=model, mesh=MeshConfig(remat="dots"))
-    _, temporaries = costs.memory(config, meshes.choose(config, 16))
+    _, temporaries = roofline.memory(config, meshes.choose(config, 16))
     assert temporaries / GIB == pytest.approx(10.92, rel=0.1)
 
 
 def test_devices_without_a_data_sheet_have_no_prediction():
-    assert costs.of_run(BIG, meshes.choose(BIG, 16), "cpu") is None
-    found = costs.of_run(BIG, meshes.choose(BIG, 16), "TPU v5 lite")
+    assert roofline.of_run(BIG, meshes.choose(BIG, 16), "cpu") is None
+    found = roofline.of_run(BIG, meshes.choose(BIG, 16), "TPU v5 lite")
     assert found["step_seconds"] == pytest.approx(predicted().step_seconds)
 
 
@@ -177,7 +179,7 @@ def test_prices(tmp_path):
     path.write_text(
         'date = "2026-11-01"\ncurrency = "EUR"\n[per_chip_hour]\nv5e = 1.5\ntpu7x = 8\n'
     )
-    prices = costs.load_prices(path)
+    prices = roofline.load_prices(path)
     assert prices.of(slices.parse("2xv5e-16"), hours=10) == 2 * 16 * 1.5 * 10
     assert prices.of(slices.parse("tpu7x-8"), hours=1) == 4 * 8  # chips, not cores
     assert prices.of(slices.parse("v6e-8"), hours=1) is None
@@ -191,4 +193,4 @@ def test_a_bad_price_list_is_refused(tmp_path, text):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=r"prices\.toml"):
-        costs.load_prices(path)
+        roofline.load_prices(path)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from gangs import ended
 
-from prime_jax import checkpoint, distributed
 from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
 from prime_jax.experiment import load_config
+from prime_jax.runtime import checkpoint, distributed
 from prime_jax.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ SLURM = {
 WORKER = """
 import json, sys
 from pathlib import Path
-from prime_jax import distributed
+from prime_jax.runtime import distributed
 from prime_jax.config import RunConfig, from_dict
 from prime_jax.errors import UserError
 say = lambda line: print(line, flush=True)
@@ -220,7 +220,7 @@ def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
 def test_a_process_that_waits_in_vain_says_what_to_check():
     environment = {**os.environ, "PRIME_COORDINATOR": "127.0.0.1:9", "PRIME_PROCESSES": "2"}
     environment |= {"PRIME_PROCESS_ID": "1", "PRIME_WAIT_SECONDS": "1"}
-    command = "from prime_jax import distributed; distributed.start(print)"
+    command = "from prime_jax.runtime import distributed; distributed.start(print)"
     done = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True
     )
@@ -232,7 +232,7 @@ def test_a_process_that_waits_in_vain_says_what_to_check():
 
 def test_every_wait_for_the_others_is_told():
     code = """
-        from prime_jax import distributed
+        from prime_jax.runtime import distributed
         distributed.start(print)
         distributed.barrier("the door", print)
         distributed.meet("the table", 100, print)
@@ -265,7 +265,7 @@ def test_a_second_sigterm_ends_a_process_of_a_gang_at_once():
     """Also while it saves, which is when JAX's handler would swallow it."""
     code = """
         import os, signal, jax
-        from prime_jax import distributed
+        from prime_jax.runtime import distributed
         jax.distributed.initialize("127.0.0.1:" + os.environ["PORT"], 1, 0)
         jax.process_count = lambda: 2
         with distributed.Notice() as notice:

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from prime_jax import cli, trained
+from prime_jax import cli
 from prime_jax.errors import UserError
-from prime_jax.evaluate import likelihood, presets, report, samples, score, texts
-from prime_jax.records import read_json
+from prime_jax.evaluate import likelihood, presets, report, samples, score, texts, trained
+from prime_jax.runtime.records import read_json
 
 
 @pytest.fixture(scope="module")

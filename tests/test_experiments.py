@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from prime_jax import cli, experiment, flops, hardware, meshes
+from prime_jax import cli, experiment, flops
 from prime_jax.config import FAMILIES, RunConfig, run_id, validate
+from prime_jax.hardware import chips
+from prime_jax.runtime import meshes
 from prime_jax.sweep import grid, plan
 from prime_jax.sweep.grid import Sweep
 
@@ -62,7 +64,7 @@ def column(title: str, group: list[RunConfig]) -> float:
         return tokens / float(title.removeprefix("epochs of "))
     peaks = {"v5e hours": "TPU v5 lite", "H100 hours": "NVIDIA H100"}
     if title in peaks:
-        return matmul / (0.4 * hardware.peak_flops(peaks[title])) / 3600
+        return matmul / (0.4 * chips.peak_flops(peaks[title])) / 3600
     return {
         "runs": len(group),
         "D": tokens,
@@ -145,7 +147,7 @@ def test_products_and_speeds_in_the_prose(name):
         assert rounds_to(tokens, 1e6 * int(batch) * int(length))
         assert {c.config.tokens for c in candidates(name)} == {10**6 * int(batch) * int(length)}
     for speed, chip in re.findall(r"([\d.]+e\d+)(?: FLOP/s)? on an? (v5e|H100)", text):
-        peak = hardware.peak_flops({"v5e": "TPU v5 lite", "H100": "NVIDIA H100"}[chip])
+        peak = chips.peak_flops({"v5e": "TPU v5 lite", "H100": "NVIDIA H100"}[chip])
         assert rounds_to(speed, 0.4 * peak)
     for size, budget, tokens in re.findall(r"longest run, (\d+M) at (\w+), reads ([\d.e]+)", text):
         longest = max(candidates(name), key=lambda c: c.config.tokens)

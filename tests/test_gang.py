@@ -10,7 +10,6 @@ import gangs
 import pytest
 from gangs import ended
 
-from prime_jax import checkpoint, storage
 from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -22,6 +21,7 @@ from prime_jax.config import (
     RunConfig,
 )
 from prime_jax.data import manifest
+from prime_jax.runtime import checkpoint, storage
 from prime_jax.sweep import grid, plan, state
 
 KEEP = {

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from prime_jax import config as configs
-from prime_jax import optim, sharding, step
+from prime_jax import optim, step
 from prime_jax.kernels.attention import attention, attention_reference
-from prime_jax.metrics import Clock, memory_high_water
+from prime_jax.runtime import sharding
+from prime_jax.runtime.metrics import Clock, memory_high_water
 
 pytestmark = pytest.mark.gpu
 

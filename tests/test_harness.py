@@ -13,15 +13,15 @@ pytest.importorskip("lm_eval")
 
 import jax
 
-from prime_jax import cli, trained
+from prime_jax import cli
 from prime_jax.config import DataConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.data import manifest
 from prime_jax.data.prepare import prepare
 from prime_jax.errors import UserError
-from prime_jax.evaluate import report, tasks, texts
+from prime_jax.evaluate import report, tasks, texts, trained
 from prime_jax.evaluate.harness import PrimeJax, Settings
 from prime_jax.evaluate.score import Scorer
-from prime_jax.metrics import Clock
+from prime_jax.runtime.metrics import Clock
 from prime_jax.step import program
 
 LETTERS = ["A", "B"]

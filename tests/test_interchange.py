@@ -10,9 +10,10 @@ import published_forward
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prime_jax import cli, trained
+from prime_jax import cli
 from prime_jax.config import ModelConfig, RunConfig, SubtokenConfig, run_id
 from prime_jax.errors import UserError
+from prime_jax.evaluate import trained
 from prime_jax.interchange import folder, published
 from prime_jax.interchange.tensors import Tensor
 from prime_jax.model import build

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from prime_jax import checkpoint
 from prime_jax.config import CheckpointConfig, RunConfig, to_dict
+from prime_jax.runtime import checkpoint
 from prime_jax.train import train
 
 STEPS = {3: 60, 20: 480}  # by the number of kills, so that the last one comes well before the end

@@ -6,7 +6,8 @@ import fake_trainer
 import pytest
 
 from prime_jax import cli
-from prime_jax.launch import commands, engine
+from prime_jax.cli import launch as commands
+from prime_jax.launch import engine
 from prime_jax.sweep import state
 
 

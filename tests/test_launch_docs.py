@@ -10,7 +10,7 @@ from pathlib import Path
 import fake_trainer
 import pytest
 
-from prime_jax import slices
+from prime_jax.hardware import slices
 from prime_jax.launch import engine, k8s, sky, slurm, tpu
 from prime_jax.launch.tpu_request import Options
 
@@ -78,7 +78,8 @@ def test_a_page_shows_what_is_rendered(name, texts):
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_on_a_page_exist(name, monkeypatch):
     """Every prime-jax line of a page parses."""
-    from prime_jax import cli, storage
+    from prime_jax import cli
+    from prime_jax.runtime import storage
 
     monkeypatch.setattr(storage, "_filesystem", lambda protocol: None)  # no client of gs://
     text = (DOCS / name).read_text().replace("\\\n", " ")

@@ -10,9 +10,10 @@ import fake_trainer
 import pytest
 import yaml
 
-from prime_jax import distributed, slices
 from prime_jax.errors import UserError
+from prime_jax.hardware import slices
 from prime_jax.launch import engine, k8s, sky, slurm
+from prime_jax.runtime import distributed
 from prime_jax.sweep import state
 
 K8S = k8s.Options(image="registry/prime_jax", queue="tpus", data="gs://bucket/data", spot=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import fake_trainer
 import pytest
 
-from prime_jax import slices
+from prime_jax.hardware import slices
 from prime_jax.launch import archive, engine, tpu_request
 from prime_jax.sweep import state
 

@@ -7,9 +7,9 @@ import fake_trainer
 import pytest
 from rich.console import Console
 
-from prime_jax import slices
-from prime_jax.costs import Prices
 from prime_jax.errors import UserError
+from prime_jax.hardware import slices
+from prime_jax.hardware.roofline import Prices
 from prime_jax.launch import archive, engine, tpu, tpu_request
 from prime_jax.launch.tpu_request import Options
 from prime_jax.sweep import state
@@ -371,7 +371,8 @@ def test_render_is_what_up_sends(cloud, sweep):
 
 
 def test_from_the_command_line_with_the_sweep_in_a_bucket(cloud, packed, capsys):
-    from prime_jax import cli, storage
+    from prime_jax import cli
+    from prime_jax.runtime import storage
 
     where = ["--project", "p", "--zone", "us-west4-a"]
     with fake_store.bucket("gs") as bucket:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from prime_jax.cli import main
-from prime_jax.costs import Prices
+from prime_jax.hardware.roofline import Prices
 from prime_jax.sweep import grid, live, plan, state
 
 PRICES = Prices("2026-11-01", "USD", {"v5e": 2.0})
@@ -88,7 +88,7 @@ def test_status_as_json_and_with_prices(root, tmp_path, capsys):
 
 
 def test_a_report_is_asked_for_as_live(root, monkeypatch, capsys):
-    from prime_jax.scaling import commands
+    from prime_jax.cli import fit as commands
 
     asked = []
     monkeypatch.setattr(commands, "run", lambda args: asked.append(args.note) or 0)

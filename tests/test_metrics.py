@@ -8,7 +8,7 @@ import pytest
 
 from prime_jax.config import LogConfig
 from prime_jax.errors import UserError
-from prime_jax.metrics import Clock, MetricsLog, Pace
+from prime_jax.runtime.metrics import Clock, MetricsLog, Pace
 
 
 def test_a_phase_inside_another_is_not_counted_twice(monkeypatch):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from corpora import corpus, make
 
-from prime_jax.data import assemble, commands, encode, loader, parallel, prepare, readers, sources
+from prime_jax.cli import data as commands
+from prime_jax.data import assemble, encode, loader, parallel, prepare, readers, sources
 from prime_jax.data import manifest as manifests
 from prime_jax.errors import UserError
 

@@ -14,10 +14,10 @@ import gangs
 import numpy as np
 import pytest
 
-from prime_jax import checkpoint, distributed
 from prime_jax.cli import main
 from prime_jax.config import CheckpointConfig, MeshConfig, to_dict
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.runtime import checkpoint, distributed
+from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.train import train
 
 SILENT = lambda _: None  # noqa: E731
@@ -108,7 +108,7 @@ def test_it_is_said_when_no_whole_save_is_left(tmp_path):
 GANG = """
 import json, sys
 from pathlib import Path
-from prime_jax import distributed
+from prime_jax.runtime import distributed
 from prime_jax.config import RunConfig, from_dict
 
 distributed.start(print)
@@ -149,7 +149,7 @@ def test_two_processes_never_train_in_one_directory(tmp_path):
         """
         import sys, time
         from pathlib import Path
-        from prime_jax import storage
+        from prime_jax.runtime import storage
         with storage.locked(Path(sys.argv[1])):
             print("mine")
             time.sleep(60)
@@ -243,7 +243,7 @@ def test_an_edited_manifest_is_refused(markov_data, tmp_path):
 
 WORKER = """
 import os, signal, sys, time
-from prime_jax import distributed
+from prime_jax.runtime import distributed
 from prime_jax.sweep import worker
 
 with worker.signals() as stopping, distributed.Notice() as notice:

@@ -7,8 +7,9 @@ import pytest
 from scaling_cases import LAW, csv_rows, points, published, surface, write_csv
 from scipy.stats import kstest
 
+from prime_jax.cli import compare as compare_command
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach3, compare, compare_commands, grid, joint, multiplier
+from prime_jax.scaling import approach3, compare, grid, joint, multiplier
 from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.compare_record import as_dict
 from prime_jax.scaling.fit import Settings
@@ -266,7 +267,7 @@ def test_families_that_are_not_there(baseline, others, says):
 
 def command(*arguments):
     parser = argparse.ArgumentParser()
-    compare_commands.register(parser.add_subparsers())
+    compare_command.register(parser.add_subparsers())
     args = parser.parse_args([str(argument) for argument in arguments])
     return args.run(args)
 

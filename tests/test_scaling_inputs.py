@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scaling_cases import csv_rows, surface, write_csv
 
+from prime_jax.cli import fit as commands
 from prime_jax.errors import UserError
-from prime_jax.scaling import commands, points, table
+from prime_jax.scaling import points, table
 
 ROWS = csv_rows(surface())
 

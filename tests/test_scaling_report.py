@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from scaling_cases import csv_rows, published, surface, write_csv
 
+from prime_jax.cli import fit as commands
+from prime_jax.cli import scaling
 from prime_jax.errors import UserError
 from prime_jax.scaling import (
-    commands,
     figures_frontier,
     figures_isoflop,
     labels,
@@ -23,7 +24,6 @@ from prime_jax.scaling import (
     record,
     report,
     saved,
-    scaling_commands,
 )
 from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.fit import Settings, fit_runs
@@ -44,7 +44,7 @@ def command(*arguments):
 
 def compare(*arguments):
     parser = argparse.ArgumentParser()
-    scaling_commands.register(parser.add_subparsers())
+    scaling.register(parser.add_subparsers())
     args = parser.parse_args(
         ["scaling", "compare", "--bootstrap", "100", "--baseline", "arm", *map(str, arguments)]
     )
@@ -369,7 +369,7 @@ def test_default_places(tmp_path):
 
 
 def test_fitting_imports_neither_jax_nor_matplotlib():
-    code = "import sys, prime_jax.scaling.record, prime_jax.scaling.commands, prime_jax.scaling.table; print([m for m in ('jax', 'matplotlib') if m in sys.modules])"
+    code = "import sys, prime_jax.scaling.record, prime_jax.cli.fit, prime_jax.scaling.table; print([m for m in ('jax', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -9,8 +9,9 @@ import pytest
 import scaling_cases
 
 from prime_jax import cli
+from prime_jax.cli import fit as commands
 from prime_jax.errors import UserError
-from prime_jax.scaling import commands, fit, record, saved, table
+from prime_jax.scaling import fit, record, saved, table
 from prime_jax.scaling.columns import Choice
 
 SETTINGS = fit.Settings(replicates=100, seed=3)

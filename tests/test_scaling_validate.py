@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scaling_cases import LAW, csv_rows, published, surface, write_csv
 
-from prime_jax.scaling import compare_commands, record, validate
+from prime_jax.cli import compare
+from prime_jax.scaling import record, validate
 from prime_jax.scaling.fit import Settings, fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, Optimum, optimum
 from prime_jax.scaling.points import select
@@ -136,7 +137,7 @@ def test_a_fit_records_its_rollout_and_wider_bands(tmp_path):
 
 def command(*arguments):
     parser = argparse.ArgumentParser()
-    compare_commands.register(parser.add_subparsers())
+    compare.register(parser.add_subparsers())
     args = parser.parse_args([str(argument) for argument in arguments])
     return args.run(args)
 

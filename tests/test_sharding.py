@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from mesh_runs import Rows, trained
 
-from prime_jax import meshes, step
+from prime_jax import step
 from prime_jax.config import (
     DataConfig,
     MeshConfig,
@@ -24,8 +24,9 @@ from prime_jax.config import (
     to_dict,
 )
 from prime_jax.errors import UserError
-from prime_jax.metrics import Clock
-from prime_jax.sharding import AXES
+from prime_jax.runtime import meshes
+from prime_jax.runtime.metrics import Clock
+from prime_jax.runtime.sharding import AXES
 
 TINY = RunConfig(
     family="prime",

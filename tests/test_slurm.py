@@ -11,8 +11,8 @@ import pytest
 import slurm_cluster
 from fake_trainer import planned_on
 
-from prime_jax import checkpoint
 from prime_jax.launch import engine
+from prime_jax.runtime import checkpoint
 from prime_jax.sweep import state
 
 pytestmark = pytest.mark.slurm

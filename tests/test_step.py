@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from prime_jax import optim, sharding, step
+from prime_jax import optim, step
 from prime_jax.config import (
     DataConfig,
     MeshConfig,
@@ -19,8 +19,9 @@ from prime_jax.config import (
     SubtokenConfig,
 )
 from prime_jax.corrupt import step_key
-from prime_jax.metrics import Clock
 from prime_jax.objectives import training_inputs
+from prime_jax.runtime import sharding
+from prime_jax.runtime.metrics import Clock
 from prime_jax.subtokens import Codebook
 
 EOS, BATCH, LENGTH = 15, 8, 8

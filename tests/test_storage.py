@@ -8,9 +8,9 @@ from pathlib import Path
 import fake_store
 import pytest
 
-from prime_jax import storage
 from prime_jax.errors import UserError
-from prime_jax.logfile import Log
+from prime_jax.runtime import storage
+from prime_jax.runtime.logfile import Log
 
 STORES = ("local", "gs", "s3")
 

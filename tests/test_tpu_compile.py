@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from prime_jax import cli
+from prime_jax.cli import kernels as commands
 from prime_jax.config import DataConfig, KernelConfig, ModelConfig, RunConfig, SubtokenConfig
-from prime_jax.kernels import check, commands, embedding_pallas, selection
+from prime_jax.kernels import check, embedding_pallas, selection
 from prime_jax.kernels.check_case import CHIPS, Case
 
 TARGETS = ("v5e", "v5p", "v6e", "tpu7x")

@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from prime_jax import distributed, tpu_pod
 from prime_jax.errors import UserError
+from prime_jax.runtime import distributed, tpu_metadata
 
 
 @contextlib.contextmanager
@@ -69,9 +69,9 @@ SLICES = {
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """A busy machine may be slow to answer itself."""
-    monkeypatch.setattr(tpu_pod, "SECONDS", 10.0)
-    monkeypatch.setattr(tpu_pod, "MORE_SECONDS", 10.0)
-    monkeypatch.setattr(tpu_pod.time, "sleep", lambda _: None)
+    monkeypatch.setattr(tpu_metadata, "SECONDS", 10.0)
+    monkeypatch.setattr(tpu_metadata, "MORE_SECONDS", 10.0)
+    monkeypatch.setattr(tpu_metadata.time, "sleep", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_where_nobody_answers_a_process_is_alone_in_a_fraction_of_a_second(monke
 
 def test_two_hosts_of_a_pod_meet():
     """Only the metadata differ, as on Cloud TPU."""
-    code = "from prime_jax import distributed, tpu_pod; tpu_pod.SECONDS = 10.0; distributed.start(print)"
+    code = "from prime_jax.runtime import distributed, tpu_metadata; tpu_metadata.SECONDS = 10.0; distributed.start(print)"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prime_jax import checkpoint, costs, meshes, slices
 from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -30,7 +29,9 @@ from prime_jax.config import (
 )
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
-from prime_jax.records import read_json
+from prime_jax.hardware import roofline, slices
+from prime_jax.runtime import checkpoint, meshes
+from prime_jax.runtime.records import read_json
 from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
 
 SILENT = lambda _: None  # noqa: E731
@@ -65,10 +66,10 @@ def test_a_result_has_predictions_beside_what_was_measured(quick, tmp_path, monk
     result = train(quick, tmp_path / "run", say=SILENT)
     assert result == read_json(tmp_path / "run" / "result.json")
     mesh = meshes.choose(quick, 1)
-    expected = costs.predict(quick, mesh, sheet)
+    expected = roofline.predict(quick, mesh, sheet)
     assert result["predicted"]["step_seconds"] == expected.step_seconds > 0
     assert result["step_seconds"] > 0
-    state, temporaries = costs.memory(quick, mesh)
+    state, temporaries = roofline.memory(quick, mesh)
     assert result["predicted"]["memory_bytes"] == state + temporaries > 12 * 16 * 16
     assert result["memory_bytes"] == 123_456
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -196,7 +197,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):
     """A file size limit stands for the full disk; it must not reach into this process."""
     code = f"""
         import resource, signal, numpy as np, pathlib
-        from prime_jax import checkpoint
+        from prime_jax.runtime import checkpoint
         from prime_jax.config import CheckpointConfig
         from prime_jax.errors import UserError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -14,8 +14,8 @@ import pytest
 from fake_trainer import Trainer
 from rich.console import Console
 
-from prime_jax import storage
 from prime_jax.errors import UserError
+from prime_jax.runtime import storage
 from prime_jax.sweep import grid, plan, pool, state, worker
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))

@@ -18,7 +18,7 @@ from prime_jax.analyse.subjects import SEED, Subject
 from prime_jax.evaluate import likelihood
 from prime_jax.kernels.subtoken_head import Head, subtoken_log_probs
 from prime_jax.objectives import Inputs, make_head, masked_inputs, targets
-from prime_jax.records import as_dict
+from prime_jax.runtime.records import as_dict
 from prime_jax.subtokens import Codebook
 
 

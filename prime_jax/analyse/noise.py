@@ -16,8 +16,8 @@ import numpy as np
 
 from prime_jax.analyse.subjects import Subject
 from prime_jax.evaluate import likelihood
-from prime_jax.metrics import Clock
-from prime_jax.records import Loss, as_dict
+from prime_jax.runtime.metrics import Clock
+from prime_jax.runtime.records import Loss, as_dict
 from prime_jax.schedule import stratum
 
 BOUND, STEPS = "subtoken", "finite"

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from prime_jax import trained
 from prime_jax.data import loader, manifest
 from prime_jax.errors import UserError
+from prime_jax.evaluate import trained
+from prime_jax.evaluate.trained import Trained
 from prime_jax.objectives import targets
-from prime_jax.trained import Trained
 
 SEED = 4_711  # of masks; the same for all runs, so that they are compared on the same ones
 

@@ -10,7 +10,7 @@ import numpy as np
 from prime_jax.data import shards
 from prime_jax.data.encode import BYTES, SPLIT, TOKENS
 from prime_jax.data.manifest import SPLITS, Shard, Split
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.runtime.records import read_json, write_json_atomic
 
 SHARD_BYTES = 128 << 20
 

@@ -15,7 +15,7 @@ import numpy as np
 from prime_jax.data import readers, shards, sources
 from prime_jax.data import tokenizer as tokenizers
 from prime_jax.data.manifest import SPLITS, Request
-from prime_jax.records import write_json_atomic
+from prime_jax.runtime.records import write_json_atomic
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
 CHECKED = 32  # documents of each part that are decoded and compared; of all, bytes are counted

@@ -20,7 +20,7 @@ from prime_jax import config as configs
 from prime_jax.data import shards
 from prime_jax.data import tokenizer as tokenizers
 from prime_jax.errors import UserError
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.runtime.records import read_json, write_json_atomic
 
 SCHEMA = 1
 SPLITS = ("train", "valid", "test")

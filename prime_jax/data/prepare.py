@@ -24,7 +24,7 @@ from prime_jax.data import manifest as manifests
 from prime_jax.data import tokenizer as tokenizers
 from prime_jax.data.manifest import SPLITS, Manifest, Request
 from prime_jax.errors import UserError
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.runtime.records import read_json, write_json_atomic
 
 
 def prepare(

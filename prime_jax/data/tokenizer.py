@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from prime_jax.errors import UserError
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.runtime.records import read_json, write_json_atomic
 
 NO_EOS = -1
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"

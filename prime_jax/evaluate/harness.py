@@ -15,10 +15,9 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from prime_jax import trained
 from prime_jax.config import nearest
 from prime_jax.errors import UserError
-from prime_jax.evaluate import likelihood
+from prime_jax.evaluate import likelihood, trained
 from prime_jax.evaluate.likelihood import Row
 from prime_jax.evaluate.score import Scorer, Windows, cut, replicated
 

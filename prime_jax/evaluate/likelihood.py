@@ -29,7 +29,7 @@ from prime_jax.evaluate.estimators import (
     token,
 )
 from prime_jax.objectives import Network, targets
-from prime_jax.records import Kind, Loss
+from prime_jax.runtime.records import Kind, Loss
 from prime_jax.schedule import stratum
 from prime_jax.subtokens import Codebook
 

@@ -23,8 +23,8 @@ from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood
 from prime_jax.evaluate.score import Partial, Scorer, replicated
 from prime_jax.evaluate.texts import TextSet
-from prime_jax.records import Loss, as_dict, read_json, write_json_atomic
-from prime_jax.trained import Trained
+from prime_jax.evaluate.trained import Trained
+from prime_jax.runtime.records import Loss, as_dict, read_json, write_json_atomic
 
 SCHEMA = 1
 FILE, WORK = "eval.json", "eval"

@@ -17,8 +17,8 @@ from prime_jax.errors import UserError
 from prime_jax.evaluate import report
 from prime_jax.evaluate.score import Scorer, Windows, cut
 from prime_jax.evaluate.texts import TextSet
+from prime_jax.evaluate.trained import Trained
 from prime_jax.sample.quality import Quality, quality
-from prime_jax.trained import Trained
 
 
 def load(path: Path, of: Trained, scorer: Trained) -> tuple[TextSet, Quality]:

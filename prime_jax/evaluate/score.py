@@ -19,15 +19,15 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from prime_jax import distributed, meshes
 from prime_jax.config import MeshConfig
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood
 from prime_jax.evaluate.likelihood import Row
-from prime_jax.metrics import Clock
-from prime_jax.sharding import Shardings
+from prime_jax.evaluate.trained import Trained
+from prime_jax.runtime import distributed, meshes
+from prime_jax.runtime.metrics import Clock
+from prime_jax.runtime.sharding import Shardings
 from prime_jax.step import Parts, make_draw
-from prime_jax.trained import Trained
 
 SHORTEST = 32  # the shortest length that windows are padded to
 SAVE_SECONDS = 20.0

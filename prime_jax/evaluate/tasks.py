@@ -17,7 +17,7 @@ from typing import Any
 from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.evaluate.score import Scorer
-from prime_jax.trained import Trained
+from prime_jax.evaluate.trained import Trained
 
 OFFLINE = Path(__file__).parent / "offline"
 FEWSHOT_SEED = 1234  # as the harness has it

@@ -17,7 +17,7 @@ from prime_jax.data import loader, manifest, sources, tokenizer
 from prime_jax.errors import UserError
 from prime_jax.evaluate.presets import PRESETS
 from prime_jax.evaluate.score import Windows, cut
-from prime_jax.trained import Trained
+from prime_jax.evaluate.trained import Trained
 
 SUFFIXES = {".txt": "text", ".tokens": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 CLUSTERS = 20  # texts from which the standard error over texts is trusted

@@ -16,7 +16,7 @@ from prime_jax.data.tokenizer import Tokenizer
 from prime_jax.errors import UserError
 from prime_jax.interchange.layouts import OURS, Shape, body, body_tensors, check
 from prime_jax.interchange.tensors import open_weights
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.subtokens import Codebook, base
 
 SCHEMA = 1

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from prime_jax import storage
 from prime_jax.errors import UserError
 from prime_jax.launch.engine import REPO, Sweep
+from prime_jax.runtime import storage
 
 LARGEST = 1_000_000  # bytes of an untracked file
 KEYS = (".env*", "*.pem", "*.key", "*.p12", "id_*", "*credential*", "*secret*", "*token*.json")

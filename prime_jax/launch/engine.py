@@ -19,10 +19,10 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from prime_jax.errors import UserError
-from prime_jax.slices import Slice
+from prime_jax.hardware.slices import Slice
 
 if TYPE_CHECKING:
-    from prime_jax.costs import Prices
+    from prime_jax.hardware.roofline import Prices
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -62,7 +62,7 @@ class Sweep:
         Raises:
             UserError: no sweep is there.
         """
-        from prime_jax import slices
+        from prime_jax.hardware import slices
         from prime_jax.sweep import state
 
         state.check_root(self.source)

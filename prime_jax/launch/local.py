@@ -40,7 +40,7 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
 
 def down(sweep: Sweep, options: Options, desk: Desk) -> int:
     """Ask what `up` started on this machine to save and leave, and wait for it."""
-    from prime_jax.records import read_json
+    from prime_jax.runtime.records import read_json
     from prime_jax.sweep import state
 
     here = []
@@ -68,7 +68,7 @@ def down(sweep: Sweep, options: Options, desk: Desk) -> int:
 @contextmanager
 def _registered(sweep: Sweep) -> Iterator[None]:
     """A note for `down` of who is at work here, while it is."""
-    from prime_jax.records import write_json_atomic
+    from prime_jax.runtime.records import write_json_atomic
     from prime_jax.sweep import state
 
     state.check_root(sweep.source)

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prime_jax import storage
 from prime_jax.errors import UserError
 from prime_jax.launch import archive
 from prime_jax.launch.engine import Desk, Pool, Sweep, needs
 from prime_jax.launch.tpu_request import Options, parent_of, request
+from prime_jax.runtime import storage
 
 POLL, WAIT = 60.0, 600.0  # seconds between passes; for one operation of the cloud
 DEAD = ("SUSPENDED", "FAILED")  # their machines are gone, their quota is not

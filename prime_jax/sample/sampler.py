@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from prime_jax import hardware, sharding
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
+from prime_jax.hardware import chips
 from prime_jax.kernels.subtoken_head_base import Head
 from prime_jax.objectives import Network
-from prime_jax.sample import block_diffusion, decode_ar, loop
+from prime_jax.runtime import sharding
+from prime_jax.sample import autoregressive, block_diffusion, loop
 from prime_jax.sample.filters import Filters
 from prime_jax.sample.options import Options, validate
 from prime_jax.sample.orders import NEVER, Plan, idle_share, plan
@@ -65,7 +66,7 @@ class Sampler:
     """
 
     def __init__(self, run: TrainedRun, devices: Sequence[Any] | None = None):
-        hardware.keep_heap()
+        chips.keep_heap()
         self.config, self.codebook = run.config, run.codebook
         self.devices = list(devices or jax.devices())
         self.model = Model(run.network, Head(run.codebook))
@@ -229,11 +230,11 @@ class Sampler:
                 )
             token[row, : start[row]] = book.decode(canvas[: start[row]])
         mesh, params = self._place(size)
-        prompts = decode_ar.Prompts(token, start, stop, _filled_up(numbers, size))
+        prompts = autoregressive.Prompts(token, start, stop, _filled_up(numbers, size))
         filters = Filters(
             np.float32(options.temperature), np.int32(options.top_k), np.float32(options.top_p)
         )
-        settings = decode_ar.Settings(filters, np.uint32(options.seed), np.int32(options.stop))
+        settings = autoregressive.Settings(filters, np.uint32(options.seed), np.int32(options.stop))
         run = self._decode(mesh)
         token, count = run(params, sharding.spread(mesh, prompts), settings)
         token = np.asarray(token)
@@ -241,7 +242,7 @@ class Sampler:
         return full, int(np.max(count)), [0.0] * len(full)
 
     def _decode(self, mesh: Mesh) -> Any:
-        decode = partial(decode_ar.decode, self.model)
+        decode = partial(autoregressive.decode, self.model)
 
         def per_device(params, prompts, settings):
             return decode(params, self.config.model, prompts, settings)
@@ -264,7 +265,7 @@ class Sampler:
     def _jit(self, key: Any, mesh: Mesh, function: Callable, in_specs, out_specs) -> Any:
         if key not in self.compiled:
             shared = sharding.per_device(function, mesh, in_specs, out_specs)
-            options = hardware.compiler_options(self.devices[0].platform)
+            options = chips.compiler_options(self.devices[0].platform)
             self.compiled[key] = jax.jit(shared, compiler_options=options)
         return self.compiled[key]
 

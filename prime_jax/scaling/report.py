@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prime_jax.records import read_json
+from prime_jax.runtime.records import read_json
 from prime_jax.scaling import report_compare, report_tables
 from prime_jax.scaling.record import SCHEMA
 from prime_jax.scaling.report_page import figure, inline, notes, page

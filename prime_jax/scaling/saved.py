@@ -15,7 +15,7 @@ from typing import Any
 
 from prime_jax.config import nearest
 from prime_jax.errors import UserError
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.scaling import fit, points, record, table
 from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.points import Points, Runs

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from prime_jax.errors import UserError
-from prime_jax.records import best_valid
+from prime_jax.runtime.records import best_valid
 from prime_jax.scaling.columns import DEFAULT_METRIC
 from prime_jax.scaling.points import KINDS
 from prime_jax.scaling.table import MOST_CURVE_ROWS, Table, number, read_csv, require, text

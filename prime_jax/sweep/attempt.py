@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from prime_jax import distributed, storage
 from prime_jax.config import RunConfig, from_dict
 from prime_jax.errors import UserError
-from prime_jax.logfile import Log
-from prime_jax.records import write_json_atomic
-from prime_jax.storage import Path
+from prime_jax.runtime import distributed, storage
+from prime_jax.runtime.logfile import Log
+from prime_jax.runtime.records import write_json_atomic
+from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state, status
 from prime_jax.sweep.screen import Screen
 from prime_jax.sweep.state import Run

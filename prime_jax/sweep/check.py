@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from prime_jax import aot, flops
-from prime_jax.aot import Verdict
-from prime_jax.aot_progress import Compilations
+from prime_jax import flops
+from prime_jax.cli.compilations import Compilations
+from prime_jax.compile_check import aot
+from prime_jax.compile_check.aot import Verdict
 from prime_jax.config import MeshConfig, RunConfig
-from prime_jax.slices import Slice, human_bytes
+from prime_jax.hardware.slices import Slice, human_bytes
 from prime_jax.sweep.plan import Candidate
 
 CACHE = Path("cache", "checks")  # below ROOT

@@ -4,9 +4,9 @@ import csv
 import io
 from typing import Any
 
-from prime_jax import storage
-from prime_jax.records import best_valid
-from prime_jax.storage import Path
+from prime_jax.runtime import storage
+from prime_jax.runtime.records import best_valid
+from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
 from prime_jax.sweep.state import Run
 from prime_jax.sweep.status import status_of

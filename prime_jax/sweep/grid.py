@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prime_jax import experiment, flops, records
+from prime_jax import experiment, flops
 from prime_jax.config import FAMILIES, RunConfig, from_dict, nearest, set_path, to_dict, validate
 from prime_jax.errors import UserError
 from prime_jax.flops import Convention
+from prime_jax.runtime import records
 from prime_jax.sweep import rules
 from prime_jax.sweep.rules import Shape
 from prime_jax.sweep.strict import strict

@@ -11,9 +11,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from prime_jax import slices, storage
-from prime_jax.costs import Prices
-from prime_jax.storage import Path
+from prime_jax.hardware import slices
+from prime_jax.hardware.roofline import Prices
+from prime_jax.runtime import storage
+from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state, status
 from prime_jax.sweep.state import Run
 

@@ -12,11 +12,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from prime_jax import flops, storage
+from prime_jax import flops
 from prime_jax.config import RunConfig, run_id, set_path, to_dict, validate
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
-from prime_jax.records import read_json, write_json_atomic
+from prime_jax.runtime import storage
+from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.sweep import grid, state
 from prime_jax.sweep.grid import Experiment, Row
 

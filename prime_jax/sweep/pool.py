@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prime_jax import storage
 from prime_jax.errors import UserError
+from prime_jax.runtime import storage
 from prime_jax.sweep import accelerators, state, status
 from prime_jax.sweep.screen import Screen
 from prime_jax.sweep.state import Run

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prime_jax import storage
 from prime_jax.errors import UserError
-from prime_jax.records import as_json, parse_json, read_json, write_json_atomic
-from prime_jax.storage import Path
+from prime_jax.runtime import storage
+from prime_jax.runtime.records import as_json, parse_json, read_json, write_json_atomic
+from prime_jax.runtime.storage import Path
 
 SCHEMA = 1
 FAILURES = 3  # a run that failed so often waits for `retry`

@@ -19,9 +19,9 @@ from typing import Any
 
 from rich.console import Console
 
-from prime_jax import distributed, storage
 from prime_jax.errors import UserError
-from prime_jax.storage import Path
+from prime_jax.runtime import distributed, storage
+from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
 from prime_jax.sweep.attempt import Apart, Trainer, Worker, run_attempt
 from prime_jax.sweep.screen import Screen

@@ -7,11 +7,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prime_jax import aot, costs, flops
-from prime_jax.aot import Verdict
+from prime_jax import flops
+from prime_jax.compile_check import aot
+from prime_jax.compile_check.aot import Verdict
 from prime_jax.config import RunConfig
-from prime_jax.costs import Prices
-from prime_jax.slices import Slice, human_bytes
+from prime_jax.hardware import roofline
+from prime_jax.hardware.roofline import Prices
+from prime_jax.hardware.slices import Slice, human_bytes
 
 WIDTH = 80  # that the table needs; narrower terminals wrap its lines
 
@@ -28,7 +30,7 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     out.add_column("", no_wrap=True)
     for v in verdicts:
         m, predicted = v.config.model, v.prediction
-        memory = {"arguments": costs.memory(v.config, v.mesh)[0]} | v.record["memory"]
+        memory = {"arguments": roofline.memory(v.config, v.mesh)[0]} | v.record["memory"]
         parts = v.config.mesh.accumulate
         out.add_row(
             v.config.family,
@@ -79,12 +81,12 @@ def _message(message: dict[str, Any], as_written: bool) -> str:
 
 def bill(runs: Sequence[RunConfig], where: Slice, prices: Prices | None) -> str:
     """Predicted hours of some runs one after the other on a slice, and their price."""
-    from prime_jax import meshes
+    from prime_jax.runtime import meshes
 
     hours = 0.0
     for config in runs:
         mesh = meshes.choose(config, where.devices, where.slices)
-        step = costs.predict(config, mesh, where.chip, where.slices).step_seconds
+        step = roofline.predict(config, mesh, where.chip, where.slices).step_seconds
         hours += config.steps * step / 3600
     total = sum(flops.train_flops(config, "matmul") for config in runs)
     mfu = total / max(hours * 3600 * where.devices * where.chip.peak, 1e-9)

@@ -1,7 +1,7 @@
 """Step time and memory of a run on paper, hours, and what they cost. No JAX.
 
 A roofline: matrix products, HBM traffic and messages of one step, each divided by the speed of the
-chip (slices.py) times a stated efficiency. Messages that gather parameters overlap with computing.
+chip (chips.py) times a stated efficiency. Messages that gather parameters overlap with computing.
 Those of tensor parallelism do not, nor do sums of gradients on TPUs: in the programs that the
 compiler makes (`--check`) nothing runs beside them:
 
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from prime_jax import flops
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
-from prime_jax.slices import Chip, Slice, of_device
+from prime_jax.hardware.slices import Chip, Slice, of_device
 
 # There a reduce-scatter is made as an all-reduce, and cut (on v5e from 16 chips on).
 SUMMED_WHOLE = ("TPU v4", "TPU v5", "TPU v5 lite")

@@ -64,14 +64,14 @@ def slice_of(args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         UserError: an option that needs another one, a bad slice or a bad price list.
     """
-    from prime_jax import costs, slices
+    from prime_jax.hardware import roofline, slices
 
     if not args.slice and (args.check or args.prices):
         raise UserError("--check and --prices need --slice, e.g. --slice v5e-16")
     if args.autofit and not args.check:
         raise UserError("--autofit needs --check")
     where = slices.parse(args.slice) if args.slice else None
-    return where, costs.load_prices(args.prices) if args.prices else None
+    return where, roofline.load_prices(args.prices) if args.prices else None
 
 
 def override(config: Any, arguments: list[str]) -> Any:
@@ -135,9 +135,9 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     if args.check or args.slice or args.autofit or args.prices:
         return look_ahead(config, args)
-    from prime_jax import distributed
+    from prime_jax.cli.progress import RunProgress
     from prime_jax.data import manifest
-    from prime_jax.progress import RunProgress
+    from prime_jax.runtime import distributed
     from prime_jax.train import Interrupted, Preempted, fill_fingerprint, train
 
     data = manifest.load(config.data.path)
@@ -158,21 +158,22 @@ def look_ahead(config: Any, args: argparse.Namespace) -> int:
     """Predict a run on a slice and, with --check, compile it; 1 if it does not fit."""
     from rich.console import Console
 
-    from prime_jax import aot, aot_report
-    from prime_jax.aot_progress import Compilations
+    from prime_jax.cli import forecast
+    from prime_jax.cli.compilations import Compilations
+    from prime_jax.compile_check import aot
     from prime_jax.config import validate
 
     where, prices = slice_of(args)
-    console = Console(width=max(aot_report.WIDTH, Console().width))
+    console = Console(width=max(forecast.WIDTH, Console().width))
     verdict = None
     validate(config)
     if args.check:
         judge = aot.autofit if args.autofit else aot.check
         with Compilations(f"compiling for {where.name}", 1, console) as progress:
             verdict = judge(config, where, watch=progress.watch)
-        aot_report.show([verdict], console)
+        forecast.show([verdict], console)
         config = verdict.config
-    console.print(aot_report.bill([config], where, prices), soft_wrap=True)
+    console.print(forecast.bill([config], where, prices), soft_wrap=True)
     if verdict and args.autofit and verdict.fits:
         console.print(f"settings: {aot.describe(config.mesh)}", soft_wrap=True)
     return 0 if verdict is None or verdict.fits else 1
@@ -210,6 +211,6 @@ def report(result: dict[str, Any], out: Path) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    from prime_jax import doctor
+    from prime_jax.cli import doctor
 
     return doctor.run()

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path as LocalPath
 from typing import Any
 
-from prime_jax import storage
 from prime_jax.config import LogConfig
 from prime_jax.errors import UserError
-from prime_jax.logfile import Log
-from prime_jax.storage import Path
+from prime_jax.runtime import storage
+from prime_jax.runtime.logfile import Log
+from prime_jax.runtime.storage import Path
 
 
 class Clock:

@@ -206,7 +206,7 @@ def _write(
     drawn: dict[str, Any],
 ) -> None:
     """NAME.csv, figures, and last NAME.json."""
-    from prime_jax.records import write_json_atomic
+    from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import plots
 
     with (out / f"{name}.csv").open("w", newline="") as file:

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
 from prime_jax.flops import param_counts
-from prime_jax.sharding import AXES
+from prime_jax.runtime.sharding import AXES
 
 # Value, gradient and two moments in float32: below this many parameters a device holds them all
 # in a GiB, and sharing them would only cost messages.

@@ -89,7 +89,7 @@ def register(subparsers: Any) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from prime_jax import trained
+    from prime_jax.evaluate import trained
     from prime_jax.interchange import folder
 
     run = trained.load(args.run_name)

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_jax.cli import fit as fit_commands
 from prime_jax.errors import UserError
-from prime_jax.scaling import commands as fit_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +59,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def compare(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prime_jax.records import write_json_atomic
+    from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import compare_record, labels
     from prime_jax.scaling.compare import compare
 
@@ -96,7 +96,7 @@ def _draw(result: dict[str, Any], families: list[str], out: Path) -> list[Path]:
 def validate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prime_jax.records import write_json_atomic
+    from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import labels, record, validate
 
     console = Console(width=max(labels.WIDTH, Console().width))

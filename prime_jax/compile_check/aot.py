@@ -1,7 +1,7 @@
 """Does a run fit a slice that nobody has rented? The compiler for its chips answers.
 
 The real training step, optimizer and donation included, is compiled for the slice's topology in a
-process of its own (`aot_worker`), which needs the compiler (libtpu) and no TPU. Compiling takes
+process of its own (`worker`), which needs the compiler (libtpu) and no TPU. Compiling takes
 half a minute to some minutes; answers are cached where the caller says.
 """
 
@@ -19,11 +19,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prime_jax import __version__, costs, flops, meshes, step
+from prime_jax import __version__, flops, step
 from prime_jax.config import MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
-from prime_jax.records import read_json, write_json_atomic
-from prime_jax.slices import Slice, human_bytes
+from prime_jax.hardware import roofline
+from prime_jax.hardware.slices import Slice, human_bytes
+from prime_jax.runtime import meshes
+from prime_jax.runtime.records import read_json, write_json_atomic
 
 TRIES = 6  # of autofit
 ENVIRONMENT = {
@@ -35,11 +37,11 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
 }
 UNWANTED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the caller: virtual devices, dumps
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 SOURCES = (  # what may change a training step or what is read from it, below the package
     *("step.py", "model.py", "objectives.py", "corrupt.py", "schedule.py", "subtokens.py"),
-    *("optim.py", "sharding.py", "meshes.py", "hardware.py", "slices.py", "gpu_target.py"),
-    *("aot_worker.py", "hlo.py", "kernels/*.py"),
+    *("optim.py", "flops.py", "runtime/sharding.py", "runtime/meshes.py", "hardware/*.py"),
+    *("compile_check/*.py", "kernels/*.py"),
 )
 Compile = Callable[[RunConfig, Slice], dict[str, Any]]
 Watch = Callable[[RunConfig, str], AbstractContextManager[None]]  # told what is compiled
@@ -57,7 +59,7 @@ class Verdict:
     Attributes:
         config: with the mesh settings that were tried.
         where: the slice.
-        record: what `aot_worker.check` found.
+        record: what `worker.check` found.
         tried: all that `autofit` compiled in vain, this one included; empty otherwise.
     """
 
@@ -84,17 +86,17 @@ class Verdict:
         memory = self.record["memory"]
         if "total" in memory:
             return memory["total"]
-        return sum(memory.values()) if memory else sum(costs.memory(self.config, self.mesh))
+        return sum(memory.values()) if memory else sum(roofline.memory(self.config, self.mesh))
 
     @property
     def temporaries(self) -> float:
         """Bytes per chip; a refused program's are what is not state."""
         found = self.record["memory"].get("temporaries")
-        return self.total - costs.memory(self.config, self.mesh)[0] if found is None else found
+        return self.total - roofline.memory(self.config, self.mesh)[0] if found is None else found
 
     @property
-    def prediction(self) -> costs.Prediction:
-        return costs.predict(self.config, self.mesh, self.where.chip, self.where.slices)
+    def prediction(self) -> roofline.Prediction:
+        return roofline.predict(self.config, self.mesh, self.where.chip, self.where.slices)
 
 
 @cache
@@ -156,12 +158,18 @@ def check(
 
 
 def compile_apart(config: RunConfig, where: Slice) -> dict[str, Any]:
-    """`aot_worker.check` in its own process: its environment is set, and a crash is its own."""
+    """`worker.check` in its own process: its environment is set, and a crash is its own."""
     kept = {name: value for name, value in os.environ.items() if name not in UNWANTED}
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
         write_json_atomic(question, {"config": to_dict(config), "slice": where.name})
-        command = [sys.executable, "-m", "prime_jax.aot_worker", str(question), str(answer)]
+        command = [
+            sys.executable,
+            "-m",
+            "prime_jax.compile_check.worker",
+            str(question),
+            str(answer),
+        ]
         done = subprocess.run(
             command, env=kept | ENVIRONMENT, capture_output=True, text=True, check=False
         )
@@ -190,7 +198,7 @@ def alternatives(config: RunConfig, where: Slice) -> list[RunConfig]:
             mesh = meshes.choose(candidate, where.devices, where.slices)
         except UserError:
             continue
-        seconds = costs.predict(candidate, mesh, where.chip, where.slices).step_seconds
+        seconds = roofline.predict(candidate, mesh, where.chip, where.slices).step_seconds
         found.append((-mesh.devices, seconds, candidate.mesh.accumulate, candidate))
     most = min((item[0] for item in found), default=0)
     usable = sorted((item for item in found if item[0] == most), key=lambda item: item[1:3])
@@ -212,10 +220,10 @@ def expected(config: RunConfig, where: Slice, seen: Sequence[Verdict] = ()) -> f
     """Bytes per chip on paper, corrected by how far off the paper was for the last verdict seen on
     the same mesh. What another mesh was off by says nothing: other arrays fill its memory."""
     mesh = meshes.choose(config, where.devices, where.slices)
-    state, temporaries = costs.memory(config, mesh)
+    state, temporaries = roofline.memory(config, mesh)
     for verdict in reversed(seen):
         if verdict.mesh[:3] == mesh[:3]:
-            paper = costs.memory(verdict.config, verdict.mesh)[1]
+            paper = roofline.memory(verdict.config, verdict.mesh)[1]
             return state + temporaries * verdict.temporaries / paper
     return state + temporaries
 
@@ -257,7 +265,7 @@ def autofit(
 
 
 def _state(config: RunConfig, where: Slice) -> float:
-    return costs.memory(config, meshes.choose(config, where.devices, where.slices))[0]
+    return roofline.memory(config, meshes.choose(config, where.devices, where.slices))[0]
 
 
 def fixes(verdict: Verdict) -> list[str]:
@@ -287,7 +295,7 @@ def fixes(verdict: Verdict) -> list[str]:
             out.append(f"{names} (about {human_bytes(size)})")
     if not out:
         # Shared by all, a chip's part of the state is smallest.
-        state = costs.state_bytes(config, flops.param_counts(config)["total"])
+        state = roofline.state_bytes(config, flops.param_counts(config)["total"])
         chips = state / verdict.limit / where.chip.per_chip
         search = "none that --autofit compiled fits: use" if verdict.tried else "try --autofit or"
         out.append(

@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prime_jax import gpu_target, hlo, optim, records, sharding, slices, step
+from prime_jax import optim, step
+from prime_jax.compile_check import gpu_target, hlo
 from prime_jax.config import RunConfig, from_dict
 from prime_jax.errors import UserError
-from prime_jax.slices import Slice
+from prime_jax.hardware import slices
+from prime_jax.hardware.slices import Slice
+from prime_jax.runtime import records, sharding
 
 SCHEMA = 1
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")

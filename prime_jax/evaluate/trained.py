@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-from prime_jax import checkpoint, storage
 from prime_jax.config import RunConfig, from_dict, run_id
 from prime_jax.data import manifest
 from prime_jax.data import tokenizer as tokenizers
@@ -22,7 +21,8 @@ from prime_jax.errors import UserError
 from prime_jax.interchange import folder
 from prime_jax.model import build
 from prime_jax.objectives import Network
-from prime_jax.records import read_json
+from prime_jax.runtime import checkpoint, storage
+from prime_jax.runtime.records import read_json
 from prime_jax.step import Program, State, program
 from prime_jax.subtokens import Codebook
 from prime_jax.sweep import state as sweep_state

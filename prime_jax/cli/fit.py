@@ -5,8 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prime_jax import storage
 from prime_jax.errors import UserError
+from prime_jax.runtime import storage
 
 if TYPE_CHECKING:
     from rich.console import Console

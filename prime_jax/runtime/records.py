@@ -5,9 +5,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prime_jax import storage
 from prime_jax.errors import UserError
-from prime_jax.storage import Path
+from prime_jax.runtime import storage
+from prime_jax.runtime.storage import Path
 
 SCHEMA = 1
 Kind = Literal["nll", "nelbo", "train_loss"]

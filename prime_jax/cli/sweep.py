@@ -4,10 +4,10 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from prime_jax import commands as commands_of_train
-from prime_jax import storage
-from prime_jax.launch import commands as commands_of_launch
-from prime_jax.scaling.fit_options import positive
+from prime_jax.cli import launch as commands_of_launch
+from prime_jax.cli import train as commands_of_train
+from prime_jax.cli.fit_options import positive
+from prime_jax.runtime import storage
 
 ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s3://BUCKET/..."
 WIDTH = 110  # that a plan needs at least; narrower terminals wrap its lines
@@ -147,7 +147,7 @@ def _status(commands: argparse._SubParsersAction) -> None:
 
 
 def _report(commands: argparse._SubParsersAction) -> None:
-    from prime_jax.scaling import commands as commands_of_fit
+    from prime_jax.cli import fit as commands_of_fit
 
     parser = commands.add_parser(
         "report",
@@ -212,10 +212,10 @@ def plan(args: argparse.Namespace) -> None:
         listed = _checked(args, listed, where, console)
     console.print(planning.table(experiment, listed, args.flops_per_second))
     if where:
-        from prime_jax import aot_report
+        from prime_jax.cli import forecast
 
         good = [candidate.config for candidate in listed if not candidate.drop]
-        console.print(aot_report.bill(good, where, prices), soft_wrap=True)
+        console.print(forecast.bill(good, where, prices), soft_wrap=True)
     if args.root is not None:
         added = planning.write(args.root, experiment, listed, where.name if where else "")
         console.print(
@@ -226,14 +226,14 @@ def plan(args: argparse.Namespace) -> None:
 
 def _checked(args: argparse.Namespace, listed, where, console):
     """The candidates after the compiler has seen them."""
-    from prime_jax import aot_report
+    from prime_jax.cli import forecast
     from prime_jax.sweep import check
 
     cache = args.root / check.CACHE if args.root else None
     options = check.Options(every=args.check == "all", autofit=args.autofit, cache=cache)
     listed, verdicts = check.check(listed, where, options)
     if verdicts:
-        aot_report.show(verdicts, console)
+        forecast.show(verdicts, console)
     return listed
 
 
@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def work(args: argparse.Namespace) -> int:
-    from prime_jax import slices
+    from prime_jax.hardware import slices
     from prime_jax.sweep import worker
 
     name = getattr(args, "slice", "")
@@ -263,11 +263,11 @@ def show_status(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from prime_jax import costs
+    from prime_jax.hardware import roofline
     from prime_jax.sweep import live, state, status
 
     state.check_root(args.root)
-    prices = costs.load_prices(args.prices) if args.prices else None
+    prices = roofline.load_prices(args.prices) if args.prices else None
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
             live.watch(args.root, Console(), prices)
@@ -280,8 +280,8 @@ def show_status(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
+    from prime_jax.cli import fit as commands_of_fit
     from prime_jax.errors import UserError
-    from prime_jax.scaling import commands as commands_of_fit
     from prime_jax.sweep import state
 
     state.check_root(args.runs)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from prime_jax.scaling import compare_commands, design_commands, predict_commands
+from prime_jax.cli import compare, design, predict
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -12,5 +12,5 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="What scaling laws are for, once there are runs to fit them to.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (compare_commands, predict_commands, design_commands):
+    for module in (compare, predict, design):
         module.register(commands)

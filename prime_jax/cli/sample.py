@@ -91,7 +91,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def run_sample(args: argparse.Namespace) -> int:
     if args.prompt == "":
         raise UserError("--prompt is empty; leave it out to sample without one")
-    from prime_jax import trained
+    from prime_jax.evaluate import trained
     from prime_jax.sample import Sampler
 
     run = trained.load(args.run_name)
@@ -102,7 +102,7 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_infill(args: argparse.Namespace) -> int:
-    from prime_jax import trained
+    from prime_jax.evaluate import trained
     from prime_jax.sample import Sampler, infill
 
     run = trained.load(args.run_name)
@@ -220,7 +220,7 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: A
     from rich.console import Console
     from rich.progress import track
 
-    from prime_jax.sample.watch import Watcher
+    from prime_jax.cli.watch import Watcher
 
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_open(args.out)) if args.out else None

@@ -57,7 +57,7 @@ def template(args: argparse.Namespace, fitted: "Saved", family: str) -> "Templat
     """
     import dataclasses
 
-    from prime_jax.commands import override
+    from prime_jax.cli.train import override
     from prime_jax.scaling import launchable
 
     fitted.points(family)

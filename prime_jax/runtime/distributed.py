@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from prime_jax import peers, tpu_pod
 from prime_jax.errors import UserError
+from prime_jax.runtime import tpu_metadata, watchdog
 
 PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
 WAIT_SECONDS, HEARTBEAT_SECONDS = 1800, 60
@@ -61,7 +61,7 @@ def detect(environment: Mapping[str, str]) -> Gang | None:
         step = _whole(environment, "SLURM_STEP_ID", 0, least=0)
         port = 20_000 + (_whole(environment, "SLURM_JOB_ID", 0, least=0) * 7 + step) % 20_000
         return _gang(f"{first_host(nodes)}:{port}", count, index, "Slurm")
-    if pod := tpu_pod.find(environment):
+    if pod := tpu_metadata.find(environment):
         port = environment.get("JAX_COORDINATOR_PORT", PORT)
         return _gang(f"{pod.coordinator}:{port}", pod.processes, pod.process, pod.found)
     return None
@@ -167,7 +167,7 @@ def start(say: Callable[[str], None], environment: Mapping[str, str] = os.enviro
     finally:
         timer.cancel()
     say(f"process {gang.process}: all {gang.processes} are here")
-    peers.watch(gang, heartbeat, say)
+    watchdog.watch(gang, heartbeat, say)
     return gang
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_jax.cli import fit_options
 from prime_jax.errors import UserError
-from prime_jax.scaling import fit_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +61,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prime_jax.records import write_json_atomic
+    from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import design, saved
 
     fitted = saved.read(args.fit)

@@ -8,16 +8,16 @@ from prime_jax.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
-    from prime_jax import commands
-    from prime_jax.analyse import commands as analyse_commands
-    from prime_jax.data import commands as data_commands
-    from prime_jax.evaluate import commands as eval_commands
-    from prime_jax.interchange import commands as interchange_commands
-    from prime_jax.kernels import commands as kernels_commands
-    from prime_jax.sample import commands as sample_commands
-    from prime_jax.scaling import commands as fit_commands
-    from prime_jax.scaling import scaling_commands
-    from prime_jax.sweep import commands as sweep_commands
+    from prime_jax.cli import analyse as analyse_commands
+    from prime_jax.cli import data as data_commands
+    from prime_jax.cli import evaluate as eval_commands
+    from prime_jax.cli import fit as fit_commands
+    from prime_jax.cli import interchange as interchange_commands
+    from prime_jax.cli import kernels as kernels_commands
+    from prime_jax.cli import sample as sample_commands
+    from prime_jax.cli import scaling
+    from prime_jax.cli import sweep as sweep_commands
+    from prime_jax.cli import train as commands
 
     top = argparse.ArgumentParser(
         prog="prime-jax",
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         data_commands,
         sweep_commands,
         fit_commands,
-        scaling_commands,
+        scaling,
         kernels_commands,
         eval_commands,
         analyse_commands,
@@ -55,7 +55,3 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,8 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from prime_jax.scaling import commands as fit_commands
-from prime_jax.scaling import fit_options
+from prime_jax.cli import fit as fit_commands
+from prime_jax.cli import fit_options
 
 if TYPE_CHECKING:
     from rich.console import Console

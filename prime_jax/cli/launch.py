@@ -108,7 +108,7 @@ def _understand(args: argparse.Namespace) -> tuple[Any, Any, Sweep]:
     Raises:
         UserError: an unknown engine or slice, or an option of another engine.
     """
-    from prime_jax import slices
+    from prime_jax.hardware import slices
 
     if args.on not in ENGINES:
         known = nearest(args.on, ENGINES) or f"; there are {', '.join(ENGINES)}"
@@ -131,10 +131,10 @@ def _understand(args: argparse.Namespace) -> tuple[Any, Any, Sweep]:
 def _desk(args: argparse.Namespace) -> Desk:
     from rich.console import Console
 
-    from prime_jax import costs
+    from prime_jax.hardware import roofline
 
     path = getattr(args, "prices", None) or (PRICES if PRICES.exists() else None)
-    return Desk(Console(), args.yes, costs.load_prices(path) if path else None)
+    return Desk(Console(), args.yes, roofline.load_prices(path) if path else None)
 
 
 def _add_options(group: Any) -> None:

@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from rich.console import Console
 
-    from prime_jax import distributed, trained
-    from prime_jax.evaluate import report
+    from prime_jax.evaluate import report, trained
+    from prime_jax.runtime import distributed
 
     console = Console()
     say = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
@@ -186,8 +186,8 @@ def _scorer(args: argparse.Namespace, found: Any) -> Any:
 
 
 def _texts(args, found, out: Path, tick, records: list) -> None:
-    from prime_jax import distributed
     from prime_jax.evaluate import report, texts
+    from prime_jax.runtime import distributed
 
     examples = found.config.eval.examples if args.examples is None else args.examples
     if args.examples is None and (args.stride or args.context):
@@ -209,8 +209,8 @@ def _texts(args, found, out: Path, tick, records: list) -> None:
 
 
 def _samples(args, found, out: Path, tick, records: list) -> None:
-    from prime_jax import distributed, trained
-    from prime_jax.evaluate import report, samples
+    from prime_jax.evaluate import report, samples, trained
+    from prime_jax.runtime import distributed
 
     by = trained.load(args.scorer) if args.scorer else found
     names = report.names_of(by, args.estimators)
@@ -223,8 +223,8 @@ def _samples(args, found, out: Path, tick, records: list) -> None:
 def _tasks(args, found, out: Path, tick, console: Any) -> None:
     from rich.console import Console
 
-    from prime_jax import distributed
     from prime_jax.evaluate import report, tasks
+    from prime_jax.runtime import distributed
 
     call = tasks.Call(args.tasks, args.task_data, args.include_path, args.limit)
     settings = dataclasses.replace(

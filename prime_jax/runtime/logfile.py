@@ -4,7 +4,7 @@ import contextlib
 import threading
 
 from prime_jax.errors import UserError
-from prime_jax.storage import MIRROR_SECONDS, Path, insist, is_remote, told, write
+from prime_jax.runtime.storage import MIRROR_SECONDS, Path, insist, is_remote, told, write
 
 
 class Log:

@@ -45,7 +45,7 @@ def device_lines() -> list[str]:
     """One line per kind of device that JAX sees, with its memory limit where it is known."""
     import jax
 
-    from prime_jax.hardware import peak_flops
+    from prime_jax.hardware.chips import peak_flops
 
     kinds: dict[str, list] = {}
     for device in jax.devices():

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as LocalPath
 from typing import Any
 
-from prime_jax import distributed, storage
 from prime_jax.config import CheckpointConfig
 from prime_jax.errors import UserError
-from prime_jax.records import write_json_atomic
-from prime_jax.storage import Path
+from prime_jax.runtime import distributed, storage
+from prime_jax.runtime.records import write_json_atomic
+from prime_jax.runtime.storage import Path
 
 PATIENCE = 300.0  # seconds that a save in the background waits for a store to come back
 LAYOUT = 1  # of the parameters; the next number whenever their order or meaning changes

@@ -4,7 +4,7 @@ import importlib.metadata
 from typing import Any, NamedTuple
 
 from prime_jax.errors import UserError
-from prime_jax.slices import Slice
+from prime_jax.hardware.slices import Slice
 
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 

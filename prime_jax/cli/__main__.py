@@ -1,0 +1,7 @@
+"""`python -m prime_jax.cli`."""
+
+import sys
+
+from prime_jax.cli import main
+
+sys.exit(main())
