@@ -6,7 +6,7 @@ once. A step is a function of (seed, step, tokens): resuming continues to the bi
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from prime_jax import optim
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
-from prime_jax.evaluate import estimators, likelihood
 from prime_jax.hardware import chips
 from prime_jax.kernels import selection
 from prime_jax.kernels.subtoken_head import HeadLoss
@@ -94,16 +93,21 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """The compiled functions of one shape on one mesh."""
+    """The compiled functions that train one shape on one mesh."""
 
-    config: RunConfig
-    codebook: Codebook
-    mesh: Mesh | AbstractMesh
+    parts: "Parts"
     mesh_choice: meshes.Choice
     abstract: State  # shapes and shardings
     init: Any  # (clock, seed) -> State
     train: Compiled  # (clock, state, tokens, rows, seed, horizon) -> (state, Metrics)
-    draw: Any  # (clock, estimator, params, tokens, row) -> {label: nats [B]}
+
+    @property
+    def codebook(self) -> Codebook:
+        return self.parts.codebook
+
+    @property
+    def mesh(self) -> Mesh | AbstractMesh:
+        return self.parts.mesh
 
 
 def shape_of(config: RunConfig) -> RunConfig:
@@ -125,16 +129,11 @@ def shape_of(config: RunConfig) -> RunConfig:
 
 
 def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) -> Program:
-    """The functions that train and evaluate `config`; shared by all configs of one shape.
+    """The functions that train `config`; shared by all configs of one shape.
 
     Args:
         codebook: codes that came with imported weights; by default those that the config makes.
-
-    Raises:
-        UserError: an unknown estimator, which would otherwise be met after the training.
     """
-    for name in config.eval.estimators:
-        likelihood.estimator(name)
     return _program(shape_of(config), eos_id, codebook)
 
 
@@ -165,19 +164,16 @@ def make_program(
         return _train_function(parts._replace(config=config), tx)
 
     return Program(
-        config=config,
-        codebook=codebook,
-        mesh=mesh,
+        parts=parts,
         mesh_choice=choice,
         abstract=abstract,
         init=init,
         train=Compiled("training step", config, mesh, train),
-        draw=make_draw(parts),
     )
 
 
 class Parts(NamedTuple):
-    """What the compiled functions of a program share."""
+    """What a network is computed from on a mesh; all functions of a program share it."""
 
     config: RunConfig
     codebook: Codebook
@@ -284,30 +280,3 @@ def _train_function(p: Parts, tx) -> Any:
         return State(state.step + 1, params, opt_state, ema), metrics
 
     return train
-
-
-def make_draw(p: Parts, guidance: float = 0.0) -> Any:
-    """(clock, estimator, params, tokens, row) -> {label: nats [B]} (`likelihood.draw`)."""
-
-    def make(config: RunConfig, name: str) -> Any:
-        parts = p._replace(config=config)
-        network = parts.network()
-        task = estimators.make_task(config, p.codebook, p.eos_id, parts.head_axis(), guidance)
-
-        def device(params, tokens_BxL, row: likelihood.Row):
-            apply = lambda *args: network.apply({"params": params}, *args)  # noqa: E731
-            nats = likelihood.draw(task, name, apply, tokens_BxL, *row)
-            over = (sharding.REPLICA, sharding.DATA)
-            return jax.tree.map(lambda x: jax.lax.all_gather(x, over, tiled=True), nats)
-
-        specs = (p.specs, sharding.BATCH, sharding.BATCH)
-        return jax.jit(sharding.per_device(device, p.mesh, specs, sharding.REPLICATED))
-
-    @lru_cache
-    def compiled(name: str):
-        return Compiled(f"estimator {name}", p.config, p.mesh, partial(make, name=name))
-
-    def draw(clock: Clock, name: str, params, tokens_BxL: np.ndarray, row: likelihood.Row):
-        return compiled(name)(clock, params, *sharding.spread(p.mesh, (tokens_BxL, row)))
-
-    return draw

@@ -20,7 +20,7 @@ from prime_jax import __version__, flops, optim, schedule
 from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
 from prime_jax.data import loader, manifest
 from prime_jax.errors import UserError
-from prime_jax.evaluate import likelihood
+from prime_jax.evaluate import draws, likelihood
 from prime_jax.hardware import chips, roofline
 from prime_jax.runtime import checkpoint, distributed, meshes, sharding, storage, watchdog
 from prime_jax.runtime.metrics import Clock, MetricsLog, NoLog, Pace, Profile, memory_high_water
@@ -112,6 +112,7 @@ class Run:
         self.beat, self.say = beat, say
         self.id = run_id(self.config)
         self.program: Program = program(self.config, self.data.eos_id)
+        likelihood.estimators_of(self.config, self.program.codebook)  # known, before any training
         origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
         self.checkpoints = checkpoint.Writer(
             self.run_dir / "checkpoints", self._about(), config.checkpoint, say, origin
@@ -304,11 +305,12 @@ class Run:
     def _evaluate(self, state: State, *, final: bool) -> list[Loss]:
         params = state.ema if self.config.optim.ema else state.params
         step = int(state.step)
+        draw = draws.of_program(self.program)
         with self.clock.measure("eval"):
             losses, nats, n_tokens = likelihood.evaluate(
                 self.config,
                 self.program.codebook,
-                lambda name, row: self.program.draw(
+                lambda name, row: draw(
                     self.clock, name, params, self.blocks.tokens[row.example], row
                 ),
                 self.blocks.tokens,

@@ -25,7 +25,7 @@ def quiet(*_):
 
 @pytest.fixture(scope="module")
 def subject(tiny_run):
-    return subjects.load([str(tiny_run)])[0]
+    return subjects.load([[str(tiny_run)]])[0]
 
 
 def test_ranks_of_known_spectra():

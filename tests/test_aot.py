@@ -338,8 +338,8 @@ def test_compilations_are_counted_and_have_an_end_in_sight(monkeypatch):
         left.append(progress.left())
         return asked(config, where)
 
-    with compilations.Compilations("t", 1, Console(file=io.StringIO())) as progress:
-        aot.autofit(BIG, V5E, compile=compile, watch=progress.watch)
+    with compilations.Compilations("t", Console(file=io.StringIO())) as progress:
+        aot.autofit(BIG, V5E, compile=compile, progress=progress)
         assert (progress._state.completed, progress._state.total) == (aot.TRIES, aot.TRIES)
         assert progress._state.description.startswith("mdm 24x2048: try 6 of at most 6")
     assert left[0] == compilations.FIRST_SECONDS

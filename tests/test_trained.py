@@ -34,7 +34,7 @@ def test_a_run_of_a_sweep_is_found_by_the_beginning_of_its_id(tiny_run, tmp_path
         state.claim(tmp_path, run, k)
         (tmp_path / "runs" / run / str(k)).mkdir(parents=True)
     shutil.copytree(tiny_run / "checkpoints", tmp_path / "runs" / run / "1" / "checkpoints")
-    assert trained.load(f"{tmp_path}:{run[:6]}").step == config["steps"]
+    assert runs.load(f"{tmp_path}:{run[:6]}").step == config["steps"]
 
 
 def test_what_is_no_finished_run_is_refused(tiny_run, tmp_path):

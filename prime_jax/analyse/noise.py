@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from prime_jax.analyse.subjects import Subject
+from prime_jax.evaluate import draws as compiled
 from prime_jax.evaluate import likelihood
 from prime_jax.runtime.metrics import Clock
 from prime_jax.runtime.records import Loss, as_dict
@@ -77,9 +78,9 @@ def draws(
     uniform = ((level + np.array(inside)) / levels).reshape(-1).astype(np.float32)
     devices = run.program.mesh_choice.replica * run.program.mesh_choice.data
     size = likelihood.batch_size(run.config, devices)  # the one that is compiled
-    pending = []
+    draw, pending = compiled.of_program(run.program), []
     for row in likelihood.batches(likelihood.Row(replicate, example, uniform), size):
-        found = run.program.draw(Clock(), estimator, run.params, token_ExL[row.example], row)
+        found = draw(Clock(), estimator, run.params, token_ExL[row.example], row)
         pending.append(found[estimator])
         tick()
     flat = np.concatenate([np.asarray(x, np.float64) for x in pending])[: len(example)]

@@ -66,13 +66,15 @@ class Subject:
         }
 
 
-def load(names: list[str], data: Path | None = None) -> list[Subject]:
+def load(attempts: list[list[Any]], data: Path | None = None) -> list[Subject]:
     """The runs, each with a name of its own: family, l, the beginning of its id (and a number).
 
+    Args:
+        attempts: the directories of each run (`trained.load`).
     Raises:
         UserError: no such run, an unfinished one, or a dataset that is not for it.
     """
-    runs = [trained.load(name) for name in names]
+    runs = [trained.load(*directories) for directories in attempts]
     labels = [_label(run) for run in runs]
     labels = [f"{x} #{k + 1}" if labels.count(x) > 1 else x for k, x in enumerate(labels)]
     given = manifest.load(data) if data else None

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_jax.cli import runs
+from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def register(subparsers: Any) -> None:
 
     def add(name: str, run: Any, summary: str, examples: int = 0) -> argparse.ArgumentParser:
         one = kinds.add_parser(name, help=summary, description=summary)
-        one.add_argument("runs", nargs="+", metavar="RUN", help="run, ROOT:ID or exported folder")
+        one.add_argument("runs", nargs="+", metavar="RUN", help=RUN)
         one.add_argument(
             "--out", type=Path, metavar="DIR", help="default: RUN/analysis of the first run"
         )
@@ -173,7 +175,7 @@ def run_bits(args: argparse.Namespace) -> None:
 def _open(args: argparse.Namespace) -> "tuple[list[Subject], Path]":
     from prime_jax.analyse import subjects
 
-    found = subjects.load(args.runs, getattr(args, "data", None))
+    found = subjects.load([runs.attempts(name) for name in args.runs], getattr(args, "data", None))
     out = args.out or found[0].run.path / "analysis"
     try:
         out.mkdir(parents=True, exist_ok=True)

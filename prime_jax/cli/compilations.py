@@ -18,25 +18,25 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from prime_jax.compile_check import aot
 from prime_jax.config import MeshConfig, RunConfig
 
 FIRST_SECONDS = 30.0  # a guess, until one has been compiled
 REMEMBERED_SECONDS = 1.0  # whatever is faster was not compiled
 
 
-class Compilations:
-    """A progress bar, on terminals; a context manager. `watch` goes to `aot.check` and `autofit`.
+class Compilations(aot.Progress):
+    """A progress bar, on terminals; a context manager.
 
     Args:
         title: shown before the first compilation.
-        total: how many are known to be needed.
     """
 
-    def __init__(self, title: str, total: int, console: Console | None = None):
+    def __init__(self, title: str, console: Console | None = None):
         columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("ETA"), _Left(self))
         self._bar = Progress(*columns, *times, transient=True, console=console)
-        self._task = self._bar.add_task(title, total=total)
+        self._task = self._bar.add_task(title, total=1)
         self._took: list[float] = []
         self._began: float | None = None
         self._shape: RunConfig | None = None
@@ -48,8 +48,10 @@ class Compilations:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def more(self) -> None:
-        """One that did not fit makes another one necessary."""
+    def expect(self, total: int) -> None:
+        self._bar.update(self._task, total=total)
+
+    def expect_more(self) -> None:
         self._bar.update(self._task, total=self._state.total + 1)
 
     @contextmanager
@@ -59,7 +61,7 @@ class Compilations:
         name = f"{config.family} {m.layers}x{m.width}: {text}"
         shape = replace(config, mesh=MeshConfig())
         if shape == self._shape:
-            self.more()
+            self.expect_more()
         self._shape = shape
         self._bar.update(self._task, description=name)
         self._began = time.monotonic()

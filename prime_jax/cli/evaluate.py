@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 
 
@@ -23,7 +24,7 @@ def register(subparsers: Any) -> None:
         "eval RUN --samples out.jsonl --scorer OTHER ; prime-jax eval RUN --tasks sciq,arc_easy "
         "--task-data tasks/",
     )
-    parser.add_argument("run_name", metavar="RUN", help="run directory, ROOT:ID or exported folder")
+    parser.add_argument("run_name", metavar="RUN", help=RUN)
     parser.add_argument(
         "--data",
         action="append",
@@ -101,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from rich.console import Console
 
-    from prime_jax.evaluate import report, trained
+    from prime_jax.cli import runs
+    from prime_jax.evaluate import report
     from prime_jax.runtime import distributed
 
     console = Console()
@@ -110,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         from prime_jax.evaluate import tasks
 
         tasks.check(args.tasks, args.include_path, args.task_data)  # before anything is loaded
-    found = trained.load(args.run_name, say)
+    found = runs.load(args.run_name, say)
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []
     with distributed.Notice() as notice, progress(console, notice) as tick:
@@ -209,10 +211,11 @@ def _texts(args, found, out: Path, tick, records: list) -> None:
 
 
 def _samples(args, found, out: Path, tick, records: list) -> None:
-    from prime_jax.evaluate import report, samples, trained
+    from prime_jax.cli import runs
+    from prime_jax.evaluate import report, samples
     from prime_jax.runtime import distributed
 
-    by = trained.load(args.scorer) if args.scorer else found
+    by = runs.load(args.scorer) if args.scorer else found
     names = report.names_of(by, args.estimators)
     record = samples.score(args.samples, found, _scorer(args, by), names, args.replicates, tick)
     records.append(record)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def register(subparsers: Any) -> None:
         description="Write the weights of RUN as safetensors (linear weights [out, in], vocabulary "
         "rows by token id), its settings and permutation, and its tokenizer. The folder is a RUN.",
     )
-    export.add_argument("run_name", metavar="RUN", help="run directory, ROOT:ID or exported folder")
+    export.add_argument("run_name", metavar="RUN", help=RUN)
     export.add_argument("out", type=Path, metavar="OUT", help="new folder")
     export.add_argument(
         "--format",
@@ -89,10 +90,10 @@ def register(subparsers: Any) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from prime_jax.evaluate import trained
+    from prime_jax.cli import runs
     from prime_jax.interchange import folder
 
-    run = trained.load(args.run_name)
+    run = runs.load(args.run_name)
     tokenizer = None
     if run.data is not None or (run.path / "tokenizer.json").exists():
         tokenizer = run.tokenizer

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 
 ORDERS = """orders (masked diffusion):
@@ -19,7 +20,6 @@ HOLES = """holes in TEXT:
   [[KEEP:3 word]]     keep the first three sub-tokens of each token of `word`, draw the others again
   [[KEEP:++?+ word]]  the same with a sign for every sub-token: + kept, ? drawn again
 """
-RUN = "run directory, ROOT:ID or exported folder"
 
 
 def register(subparsers: Any) -> None:
@@ -91,10 +91,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def run_sample(args: argparse.Namespace) -> int:
     if args.prompt == "":
         raise UserError("--prompt is empty; leave it out to sample without one")
-    from prime_jax.evaluate import trained
+    from prime_jax.cli import runs
     from prime_jax.sample import Sampler
 
-    run = trained.load(args.run_name)
+    run = runs.load(args.run_name)
     prompt = [] if args.prompt is None else run.tokenizer.encode(args.prompt).tolist()
     sampler = Sampler(run)
     options = _options(args, run, sampler, gen_length=args.gen_length)
@@ -102,10 +102,10 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_infill(args: argparse.Namespace) -> int:
-    from prime_jax.evaluate import trained
+    from prime_jax.cli import runs
     from prime_jax.sample import Sampler, infill
 
-    run = trained.load(args.run_name)
+    run = runs.load(args.run_name)
     sampler = Sampler(run)
     canvas = infill.canvas(args.text, run.tokenizer, run.codebook)
     return _draw(args, run, sampler, canvas, _options(args, run, sampler))

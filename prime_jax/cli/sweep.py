@@ -227,11 +227,13 @@ def plan(args: argparse.Namespace) -> None:
 def _checked(args: argparse.Namespace, listed, where, console):
     """The candidates after the compiler has seen them."""
     from prime_jax.cli import forecast
+    from prime_jax.cli.compilations import Compilations
     from prime_jax.sweep import check
 
     cache = args.root / check.CACHE if args.root else None
     options = check.Options(every=args.check == "all", autofit=args.autofit, cache=cache)
-    listed, verdicts = check.check(listed, where, options)
+    with Compilations(f"compiling for {where.name}", console) as progress:
+        listed, verdicts = check.check(listed, where, options, progress=progress)
     if verdicts:
         forecast.show(verdicts, console)
     return listed

@@ -169,8 +169,8 @@ def look_ahead(config: Any, args: argparse.Namespace) -> int:
     validate(config)
     if args.check:
         judge = aot.autofit if args.autofit else aot.check
-        with Compilations(f"compiling for {where.name}", 1, console) as progress:
-            verdict = judge(config, where, watch=progress.watch)
+        with Compilations(f"compiling for {where.name}", console) as progress:
+            verdict = judge(config, where, progress=progress)
         forecast.show([verdict], console)
         config = verdict.config
     console.print(forecast.bill([config], where, prices), soft_wrap=True)

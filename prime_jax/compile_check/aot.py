@@ -44,12 +44,23 @@ SOURCES = (  # what may change a training step or what is read from it, below th
     *("compile_check/*.py", "kernels/*.py"),
 )
 Compile = Callable[[RunConfig, Slice], dict[str, Any]]
-Watch = Callable[[RunConfig, str], AbstractContextManager[None]]  # told what is compiled
 
 
-def unwatched(config: RunConfig, text: str) -> AbstractContextManager[None]:
-    """Nobody looks."""
-    return nullcontext()
+class Progress:
+    """Told about compilations; this one shows nothing."""
+
+    def expect(self, total: int) -> None:
+        """So many are known to be needed."""
+
+    def expect_more(self) -> None:
+        """One that did not fit makes another one necessary."""
+
+    def watch(self, config: RunConfig, text: str) -> AbstractContextManager[None]:
+        """Entered for as long as one takes."""
+        return nullcontext()
+
+
+SILENT = Progress()
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,7 @@ def check(
     where: Slice,
     cache: Path | None = None,
     compile: Compile | None = None,
-    watch: Watch = unwatched,
+    progress: Progress = SILENT,
     text: str = "as written",
 ) -> Verdict:
     """Compile the training step of `config` for `where`, or remember that it was.
@@ -138,7 +149,7 @@ def check(
     Args:
         cache: directory of earlier answers.
         compile: stands in for the compiler (tests).
-        watch: entered for as long as it takes, with `text`.
+        progress: told about the compilation, with `text`.
 
     Raises:
         UserError: no compiler for these chips here, a mesh that does not fit, or the compiler
@@ -147,9 +158,9 @@ def check(
     meshes.choose(config, where.devices, where.slices)
     known = cache / f"{key(config, where)}.json" if cache else None
     if known and known.exists():
-        with watch(config, text):
+        with progress.watch(config, text):
             return Verdict(config, where, read_json(known))
-    with watch(config, text):
+    with progress.watch(config, text):
         record = (compile or compile_apart)(config, where)
     if known:
         known.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +244,7 @@ def autofit(
     where: Slice,
     cache: Path | None = None,
     compile: Compile | None = None,
-    watch: Watch = unwatched,
+    progress: Progress = SILENT,
 ) -> Verdict:
     """The fastest combination that fits, among at most `TRIES` that are compiled.
 
@@ -242,7 +253,7 @@ def autofit(
     """
     found, seen = alternatives(config, where), []
     if not found:
-        return check(config, where, cache, compile, watch)  # which says what is wrong with its mesh
+        return check(config, where, cache, compile, progress)  # which says what is wrong with its mesh
     # The state is known exactly. Where it alone is too much everywhere, one try proves it.
     waiting = [c for c in found if _state(c, where) <= where.chip.memory] or [
         min(found, key=lambda c: expected(c, where))
@@ -255,7 +266,7 @@ def autofit(
         else:
             chosen = waiting[sizes.index(min(sizes))]
         text = f"try {len(seen) + 1} of at most {TRIES}, {describe(chosen.mesh)}"
-        verdict = check(chosen, where, cache, compile, watch, text)
+        verdict = check(chosen, where, cache, compile, progress, text)
         if verdict.fits:
             return verdict
         seen.append(verdict)

@@ -58,7 +58,7 @@ def arguments(program: step.Program) -> tuple:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    c = program.config
+    c = program.parts.config
     batch = NamedSharding(program.mesh, sharding.BATCH)
     tokens = jax.ShapeDtypeStruct((c.batch_size, c.data.seq_len), jnp.int32, sharding=batch)
     rows = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32, sharding=batch)

@@ -21,13 +21,13 @@ from jax.sharding import NamedSharding
 
 from prime_jax.config import MeshConfig
 from prime_jax.errors import UserError
-from prime_jax.evaluate import likelihood
+from prime_jax.evaluate import draws, likelihood
 from prime_jax.evaluate.likelihood import Row
 from prime_jax.evaluate.trained import Trained
 from prime_jax.runtime import distributed, meshes
 from prime_jax.runtime.metrics import Clock
 from prime_jax.runtime.sharding import Shardings
-from prime_jax.step import Parts, make_draw
+from prime_jax.step import Parts
 
 SHORTEST = 32  # the shortest length that windows are padded to
 SAVE_SECONDS = 20.0
@@ -188,7 +188,7 @@ class Scorer:
                 self.specs,
                 self.run.eos_id,
             )
-            self._draws[length, whole, batch] = make_draw(parts, self.guidance)
+            self._draws[length, whole, batch] = draws.make(parts, self.guidance)
         return self._draws[length, whole, batch]
 
     def draws(

@@ -1,8 +1,4 @@
-"""A finished run, ready to be evaluated, sampled from, analysed or exported.
-
-Wherever a command takes RUN it is a run directory, an exported folder (`interchange.folder`) or
-`ROOT:ID`, a run of a sweep, whose newest complete step of any attempt counts.
-"""
+"""A finished run, ready to be evaluated, sampled from, analysed or exported."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +21,6 @@ from prime_jax.runtime import checkpoint, storage
 from prime_jax.runtime.records import read_json
 from prime_jax.step import Program, State, program
 from prime_jax.subtokens import Codebook
-from prime_jax.sweep import state as sweep_state
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,42 +75,26 @@ class Trained:
         return lambda params: partial(model.apply, {"params": params})
 
 
-def locate(run: str) -> tuple[RunConfig, list[storage.Path]]:
-    """The config of RUN and the directories of its attempts, newest first.
-
-    Raises:
-        UserError: nothing there, or several runs of that name.
-    """
-    directory = storage.path(run)
-    head, _, name = run.rpartition(":")
-    if head and "/" not in name and not storage.exists(directory):
-        root = storage.path(head)
-        sweep_state.check_root(root)
-        found = sweep_state.select(sweep_state.list_runs(root), [name])[0]
-        config = from_dict(RunConfig, found.spec["config"], found.id)
-        attempts = [root / "runs" / found.id / str(a.k) for a in found.attempts]
-        return config, attempts[::-1]
-    if not storage.exists(directory / "config.json"):
-        raise UserError(f"{run}: no run here (no config.json); give a run directory or ROOT:ID")
-    if folder.is_exported(directory):
-        return folder.read_config(directory), [directory]
-    file = directory / "config.json"
-    return from_dict(RunConfig, read_json(file), str(file)), [directory]
-
-
-def load(run: str, say: Callable[[str], None] = print) -> Trained:
-    """The finished run RUN, on all devices.
+def load(*attempts: str | storage.Path, say: Callable[[str], None] = print) -> Trained:
+    """The finished run in a directory, on all devices.
 
     Args:
+        attempts: the run's directories, newest first (a run of a sweep has one an attempt); the
+            newest complete step of any counts. Or one exported folder.
         say: told in one line about each damaged checkpoint that was skipped.
 
     Raises:
         UserError: no such run, one that is not finished, or data or a permutation that is not its.
     """
-    config, directories = locate(run)
-    if folder.is_exported(directories[0]):
-        return _load_exported(directories[0])
-    data = None
+    directories = [storage.path(directory) for directory in attempts]
+    run = directories[0]
+    begun = [directory for directory in directories if storage.exists(directory / "config.json")]
+    if not begun:
+        raise UserError(f"{run}: no run here (no config.json); give a run directory or ROOT:ID")
+    if folder.is_exported(run):
+        return _load_exported(run)
+    file, data = begun[0] / "config.json", None
+    config = from_dict(RunConfig, read_json(file), str(file))
     if (Path(config.data.path) / manifest.FILE).exists():
         data = manifest.load(config.data.path)
         manifest.check(data, config)
@@ -131,7 +110,7 @@ def load(run: str, say: Callable[[str], None] = print) -> Trained:
     if step < config.steps:
         raise UserError(f"{run} is at step {step} of {config.steps}; finish it first")
     params = found.ema if config.optim.ema else found.params
-    return Trained(directories[0], config, made, params, step, data)
+    return Trained(run, config, made, params, step, data)
 
 
 def _load_exported(directory: Path) -> Trained:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from prime_jax import flops
-from prime_jax.cli.compilations import Compilations
 from prime_jax.compile_check import aot
 from prime_jax.compile_check.aot import Verdict
 from prime_jax.config import MeshConfig, RunConfig
@@ -34,34 +33,37 @@ def check(
     where: Slice,
     options: Options,
     compile: aot.Compile | None = None,
+    progress: aot.Progress = aot.SILENT,
 ) -> tuple[list[Candidate], list[Verdict]]:
     """Compile shapes, family by family, until one fits; what does not fit is dropped.
 
     A shape that fits stands for all smaller ones of its family; with `autofit` these take over
     the settings found for it.
 
+    Args:
+        progress: told how many compilations there will be, and around each.
     Raises:
         UserError: no compiler here, or a mesh that does not fit the slice.
     """
     out, verdicts = list(listed), []
     families = _shapes(listed, where)
     total = sum(len(shapes) if options.every else 1 for shapes in families.values())
-    with Compilations(f"compiling for {where.name}", total) as progress:
-        one = partial(aot.autofit if options.autofit else aot.check, watch=progress.watch)
-        for shapes in families.values():
-            for number, (config, members) in enumerate(shapes):
-                verdict = one(config, where, options.cache, compile)
-                verdicts.append(verdict)
-                for i in members:
-                    out[i] = _judged(out[i], verdict)
-                if verdict.fits and not options.every:
-                    if options.autofit:
-                        rest = [i for _, members in shapes[number + 1 :] for i in members]
-                        for i in rest:
-                            out[i] = _with_mesh(out[i], verdict.config.mesh)
-                    break
-                if not options.every and number + 1 < len(shapes):
-                    progress.more()
+    progress.expect(total)
+    one = partial(aot.autofit if options.autofit else aot.check, progress=progress)
+    for shapes in families.values():
+        for number, (config, members) in enumerate(shapes):
+            verdict = one(config, where, options.cache, compile)
+            verdicts.append(verdict)
+            for i in members:
+                out[i] = _judged(out[i], verdict)
+            if verdict.fits and not options.every:
+                if options.autofit:
+                    rest = [i for _, members in shapes[number + 1 :] for i in members]
+                    for i in rest:
+                        out[i] = _with_mesh(out[i], verdict.config.mesh)
+                break
+            if not options.every and number + 1 < len(shapes):
+                progress.expect_more()
     return out, verdicts
 
 
