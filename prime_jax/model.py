@@ -14,7 +14,8 @@ import numpy as np
 
 from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.kernels import selection
-from prime_jax.kernels.attention import SAVED, attention, attention_to_kept
+from prime_jax.kernels.attention import attention, attention_to_kept
+from prime_jax.kernels.attention_mask import SAVED
 from prime_jax.kernels.embedding import subtoken_embedding
 from prime_jax.runtime.sharding import WHOLE, Shardings, enter_split, leave_split
 from prime_jax.subtokens import Codebook

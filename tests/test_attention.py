@@ -13,8 +13,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from prime_jax.errors import UserError
 from prime_jax.kernels import attention_mosaic, attention_pallas
-from prime_jax.kernels.attention import SAVED, attention, attention_reference, cudnn_serves
-from prime_jax.kernels.attention_visits import Blocks, fitted, visits
+from prime_jax.kernels.attention import attention, attention_reference, cudnn_serves
+from prime_jax.kernels.attention_mask import SAVED, Blocks, fitted, visits
 from prime_jax.runtime.sharding import AXES, BATCH, per_device, spread
 
 jitted_visits = jax.jit(visits, static_argnums=(0, 1, 4))

@@ -257,7 +257,7 @@ def test_markov_blocks_are_windows_of_the_chain(tmp_path):
 
 
 def test_lossy_tokenizer_is_refused_and_another_may_follow(tmp_path, text, monkeypatch):
-    from prime_jax.data import tokenizer as tokenizers
+    from prime_jax.data import tokenizers
 
     exact = tokenizers.Bytes.encode_batch
     with monkeypatch.context() as patch:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prime_jax import cli
-from prime_jax.data.tokenizer import Bytes
+from prime_jax.data.tokenizers import Bytes
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.sample import infill

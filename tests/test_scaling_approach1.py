@@ -7,9 +7,10 @@ from scaling_cases import LAW, csv_rows, surface
 from prime_jax.scaling import agreement, approach1, record
 from prime_jax.scaling.approach2 import interval
 from prime_jax.scaling.curves import Curve, Curves
-from prime_jax.scaling.fit import Settings, fit_family, fit_runs
+from prime_jax.scaling.fit import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, exponent
 from prime_jax.scaling.points import select
+from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Table
 
 TRUE = float(exponent(LAW, Compute()))

@@ -12,9 +12,9 @@ from prime_jax.errors import UserError
 from prime_jax.scaling import approach3, compare, grid, joint, multiplier
 from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.compare_record import as_dict
-from prime_jax.scaling.fit import Settings
 from prime_jax.scaling.laws import Compute, Law, optimum
 from prime_jax.scaling.points import select
+from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Table
 
 QUICK = Settings(replicates=40)

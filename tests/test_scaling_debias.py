@@ -5,8 +5,9 @@ import pytest
 from scaling_cases import BUDGETS, LAW, ORACLE, published, surface
 
 from prime_jax.scaling import approach2, approach3, debias, valleys
-from prime_jax.scaling.fit import Settings, fit_family
+from prime_jax.scaling.fit import fit_family
 from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling.settings import Settings
 
 STEEP = Law(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.28)  # the case of the literature
 TRUE = np.log(optimum(STEEP, Compute(), np.array(BUDGETS)).params)

@@ -14,10 +14,11 @@ from prime_jax.scaling import design, fit, launchable
 from prime_jax.scaling import linear as linear_law
 from prime_jax.scaling.design import Cell
 from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.settings import Settings
 from prime_jax.sweep import collect, grid, plan
 
 NOISE, TARGET, MONEY = 3e-3, 1e21, 2e20
-SQUARES = fit.Settings(replicates=100, delta=1.0)  # a Huber this wide is least squares
+SQUARES = Settings(replicates=100, delta=1.0)  # a Huber this wide is least squares
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def of_sweep(tmp_path_factory):
         row |= {"loss": loss, "kind": "nelbo", "status": "done"}
     templates = launchable.of_sweep(root / "sweep")
     path = root / "fit"
-    scaling_cases.write_fit(path, rows, fit.Settings(replicates=100), templates=templates)
+    scaling_cases.write_fit(path, rows, Settings(replicates=100), templates=templates)
     return path
 
 
@@ -188,7 +189,7 @@ def test_rows_are_what_sweep_plan_takes(of_sweep, tmp_path, capsys):
 def test_settings_are_asked_for_where_the_fit_does_not_say(tmp_path, capsys):
     data = scaling_cases.surface(noise=2e-3)
     rows = scaling_cases.csv_rows(data)
-    scaling_cases.write_fit(tmp_path / "fit", rows, fit.Settings(replicates=100))
+    scaling_cases.write_fit(tmp_path / "fit", rows, Settings(replicates=100))
     words = ["scaling", "design", str(tmp_path / "fit"), "--target", "1e21", "--budget", "3e20"]
     assert cli.main(words) == 0
     assert "sd of log N*" in capsys.readouterr().out

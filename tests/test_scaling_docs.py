@@ -7,8 +7,9 @@ from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax.scaling import record
 from prime_jax.scaling.findings import CURES
-from prime_jax.scaling.fit import Settings, fit_runs
+from prime_jax.scaling.fit import fit_runs
 from prime_jax.scaling.points import select
+from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import read
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

@@ -10,9 +10,10 @@ from prime_jax.errors import UserError
 from prime_jax.scaling import fit
 from prime_jax.scaling.laws import Compute, Law, optimum
 from prime_jax.scaling.linear import linearise, loss_of_efficiency
+from prime_jax.scaling.settings import Settings
 
 TARGET = 1e21
-SQUARES = fit.Settings(replicates=100, objective="ls")
+SQUARES = Settings(replicates=100, objective="ls")
 
 
 @pytest.fixture(scope="module")
@@ -59,4 +60,4 @@ def test_what_a_huber_loses_against_least_squares(noise, sd):
         for _ in range(50):
             centre += np.clip(samples - centre, -1e-3, 1e-3).mean(axis=1, keepdims=True)
         sd = centre.std() / (noise / np.sqrt(200))
-    assert loss_of_efficiency(noise, fit.Settings(delta=1e-3)) == pytest.approx(sd, rel=0.03)
+    assert loss_of_efficiency(noise, Settings(delta=1e-3)) == pytest.approx(sd, rel=0.03)

@@ -10,8 +10,9 @@ from scaling_cases import BUDGETS, LAW
 from prime_jax import cli
 from prime_jax.scaling import fit, launchable, predict
 from prime_jax.scaling.laws import Compute, optimum
+from prime_jax.scaling.settings import Settings
 
-SETTINGS = fit.Settings(replicates=100, seed=3)
+SETTINGS = Settings(replicates=100, seed=3)
 CONVENTIONS = {"flops": "as given", "params": "as given"}
 TEMPLATE = launchable.template("mdm", CONVENTIONS, None)
 

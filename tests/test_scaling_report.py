@@ -26,8 +26,9 @@ from prime_jax.scaling import (
     saved,
 )
 from prime_jax.scaling.columns import Choice
-from prime_jax.scaling.fit import Settings, fit_runs
+from prime_jax.scaling.fit import fit_runs
 from prime_jax.scaling.points import select
+from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import read
 
 

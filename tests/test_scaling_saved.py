@@ -13,8 +13,9 @@ from prime_jax.cli import fit as commands
 from prime_jax.errors import UserError
 from prime_jax.scaling import fit, record, saved, table
 from prime_jax.scaling.columns import Choice
+from prime_jax.scaling.settings import Settings
 
-SETTINGS = fit.Settings(replicates=100, seed=3)
+SETTINGS = Settings(replicates=100, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_command_leaves_all_that_a_refit_needs(tmp_path, monkeypatch):
     words = ["fit", str(path), "--out", str(tmp_path / "fit"), "--bootstrap", "150", "--seed", "4"]
     assert cli.main([*words, "--objective", "ls"]) == 0
     back = saved.read(tmp_path / "fit")
-    assert back.settings == fit.Settings(replicates=150, seed=4, objective="ls")
+    assert back.settings == Settings(replicates=150, seed=4, objective="ls")
     law = back.refit("arm").parametric.fit.law
     assert dataclasses.asdict(law) == back.result["families"]["arm"]["approach3"]["params"]
 

@@ -7,9 +7,10 @@ from scaling_cases import LAW, csv_rows, published, surface, write_csv
 
 from prime_jax.cli import compare
 from prime_jax.scaling import record, validate
-from prime_jax.scaling.fit import Settings, fit_family, fit_runs
+from prime_jax.scaling.fit import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, Optimum, optimum
 from prime_jax.scaling.points import select
+from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import read_csv
 
 QUICK = Settings(replicates=100)

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime_jax.data import tokenizer as tokenizers
-from prime_jax.data import tokenizer_models as models
+from prime_jax.data import tokenizers
 from prime_jax.errors import UserError
 
 CORPUS = Path(argparse.__file__).read_text()
@@ -37,7 +36,7 @@ def sample(n_bytes):
 
 def hugging_face(directory: Path) -> str:
     library = pytest.importorskip("tokenizers")
-    built = library.Tokenizer(library.models.BPE())
+    built = library.Tokenizer(library.tokenizers.BPE())
     built.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
@@ -61,7 +60,7 @@ def tiktoken_ranks(directory: Path) -> str:
 
 def test_gpt2_encoder_json_is_a_rank_file(tmp_path):
     plain = tokenizers.make(tiktoken_ranks(tmp_path), sample)
-    character = {byte: c for c, byte in models.BYTE_OF.items()}
+    character = {byte: c for c, byte in tokenizers.BYTE_OF.items()}
     encoder = {"".join(character[b] for b in p): i for i, p in enumerate(plain.pieces[:-1])}
     encoder["<|endoftext|>"] = plain.eos_id
     (tmp_path / "encoder.json").write_text(json.dumps(encoder))
@@ -235,4 +234,4 @@ def test_altered_or_damaged_tokenizer_is_refused(tmp_path):
 
 def test_model_module_reports_an_unreadable_file(tmp_path):
     with pytest.raises(UserError):
-        models.read(str(tmp_path))
+        tokenizers.read(str(tmp_path))

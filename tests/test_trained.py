@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from prime_jax.cli import runs
 from prime_jax.config import RunConfig, from_dict, run_id
 from prime_jax.errors import UserError
 from prime_jax.evaluate import trained

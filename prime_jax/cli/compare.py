@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from prime_jax.scaling.fit import Settings
     from prime_jax.scaling.points import Runs
+    from prime_jax.scaling.settings import Settings
 
 MOST_ROWS = 40  # of the printed table of a rollout; validate.json has all
 COMPARE = """\

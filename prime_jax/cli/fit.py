@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from prime_jax.scaling.columns import Choice
-    from prime_jax.scaling.fit import Settings
+    from prime_jax.scaling.settings import Settings
 
 DESCRIPTION = """\
 Fit scaling laws to finished runs: approach 1 (envelope of training curves), approach 2
@@ -99,7 +99,7 @@ def choice_of(args: argparse.Namespace) -> "Choice":
 
 
 def settings_of(args: argparse.Namespace) -> "Settings":
-    from prime_jax.scaling.fit import Settings
+    from prime_jax.scaling.settings import Settings
 
     return Settings(
         args.bootstrap,

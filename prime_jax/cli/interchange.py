@@ -8,7 +8,7 @@ from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from prime_jax.data.tokenizer import Tokenizer
+    from prime_jax.data.tokenizers import Tokenizer
 
 IMPORT = """\
 Read weights from another system into the folder OUT, which every command takes as RUN.
@@ -131,7 +131,7 @@ def run_import(args: argparse.Namespace) -> None:
 
 
 def _exported(file: Path) -> "tuple[Any, Tokenizer | None]":
-    from prime_jax.data import tokenizer as tokenizers
+    from prime_jax.data import tokenizers
     from prime_jax.interchange import folder
 
     directory = file if file.is_dir() else file.parent
@@ -142,7 +142,7 @@ def _exported(file: Path) -> "tuple[Any, Tokenizer | None]":
 
 
 def _tokenizer(spec: str | None) -> "Tokenizer | None":
-    from prime_jax.data import tokenizer as tokenizers
+    from prime_jax.data import tokenizers
 
     if spec is None:
         return None

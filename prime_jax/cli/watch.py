@@ -7,7 +7,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from prime_jax.data.tokenizer import Tokenizer
+from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.subtokens import Codebook
 
 LEVELS = " ▁▂▃▄▅▆▇"  # share of a token's sub-tokens that is revealed

@@ -253,7 +253,9 @@ def autofit(
     """
     found, seen = alternatives(config, where), []
     if not found:
-        return check(config, where, cache, compile, progress)  # which says what is wrong with its mesh
+        return check(
+            config, where, cache, compile, progress
+        )  # which says what is wrong with its mesh
     # The state is known exactly. Where it alone is too much everywhere, one try proves it.
     waiting = [c for c in found if _state(c, where) <= where.chip.memory] or [
         min(found, key=lambda c: expected(c, where))

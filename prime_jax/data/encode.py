@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prime_jax.data import readers, shards, sources
-from prime_jax.data import tokenizer as tokenizers
+from prime_jax.data import readers, shards, sources, tokenizers
 from prime_jax.data.manifest import SPLITS, Request
 from prime_jax.runtime.records import write_json_atomic
 

@@ -17,8 +17,7 @@ from typing import Literal
 import numpy as np
 
 from prime_jax import config as configs
-from prime_jax.data import shards
-from prime_jax.data import tokenizer as tokenizers
+from prime_jax.data import shards, tokenizers
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
 

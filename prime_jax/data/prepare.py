@@ -19,9 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from prime_jax.data import assemble, encode, parallel, shards, sources
+from prime_jax.data import assemble, encode, parallel, shards, sources, tokenizers
 from prime_jax.data import manifest as manifests
-from prime_jax.data import tokenizer as tokenizers
 from prime_jax.data.manifest import SPLITS, Manifest, Request
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic

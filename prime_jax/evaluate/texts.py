@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prime_jax.data import loader, manifest, sources, tokenizer
+from prime_jax.data import loader, manifest, sources, tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate.presets import PRESETS
 from prime_jax.evaluate.score import Windows, cut
@@ -136,7 +136,7 @@ def _tokenised(
     n_bytes: int | None = sum(len(text.encode()) for text in texts)
     for text, tokens in zip(texts, ids, strict=True):
         try:
-            tokenizer.check_lossless(run.tokenizer, text, tokens)
+            tokenizers.check_lossless(run.tokenizer, text, tokens)
         except UserError:
             n_bytes = None
             break

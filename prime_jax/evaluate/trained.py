@@ -9,10 +9,9 @@ from typing import Any
 import jax
 
 from prime_jax.config import RunConfig, from_dict, run_id
-from prime_jax.data import manifest
-from prime_jax.data import tokenizer as tokenizers
+from prime_jax.data import manifest, tokenizers
 from prime_jax.data.manifest import Manifest
-from prime_jax.data.tokenizer import NO_EOS, Tokenizer
+from prime_jax.data.tokenizers import NO_EOS, Tokenizer
 from prime_jax.errors import UserError
 from prime_jax.interchange import folder
 from prime_jax.model import build

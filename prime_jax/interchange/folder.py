@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from prime_jax.config import ModelConfig, RunConfig, from_dict, to_dict
-from prime_jax.data.tokenizer import Tokenizer
+from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.errors import UserError
 from prime_jax.interchange.layouts import OURS, Shape, body, body_tensors, check
 from prime_jax.interchange.tensors import open_weights

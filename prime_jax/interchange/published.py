@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prime_jax.config import DataConfig, Family, ModelConfig, RunConfig, SubtokenConfig, validate
-from prime_jax.data.tokenizer import NO_EOS
+from prime_jax.data.tokenizers import NO_EOS
 from prime_jax.errors import UserError
 from prime_jax.interchange import folder
 from prime_jax.interchange.layouts import (

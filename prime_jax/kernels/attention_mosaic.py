@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from prime_jax.kernels.attention import NEG
-from prime_jax.kernels.attention_visits import LANES, Blocks, Visits, ceil_to, fitted, head_lanes
+from prime_jax.kernels.attention_mask import LANES, NEG, Blocks, Visits, ceil_to, fitted, head_lanes
 
 LOG2E = math.log2(math.e)
 MIB = 1 << 20

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
-from prime_jax.kernels.attention import SAVED
+from prime_jax.kernels.attention_mask import SAVED, Visits, fitted, head_lanes, visits
 from prime_jax.kernels.attention_mosaic import Plan, backward, forward, vmem_bytes
-from prime_jax.kernels.attention_visits import Visits, fitted, head_lanes, visits
 from prime_jax.kernels.check_case import Case
 
 

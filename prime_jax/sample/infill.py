@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from prime_jax.data.tokenizer import Tokenizer
+from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.errors import UserError
 from prime_jax.subtokens import Codebook
 

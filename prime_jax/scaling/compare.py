@@ -24,11 +24,11 @@ from prime_jax.scaling import (
     parametric,
 )
 from prime_jax.scaling.findings import Finding, refuse, warn
-from prime_jax.scaling.fit import Settings
 from prime_jax.scaling.joint import SharedFit
 from prime_jax.scaling.laws import Compute, Law, exponent, fit_compute
 from prime_jax.scaling.multiplier import Multiplier, Side
 from prime_jax.scaling.points import Points, Runs
+from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
 

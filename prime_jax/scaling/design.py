@@ -18,10 +18,11 @@ from scipy.stats import chi2
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import debias, labels, validate
-from prime_jax.scaling.fit import FamilyFit, Settings, optima
+from prime_jax.scaling.fit import FamilyFit, optima
 from prime_jax.scaling.laws import optimum
 from prime_jax.scaling.linear import Linear, linearise, noise_sd
 from prime_jax.scaling.points import Points
+from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
 Policy = Literal["per FLOP", "per run"]

@@ -11,7 +11,6 @@ from prime_jax.scaling import (
     agreement,
     approach1,
     approach2,
-    approach3,
     bootstrap,
     labels,
     parametric,
@@ -23,25 +22,13 @@ from prime_jax.scaling.findings import Finding, refuse, warn
 from prime_jax.scaling.laws import Compute, Law, Optimum, exponent, fit_compute, optimum
 from prime_jax.scaling.parametric import Parametric
 from prime_jax.scaling.points import Points, Runs
+from prime_jax.scaling.settings import DEFAULTS, Settings
 from prime_jax.scaling.validate import Rollout
-from prime_jax.scaling.valleys import Method
 
 Array = NDArray[np.float64]
 
 SMALL_SCALE = 1e17  # FLOPs
 CURVE = 49  # budgets at which the frontier is stored and drawn
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to fit; `level` is that of every interval."""
-
-    replicates: int = 1000
-    seed: int = 0
-    level: float = 0.95
-    delta: float = approach3.DELTA
-    objective: approach3.Objective = "huber"
-    approach2: Method = "parabola"
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ class ScalingFit:
 
 def fit_runs(
     runs: Runs,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     tell: Callable[[str], None] = lambda family: None,
     curves: Mapping[str, Curves] | None = None,
 ) -> ScalingFit:
@@ -121,7 +108,7 @@ def fit_runs(
 
 
 def fit_family(
-    points: Points, settings: Settings = Settings(), curves: Curves | None = None
+    points: Points, settings: Settings = DEFAULTS, curves: Curves | None = None
 ) -> FamilyFit:
     compute = fit_compute(points.flops, points.params, points.tokens)
     refusals = tuple(f for f in points.findings if f.refusal)

@@ -13,8 +13,9 @@ from scipy.stats import norm
 
 from prime_jax.errors import UserError
 from prime_jax.scaling.approach3 import NAMES
-from prime_jax.scaling.fit import FamilyFit, Settings
+from prime_jax.scaling.fit import FamilyFit
 from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
 

@@ -5,19 +5,16 @@ of each parameter and best size also from a profile, which shows what the runs d
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prime_jax.scaling import approach3, bootstrap, budgets, error_budget, labels, profile
-from prime_jax.scaling.error_budget import ErrorBudget
+from prime_jax.scaling import approach3, bootstrap, budgets, labels, noise, profile
 from prime_jax.scaling.findings import Finding, refuse, warn
 from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.noise import ErrorBudget
 from prime_jax.scaling.points import Points
-
-if TYPE_CHECKING:
-    from prime_jax.scaling.fit import Settings
+from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
 
@@ -48,11 +45,11 @@ class Parametric:
     findings: tuple[Finding, ...]
 
 
-def fit(points: Points, compute: Compute, settings: "Settings") -> Parametric:
+def fit(points: Points, compute: Compute, settings: Settings) -> Parametric:
     problem, fitted, errors = weighted(points, settings)
     replicates = _resample(problem, fitted, points, settings)
     ends, sizes = _profile(problem, fitted, points, compute, settings.level)
-    scatter = error_budget.scatter(problem.residual(fitted.theta_5))
+    scatter = noise.scatter(problem.residual(fitted.theta_5))
     findings = [
         *_fit_findings(points, fitted),
         *_delta_findings(problem, scatter),
@@ -86,14 +83,14 @@ def _count(number: int, what: str) -> str:
 
 
 def weighted(
-    points: Points, settings: "Settings"
+    points: Points, settings: Settings
 ) -> tuple[approach3.Problem, approach3.Fit, ErrorBudget]:
     """The fit under the weights of the error budget, which needs the scatter of an even one."""
     problem = approach3.problem(
         points.params, points.tokens, points.loss, settings.delta, settings.objective
     )
-    fitted, errors = approach3.fit(problem), error_budget.of(points)
-    weight = errors.weights(error_budget.scatter(problem.residual(fitted.theta_5)))
+    fitted, errors = approach3.fit(problem), noise.of(points)
+    weight = errors.weights(noise.scatter(problem.residual(fitted.theta_5)))
     if np.ptp(weight) > 0:
         problem = replace(problem, weight_n=weight)
         fitted = approach3.fit(problem)
@@ -101,7 +98,7 @@ def weighted(
 
 
 def _resample(
-    problem: approach3.Problem, fitted: approach3.Fit, points: Points, settings: "Settings"
+    problem: approach3.Problem, fitted: approach3.Fit, points: Points, settings: Settings
 ) -> Law:
     if points.run is not None:
         return bootstrap.wild(problem, fitted, points.run, settings.replicates, settings.seed)
@@ -177,7 +174,7 @@ def _delta_findings(problem: approach3.Problem, scatter: float) -> list[Finding]
 
 
 def _bound_findings(
-    problem: approach3.Problem, fit: approach3.Fit, replicates: Law, settings: "Settings"
+    problem: approach3.Problem, fit: approach3.Fit, replicates: Law, settings: Settings
 ) -> list[Finding]:
     if fit.certificate.bounds:
         names = ", ".join(fit.certificate.bounds)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import budgets, conventions, error_budget, labels
+from prime_jax.scaling import budgets, conventions, labels, repeats
 from prime_jax.scaling.columns import Choice, Columns, choose
 from prime_jax.scaling.findings import Finding, refuse, warn
 from prime_jax.scaling.table import Table, number, require, text
@@ -279,11 +279,11 @@ def _data_findings(table: Table, arrays: dict[str, Array], lost: list[Excluded])
                 f"{repeated} runs saw their data more than once (up to {most:.3g} times)",
             )
         )
-    if not error_budget.repeats(arrays["params"], arrays["tokens"], arrays["lr"]):
+    if not repeats.repeats(arrays["params"], arrays["tokens"], arrays["lr"]):
         findings.append(
             warn(
                 "no_seed_repeats",
-                f"no run is repeated with another seed: a noise floor of {error_budget.SEED:.2%} of the loss is assumed",
+                f"no run is repeated with another seed: a noise floor of {repeats.SEED:.2%} of the loss is assumed",
             )
         )
     run_n = _shared_runs(table)

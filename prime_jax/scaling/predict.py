@@ -7,9 +7,10 @@ import numpy as np
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, bootstrap, debias, labels, launchable, validate
 from prime_jax.scaling.findings import Finding, refuse, warn
-from prime_jax.scaling.fit import FamilyFit, Settings, optima
+from prime_jax.scaling.fit import FamilyFit, optima
 from prime_jax.scaling.launchable import Template
 from prime_jax.scaling.laws import optimum
+from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.validate import ModelError
 
 

@@ -45,11 +45,12 @@ from typing import Any
 import numpy as np
 
 from prime_jax import __version__
-from prime_jax.scaling import approach2, bootstrap, error_budget, validate
-from prime_jax.scaling.fit import CURVE, FamilyFit, ScalingFit, Settings, curve_budgets, optima
+from prime_jax.scaling import approach2, bootstrap, noise, validate
+from prime_jax.scaling.fit import CURVE, FamilyFit, ScalingFit, curve_budgets, optima
 from prime_jax.scaling.laws import Optimum, exponent, optimum
 from prime_jax.scaling.points import Runs
 from prime_jax.scaling.profile import Ends
+from prime_jax.scaling.settings import Settings
 
 SCHEMA = 1
 QUANTITIES = ("params", "tokens", "loss")
@@ -166,7 +167,7 @@ def _profiled(sizes: dict[float, Ends], budget: float) -> dict[str, list[float |
 
 def _error_budget(family: FamilyFit) -> dict[str, Any]:
     part = family.parametric
-    errors = part.errors if part else error_budget.of(family.points)
+    errors = part.errors if part else noise.of(family.points)
     error = validate.model_error(family.rollout) if family.rollout else None
     weight_n = part and part.problem.weight_n
     return {

@@ -19,6 +19,7 @@ from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.scaling import fit, points, record, table
 from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.points import Points, Runs
+from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Table, number, text
 
 POINTS = "points.csv"
@@ -34,7 +35,7 @@ class Saved:
     path: Path
     result: dict[str, Any]
     runs: Runs
-    settings: fit.Settings
+    settings: Settings
     unique_tokens: dict[str, float]  # of the training data, where the runs say it
     seeds: frozenset[int]  # of all runs, also those left out
 
@@ -105,7 +106,7 @@ def read(path: Path) -> Saved:
         raise UserError(f"{path / 'fit.json'}: not of this version (schema {record.SCHEMA})")
     try:
         method, source, conventions = result["method"], result["source"], result["conventions"]
-        settings = fit.Settings(**method["settings"])
+        settings = Settings(**method["settings"])
         choice = Choice(allow_mixed_kinds=method["allow_mixed_kinds"])
         hashed = source["points"]
     except (KeyError, TypeError) as error:

@@ -8,19 +8,17 @@ of held-out budgets is therefore reported beside every fit and widens its bands 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
-from prime_jax.scaling import approach2, approach3, error_budget
+from prime_jax.scaling import approach2, approach3, noise
 from prime_jax.scaling.findings import Finding, warn
 from prime_jax.scaling.laws import Compute, Law, Optimum, fit_compute, optimum
 from prime_jax.scaling.points import Points
-
-if TYPE_CHECKING:
-    from prime_jax.scaling.fit import Settings
+from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
 
@@ -127,7 +125,7 @@ def distance(points: Points, flops: ArrayLike) -> Array:
 
 def rollout(
     points: Points,
-    settings: "Settings",
+    settings: Settings,
     law: Law | None = None,
     envelope: Sequence[Optimum] = (),
 ) -> Rollout:
@@ -190,7 +188,7 @@ def by_distance(rollout: Rollout) -> list[tuple[float, float, Array]]:
     return out
 
 
-def report(points: Points, settings: "Settings") -> dict[str, Any]:
+def report(points: Points, settings: Settings) -> dict[str, Any]:
     """A family of validate.json: its `rollout` with every run, and its warnings.
 
     {..., "kind", "runs": [{"fitted_up_to", "flops", "params": [N], "errors": [...]}], "warnings"}
@@ -293,7 +291,7 @@ def _enough(points: Points, k: int) -> bool:
     return fitted.sum() >= LEAST_RUNS and levels >= LEAST_FITTED
 
 
-def _problem(points: Points, fitted: NDArray[np.bool_], settings: "Settings") -> approach3.Problem:
+def _problem(points: Points, fitted: NDArray[np.bool_], settings: Settings) -> approach3.Problem:
     return approach3.problem(
         points.params[fitted],
         points.tokens[fitted],
@@ -305,8 +303,8 @@ def _problem(points: Points, fitted: NDArray[np.bool_], settings: "Settings") ->
 
 def _weights(points: Points, law: Law) -> Array:
     """Of all runs, as in their fit; most of all they tell repeats and tuned runs from others."""
-    scatter = error_budget.scatter(np.log(law.loss(points.params, points.tokens) / points.loss))
-    return error_budget.of(points).weights(scatter)
+    scatter = noise.scatter(np.log(law.loss(points.params, points.tokens) / points.loss))
+    return noise.of(points).weights(scatter)
 
 
 def _law(problem: approach3.Problem, near: Law) -> Law:

@@ -1,7 +1,7 @@
-"""What block-wise attention has to visit: blocks of queries and keys that share a document."""
+"""Who sees whom, and so what block-wise attention has to visit."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,45 @@ import jax.numpy as jnp
 from prime_jax.errors import UserError
 
 LANES = 128
+NEG = -1e30  # finite stand-in for -inf: no NaN from inf - inf
+SAVED = "attention"  # name of what a remat policy should keep: scores are recomputed anyway
+
+
+def documents(segment_ids_BxL: jax.Array, block_length: int = 0) -> jax.Array:
+    """int32 [B, L]: number of the document of every position; runs of padding count as well."""
+    if block_length:  # a document has the same number in both copies
+        return jnp.tile(documents(segment_ids_BxL[:, : segment_ids_BxL.shape[1] // 2]), 2)
+    new_BxL = jnp.pad(segment_ids_BxL[:, 1:] != segment_ids_BxL[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum(new_BxL.astype(jnp.int32), axis=1)
+
+
+def by_blocks(query: Any, key: Any, length: int, block_length: int) -> Any:
+    """Whether a query sees a key in block diffusion.
+
+    Args:
+        query, key: positions in both copies, arrays of JAX or NumPy that broadcast.
+        length: of both copies.
+    """
+    half = length // 2
+    query_block, key_block = query % half // block_length, key % half // block_length
+    own = ((query < half) == (key < half)) & (query_block == key_block)
+    return own | ((key >= half) & (query_block > key_block))
+
+
+def allowed(
+    length: int, causal: bool, documents_BxL: jax.Array | None, block_length: int = 0
+) -> jax.Array | None:
+    """bool mask broadcastable to [B, L, L] (query, key), or None where everything is visible."""
+    mask = None
+    if causal:
+        mask = jnp.tril(jnp.ones((length, length), bool))[None]
+    if block_length:
+        position_L = jnp.arange(length)
+        mask = by_blocks(position_L[:, None], position_L, length, block_length)[None]
+    if documents_BxL is not None:
+        same_BxLxL = documents_BxL[:, :, None] == documents_BxL[:, None, :]
+        mask = same_BxLxL if mask is None else same_BxLxL & mask
+    return mask
 
 
 class Blocks(NamedTuple):

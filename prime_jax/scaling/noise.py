@@ -13,17 +13,15 @@ to which is added the scatter about the law that these sources do not explain.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from prime_jax.scaling.points import Points
+from prime_jax.scaling.points import Points
+from prime_jax.scaling.repeats import SEED, cells, groups, repeats
 
 Array = NDArray[np.float64]
 
-SEED = 0.0014  # of the loss: a standard deviation of .004 nats at a loss of 2.9, as is typical
 CURVATURE = 0.03  # nats per squared unit of log lr, as is typical
 UNKNOWNS = 5
 NORMAL = 1.4826  # standard deviation over median size of normal numbers
@@ -63,7 +61,7 @@ class ErrorBudget:
         return weight / weight.mean()
 
 
-def of(points: "Points") -> ErrorBudget:
+def of(points: Points) -> ErrorBudget:
     evaluation, evaluation_n = _evaluation(points)
     tuning, tuning_n = _tuning(points)
     seed = _seed(points, evaluation_n)
@@ -78,32 +76,21 @@ def scatter(residual_n: Array) -> float:
     return float(NORMAL * np.median(np.abs(residual_n)) * hugged)
 
 
-def repeats(params: Array, tokens: Array, lr: Array | None) -> list[NDArray[np.intp]]:
-    """Groups of runs that differ in nothing but their seed."""
-    return _groups(_cells(params, tokens, lr))
-
-
-def _cells(*columns: Array | None) -> NDArray[np.intp]:
-    """The group_n of runs that agree in all columns; NaN agrees with NaN."""
-    known = [np.nan_to_num(c, nan=-1.0) for c in columns if c is not None]
-    return np.unique(np.stack(known, 1), axis=0, return_inverse=True)[1].ravel()
-
-
-def _seed(points: "Points", evaluation_n: Array) -> Source:
+def _seed(points: Points, evaluation_n: Array) -> Source:
     """Scatter within repeats less what the evaluation explains of it."""
-    groups = repeats(points.params, points.tokens, points.lr)
-    if not groups:
+    repeated = repeats(points.params, points.tokens, points.lr)
+    if not repeated:
         return Source(SEED, "assumed", 0)
     log_loss, squares, freedom = np.log(points.loss), 0.0, 0
-    for members in groups:
+    for members in repeated:
         squares += np.sum((log_loss[members] - log_loss[members].mean()) ** 2)
         squares -= (len(members) - 1) * np.mean(evaluation_n[members] ** 2)
         freedom += len(members) - 1
     variance = max(float(squares) / freedom, 0.0)
-    return Source(float(np.sqrt(variance)), "repeated runs", sum(map(len, groups)))
+    return Source(float(np.sqrt(variance)), "repeated runs", sum(map(len, repeated)))
 
 
-def _evaluation(points: "Points") -> tuple[Source | None, Array]:
+def _evaluation(points: Points) -> tuple[Source | None, Array]:
     relative = points.loss_se / points.loss
     known = np.isfinite(relative)
     if not known.any():
@@ -113,25 +100,25 @@ def _evaluation(points: "Points") -> tuple[Source | None, Array]:
     return source, np.where(known, relative, typical)
 
 
-def _tuning(points: "Points") -> tuple[Source | None, Array]:
+def _tuning(points: Points) -> tuple[Source | None, Array]:
     """The loss that each run gives away by its learning rate, relative."""
     none = np.zeros(len(points.loss))
     if points.lr is None:
         return None, none
     x = np.log(points.lr)
     known = np.isfinite(x)
-    cell = np.where(known, _cells(points.params, points.tokens), -1)
-    groups = [members for members in _groups(cell) if np.ptp(x[members]) > 0]
-    if not groups:
+    cell = np.where(known, cells(points.params, points.tokens), -1)
+    compared = [members for members in groups(cell) if np.ptp(x[members]) > 0]
+    if not compared:
         return None, none
-    bend, basis = _curvature(points.loss, x, groups)
+    bend, basis = _curvature(points.loss, x, compared)
     given_away = none.copy()
-    for members in groups:
+    for members in compared:
         # With the curvature known, the best learning rate is one of two unknowns of a line.
         slope, _ = np.polyfit(x[members], points.loss[members] - bend * x[members] ** 2, 1)
         off = x[members] + slope / (2 * bend)
         given_away[members] = bend * off**2 / points.loss[members]
-    used = np.concatenate(groups)
+    used = np.concatenate(compared)
     typical = float(np.sqrt(np.mean(given_away[used] ** 2)))
     return Source(typical, basis, len(used)), given_away
 
@@ -149,10 +136,3 @@ def _curvature(loss: Array, x: Array, groups: Sequence[NDArray[np.intp]]) -> tup
     if bottom > 0 and top > 0:
         return top / bottom, "learning rates compared, measured curvature"
     return CURVATURE, "learning rates compared, assumed curvature"
-
-
-def _groups(cell_n: NDArray[np.intp]) -> list[NDArray[np.intp]]:
-    """Members of each cell of two runs or more; a cell below 0 is none."""
-    order = np.argsort(cell_n, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(cell_n[order])) + 1)
-    return [part for part in parts if cell_n[part[0]] >= 0 and len(part) > 1]
