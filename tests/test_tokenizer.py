@@ -36,7 +36,7 @@ def sample(n_bytes):
 
 def hugging_face(directory: Path) -> str:
     library = pytest.importorskip("tokenizers")
-    built = library.Tokenizer(library.tokenizers.BPE())
+    built = library.Tokenizer(library.models.BPE())
     built.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
