@@ -35,6 +35,7 @@ def test_a_run_of_a_sweep_is_found_by_the_beginning_of_its_id(tiny_run, tmp_path
         state.claim(tmp_path, run, k)
         (tmp_path / "runs" / run / str(k)).mkdir(parents=True)
     shutil.copytree(tiny_run / "checkpoints", tmp_path / "runs" / run / "1" / "checkpoints")
+    shutil.copy(tiny_run / "config.json", tmp_path / "runs" / run / "1")
     assert runs.load(f"{tmp_path}:{run[:6]}").step == config["steps"]
 
 
