@@ -26,7 +26,7 @@ ADDED = {"excluded_at_default": True}  # a setting that came later: older runs k
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer shared by all families (math.md section 6)."""
+    """The transformer shared by all families (theory.md, "The backbone")."""
 
     vocab_size: int = 1024
     layers: int = 4
@@ -48,7 +48,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SubtokenConfig:
-    """How a token id becomes `length` digits (math.md section 5)."""
+    """How a token id becomes `length` digits (theory.md, "Sub-token codes")."""
 
     length: int = 1  # l, the granularity; 1 is plain masked diffusion
     shuffle: float = 1.0  # share of the codes that is permuted; 0 is the identity
@@ -59,7 +59,7 @@ class SubtokenConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Forward process and training loss (math.md sections 1-3). Ignored by `arm`."""
+    """Forward process and training loss; ignored by `arm` (theory.md, "Forward process")."""
 
     loss: Literal["marginal", "joint"] = "marginal"  # joint is the published loss, not a bound
     carry_over: bool = True  # tokens that disagree with a visible sub-token get no probability

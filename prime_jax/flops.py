@@ -1,4 +1,4 @@
-"""Exact parameter counts and training FLOPs of a run, in two named conventions (math.md section 7).
+"""Exact parameter counts and training FLOPs of a run, in two conventions (theory.md, "FLOPs").
 
 * `reference`: what the authors report, `6 * 12 width^2 layers` per token, whatever the model is.
 * `matmul`: every matrix product of one training step, forward and backward, for the model as built.

@@ -1,8 +1,8 @@
 """One transformer for all families: sub-token digits in, hidden states and head rows out.
 
-math.md section 6: pre-norm RMSNorm, SwiGLU, RoPE over tokens, RMSNorm on q and k per head, no
-biases. The network never sees the time; L positions, not l * L. Activations are kept as [B*L, D]
-between the attention calls, which is what XLA's CPU and TPU matmuls like best.
+Pre-norm RMSNorm, SwiGLU, RoPE over tokens, RMSNorm on q and k per head, no biases (theory.md,
+"The backbone"). The network never sees the time; L positions, not l * L. Activations are kept as
+[B*L, D] between the attention calls, which is what XLA's CPU and TPU matmuls like best.
 """
 
 from typing import NamedTuple

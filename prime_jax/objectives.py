@@ -3,7 +3,7 @@
 The network is any function from digits to (hidden states, head rows): the transformer in training,
 a probability table in the enumeration tests. ARM reads BOS, x_1 .. x_{L-1} and is charged for
 x_1 .. x_L; a diffusion model is charged for its hidden sub-tokens, weighted by w(t). Every family
-is charged for the same targets (math.md sections 1-3).
+is charged for the same targets (theory.md, "Two losses").
 """
 
 from collections.abc import Callable

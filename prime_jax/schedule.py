@@ -1,7 +1,7 @@
 """Masking schedules: alpha_t, the NELBO weight w(t), and stratified training times.
 
-math.md section 1. `alpha` is the probability that a sub-token is still visible at time t. Any
-schedule gives the same bound if 1 - alpha covers [0, 1]; `check` refuses those that do not.
+`alpha` is the probability that a sub-token is still visible at time t. Any schedule gives the same
+bound if 1 - alpha covers [0, 1] (theory.md, "Forward process"); `check` refuses those that do not.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Tokens as digits: the codebook that maps a token id to `l` base-`b` sub-tokens and back.
 
-`y = f(x)` are the digits, most significant first, of `code = perm[x]` (math.md section 5). NumPy
-only; `pack` and `unpack` also take JAX arrays.
+`y = f(x)` are the digits, most significant first, of `code = perm[x]` (theory.md, "Sub-token
+codes"). NumPy only; `pack` and `unpack` also take JAX arrays.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ def words_per_token(length: int) -> int:
 
 
 def pack(digits: Any, masked: Any) -> Any:
-    """Pack binary sub-tokens and their mask (math.md section 4); NumPy or JAX arrays.
+    """Pack binary sub-tokens and their mask; NumPy or JAX arrays.
 
     Slot j (0 = most significant) is bit l-1-j. Up to 16 sub-tokens share one word: seen bits low,
     mask high; beyond that the words are (seen bits, mask).

@@ -1,4 +1,4 @@
-"""Probability tables in place of the network, for exact enumeration (math.md section 3).
+"""Probability tables in place of the network, for exact enumeration (theory.md, "By enumeration").
 
 Two tokens, V = 16: u(v) ~ 1/(v+1), P = .7 u u^T + .3 diag(u). A table network returns logits as
 hidden states with an identity head, so that the shipped functions run unchanged; tables are in

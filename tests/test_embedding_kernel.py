@@ -23,7 +23,7 @@ def example(kind: str, slots: int, base: int, tokens: int, width: int, seed: int
 
 
 def lookups(kind, table, digits, width):
-    """The definition (math.md section 5), one slot at a time, in float64."""
+    """The definition (theory.md, "Sub-token codes"), one slot at a time, in float64."""
     slots = digits.shape[1]
     by_slot = [table[s % len(table)].astype(np.float64)[digits[:, s]] for s in range(slots)]
     if kind == "sum":

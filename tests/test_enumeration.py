@@ -1,4 +1,4 @@
-"""The mathematics, by exact enumeration through the shipped functions (math.md section 3)."""
+"""The mathematics, by exact enumeration through the shipped functions (theory.md, "Two losses")."""
 
 import dataclasses
 import itertools

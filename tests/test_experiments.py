@@ -25,7 +25,7 @@ FILES = {
     for name in ("c4_grid", "reference", "owt_92m", "text8", "lm1b", "slimpajama_1b")
 }
 LABELS = (14, 25, 36, 49, 64, 79, 106, 154, 201, 252, 315, 354, 413, 571, 771, 1107, 1529)
-LABELS = (*LABELS, 2359, 3426)  # math.md section 8
+LABELS = (*LABELS, 2359, 3426)  # theory.md, "The published grid"
 RETRACTED = re.compile(r"\b(?:7\.77|15\.36|13\.41|21\.8x)")
 
 all_presets = pytest.mark.parametrize("name", FILES)

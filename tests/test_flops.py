@@ -35,7 +35,7 @@ def run(family="prime", length=1, model=SMALL, **kwargs) -> RunConfig:
 
 
 def unrolled_parameters(config: RunConfig) -> dict:
-    """Every array of the model, written out layer by layer (math.md section 6)."""
+    """Every array of the model, written out layer by layer (theory.md, "The backbone")."""
     m, length = config.model, config.subtokens.length
     hd, kv, ffn = m.width // m.heads, m.kv_heads or m.heads, m.ffn_multiple * m.width
     b = next(b for b in range(2, m.vocab_size + 2) if b**length >= m.vocab_size)
@@ -157,7 +157,7 @@ def test_the_joint_loss_needs_no_marginals():
     ("shape", "bidirectional", "causal"), [((6, 448, 7), 3.65, 3.27), ((36, 2816, 22), 1.50, 1.44)]
 )
 def test_ratios_to_the_published_convention(shape, bidirectional, causal):
-    """math.md section 7: GPT-2 vocabulary, 2048 tokens."""
+    """theory.md, "FLOPs": GPT-2 vocabulary, 2048 tokens."""
     layers, width, heads = shape
     model = ModelConfig(vocab_size=50257, layers=layers, width=width, heads=heads)
     for family, expected in (("mdm", bidirectional), ("arm", causal)):

@@ -1,5 +1,7 @@
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,8 +82,17 @@ def test_warmup_fits_into_short_runs():
     ("family", "expected"), [("arm", 1206e6), ("mdm", 512e6), ("prime", 418e6)]
 )
 def test_published_optimum(family, expected):
-    """scaling.md section 1: N* at 2.887e20, counted as 12 d^2 layers."""
+    """theory.md, "The published grid": N* at 2.887e20, counted as 12 d^2 layers."""
     assert rules.optimum_published(family, 2.887e20) * 3 / 4 == pytest.approx(expected, rel=0.015)
+
+
+def test_the_page_on_the_mathematics_has_the_published_grid():
+    page = (Path(__file__).parents[1] / "docs" / "theory.md").read_text()
+    cells = re.findall(r"\| (\d+) \| (\d+) x (\d+) x (\d+) ", page)
+    grid = {int(label): tuple(map(int, shape)) for label, *shape in cells}
+    assert tuple(grid[label] for label in sorted(grid)) == rules.PUBLISHED
+    for label, (layers, width, _) in grid.items():
+        assert label == round(12 * width**2 * layers / 1e6)
 
 
 def test_chinchilla_optimum_has_twenty_tokens_per_parameter():

@@ -97,7 +97,7 @@ def test_samples_do_not_depend_on_the_batch_or_the_devices(family, request):
 
 @pytest.mark.parametrize(("slots", "idle"), [(1, 0.368), (2, 0.135), (3, 0.050), (4, 0.018)])
 def test_idle_steps_are_as_rare_as_the_formula_says(slots, idle):
-    """(1 - 1/T)^(L l) of T steps reveal nothing, here L = T = 1024 (evaluation.md)."""
+    """(1 - 1/T)^(L l) of T steps reveal nothing, here L = T = 1024 (docs/sampling.md)."""
     hidden = np.ones((1024, slots), bool)
     rng = np.random.default_rng(slots)
     options = Options(steps=1024)

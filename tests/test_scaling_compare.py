@@ -18,7 +18,7 @@ from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Table
 
 QUICK = Settings(replicates=40)
-# Design note, section 1.3: C of mdm -> m, 95 % interval. In range from 6e19 on.
+# Published points (arXiv 2603.16077): C of mdm -> m, 95 % interval. In range from 6e19 on.
 PUBLISHED = {6e19: (16.2, 14.9, 17.3), 1e20: (18.5, 16.8, 20.0), 3e20: (25.6, 22.2, 29.0)}
 
 

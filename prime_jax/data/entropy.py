@@ -1,7 +1,7 @@
 """How evenly sub-tokens are used: entropies and mutual information for a codebook and a corpus.
 
-All numbers are in bits and come from the token frequencies alone (math.md section 5), so they cost
-nothing and guide the choice of the granularity before any training.
+All numbers are in bits and come from the token frequencies alone (theory.md, "Sub-token codes"), so
+they cost nothing and guide the choice of the granularity before any training.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The estimators of a likelihood: each maps rows of tokens to one unbiased draw of its bound, nats.
 
 Sub-tokens are hidden by fixed-count masking: exactly k of n, weight n / k, no schedule and no end
-points (math.md sections 1 and 3). What is charged, and which kind of number that is, is in
-docs/theory.md; the chain rule under fixed orders in chain.py.
+points. What is charged, and which kind of number that is: docs/theory.md, "What is reported". The
+chain rule under fixed orders is in chain.py.
 """
 
 from typing import NamedTuple

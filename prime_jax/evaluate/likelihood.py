@@ -3,7 +3,8 @@
 Each estimator maps sequences to one unbiased draw of their bound in nats. A draw is repeated over
 independent replicates of the whole evaluation set, inside which the noise level is stratified over
 the examples; `se_mc` therefore comes from the spread over replicates, never from inside one
-(math.md section 3). Keys depend on (replicate, example) only: all runs of a sweep are paired.
+(theory.md, "What is reported"). Keys depend on (replicate, example) only: all runs of a sweep are
+paired.
 """
 
 from collections.abc import Callable, Iterator

@@ -14,8 +14,8 @@ Ours, all float32, linear weights [out, in], vocabulary rows in the order of tok
     codes                             int64 [V], the code of each token id
 
 T tables of width E: `cat_shared` 1 x D//l, `cat` l x D//l, `sum` l x D. RoPE is rotate-half over
-the whole head, SwiGLU is down(silu(gate) * up). Source of the others: interchange.md's reading of
-the published code.
+the whole head, SwiGLU is down(silu(gate) * up). The others follow the published code:
+docs/interchange.md, "The published layouts".
 """
 
 from collections.abc import Iterable, Mapping

@@ -36,7 +36,7 @@ def subtoken_embedding(
 
     Args:
         kind: `sum`, or `cat` (S tables) and `cat_shared` (one), which concatenate and pad with
-            zeros where S does not divide the width (math.md section 5).
+            zeros where S does not divide the width (theory.md, "Sub-token codes").
         table_TxRxE: T tables of R = b + 1 rows; the last row stands for "masked".
         digits_NxS: int [..., S] below R.
         implementation: `xla` (the fastest plain one for the target device), `multi_hot`, `select`

@@ -1,7 +1,7 @@
 """The output head of every family: hidden states and head rows in, losses and gradients out.
 
 `p` is the softmax over the tokens consistent with the visible sub-tokens. A row is charged for its
-hidden sub-tokens in one of two ways (math.md sections 2-4):
+hidden sub-tokens in one of two ways (theory.md, "The head"):
 
     marginal   sum_j -log P_j,  P_j = sum_v p_v [C_vj = y_j]     a valid bound
     joint      -log p_x                                          the published training loss
@@ -56,7 +56,7 @@ def subtoken_loss(
         h_NxD: hidden states, any float dtype; products are made in the dtype of `head_VxD`.
         row_N: head rows of the true tokens; masked_NxS: hidden sub-tokens; weight_N: row weights.
         whole_N: rows whose tokens are revealed whole, so that the joint loss is the valid one
-            (math.md section 3, granularity mixing); None for no such rows.
+            (theory.md, "Granularity mixing"); None for no such rows.
     Returns:
         sum_n weight_n * loss_n for both losses, at least float32.
     """

@@ -15,7 +15,7 @@ from prime_jax.errors import UserError
 
 Shape = tuple[int, int, int]  # layers, width, heads
 
-# The published IsoFLOP grid (MDM-Prime-v2, arXiv 2603.16077; math.md section 8).
+# The published IsoFLOP grid (MDM-Prime-v2, arXiv 2603.16077; theory.md, "The published grid").
 PUBLISHED: tuple[Shape, ...] = (
     (6, 448, 7),
     (8, 512, 8),
@@ -120,9 +120,9 @@ def heads_of(width: int) -> int:
 
 
 def batch_published(cell: Cell) -> int:
-    """2**19 tokens a step, 2**20 for the published models from 1529M on (math.md section 8).
+    """2**19 tokens a step, 2**20 for the published models from 1529M on.
 
-    Those count `12 d^2 layers`, which is 2.0e9 in our N.
+    Those count `12 d^2 layers`, which is 2.0e9 in our N (theory.md, "The published grid").
     """
     return max(1, round((2**20 if cell.params >= 2.0e9 else 2**19) / cell.seq_len))
 
@@ -144,7 +144,7 @@ def batch_step_law(cell: Cell) -> int:
 
 
 def lr_published(cell: Cell) -> float:
-    """2e-4 for every size, the published choice (math.md section 6)."""
+    """2e-4 for every size, the published choice (theory.md, "The published grid")."""
     return 2e-4
 
 
@@ -182,7 +182,7 @@ def optimum_chinchilla(family: str, budget: float) -> float:
 
 
 def optimum_published(family: str, budget: float) -> float:
-    """N*(C) of our converged fits to the published runs (scaling.md section 3).
+    """N*(C) of our converged fits to the published runs (theory.md, "The published grid").
 
     Their N counts `12 d^2 layers`, three quarters of ours. Prime's is of the joint loss.
     """
