@@ -74,6 +74,11 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--devices", type=int, default=0, help="how many to use (default all)")
     parser.add_argument("--out", type=Path, help="write here instead of RUN/eval.json")
+    _samples_and_tasks(parser)
+    parser.set_defaults(run=run)
+
+
+def _samples_and_tasks(parser: Any) -> None:
     samples = parser.add_argument_group("generative perplexity")
     samples.add_argument("--samples", type=Path, metavar="FILE", help="samples of RUN, JSON lines")
     samples.add_argument("--scorer", metavar="OTHER", help="the run that scores them (default RUN)")
@@ -95,7 +100,6 @@ def register(subparsers: Any) -> None:
     tasks.add_argument(
         "--sensitivity", action="store_true", help="repeat the tasks with each setting changed"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
