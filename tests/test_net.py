@@ -121,7 +121,13 @@ def trained(tiny, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", cases.VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [  # mdm is prime with one sub-token, by the same code
+        pytest.param(name, marks=pytest.mark.slow if name == "mdm" else ())
+        for name in cases.VARIANTS
+    ],
+)
 def test_losses_of_training_also_when_it_goes_on_from_the_middle(name, trained, tmp_path):
     config, run_dir = trained(name)
     found = reading.training(run_dir)

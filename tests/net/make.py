@@ -24,8 +24,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parents[1])]
 def numbers() -> None:
     (HERE / "numbers.json").unlink(missing_ok=True)
     shutil.rmtree(HERE / "renders", ignore_errors=True)
-    names = ["-p", "no:cacheprovider", str(HERE.parent / "test_net.py")]
-    command = [sys.executable, "-m", "pytest", *names]
+    words = ["-m", "slow or not slow", "-p", "no:cacheprovider", str(HERE.parent / "test_net.py")]
+    command = [sys.executable, "-m", "pytest", *words]
     subprocess.run(command, env=os.environ | {"PRIME_NET_WRITE": "1"}, check=True)
 
 
