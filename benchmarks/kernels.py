@@ -71,8 +71,8 @@ def _head_table(width: int, dtype: Any, rows=4096, vocab_size=50257, length=16) 
         z_NxV = jnp.einsum("nd,vd->nv", h_NxD, head_VxD, preferred_element_type=jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(z_NxV, true_N).sum()
 
-    def form_a(slots, implementation, **options):
-        head, masked_NxS = problem(slots, implementation, **options)
+    def form_a(slots, implementation):
+        head, masked_NxS = problem(slots, implementation)
         return lambda h_NxD, head_VxD: (
             subtoken_loss(head, h_NxD, head_VxD, true_N, masked_NxS, weight_N).marginal
         )
@@ -89,10 +89,10 @@ def _head_table(width: int, dtype: Any, rows=4096, vocab_size=50257, length=16) 
 
         return cost
 
-    def problem(slots, implementation, **options):
+    def problem(slots, implementation):
         book = Codebook.create(vocab_size, SubtokenConfig(length=slots))
         masked_NxS = jnp.asarray(hidden_NxS if slots > 1 else np.ones((rows, 1), bool))
-        return Head(book, implementation=implementation, **options), masked_NxS
+        return Head(book, implementation=implementation), masked_NxS
 
     costs = {"optax cross-entropy": dense}
     implementations = ("xla", "pallas") if jax.default_backend() == "tpu" else ("xla",)
@@ -101,8 +101,6 @@ def _head_table(width: int, dtype: Any, rows=4096, vocab_size=50257, length=16) 
             costs[f"{name} (a) training loss, l={slots}"] = form_a(slots, name)
         for slots in (1, length):
             costs[f"{name} (b) any cotangent, l={slots}"] = form_b(slots, name)
-    if "pallas" in implementations:
-        costs[f"pallas (a) skipping, l={length}"] = form_a(length, "pallas", skip=True)
     gradients = {name: jax.value_and_grad(cost, (0, 1)) for name, cost in costs.items()}
     title = f"head: N={rows} D={width} V={vocab_size} {jnp.dtype(dtype).name}"
     return Table(title, [Side(n, f, (h_NxD, head_VxD)) for n, f in gradients.items()])

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 HERE = {"excluded_from_identity": True}  # where and how a run executes, not what it is
 ADDED = {"excluded_at_default": True}  # a setting that came later: older runs keep their identity
+RETIRED = {"kernels.head_skip": False}  # settings that are gone; stored runs hold their default
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,6 @@ class KernelConfig:
     attention: Literal["auto", "pallas", "splash", "cudnn", "xla", "scan"] = "auto"
     embedding: Literal["auto", "pallas", "xla"] = "auto"
     head_blocks: tuple[int, ...] = ()
-    head_skip: bool = False  # head=pallas: sort rows, skip tiles without a consistent token
     attention_blocks: tuple[int, ...] = ()
 
 
@@ -203,18 +203,29 @@ def to_dict(config: Any, *, identity_only: bool = False) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
-    """Strict inverse of `to_dict`; missing keys take their defaults.
+    """Strict inverse of `to_dict`; missing keys take their defaults, retired ones are passed over.
 
     Raises:
-        UserError: an unknown key (with the nearest valid one) or a value of the wrong type.
+        UserError: an unknown key (with the nearest valid one), a value of the wrong type, or a
+            retired setting that is not at its default.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected an object with the fields of {cls.__name__}")
     hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            raise UserError(f"{where}.{key}: no such setting{nearest(key, hints)}")
-    return cls(**{k: _typed(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+    known = {}
+    for key, value in values.items():
+        path = f"{where}.{key}"
+        if key in hints:
+            known[key] = _typed(hints[key], value, path)
+            continue
+        gone = [default for name, default in RETIRED.items() if path.endswith(f".{name}")]
+        if not gone:
+            raise UserError(f"{path}: no such setting{nearest(key, hints)}")
+        if value not in gone:
+            raise UserError(
+                f"{path} = {value!r}: a retired setting; only {gone[0]!r} is left of it"
+            )
+    return cls(**known)
 
 
 def nearest(key: str, valid: typing.Iterable[str]) -> str:

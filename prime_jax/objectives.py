@@ -58,7 +58,6 @@ def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = Non
         o.loss,
         choice.implementation,
         choice.blocks,
-        config.kernels.head_skip,
         axis_name,
     )
 

@@ -1,13 +1,12 @@
 """Tokens as digits: the codebook that maps a token id to `l` base-`b` sub-tokens and back.
 
 `y = f(x)` are the digits, most significant first, of `code = perm[x]` (theory.md, "Sub-token
-codes"). NumPy only; `pack` and `unpack` also take JAX arrays.
+codes"). NumPy only.
 """
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -119,40 +118,3 @@ class Codebook:
         """Twelve hex digits that name the permutation, the granularity and the base."""
         head = f"{self.vocab_size} {self.length} {self.base} ".encode()
         return hashlib.sha256(head + self.codes.astype("<i8").tobytes()).hexdigest()[:12]
-
-
-def words_per_token(length: int) -> int:
-    """32-bit words of a packed binary token: one up to 16 sub-tokens, two up to 32."""
-    return 1 if length <= 16 else 2
-
-
-def pack(digits: Any, masked: Any) -> Any:
-    """Pack binary sub-tokens and their mask; NumPy or JAX arrays.
-
-    Slot j (0 = most significant) is bit l-1-j. Up to 16 sub-tokens share one word: seen bits low,
-    mask high; beyond that the words are (seen bits, mask).
-
-    Args:
-        digits: [..., l] in {0, 1} where visible; anything where masked.
-        masked: bool [..., l].
-    Returns:
-        uint32 [..., words_per_token(l)].
-    """
-    length = digits.shape[-1]
-    shifts = np.arange(length - 1, -1, -1, dtype=np.uint32)
-    hidden = masked.astype(np.uint32)
-    seen = digits.astype(np.uint32) * (np.uint32(1) - hidden)
-    seen_word = (seen << shifts).sum(-1, dtype=np.uint32)[..., None]
-    mask_word = (hidden << shifts).sum(-1, dtype=np.uint32)[..., None]
-    if words_per_token(length) == 1:
-        return seen_word | (mask_word << np.uint32(16))
-    shape = (*seen_word.shape[:-1], 2)
-    first = np.array([1, 0], np.uint32)  # one-hot instead of concatenate: works in both libraries
-    return (seen_word * first + mask_word * (1 - first)).reshape(shape)
-
-
-def unpack(words: Any, length: int) -> tuple[Any, Any]:
-    """Inverse of `pack`: (seen bits uint32 [...], mask uint32 [...]), slot j in bit l-1-j."""
-    if words_per_token(length) == 1:
-        return words[..., 0] & np.uint32(0xFFFF), words[..., 0] >> np.uint32(16)
-    return words[..., 0], words[..., 1]

@@ -255,15 +255,6 @@ def test_blocks_of_one_token_are_the_chain_rule_of_the_network(length, estimator
     assert float(jnp.exp(-drawn[estimator]).sum()) == pytest.approx(1, abs=1e-4)
 
 
-def test_sure_tokens_of_several_blocks_at_once_are_no_likelihood():
-    config = tiny_run(2)
-    apply, params, book = network(config)
-    task, rows = estimators.make_task(config, book, -1), likelihood.grid(2, 1)
-    tokens = jnp.zeros((2, 8), jnp.int32)
-    with pytest.raises(UserError, match="block"):
-        likelihood.draw(task, "chain:confidence:2", partial(apply, params), tokens, *rows[:3])
-
-
 @pytest.mark.slow
 def test_documents_hold_for_both_copies():
     config = set_path(tiny_run(2), "data.segment_ids", True)

@@ -126,6 +126,14 @@ def test_configs_round_trip_and_refuse_what_they_do_not_know():
         assert message in str(error.value)
 
 
+def test_retired_settings_of_stored_runs_are_passed_over_at_their_default():
+    assert from_dict(RunConfig, {"kernels": {"head_skip": False}}) == RunConfig()
+    with pytest.raises(UserError, match=r"^config\.kernels\.head_skip = True: a retired setting"):
+        from_dict(RunConfig, {"kernels": {"head_skip": True}})
+    with pytest.raises(UserError, match="no such setting"):
+        from_dict(RunConfig, {"model": {"head_skip": False}})
+
+
 @pytest.fixture
 def experiment(tmp_path, markov_data):
     """A file with a tiny run on the Markov data."""

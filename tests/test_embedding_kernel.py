@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from prime_jax.kernels import embedding, embedding_pallas
-from prime_jax.kernels.embedding import packed_embedding, resolve, subtoken_embedding
-from prime_jax.subtokens import pack
+from prime_jax.kernels.embedding import resolve, subtoken_embedding
 
 KINDS = ("cat_shared", "cat", "sum")
 
@@ -96,17 +95,6 @@ def test_the_kernel_in_bfloat16_is_no_worse_than_xla(kind):
     else:
         np.testing.assert_array_equal(value, twin)
     np.testing.assert_allclose(gradient, lookup_gradients(kind, table, digits, g), atol=1e-4)
-
-
-@pytest.mark.parametrize("implementation", ["xla", "multi_hot", "select", "pallas"])
-@pytest.mark.parametrize("slots", [16, 17])
-def test_packed_words_embed_like_their_digits(implementation, slots):
-    table, digits, _ = example("cat", slots, 2, 12, 40)
-    words = pack(jnp.asarray(digits), jnp.asarray(digits == 2)).reshape(3, 4, -1)
-    with jax.default_matmul_precision("highest"):
-        got = packed_embedding("cat", jnp.asarray(table), words, slots, 40, implementation)
-    want = lookups("cat", table, digits, 40).reshape(3, 4, 40)
-    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_gradients_do_not_depend_on_the_blocks(monkeypatch):

@@ -250,6 +250,7 @@ BAD = [
     (["--estimators", "subtokens"], "unknown"),
     (["--estimators", "ar"], "chain:l2r"),
     (["--estimators", "chain:up"], "ORDER"),
+    (["--estimators", "chain:l2r:4"], "chain:ORDER (reveals one token per call)"),
     (["--data", "text:nowhere/*"], "no file matches"),
     (["--data", "nowhere"], "no dataset"),
     (["--stride", "12", "--context", "8"], "at most 16"),
@@ -281,6 +282,6 @@ def test_text_without_a_tokenizer_is_refused(tiny_run, tmp_path, numbers, capsys
 
 
 def test_kinds():
-    assert likelihood.kind("ar") == likelihood.kind("chain:margin:4") == "nll"
+    assert likelihood.kind("ar") == likelihood.kind("chain:margin") == "nll"
     assert likelihood.kind("joint") == "train_loss"
     assert likelihood.kind("subtoken:independent") == likelihood.kind("chain:random") == "nelbo"

@@ -21,7 +21,6 @@ ALL = KernelConfig(  # 64 rows a step and 16 head rows: four tiles by two
     attention="pallas",
     embedding="pallas",
     head_blocks=(16, 8, 8),
-    head_skip=True,
 )
 
 

@@ -43,7 +43,6 @@ def test_intervals_cover_the_truth():
     [
         (by_profile, "huber"),
         (by_profile, "ls"),
-        (by_profile, "lad"),
         (by_bootstrap, "huber"),
     ],
 )

@@ -88,6 +88,9 @@ def test_a_directory_that_is_no_fit(written, tmp_path):
     refused("version")
     path.write_text(json.dumps(result | {"method": {}}))
     refused("fit again")
+    older = result["method"]["settings"] | {"objective": "lad"}
+    path.write_text(json.dumps(result | {"method": result["method"] | {"settings": older}}))
+    refused("settings.objective: 'lad' is not one of huber, ls")
     path.write_text("[]")
     refused("version")
     path.write_text(json.dumps(result))

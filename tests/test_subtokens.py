@@ -1,6 +1,5 @@
-"""Codes: the base, permutations, inverses and packed words."""
+"""Codes: the base, permutations and inverses."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +7,7 @@ from hypothesis import strategies as st
 
 from prime_jax.config import SubtokenConfig
 from prime_jax.errors import UserError
-from prime_jax.subtokens import Codebook, base, digits_of, pack, unpack
+from prime_jax.subtokens import Codebook, base
 
 FIRST = [84, 752, 296, 982]
 
@@ -93,17 +92,3 @@ def test_bad_tokens_and_too_large_permutations_are_refused():
         book.encode(np.array([0, 5]))
     with pytest.raises(UserError, match="use scope vocab"):
         Codebook.create(5, SubtokenConfig(32, scope="codes"))
-
-
-@given(st.integers(1, 32), st.integers(0, 10_000))
-def test_packed_words_invert_in_both_libraries(length, seed):
-    rng = np.random.default_rng(seed)
-    digits = digits_of(rng.integers(0, 2**length, 7), length, 2)
-    masked = rng.random((7, length)) < 0.5
-    words = pack(digits, masked)
-    assert words.dtype == np.uint32
-    assert words.shape == (7, 1 if length <= 16 else 2)
-    assert (np.asarray(pack(jnp.asarray(digits), jnp.asarray(masked))) == words).all()
-    seen, hidden = unpack(words, length)
-    assert (digits_of(hidden, length, 2) == masked).all()
-    assert (digits_of(seen, length, 2) == np.where(masked, 0, digits)).all()

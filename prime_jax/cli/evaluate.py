@@ -38,7 +38,7 @@ def register(subparsers: Any) -> None:
         "--estimators",
         default="",
         metavar="LIST",
-        help="subtoken, token, finite:T, chain:ORDER[:K] with ORDER l2r, confidence, margin, "
+        help="subtoken, token, finite:T, chain:ORDER with ORDER l2r, confidence, margin, "
         "entropy, random or subtokens; subtoken:independent and token:independent mask without "
         "fixed counts (default: those of the run's config; ar for an autoregressive run)",
     )

@@ -72,9 +72,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     parser.add_argument(
         "--objective",
-        choices=("huber", "lad", "ls"),
+        choices=("huber", "ls"),
         default="huber",
-        help="of approach 3, on log residuals: Huber (default), least absolute deviation, least squares",
+        help="of approach 3, on log residuals: Huber (default) or least squares",
     )
     parser.add_argument(
         "--delta", type=float, default=1e-3, help="log residual from which Huber is linear (0.001)"

@@ -7,11 +7,11 @@ from typing import Any
 
 from prime_jax.config import nearest
 from prime_jax.errors import UserError
-from prime_jax.launch import k8s, local, slurm, tpu
+from prime_jax.launch import k8s, slurm, tpu
 from prime_jax.launch import sky as skypilot
 from prime_jax.launch.engine import REPO, Desk, Sweep, sweep_at
 
-ENGINES = {"local": local, "slurm": slurm, "tpu": tpu, "k8s": k8s, "sky": skypilot}
+ENGINES = {"slurm": slurm, "tpu": tpu, "k8s": k8s, "sky": skypilot}
 PRICES = REPO / "docs" / "prices.toml"
 
 
@@ -110,6 +110,8 @@ def _understand(args: argparse.Namespace) -> tuple[Any, Any, Sweep]:
     """
     from prime_jax.hardware import slices
 
+    if args.on == "local":
+        raise UserError("--on local: prime-jax sweep run ROOT --workers N runs here")
     if args.on not in ENGINES:
         known = nearest(args.on, ENGINES) or f"; there are {', '.join(ENGINES)}"
         raise UserError(f"--on {args.on}: no such engine{known}")

@@ -5,9 +5,6 @@ surest of, judged by what is visible alone: each text is then reached along one 
 sum of its costs is the exact negative log-likelihood of that sampler (DUEL, arXiv 2603.01367).
 `random` draws an order of the tokens, `subtokens` one of all sub-tokens; their mean over orders
 bounds the likelihood of the any-order model and equals the `token` and the `subtoken` NELBO.
-
-With K > 1 a step reveals K tokens at once, each drawn on its own; a text's L targets take
-ceil(L / K) calls.
 """
 
 from typing import NamedTuple
@@ -15,28 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prime_jax.errors import UserError
 from prime_jax.evaluate.estimators import Task, Text, Values, hidden, shifted
 from prime_jax.kernels.subtoken_head import subtoken_log_masses
 from prime_jax.objectives import Network
 
 ORDERS = ("l2r", "confidence", "margin", "entropy", "random", "subtokens")
 ROWS = 256  # positions whose logits exist at one time
-
-
-class Order(NamedTuple):
-    name: str
-    at_once: int = 1  # K, tokens revealed per call
-
-
-def parse(text: str) -> Order | None:
-    """`ORDER` or `ORDER:K`; None where it is neither."""
-    name, colon, count = text.partition(":")
-    if name not in ORDERS or (colon and not (count.isdigit() and int(count) > 0)):
-        return None
-    if name == "subtokens" and colon:
-        return None  # several sub-tokens at once are what finite:T is for
-    return Order(name, int(count or 1))
 
 
 class Readout(NamedTuple):
@@ -63,27 +44,20 @@ def readout(order: str, h_NxD: jax.Array, head_VxD: jax.Array) -> Readout:
     return Readout(*jax.lax.map(one, h_NxD, batch_size=ROWS))
 
 
-def chain(
-    label: str, order: Order, task: Task, network: Network, text: Text, key_B, uniform_B
-) -> Values:
+def chain(order: str, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
     """Sum over the reveal steps of the cost of what each reveals, nats [B]."""
-    return {label: reveal(order, task, network, text, key_B)[0]}
+    return {f"chain:{order}": reveal(order, task, network, text, key_B)[0]}
 
 
-def reveal(order: Order, task: Task, network: Network, text: Text, key_B) -> tuple:
+def reveal(order: str, task: Task, network: Network, text: Text, key_B) -> tuple:
     """(nats [B], whether every revealed token was the likeliest one [B]; token orders only)."""
     batch, length = text.token_BxL.shape
     slots = task.book.length
-    units = slots if order.name == "subtokens" else 1  # revealed on their own, per position
+    units = slots if order == "subtokens" else 1  # revealed on their own, per position
     row_BxL = jnp.asarray(task.book.rows)[text.token_BxL]
     fixed_BxU = _fixed(order, key_B, length, units)
-    if fixed_BxU is None and order.at_once > 1 and task.config.objective.block_length:
-        raise UserError(
-            f"chain:{order.name}:{order.at_once}: block diffusion decides about one block at a "
-            "time, so give no K here"
-        )
     most = length if text.most is None else text.most
-    steps = -(-most * units // order.at_once)
+    rows_B = jnp.arange(batch)
 
     def wide(unit_BxU):
         whole = unit_BxU.reshape(batch, length, units)
@@ -95,46 +69,34 @@ def reveal(order: Order, task: Task, network: Network, text: Text, key_B) -> tup
         h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
         sureness_BxU = fixed_BxU
         if fixed_BxU is None:
-            said = readout(order.name, h_BxLxD.reshape(batch * length, -1), head_VxD)
+            said = readout(order, h_BxLxD.reshape(batch * length, -1), head_VxD)
             sureness_BxU = said.sureness_N.reshape(batch, length)
             likeliest_BxL = said.best_N.reshape(batch, length) == row_BxL
         ranked_BxU = jnp.where(open_BxU, sureness_BxU, -jnp.inf)
-        unit_BxK = jax.lax.top_k(ranked_BxU, order.at_once)[1]
-        taken_BxK = _at(open_BxU, unit_BxK)  # False where fewer are left
-        rows_B = jnp.arange(batch)[:, None]
-        left_BxU = open_BxU.at[rows_B, unit_BxK].set(False)
-        position_BxK = unit_BxK // units
-        parts = (
-            h_BxLxD[rows_B, position_BxK],
-            row_BxL[rows_B, position_BxK],
-            wide(open_BxU)[rows_B, position_BxK],
-            wide(left_BxU)[rows_B, position_BxK],
-        )
-        h_NxD, *flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
-        log_p_N = subtoken_log_masses(task.head, h_NxD, head_VxD, *flat)[1]
-        cost_BxK = jnp.where(taken_BxK, -log_p_N.reshape(batch, -1), 0.0)
+        unit_B = ranked_BxU.argmax(axis=1)
+        taken_B = open_BxU[rows_B, unit_B]  # False where none is left
+        left_BxU = open_BxU.at[rows_B, unit_B].set(False)
+        here = rows_B, unit_B // units
+        charged = row_BxL[here], wide(open_BxU)[here], wide(left_BxU)[here]
+        log_p_B = subtoken_log_masses(task.head, h_BxLxD[here], head_VxD, *charged)[1]
         if fixed_BxU is None:
-            greedy_B &= (_at(likeliest_BxL, unit_BxK) | ~taken_BxK).all(axis=1)
-        return left_BxU, nats_B + cost_BxK.sum(axis=1), greedy_B
+            greedy_B &= likeliest_BxL[here] | ~taken_B
+        return left_BxU, nats_B + jnp.where(taken_B, -log_p_B, 0.0), greedy_B
 
     target = jnp.broadcast_to(text.target_BxL[..., None], (batch, length, units))
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(float))
     start = (target.reshape(batch, -1), jnp.zeros(batch, dtype), jnp.ones(batch, bool))
-    _, nats_B, greedy_B = jax.lax.fori_loop(0, steps, step, start)
+    _, nats_B, greedy_B = jax.lax.fori_loop(0, most * units, step, start)
     return nats_B, greedy_B
 
 
-def _fixed(order: Order, key_B, length: int, units: int) -> jax.Array | None:
+def _fixed(order: str, key_B, length: int, units: int) -> jax.Array | None:
     """What an order that does not look at the text ranks units by [B, length * units], or None."""
-    if order.name == "l2r":
+    if order == "l2r":
         return jnp.broadcast_to(-jnp.arange(length, dtype=jnp.float32), (len(key_B), length))
-    if order.name in ("random", "subtokens"):
+    if order in ("random", "subtokens"):
         return jax.vmap(lambda key: jax.random.uniform(key, (length * units,)))(key_B)
     return None
-
-
-def _at(x_BxU: jax.Array, unit_BxK: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(x_BxU, unit_BxK, axis=1)
 
 
 def greedy(task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
@@ -143,7 +105,7 @@ def greedy(task: Task, network: Network, text: Text, key_B, uniform_B) -> Values
     An autoregressive model decodes left to right, a diffusion model its surest token first.
     """
     if task.config.family != "arm":
-        return {"greedy": reveal(Order("confidence"), task, network, text, key_B)[1] * 1.0}
+        return {"greedy": reveal("confidence", task, network, text, key_B)[1] * 1.0}
     inputs = shifted(task, text)
     h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
     best_N = readout("confidence", h_BxLxD.reshape(-1, h_BxLxD.shape[-1]), head_VxD).best_N

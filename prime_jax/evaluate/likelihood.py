@@ -41,7 +41,7 @@ def estimator(name: str) -> Callable[..., Values]:
     """The function behind an estimator's name.
 
     `ar`, `subtoken`, `token` (and `subtoken:independent`, `token:independent`), `finite:T`,
-    `chain:ORDER[:K]`; and `greedy`, which is no likelihood (chain.py).
+    `chain:ORDER`; and `greedy`, which is no likelihood (chain.py).
 
     Raises:
         UserError: an unknown name.
@@ -53,11 +53,11 @@ def estimator(name: str) -> Callable[..., Values]:
         return partial({"subtoken": subtoken, "token": token}[head], rest)
     if head == "finite" and rest.isdigit() and int(rest) > 0:
         return partial(finite, int(rest))
-    if head == "chain" and (order := chain.parse(rest)):
-        return partial(chain.chain, name, order)
+    if head == "chain" and rest in chain.ORDERS:
+        return partial(chain.chain, rest)
     raise UserError(
         f"estimator {name!r} is unknown; use subtoken, token, finite:T (T a number of steps) or "
-        f"chain:ORDER[:K] (K tokens per call), ORDER one of {', '.join(chain.ORDERS)}"
+        f"chain:ORDER (reveals one token per call), ORDER one of {', '.join(chain.ORDERS)}"
     )
 
 
@@ -82,11 +82,8 @@ def kind(name: str) -> Kind:
     head, _, order = name.partition(":")
     if head == "joint":
         return "train_loss"
-    return "nll" if head == "ar" or (head == "chain" and not _random(order)) else "nelbo"
-
-
-def _random(order: str) -> bool:
-    return order.partition(":")[0] in ("random", "subtokens")
+    random = order in ("random", "subtokens")
+    return "nll" if head == "ar" or (head == "chain" and not random) else "nelbo"
 
 
 def draw(

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.kernels.selection import target_kind
-from prime_jax.subtokens import pack, unpack
 
 MULTI_HOT_ROWS = 256  # tables up to this many rows are read by a matmul instead of a gather
 PALLAS_ROWS = 1024  # there the multi-hot matrix is never stored
@@ -51,14 +50,17 @@ def subtoken_embedding(
         x_NxD = _gather(kind, table_TxRxE, digits_NxS, width).astype(dtype)
     elif chosen == "multi_hot":
         x_NxD = _multi_hot(kind, table_TxRxE, digits_NxS, width).astype(dtype)
-    elif table_TxRxE.shape[1] == 3:
-        words_NxW = pack(digits_NxS, digits_NxS == 2)
-        x_NxD = packed_embedding(kind, table_TxRxE, words_NxW, slots, width, chosen, dtype)
+    elif chosen == "select":
+        x_NxD = _select(table_TxRxE, _packed(digits_NxS), slots, width, dtype)
     else:
         from prime_jax.kernels import embedding_pallas  # loads Mosaic: only where it is used
 
         matrix_KxD = _matrix(kind, table_TxRxE, slots, width)
-        x_NxD = embedding_pallas.from_digits(digits_NxS, matrix_KxD, dtype)
+        if table_TxRxE.shape[1] == 3:
+            words_NxW = _packed(digits_NxS)
+            x_NxD = embedding_pallas.from_words(words_NxW, matrix_KxD, slots, dtype)
+        else:
+            x_NxD = embedding_pallas.from_digits(digits_NxS, matrix_KxD, dtype)
     return x_NxD.reshape(*shape, width)
 
 
@@ -76,36 +78,16 @@ def resolve(implementation: str, kind: str, slots: int, rows: int) -> str:
     return implementation
 
 
-def packed_embedding(
-    kind: str,
-    table_Tx3xE: jax.Array,
-    words_NxW: jax.Array,
-    length: int,
-    width: int,
-    implementation: str = "xla",
-    dtype: jax.typing.DTypeLike | None = None,
-) -> jax.Array:
-    """`subtoken_embedding` of binary tokens as `subtokens.pack` packs them: uint32 [..., W]."""
-    dtype = dtype or table_Tx3xE.dtype
-    shape = words_NxW.shape[:-1]
-    words_NxW = words_NxW.reshape(-1, words_NxW.shape[-1])
-    chosen = resolve(implementation, kind, length, 3)
-    if chosen == "pallas":
-        from prime_jax.kernels import embedding_pallas  # loads Mosaic: only where it is used
+def _packed(digits_NxS: jax.Array) -> jax.Array:
+    """uint32 [N, W] of binary digits, 2 where masked (math.md section 4): slot j is bit S-1-j.
 
-        matrix_KxD = _matrix(kind, table_Tx3xE, length, width)
-        x_NxD = embedding_pallas.from_words(words_NxW, matrix_KxD, length, dtype)
-    elif chosen == "select":
-        x_NxD = _select(table_Tx3xE, words_NxW, length, width, dtype)
-    else:
-        seen_N, mask_N = unpack(words_NxW, length)
-        shift_1xS = np.arange(length - 1, -1, -1, dtype=np.uint32)[None]
-        masked_NxS = ((mask_N[:, None] >> shift_1xS) & 1) == 1
-        digits_NxS = jnp.where(masked_NxS, 2, (seen_N[:, None] >> shift_1xS) & 1).astype(jnp.int32)
-        return subtoken_embedding(
-            kind, table_Tx3xE, digits_NxS.reshape(*shape, length), width, chosen, dtype
-        )
-    return x_NxD.reshape(*shape, width)
+    Up to 16 sub-tokens share one word, seen bits low and mask high; beyond, these are two words.
+    """
+    slots = digits_NxS.shape[1]
+    shift_S = np.arange(slots - 1, -1, -1, dtype=np.uint32)
+    bits = [(digits_NxS == digit).astype(jnp.uint32) << shift_S for digit in (1, 2)]
+    seen_N, mask_N = (x_NxS.sum(axis=1, dtype=jnp.uint32) for x_NxS in bits)
+    return (seen_N | mask_N << 16)[:, None] if slots <= 16 else jnp.stack([seen_N, mask_N], axis=1)
 
 
 def _matrix(kind: str, table_TxRxE: jax.Array, slots: int, width: int) -> jax.Array:
@@ -142,7 +124,9 @@ def _gather(kind, table_TxRxE, digits_NxS, width):
 
 def _lane_conditions(words_NxW, shift_1xD):
     """bool [N, D]: the lane's sub-token is masked; it is visible and 1; it is visible and 0."""
-    seen_N, mask_N = unpack(words_NxW, 16 * words_NxW.shape[1])
+    seen_N, mask_N = words_NxW[:, 0], words_NxW[:, -1]
+    if words_NxW.shape[1] == 1:
+        mask_N = mask_N >> 16
     one_NxD = ((seen_N[:, None] >> shift_1xD) & 1) == 1
     masked_NxD = ((mask_N[:, None] >> shift_1xD) & 1) == 1
     return masked_NxD, one_NxD & ~masked_NxD, ~one_NxD & ~masked_NxD

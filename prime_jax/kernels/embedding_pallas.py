@@ -20,7 +20,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from prime_jax.kernels.check_case import Case
 from prime_jax.kernels.selection import target_kind
-from prime_jax.subtokens import words_per_token
 
 TOKENS = 512  # per block: 512 x 2048 float32 cotangents, twice, are 8 MiB of VMEM
 SUBLANES = 16  # rows of a bfloat16 tile
@@ -34,9 +33,9 @@ class Layout(NamedTuple):
 
 
 @functools.cache
-def words_layout(length: int) -> Layout:
-    """Binary tokens as `subtokens.pack` packs them."""
-    bits, kind_shift = (16, 4) if words_per_token(length) == 1 else (32, 5)
+def words_layout(words: int) -> Layout:
+    """Binary tokens, packed into one or two words (`embedding`)."""
+    bits, kind_shift = (16, 4) if words == 1 else (32, 5)
 
     def hot(words_Wxn, dtype):
         shape = (3 * bits, words_Wxn.shape[1])
@@ -74,7 +73,7 @@ def _indicator(condition: jax.Array, dtype) -> jax.Array:
 
 def from_words(words_NxW, matrix_KxD, length: int, dtype) -> jax.Array:
     """[N, D] in `dtype` from packed binary tokens; matrix row s * 3 + c is digit c of slot s."""
-    width, layout = matrix_KxD.shape[1], words_layout(length)
+    width, layout = matrix_KxD.shape[1], words_layout(words_NxW.shape[1])
     by_bit_SxRxD = matrix_KxD.reshape(length, 3, width)[::-1]  # slot j is bit l - 1 - j
     padding = layout.rows // 3 - length
     padded_RxPxD = jnp.pad(jnp.swapaxes(by_bit_SxRxD, 0, 1), ((0, 0), (0, padding), (0, 0)))
@@ -199,8 +198,8 @@ def cases(chip: str, width: int, vocab_size: int) -> list[Case]:
     g_NxD = struct((n_tokens, width), jnp.bfloat16)
     out = []
     for name, layout, words in (
-        ("l=16 b=2", words_layout(16), 1),
-        ("l=18 b=2", words_layout(18), 2),
+        ("l=16 b=2", words_layout(1), 1),
+        ("l=18 b=2", words_layout(2), 2),
         ("l=4 b=15", digits_layout(4, 16), 4),
     ):
         codes_WxN = struct((words, n_tokens), jnp.int32)

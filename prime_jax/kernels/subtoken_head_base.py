@@ -37,7 +37,6 @@ class Head:
         loss: the quantity that `subtoken_loss` differentiates.
         implementation: `pallas` needs one word per code and at most 127 columns, else XLA serves.
         blocks: (rows, head rows, head rows at a time) of the Pallas kernels; empty for their own.
-        skip: let the Pallas kernels skip tiles of tokens and head rows without a consistent pair.
         axis_name: mesh axis of the surrounding `shard_map` over which head rows are split, each
             device holding ceil(V / devices) of them (the last ones padded). Hidden states and
             results are the same on all devices of the axis; gradients are taken inside.
@@ -48,7 +47,6 @@ class Head:
     loss: Literal["marginal", "joint"] = "marginal"
     implementation: Literal["xla", "pallas"] = "xla"
     blocks: tuple[int, ...] = ()
-    skip: bool = False
     axis_name: str | None = None
 
     @property

@@ -30,7 +30,6 @@ from prime_jax.kernels.subtoken_head_blocks import (
     vmem_bytes,
     vmem_capacity,
 )
-from prime_jax.kernels.subtoken_head_sparse import Visits
 
 TILE = 16  # sublanes of a bfloat16 tile
 
@@ -48,7 +47,6 @@ class Operands(NamedTuple):
     """
 
     blocks: Blocks
-    visits: Visits
     cores: int
     hs_NxD: jax.Array
     head_VxD: jax.Array
@@ -79,49 +77,44 @@ def _mismatch(codes_ref, start: int, part: int, bits_2xT: jax.Array) -> tuple:
     return differ_RxT, (differ_RxT & bits_2xT[1:]) != 0
 
 
-def _forward_kernel(
-    blocks: Blocks, terms, blocks_ref, count_ref, hs_ref, head_ref, codes_ref, *refs
-):
+def _forward_kernel(blocks: Blocks, terms, hs_ref, head_ref, codes_ref, *refs):
     *hot_ref, bits_ref, top_ref, sums_ref = refs
-    tile, place = pl.program_id(0), pl.program_id(1)
 
-    @pl.when(place == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _():
         top_ref[...] = jnp.full_like(top_ref, NEG)
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
-    @pl.when(place < count_ref[tile])
-    def _():
-        hs_TxD, bits_2xT = hs_ref[...], bits_ref[...]
+    hs_TxD, bits_2xT = hs_ref[...], bits_ref[...]
 
-        def logits(start):
-            return _dot(head_ref[pl.ds(start, blocks.part), :], hs_TxD, (1, 1))
+    def logits(start):
+        return _dot(head_ref[pl.ds(start, blocks.part), :], hs_TxD, (1, 1))
 
-        def sums(start, p_RxT):
-            if not hot_ref:
-                return p_RxT.sum(0, keepdims=True)
-            hot_KxR = hot_ref[0][:, pl.ds(start, blocks.part)]
-            high_RxT = p_RxT.astype(hot_KxR.dtype)
-            total_KxT = _dot(hot_KxR, high_RxT, (1, 0))
-            if terms > 1 and hot_KxR.dtype != jnp.float32:
-                low_RxT = (p_RxT - high_RxT.astype(jnp.float32)).astype(hot_KxR.dtype)
-                total_KxT += _dot(hot_KxR, low_RxT, (1, 0))
-            return total_KxT
+    def sums(start, p_RxT):
+        if not hot_ref:
+            return p_RxT.sum(0, keepdims=True)
+        hot_KxR = hot_ref[0][:, pl.ds(start, blocks.part)]
+        high_RxT = p_RxT.astype(hot_KxR.dtype)
+        total_KxT = _dot(hot_KxR, high_RxT, (1, 0))
+        if terms > 1 and hot_KxR.dtype != jnp.float32:
+            low_RxT = (p_RxT - high_RxT.astype(jnp.float32)).astype(hot_KxR.dtype)
+            total_KxT += _dot(hot_KxR, low_RxT, (1, 0))
+        return total_KxT
 
-        next_RxT = logits(0)
-        top_1xT, sums_KxT = top_ref[...], sums_ref[...]
-        for start in range(0, blocks.rows, blocks.part):
-            z_RxT = next_RxT
-            if start + blocks.part < blocks.rows:  # asked for early: overlaps the softmax
-                next_RxT = logits(start + blocks.part)
-            _, excluded_RxT = _mismatch(codes_ref, start, blocks.part, bits_2xT)
-            z_RxT = jnp.where(excluded_RxT, NEG, z_RxT)
-            higher_1xT = jnp.maximum(top_1xT, z_RxT.max(0, keepdims=True))
-            # What a token gathers before its first consistent row is wiped out by the factor 0.
-            p_RxT = jnp.exp2(z_RxT - higher_1xT)
-            sums_KxT = sums_KxT * jnp.exp2(top_1xT - higher_1xT) + sums(start, p_RxT)
-            top_1xT = higher_1xT
-        top_ref[...], sums_ref[...] = top_1xT, sums_KxT
+    next_RxT = logits(0)
+    top_1xT, sums_KxT = top_ref[...], sums_ref[...]
+    for start in range(0, blocks.rows, blocks.part):
+        z_RxT = next_RxT
+        if start + blocks.part < blocks.rows:  # asked for early: overlaps the softmax
+            next_RxT = logits(start + blocks.part)
+        _, excluded_RxT = _mismatch(codes_ref, start, blocks.part, bits_2xT)
+        z_RxT = jnp.where(excluded_RxT, NEG, z_RxT)
+        higher_1xT = jnp.maximum(top_1xT, z_RxT.max(0, keepdims=True))
+        # What a token gathers before its first consistent row is wiped out by the factor 0.
+        p_RxT = jnp.exp2(z_RxT - higher_1xT)
+        sums_KxT = sums_KxT * jnp.exp2(top_1xT - higher_1xT) + sums(start, p_RxT)
+        top_1xT = higher_1xT
+    top_ref[...], sums_ref[...] = top_1xT, sums_KxT
 
 
 def forward(operands: Operands, terms: int, interpret: Any) -> tuple[jax.Array, jax.Array]:
@@ -132,29 +125,23 @@ def forward(operands: Operands, terms: int, interpret: Any) -> tuple[jax.Array, 
     """
     (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
     n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype
-    places = pl.cdiv(n_rows, rows)
-
-    def block(i, k, blocks_IJ, count_I):
-        return blocks_IJ[i * places + k]
-
     hot, hot_specs, sums = (), (), 1
     if operands.hot_VxK is not None:
         sums = ceil_to(operands.hot_VxK.shape[1], 16)
         hot = (jnp.pad(operands.hot_VxK.T, ((0, sums - operands.hot_VxK.shape[1]), (0, 0))),)
-        hot_specs = (pl.BlockSpec((sums, rows), lambda *at: (0, block(*at))),)
-    by_token = lambda n: pl.BlockSpec((n, tokens), lambda i, *_: (0, i))  # noqa: E731
+        hot_specs = (pl.BlockSpec((sums, rows), lambda i, j: (0, j)),)
+    by_token = lambda n: pl.BlockSpec((n, tokens), lambda i, j: (0, i))  # noqa: E731
     return _call(
         partial(_forward_kernel, operands.blocks, terms),
         operands,
         name="subtoken_head_forward",
-        lists=operands.visits[:2],
-        grid=(n_tokens // tokens, places),
+        grid=(n_tokens // tokens, pl.cdiv(n_rows, rows)),
         semantics=("parallel", "arbitrary"),
         inputs=(operands.hs_NxD, operands.head_VxD, operands.codes_1xV, *hot, operands.bits_2xN),
         in_specs=[
-            pl.BlockSpec((tokens, width), lambda i, *_: (i, 0)),
-            pl.BlockSpec((rows, width), lambda *at: (block(*at), 0)),
-            pl.BlockSpec((1, rows), lambda *at: (0, block(*at))),
+            pl.BlockSpec((tokens, width), lambda i, j: (i, 0)),
+            pl.BlockSpec((rows, width), lambda i, j: (j, 0)),
+            pl.BlockSpec((1, rows), lambda i, j: (0, j)),
             *hot_specs,
             by_token(2),
         ],
@@ -169,51 +156,49 @@ def forward(operands: Operands, terms: int, interpret: Any) -> tuple[jax.Array, 
     )
 
 
-def _backward_kernel(blocks: Blocks, n_rows, steps_ref, count_ref, hs_ref, h_ref, head_ref, *refs):
+def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref, *refs):
     codes_ref, *digit_refs, bits_ref, numbers_ref, _, dhead_ref, dh_ref = refs[:-3]
     buffer_ref, read_sem, write_sem = refs[-3:]
-    core, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
-    total, count = pl.num_programs(0) * steps, count_ref[core]
-
-    def listed(what, step):
-        return steps_ref[what * total + core * steps + step]
+    (_, places, tiles), n_blocks = grid, pl.cdiv(n_rows, blocks.rows)
+    core, place, tile = (pl.program_id(axis) for axis in range(3))
+    block, step = core * places + place, place * tiles + tile
+    last = step == jnp.minimum(places, n_blocks - core * places) * tiles - 1
+    moves = (
+        tiles > 1
+    )  # at every step one tile of dh leaves and the next arrives; a single one stays
+    slot = jax.lax.rem(step, 2) if moves else 0
 
     def copy(tile, slot, out):
-        start = (core * (dh_ref.shape[0] // pl.num_programs(0))) + tile * blocks.tokens
+        start = (core * tiles + tile) * blocks.tokens
         there = dh_ref.at[pl.ds(pl.multiple_of(start, blocks.tokens), blocks.tokens), :]
         here = buffer_ref.at[slot]
         if out:
             return pltpu.make_async_copy(here, there, write_sem.at[slot])
         return pltpu.make_async_copy(there, here, read_sem.at[slot])
 
-    tile, moves = listed(1, step), listed(2, step)
-    slot = jax.lax.rem(moves, 2)
-    last = step == count - 1
-    following = jnp.minimum(step + 1, steps - 1)
-    arrived = (step == 0) | (listed(2, jnp.maximum(step - 1, 0)) != moves)
-    leaving = last | (listed(2, following) != moves)
-
-    @pl.when(step < count)
+    @pl.when(block < n_blocks)  # the last core may have fewer
     def _():
         @pl.when(step == 0)
         def _():
             copy(tile, slot, out=False).start()
 
-        @pl.when(leaving & (moves > 0))  # the tile before this one must be written by now
-        def _():
-            copy(tile, 1 - slot, out=True).wait()
+        if moves:
 
-        @pl.when(leaving & ~last)
-        def _():
-            copy(listed(1, following), 1 - slot, out=False).start()
+            @pl.when(step > 0)  # the tile before this one must be written by now
+            def _():
+                copy(tile, 1 - slot, out=True).wait()
 
-        @pl.when((step == 0) | (listed(0, jnp.maximum(step - 1, 0)) != listed(0, step)))
+            @pl.when(~last)
+            def _():
+                copy(jax.lax.rem(tile + 1, tiles), 1 - slot, out=False).start()
+
+        @pl.when(tile == 0)
         def _():
             dhead_ref[...] = jnp.zeros_like(dhead_ref)
 
         if n_rows % blocks.rows:
 
-            @pl.when(listed(0, step) == n_rows // blocks.rows)
+            @pl.when(block == n_rows // blocks.rows)
             def _():
                 _clear(head_ref, n_rows % blocks.rows)
 
@@ -237,13 +222,13 @@ def _backward_kernel(blocks: Blocks, n_rows, steps_ref, count_ref, hs_ref, h_ref
             part_TxD = _dot(dz_RxT, head_RxD, (0, 0))
             dh_TxD = part_TxD if dh_TxD is None else dh_TxD + part_TxD
 
-        @pl.when(arrived)
+        @pl.when(moves | (step == 0))
         def _():
             copy(tile, slot, out=False).wait()
 
         buffer_ref[slot] += dh_TxD
 
-        @pl.when(leaving)
+        @pl.when(moves | last)
         def _():
             copy(tile, slot, out=True).start()
 
@@ -285,14 +270,12 @@ def backward(
     """
     (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
     n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype
-    cores = operands.cores
-    steps = len(operands.visits.steps_3KT) // (3 * cores)
+    cores, n_blocks = operands.cores, pl.cdiv(n_rows, rows)
+    places = pl.cdiv(n_blocks, cores)
+    grid = cores, places, n_tokens // tokens
 
-    def block(k, t, steps_3KT, count_K):
-        return steps_3KT[k * steps + t]
-
-    def tile(k, t, steps_3KT, count_K):
-        return steps_3KT[(cores + k) * steps + t]
+    def block(k, j, i):
+        return jnp.minimum(k * places + j, n_blocks - 1)
 
     digits, digit_specs, columns = (), (), 0
     if columns_KxN is not None:
@@ -306,21 +289,20 @@ def backward(
         )
         digit_specs = (
             pl.BlockSpec((rows, columns), lambda *at: (block(*at), 0)),
-            pl.BlockSpec((columns, tokens), lambda *at: (0, tile(*at))),
+            pl.BlockSpec((columns, tokens), lambda k, j, i: (0, i)),
         )
-    by_token = lambda n: pl.BlockSpec((n, tokens), lambda *at: (0, tile(*at)))  # noqa: E731
-    tokens_spec = pl.BlockSpec((tokens, width), lambda *at: (tile(*at), 0))
+    by_token = lambda n: pl.BlockSpec((n, tokens), lambda k, j, i: (0, i))  # noqa: E731
+    tokens_spec = pl.BlockSpec((tokens, width), lambda k, j, i: (i, 0))
     rows_spec = pl.BlockSpec((rows, width), lambda *at: (block(*at), 0))
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     inputs = (operands.hs_NxD, h_NxD, operands.head_VxD, operands.codes_1xV, *digits)
     inputs = (*inputs, operands.bits_2xN, numbers_3xN)
     dhead_VxD, dh_KNxD = _call(
-        partial(_backward_kernel, operands.blocks, n_rows),
+        partial(_backward_kernel, operands.blocks, n_rows, grid),
         operands,
         name="subtoken_head_backward",
-        lists=operands.visits[2:],
-        grid=(cores, steps),
-        semantics=("parallel", "arbitrary"),
+        grid=grid,
+        semantics=("parallel", "arbitrary", "arbitrary"),
         inputs=(*inputs, jnp.zeros((cores * n_tokens, width), jnp.float32)),
         in_specs=[
             tokens_spec,
@@ -339,7 +321,7 @@ def backward(
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        aliases={2 + len(inputs): 1},
+        aliases={len(inputs): 1},
         cost=pl.CostEstimate(
             flops=2 * n_tokens * n_rows * (3 * width + columns),
             transcendentals=n_tokens * n_rows,
@@ -354,15 +336,11 @@ def _call(
     kernel,
     operands: Operands,
     *,
-    name,
-    lists,
-    grid,
     semantics,
     inputs,
     out_shapes,
     cost,
     interpret,
-    scratch_shapes=(),
     aliases=None,
     **specs,
 ):
@@ -370,10 +348,6 @@ def _call(
     needed = vmem_bytes(width, itemsize, operands.blocks)
     return pl.pallas_call(
         kernel,
-        name=name,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(lists), grid=grid, scratch_shapes=scratch_shapes, **specs
-        ),
         out_shape=[jax.ShapeDtypeStruct(*x) for x in out_shapes],
         input_output_aliases=aliases or {},
         compiler_params=pltpu.CompilerParams(
@@ -382,4 +356,5 @@ def _call(
         ),
         cost_estimate=cost,
         interpret=target_kind() == "cpu" if interpret is None else interpret,
-    )(*(jnp.asarray(x) for x in lists), *inputs)
+        **specs,
+    )(*inputs)

@@ -1,12 +1,11 @@
 """The head for TPUs: operands of the Mosaic kernels, and what their results mean.
 
-The same three functions as in `subtoken_head_xla`. Rows, and codes, are padded to whole tiles;
-with `head.skip` rows are sorted, so that the tiles without a consistent pair can be left out.
+The same three functions as in `subtoken_head_xla`. Rows, and codes, are padded to whole tiles.
 """
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,6 @@ from prime_jax.kernels.subtoken_head_base import (
 )
 from prime_jax.kernels.subtoken_head_blocks import LANES, Blocks, ceil_to, core_count, fitted
 from prime_jax.kernels.subtoken_head_mosaic import Operands, backward, forward
-from prime_jax.kernels.subtoken_head_sparse import all_tiles, consistent_tiles, sorted_order
 from prime_jax.subtokens import Codebook
 
 LOG2E = math.log2(math.e)
@@ -39,38 +37,19 @@ def supports(head: Head) -> bool:
     return head.fields_SxW.shape[1] == 1 and head.columns < LANES
 
 
-class _Problem(NamedTuple):
-    """Operands, and the order of their rows (None: as given) of which `count` are not padding."""
-
-    operands: Operands
-    order_N: jax.Array | None
-    count: int
-
-    def rows(self, x: jax.Array) -> jax.Array:
-        """[count, ...] in the order of the operands, padded with zeros."""
-        x = x if self.order_N is None else x[self.order_N]
-        return _padded(x, self.operands.hs_NxD.shape[0])
-
-    def unordered(self, x: jax.Array) -> jax.Array:
-        """Inverse of `rows`."""
-        x = x[: self.count]
-        return x if self.order_N is None else x[jnp.argsort(self.order_N)]
-
-
 def _padded(x: jax.Array, count: int, value: Any = 0) -> jax.Array:
     return jnp.pad(
         x, ((0, count - x.shape[0]), *((0, 0) for _ in x.shape[1:])), constant_values=value
     )
 
 
-def _problem(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> _Problem:
+def _operands(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Operands:
     (n_tokens, width), (n_rows, _), dtype = h_NxD.shape, head_VxD.shape, head_VxD.dtype
     blocks = fitted(head, width, dtype.itemsize)
     tokens = min(blocks.tokens, ceil_to(n_tokens, LANES))
     rows = min(blocks.rows, ceil_to(n_rows, blocks.part))
     blocks = Blocks(tokens, rows, math.gcd(rows, blocks.part))
     padded_tokens, padded_rows = ceil_to(n_tokens, tokens), ceil_to(n_rows, rows)
-    tiles = padded_tokens // tokens, padded_rows // rows
 
     # The barrier keeps the compiler from unfolding indicators of the whole vocabulary.
     words_VxW = jax.lax.optimization_barrier(jnp.asarray(shard(head, row_N, n_rows).words_VxW))
@@ -82,47 +61,36 @@ def _problem(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> _Problem:
     true_N = jnp.asarray(head.words_VxW)[row_N, 0]
     visible_N = jnp.full_like(true_N, PADDING) if visible_NxW is None else visible_NxW[:, 0]
     hs_NxD = (h_NxD.astype(jnp.float32) * LOG2E).astype(dtype)
-
-    cores, order_N = min(core_count(), tiles[1]), None
-    if head.skip:
-        order_N = sorted_order(true_N, visible_N, head.field_bits * head.codebook.length)
-        hs_NxD, true_N, visible_N = (x[order_N] for x in (hs_NxD, true_N, visible_N))
-        # Rows beyond the last are copies of it: they make no tile worth visiting.
-        ends = [jnp.pad(x, (0, padded_tokens - n_tokens), mode="edge") for x in (true_N, visible_N)]
-        visits = consistent_tiles(words_VxW[:, 0], *ends, tokens, rows, cores)
-    else:
-        visits = all_tiles(*tiles, cores)
-    operands = Operands(
+    return Operands(
         blocks=blocks,
-        visits=visits,
-        cores=cores,
+        cores=min(core_count(), padded_rows // rows),
         hs_NxD=_padded(hs_NxD, padded_tokens),
         head_VxD=_padded(head_VxD, max(n_rows, rows)),  # a copy of it only where it is one block
         codes_1xV=words_VxW.T,
         hot_VxK=hot_VxK,
         bits_2xN=_padded(jnp.stack([true_N, visible_N], axis=1), padded_tokens).T,
     )
-    return _Problem(operands, order_N, n_tokens)
 
 
 def masses(head: Head, h_NxD, head_VxD, row_N, visible_NxW, interpret: Any = None) -> Masses:
     """As in `subtoken_head_xla`; digit masses from the exponentials in twice the precision."""
-    problem = _problem(head, h_NxD, head_VxD, row_N, visible_NxW)
-    return _masses(head, problem, row_N, head_VxD, 2, interpret)
+    operands = _operands(head, h_NxD, head_VxD, row_N, visible_NxW)
+    return _masses(head, operands, row_N, head_VxD, 2, interpret)
 
 
-def _masses(head: Head, problem: _Problem, row_N, head_VxD, terms: int, interpret) -> Masses:
-    top_1xN, sums_KxN = forward(problem.operands, terms, interpret)
-    sums_NxK, digits = problem.unordered(sums_KxN.T), None
+def _masses(head: Head, operands: Operands, row_N, head_VxD, terms: int, interpret) -> Masses:
+    count = len(row_N)
+    top_1xN, sums_KxN = forward(operands, terms, interpret)
+    sums_NxK, digits = sums_KxN.T[:count], None
     if not head.plain:
         shape = (-1, head.codebook.length, head.codebook.base)
         digits = sums_NxK[:, : head.columns].reshape(shape)
     true_N = shard(head, row_N, head_VxD.shape[0]).true_N
     index_N = jnp.clip(true_N, 0, head_VxD.shape[0] - 1)
-    hs_NxD = problem.unordered(problem.operands.hs_NxD).astype(jnp.float32)
+    hs_NxD = operands.hs_NxD[:count].astype(jnp.float32)
     truth_N = (hs_NxD * head_VxD[index_N].astype(jnp.float32)).sum(axis=1)
     truth_N = jnp.where(index_N == true_N, truth_N, 0)
-    top_N, mass_N = problem.unordered(top_1xN[0]), sums_NxK[:, head.columns]
+    top_N, mass_N = top_1xN[0, :count], sums_NxK[:, head.columns]
     return combined(head, Masses(top_N / LOG2E, truth_N / LOG2E, mass_N, digits))
 
 
@@ -130,26 +98,27 @@ def gradients(
     head: Head, h_NxD, head_VxD, row_N, visible_NxW, lse_N, coefficients, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array]:
     """As in `subtoken_head_xla`: (dh [N, D], dhead [V, D]), float32."""
-    problem = _problem(head, h_NxD, head_VxD, row_N, visible_NxW)
-    return _gradients(head, problem, h_NxD, head_VxD, lse_N, coefficients, interpret)
+    operands = _operands(head, h_NxD, head_VxD, row_N, visible_NxW)
+    return _gradients(head, operands, h_NxD, head_VxD, lse_N, coefficients, interpret)
 
 
-def _gradients(head: Head, problem: _Problem, h_NxD, head_VxD, lse_N, coefficients, interpret):
+def _gradients(head: Head, operands: Operands, h_NxD, head_VxD, lse_N, coefficients, interpret):
     constant_N, digits_NxSxb, truth_N = coefficients
+    count, padded = len(h_NxD), len(operands.hs_NxD)
     columns_KxN = None
     if digits_NxSxb is not None:
         digits_NxC = digits_NxSxb.reshape(-1, head.columns)
         columns_NxK = jnp.concatenate([digits_NxC, constant_N[:, None]], axis=1)
-        columns_KxN = problem.rows(columns_NxK).T
-    numbers_3xN = problem.rows(jnp.stack([lse_N * LOG2E, constant_N, truth_N], axis=1)).T
+        columns_KxN = _padded(columns_NxK, padded).T
+    numbers_3xN = _padded(jnp.stack([lse_N * LOG2E, constant_N, truth_N], axis=1), padded).T
     dhead_VxD, dh_NxD = backward(
-        problem.operands,
-        problem.rows(h_NxD.astype(head_VxD.dtype)),
+        operands,
+        _padded(h_NxD.astype(head_VxD.dtype), padded),
         columns_KxN,
         numbers_3xN,
         interpret,
     )
-    return summed(head, problem.unordered(dh_NxD)), dhead_VxD[: head_VxD.shape[0]]
+    return summed(head, dh_NxD[:count]), dhead_VxD[: head_VxD.shape[0]]
 
 
 def loss_and_gradients(
@@ -165,13 +134,13 @@ def loss_and_gradients(
     interpret: Any = None,
 ) -> tuple[HeadLoss, jax.Array | None, jax.Array | None]:
     """As in `subtoken_head_xla`: (loss sums, dh [N, D], dhead [V, D])."""
-    problem = _problem(head, h_NxD, head_VxD, row_N, head.seen(masked_NxS))
-    masses = _masses(head, problem, row_N, head_VxD, 1, interpret)
+    operands = _operands(head, h_NxD, head_VxD, row_N, head.seen(masked_NxS))
+    masses = _masses(head, operands, row_N, head_VxD, 1, interpret)
     losses, coefficients = loss_terms(head, masses, row_N, masked_NxS, weight_N, whole_N)
     if not gradient:
         return losses, None, None
     lse_N = masses.lse_N
-    return losses, *_gradients(head, problem, h_NxD, head_VxD, lse_N, coefficients, interpret)
+    return losses, *_gradients(head, operands, h_NxD, head_VxD, lse_N, coefficients, interpret)
 
 
 def cases(chip: str, width: int, vocab_size: int) -> list[Case]:

@@ -2,10 +2,10 @@
 
 Minimises sum_i w_i rho(log L_hat_i - log L_i) with
 log L_hat = logsumexp(log E, log A - alpha log N, log B - beta log D) (Hoffmann et al. 2022,
-equation 3), and rho(r) either Huber's function, |r| (`lad`) or r**2 / 2 (`ls`). Published fits that
-stop short of their own optimum (one leaves A and B at the start value) come from finite
-differences on badly scaled unknowns; here the unknowns are standardised, gradient and Hessian
-exact, and every fit says how well it converged.
+equation 3), and rho(r) either Huber's function or r**2 / 2 (`ls`). Published fits that stop short
+of their own optimum (one leaves A and B at the start value) come from finite differences on badly
+scaled unknowns; here the unknowns are standardised, gradient and Hessian exact, and every fit says
+how well it converged.
 """
 
 import itertools
@@ -19,14 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import lad, newton
+from prime_jax.scaling import newton
 from prime_jax.scaling.laws import Law
 
 Array = NDArray[np.float64]
-Objective = Literal["huber", "lad", "ls"]
+Objective = Literal["huber", "ls"]
 
 DELTA = 1e-3
-SMOOTH = 1e-5  # below this residual, least absolute deviation is rounded off for Newton's method
 NAMES = ("E", "A", "alpha", "B", "beta")  # order of the unknowns
 LOGS = (0, 1, 3)  # unknowns that are logs of terms of the loss
 AGREE = 1e-9  # starts within this relative distance of the best objective agree with it
@@ -57,17 +56,9 @@ class Problem:
         """Objective_P, gradient_Px5 and Hessian_Px5x5 for P settings of unknowns and weights."""
         s_e, s_a, s_b, residual = self.shares(theta_Px5)
         pull = np.clip(residual, -self.delta, self.delta)
-        weight = weight_Pxn * self.slope_factor
-        slope = weight * pull
+        slope = weight_Pxn * pull
         value = np.sum(slope * (residual - 0.5 * pull), axis=1)
-        curve = weight * (pull == residual)
-        return value, *self.assemble(s_e, s_a, s_b, slope, curve)
-
-    def assemble(
-        self, s_e: Array, s_a: Array, s_b: Array, slope: Array, curve: Array
-    ) -> tuple[Array, Array]:
-        """Gradient_Px5 and Hessian_Px5x5 of a sum over runs, from the first and second derivative
-        by the residual of each run, [P, n]."""
+        curve = weight_Pxn * (pull == residual)
         one_x, one_y, x_x, y_y, x_y = self._features
         pull_e, pull_a, pull_b = slope * s_e, slope * s_a, slope * s_b
         gradient = np.empty((len(slope), 5))
@@ -87,7 +78,7 @@ class Problem:
         hessian[:, 1:3, 3:5] = ((bend_a * s_b) @ x_y).reshape(-1, 2, 2)
         hessian[:, 1:, 0] = hessian[:, 0, 1:]
         hessian[:, 3:5, 1:3] = hessian[:, 1:3, 3:5].transpose(0, 2, 1)
-        return gradient, hessian
+        return value, gradient, hessian
 
     def bend(self, residual_n: Array) -> float:
         """mean(rho''), by the weights: what the sum of all runs has for curvature.
@@ -104,13 +95,10 @@ class Problem:
         return max(float(self.weight_n @ inside / self.weight_n.sum()), SILENT)
 
     def value(self, theta_5: Array) -> float:
-        """The objective as it is defined: no rounding-off of least absolute deviation."""
         return float(self.weight_n @ self.cost(self.residual(theta_5)))
 
     def cost(self, residual: ArrayLike) -> Array:
         """rho of residuals."""
-        if self.objective == "lad":
-            return np.abs(residual)
         pull = np.clip(residual, -self.delta, self.delta)
         return pull * (residual - 0.5 * pull)
 
@@ -132,7 +120,7 @@ class Problem:
         s_e, s_a, s_b, _ = self.shares(theta_Px5)
         size_x, size_y = np.abs(self.x_n), np.abs(self.y_n)
         columns = (s_e, s_a, s_a * size_x, s_b, s_b * size_y)
-        pull = min(self.delta, DELTA) * self.slope_factor  # least squares: as of residuals of 0.1 %
+        pull = min(self.delta, DELTA)  # least squares: as of residuals of 0.1 %
         return pull * np.stack([c @ self.weight_n for c in columns], 1)
 
     def at(self, which: NDArray[np.intp]) -> "Problem":
@@ -161,12 +149,7 @@ class Problem:
     @property
     def floor(self) -> float:
         """The objective of an exact fit, which is rounding."""
-        return EXACT * self.slope_factor * len(self.x_n)
-
-    @property
-    def slope_factor(self) -> float:
-        """Makes Huber's function of a small delta the absolute value."""
-        return 1 / self.delta if self.objective == "lad" else 1.0
+        return EXACT * len(self.x_n)
 
     def law(self, theta: Array) -> Law:
         """Unknowns [..., 5] in the units of the data."""
@@ -200,7 +183,7 @@ def problem(
 ) -> Problem:
     """The objective on runs of N = `params`, D = `tokens`; needs two different N and two D.
 
-    `delta` is that of Huber's function; the other two objectives have none.
+    `delta` is that of Huber's function; least squares has none.
 
     Raises:
         UserError: a delta that is not above 0.
@@ -210,7 +193,7 @@ def problem(
     log_n, log_d = np.log(params), np.log(tokens)
     centre, scale = (log_n.mean(), log_d.mean()), (log_n.std(), log_d.std())
     x, y = (log_n - centre[0]) / scale[0], (log_d - centre[1]) / scale[1]
-    delta = {"huber": delta, "lad": SMOOTH, "ls": math.inf}[objective]
+    delta = math.inf if objective == "ls" else delta
     weight = np.ones(len(x)) if weight is None else weight
     return Problem(x, y, np.log(loss), weight, centre, scale, objective, delta)
 
@@ -255,15 +238,11 @@ def certify(p: Problem, theta_5: Array, ends_S: ArrayLike = ()) -> Certificate:
     """Examine any point; `ends_S` are the objectives that other starts ended at."""
     theta, ends_S = theta_5[None], np.asarray(ends_S, dtype=np.float64)
     lower, upper = p.box()
-    if p.objective == "lad":
-        gradient, curvature = lad.examine(p, theta_5)
-        moves = newton.free(theta_5, gradient, lower, upper)
-    else:
-        _, gradient_Px5, hessian = p.derivatives(theta, p.weight_n[None])
-        gradient = gradient_Px5[0]
-        moves = newton.free(theta_5, gradient, lower, upper)
-        eigenvalues = np.linalg.eigvalsh(hessian[0][np.ix_(moves, moves)])
-        curvature = eigenvalues[0] / eigenvalues[-1] if moves.any() else 0.0
+    _, gradient_Px5, hessian = p.derivatives(theta, p.weight_n[None])
+    gradient = gradient_Px5[0]
+    moves = newton.free(theta_5, gradient, lower, upper)
+    eigenvalues = np.linalg.eigvalsh(hessian[0][np.ix_(moves, moves)])
+    curvature = eigenvalues[0] / eigenvalues[-1] if moves.any() else 0.0
     scaled = np.abs(gradient) / p.gradient_scale(theta)[0]
     best = ends_S.min(initial=np.inf)
     exact = p.weight_n.sum() * p.cost(AGREE)  # where relative says nothing
@@ -302,9 +281,6 @@ def fit(p: Problem) -> Fit:
     start = starts(p)
     ends, values = solve(p, start, np.broadcast_to(p.weight_n, (len(start), len(p.x_n))))
     theta = ends[np.argmin(values)]
-    if p.objective == "lad":
-        finer = replace(p, delta=lad.SMOOTHEST)
-        theta = lad.polish(finer, solve(finer, theta[None], p.weight_n[None])[0][0])
     law = p.law(theta)
     law = Law(*(float(v) for v in (law.E, law.A, law.B, law.alpha, law.beta)))
     return Fit(law, theta, p.value(theta), certify(p, theta, values))

@@ -26,7 +26,7 @@ CURES = {
     "multiplier_extrapolated": "add runs of the baseline or the family where their losses overlap",
     "multipliers_disagree": "report both; add runs where they differ",
     "extrapolation": "add runs around the predicted optimum before using it",
-    "delta_too_small": "choose a delta of the size of the scatter (--delta), or say --objective lad",
+    "delta_too_small": "choose a larger --delta, of the size of the scatter",
     "data_repeated": "use more unique data, or a law with a term for repetition",
     "not_identified": "use no value of these; add larger budgets, and sizes further from the optimum",
     "no_seed_repeats": "repeat one budget with a second seed",

@@ -105,8 +105,6 @@ def loss_of_efficiency(noise: float, settings: Settings) -> float:
     """
     if settings.objective == "ls":
         return 1.0
-    if settings.objective == "lad":
-        return math.sqrt(math.pi / 2)
     k = settings.delta / noise if noise > 0 else math.inf
     if k > 8:
         return 1.0

@@ -18,14 +18,14 @@ objective + weight (g - c)**2 lies exactly on the profile, at the g that it ends
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import f as f_distribution
 
 from prime_jax.scaling import newton
-from prime_jax.scaling.approach3 import Fit, Problem, solve
+from prime_jax.scaling.approach3 import Fit, Problem
 from prime_jax.scaling.laws import Compute
 
 Array = NDArray[np.float64]
@@ -97,11 +97,10 @@ def intervals(
     if np.abs(p.residual(fit.theta_5)).max() < SILENT:
         exact = [float(q.natural(values([q], fit.theta_5[None])[0])[0]) for q in quantities]
         return [(value, value) for value in exact]
-    p, theta_5 = _rounded(p, fit)
-    kappa, freedom = scale(p, p.residual(theta_5), runs)
+    kappa, freedom = scale(p, p.residual(fit.theta_5), runs)
     rise = 0.5 * kappa * f_distribution.ppf(level, 1, freedom)
     both = _stack([q for q in quantities for _ in range(2)])
-    ends = _search(*_pushed(p, theta_5, both, rise), far=FAR)
+    ends = _search(*_pushed(p, fit.theta_5, both, rise), far=FAR)
     pairs = zip(ends[::2], ends[1::2], quantities, strict=True)
     return [(_natural(q, low), _natural(q, high)) for low, high, q in pairs]
 
@@ -135,16 +134,8 @@ def scale(p: Problem, residual: Array, runs: NDArray[np.int_] | None = None) -> 
     independent = count if runs is None else len(np.unique(runs))
     freedom = max(independent - UNKNOWNS, 1)
     pull = np.clip(residual, -p.delta, p.delta)
-    squares = p.slope_factor * np.sum((p.weight_n * pull) ** 2) / freedom
+    squares = np.sum((p.weight_n * pull) ** 2) / freedom
     return float(squares / (np.mean(p.weight_n) * p.bend(residual))), freedom
-
-
-def _rounded(p: Problem, fit: Fit) -> tuple[Problem, Array]:
-    """Least absolute deviation rounded off more than for the fit, but far below its residuals."""
-    if p.objective != "lad":
-        return p, fit.theta_5
-    smooth = replace(p, delta=0.1 * float(np.median(np.abs(p.residual(fit.theta_5)))))
-    return smooth, solve(smooth, fit.theta_5[None], p.weight_n[None])[0][0]
 
 
 def _quantity(

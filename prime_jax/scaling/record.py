@@ -56,7 +56,6 @@ SCHEMA = 1
 QUANTITIES = ("params", "tokens", "loss")
 OBJECTIVES = {
     "huber": "sum of Huber(log residual)",
-    "lad": "sum of |log residual|",
     "ls": "sum of squared log residuals / 2",
 }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_jax.config import nearest
+from prime_jax.config import from_dict, nearest
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.scaling import fit, points, record, table
@@ -106,7 +106,7 @@ def read(path: Path) -> Saved:
         raise UserError(f"{path / 'fit.json'}: not of this version (schema {record.SCHEMA})")
     try:
         method, source, conventions = result["method"], result["source"], result["conventions"]
-        settings = Settings(**method["settings"])
+        settings = from_dict(Settings, method["settings"], f"{path / 'fit.json'}: settings")
         choice = Choice(allow_mixed_kinds=method["allow_mixed_kinds"])
         hashed = source["points"]
     except (KeyError, TypeError) as error:
