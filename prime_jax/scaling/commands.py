@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +129,9 @@ def run(args: argparse.Namespace) -> int:
         result = record.as_dict(fitted)
         out = make(args.out or default_out(args.runs))
         saved.write(out, result, data, runs, _templates(args.runs))
-        status.update("drawing")
-        pictures = _draw(fitted, out)
     _print(console, result)
+    with console.status("drawing"):
+        pictures = _draw(fitted, out)
     for path in pictures:
         console.print(f"figure  {path}", soft_wrap=True, highlight=False)
     console.print(f"report  {out / 'report.html'}", soft_wrap=True, highlight=False)
@@ -156,13 +157,16 @@ def _draw(fitted: Any, out: Path) -> list[Path]:
     from prime_jax.scaling import plots, report
 
     try:
-        figures = plots.draw_all(fitted)
-        plots.forget(set(plots.NAMES) - set(figures), out)
-        paths = plots.save(figures, out)
+        paths = plots.publish(plots.draw_all(fitted, complain), plots.NAMES, out, complain)
         report.write(out)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
     return [path for (_, suffix), path in paths.items() if suffix == "png"]
+
+
+def complain(text: str) -> None:
+    """One line about what is missing beside the numbers."""
+    print(f"prime-jax: {text}", file=sys.stderr)
 
 
 def make(out: Path) -> Path:

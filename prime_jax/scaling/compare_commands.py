@@ -70,11 +70,10 @@ def compare(args: argparse.Namespace) -> int:
     result = compare_record.as_dict(found)
     out = fit_commands.make(args.out or fit_commands.default_out(args.runs))
     write_json_atomic(out / "compare.json", result)
-    files = [out / "compare.json", *_draw(result, list(runs.families), out)]
     fit_commands.print_head(console, result)
     for name, family in result["families"].items():
         _print_family(console, name, family, result)
-    for path in files:
+    for path in (out / "compare.json", *_draw(result, list(runs.families), out)):
         console.print(f"wrote  {path}", soft_wrap=True, highlight=False)
     return 3 if found.refused else 0
 
@@ -84,9 +83,8 @@ def _draw(result: dict[str, Any], families: list[str], out: Path) -> list[Path]:
     from prime_jax.scaling import plots, report
 
     try:
-        figures = plots.draw_comparison(result, families)
-        plots.forget({"multiplier"} - set(figures), out)
-        paths = plots.save(figures, out)
+        figures = plots.draw_comparison(result, families, fit_commands.complain)
+        paths = plots.publish(figures, ("multiplier",), out, fit_commands.complain)
         reports = [out / "report.html"] if report.refresh(out) else []
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
