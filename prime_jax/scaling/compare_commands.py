@@ -64,12 +64,13 @@ def compare(args: argparse.Namespace) -> int:
     from prime_jax.scaling.compare import compare
 
     console = Console(width=max(labels.WIDTH, Console().width))
+    out = args.out or fit_commands.default_out(args.runs)
+    fit_commands.spare(args, out, ("compare.json",), ("multiplier",))
     runs, settings = _read(args)
     with console.status("comparing") as status:
         found = compare(runs, args.baseline, args.against, settings, status.update)
     result = compare_record.as_dict(found)
-    out = fit_commands.make(args.out or fit_commands.default_out(args.runs))
-    write_json_atomic(out / "compare.json", result)
+    write_json_atomic(fit_commands.make(out) / "compare.json", result)
     fit_commands.print_head(console, result)
     for name, family in result["families"].items():
         _print_family(console, name, family, result)
@@ -98,6 +99,8 @@ def validate(args: argparse.Namespace) -> int:
     from prime_jax.scaling import labels, record, validate
 
     console = Console(width=max(labels.WIDTH, Console().width))
+    out = args.out or fit_commands.default_out(args.runs)
+    fit_commands.spare(args, out, ("validate.json",), ())
     runs, settings = _read(args)
     families = {}
     with console.status("validating") as status:
@@ -105,7 +108,7 @@ def validate(args: argparse.Namespace) -> int:
             status.update(f"validating {name}")
             families[name] = validate.report(points, settings)
     result = {"schema": validate.SCHEMA, **record.origin(runs, settings), "families": families}
-    path = fit_commands.make(args.out or fit_commands.default_out(args.runs)) / "validate.json"
+    path = fit_commands.make(out) / "validate.json"
     write_json_atomic(path, result)
     fit_commands.print_head(console, result)
     for name, family in families.items():
