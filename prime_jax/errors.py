@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class NoData(UserError):
+    """The data of a run is not here: a fault of the machine, which no run is charged for."""

@@ -66,13 +66,19 @@ def train(
     Returns:
         The record (records.py); status `diverged` after a non-finite loss.
     Raises:
-        UserError: bad config, data, checkpoint or disk, or another process trains there.
+        NoData: its data is not here.
+        UserError: bad config, checkpoint or disk, or another process trains there.
         Preempted, Stopped: interrupted after saving.
     """
     with watchdog.blamed():
         run = Run(config, run_dir, earlier, beat, say)
         with storage.locked(run.run_dir) if distributed.is_writer() else contextlib.nullcontext():
             return run.complete()
+
+
+def look(config: RunConfig) -> None:
+    """Raises: NoData: the data of a run is not on this machine."""
+    manifest.of_run(config)
 
 
 def prepare_directory(config: RunConfig, run_dir: Path) -> None:
@@ -105,7 +111,7 @@ class Run:
         self.clock = Clock()
         validate(config)
         schedule.check(config.objective)
-        self.data = manifest.load(config.data.path)
+        self.data = manifest.of_run(config)
         manifest.check(self.data, config)
         self.config = fill_fingerprint(config, self.data)
         self.run_dir, self.earlier = storage.path(run_dir), earlier

@@ -11,6 +11,7 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scaling_cases import csv_rows, published, surface, write_csv
 
 from prime_jax.cli import fit as commands
@@ -27,6 +28,7 @@ from prime_jax.scaling import (
 )
 from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.fit import fit_runs
+from prime_jax.scaling.laws import Law
 from prime_jax.scaling.points import select
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import read
@@ -307,6 +309,61 @@ def test_a_multiplier_that_is_no_number_is_drawn_as_far_as_it_is_one(three):
     assert 0 < low < 1 < 3 < high < 100
 
 
+def far_apart(tmp_path):
+    """Runs as far apart as the quickstart's: no loss of one family is within the other's data."""
+    laws = {
+        "arm": Law(E=1.15, A=30.0, B=2000.0, alpha=0.393, beta=0.887),
+        "mdm": Law(E=2.28, A=1500.0, B=400.0, alpha=0.92, beta=0.567),
+    }
+    rows = []
+    for seed, (name, law) in enumerate(laws.items()):
+        part = surface(law, (1e10, 4e10, 1.5e11, 6e11), (0.3, 0.6, 1.3, 2.6), 0.01, seed)
+        rows += csv_rows(replace(part, family=name))
+    return write_csv(tmp_path / "runs.csv", rows)
+
+
+@pytest.mark.parametrize("base", ["arm", "mdm"])
+def test_families_without_a_common_loss_are_compared(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "FORMATS", ("svg",))
+    assert compare(far_apart(tmp_path), "--baseline", base) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "never" in shown.out
+    result = json.loads((tmp_path / "runs-fit" / "compare.json").read_text())
+    (family,) = result["families"].values()
+    sides = family["multiplier"].values()
+    empty = [all(value is None for value in side["curve"]["value"]) for side in sides]
+    assert any(empty)
+    figure = (tmp_path / "runs-fit" / "multiplier.svg").read_text()
+    assert "no loss that both reach" in figure
+
+
+def test_numbers_do_not_wait_for_a_figure_that_cannot_be_drawn(
+    three, tmp_path, monkeypatch, capsys
+):
+    def broken(*_):
+        raise ValueError("no such scale\nand more")
+
+    monkeypatch.setattr(plots, "FORMATS", ("svg",))
+    monkeypatch.setattr(plots.figures_compare, "multiplier", broken)
+    monkeypatch.setattr(plots.figures_checks, "intervals", broken)
+    monkeypatch.setattr(Figure, "draw_without_rendering", broken)
+    (tmp_path / "multiplier.svg").write_text("of an earlier comparison")
+    assert compare(three, "--out", tmp_path) == 3
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "prime-jax: the figure multiplier cannot be drawn (ValueError: no such scale)"
+    ]
+    assert "same alpha and beta?" in shown.out
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json"}
+    assert command(three, "--out", tmp_path) == 0
+    shown = capsys.readouterr()
+    assert "loss there" in shown.out
+    assert len(shown.err.splitlines()) == len(plots.NAMES)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"compare.json", "fit.json", "points.csv", "report.html"}
+
+
 def test_a_figure_of_an_earlier_fit_does_not_stay(tmp_path):
     for name in ("rollout.svg", "rollout.png", "mine.svg"):
         (tmp_path / name).write_text("")
@@ -328,7 +385,7 @@ def test_refusals_have_their_own_exit_code_and_the_same_data_the_same_files(
     censored, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        plots, "draw_all", lambda fit: {"optimum": figures_frontier.best_sizes(fit)}
+        plots, "draw_all", lambda fit, say: {"optimum": figures_frontier.best_sizes(fit)}
     )
     for name in ("a", "b"):
         assert command(censored, "--out", tmp_path / name) == 3

@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,10 @@ import pytest
 from fake_trainer import Trainer
 from rich.console import Console
 
-from prime_jax.errors import UserError
+from prime_jax.cli import main
+from prime_jax.data import manifest
+from prime_jax.data.prepare import prepare
+from prime_jax.errors import NoData, UserError
 from prime_jax.runtime import storage
 from prime_jax.sweep import grid, plan, pool, state, worker
 
@@ -215,6 +219,88 @@ def test_other_versions_and_unwritable_places_are_refused(root, monkeypatch):
         work(root, Trainer())
     with pytest.raises(UserError, match="version 0"):
         pool.supervise(root, 2)
+
+
+class Reader(Trainer):
+    """A trainer that reads data."""
+
+    look = staticmethod(manifest.of_run)
+
+
+@pytest.fixture
+def without_data(tmp_path, markov_data):
+    """A sweep of several runs on a dataset that has gone, and where it was."""
+    data = shutil.copytree(markov_data, tmp_path / "data")
+    fake_trainer.planned_on(tmp_path / "sweep", data, "", (1e8, 2e8, 4e8))
+    data.rename(tmp_path / "elsewhere")
+    return tmp_path / "sweep", data
+
+
+@pytest.mark.parametrize("more", [[], ["--workers", "2"]])
+def test_data_that_is_not_there_is_no_fault_of_the_runs(without_data, more, capsys):
+    root, data = without_data
+    assert main(["sweep", "run", str(root), *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    runs = state.list_runs(root)
+    assert f"{data} holds no dataset" in line
+    assert line.endswith(f"; {len(runs)} runs stay open")
+    assert [run.attempts for run in runs] == [()] * len(runs)
+    data.with_name("elsewhere").rename(data)
+    assert work(root, Reader()) == 0
+    assert {(run.state, run.k) for run in state.list_runs(root)} == {("done", 1)}
+
+
+def test_data_that_cannot_be_read_or_is_another_stops_the_worker(without_data, monkeypatch):
+    root, data = without_data
+    other = "markov:V=16,order=1,seed=1,tokens=4000"
+    prepare(other, "synthetic:16", data, seq_len=16, workers=1)
+    with pytest.raises(NoData, match="fingerprint"):
+        work(root, Reader())
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manifest, "load", denied)
+    with pytest.raises(NoData, match="Permission denied"):
+        work(root, Reader())
+    assert not any(run.attempts for run in state.list_runs(root))
+
+
+def test_runs_whose_data_is_there_are_done_first(without_data, markov_data):
+    root, _ = without_data
+    gone = len(state.list_runs(root))
+    fake_trainer.planned_on(root, markov_data, "", (3e8,))
+    with pytest.raises(NoData, match=f"{gone} runs stay open"):
+        work(root, Reader())
+    runs = state.list_runs(root)
+    assert sum(run.state == "done" for run in runs) == len(runs) - gone > 0
+    assert sum(run.k == 0 for run in runs) == gone
+
+
+def test_data_that_goes_while_a_run_begins_is_no_failure_either(root):
+    run = keep_one(root)
+    with pytest.raises(NoData):
+        work(root, Trainer(failing_on(run, NoData("the folder has gone"))))
+    found = find(root, run)
+    assert (found.state, found.failures, found.opens_in()) == ("preempted", 0, 0.0)
+    assert work(root, Trainer()) == 0
+
+
+def test_all_failed_runs_are_opened_at_once(root, capsys):
+    assert work(root, Trainer(fail)) == 1
+    first, *others = state.list_runs(root)
+    state.retry(root, first)
+    state.kill(root, others[0])
+    assert main(["sweep", "retry", str(root), "--all-failed"]) == 0
+    assert f"{len(others) - 1} failed runs" in capsys.readouterr().out
+    assert Counter(run.state for run in state.list_runs(root)) == {"pending": 7, "killed": 1}
+    for words in ([], [first.id, "--all-failed"]):
+        assert main(["sweep", "retry", str(root), *words]) == 2
+    assert main(["sweep", "kill", str(root)]) == 2
+
+
+def fail(config, call, beat):
+    raise UserError("no such thing")
 
 
 def test_the_share_of_training_leaves_compilation_out():

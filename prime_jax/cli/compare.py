@@ -64,17 +64,17 @@ def compare(args: argparse.Namespace) -> int:
     from prime_jax.scaling.compare import compare
 
     console = Console(width=max(labels.WIDTH, Console().width))
+    out = args.out or fit_commands.default_out(args.runs)
+    fit_commands.spare(args, out, ("compare.json",), ("multiplier",))
     runs, settings = _read(args)
     with console.status("comparing") as status:
         found = compare(runs, args.baseline, args.against, settings, status.update)
     result = compare_record.as_dict(found)
-    out = fit_commands.make(args.out or fit_commands.default_out(args.runs))
-    write_json_atomic(out / "compare.json", result)
-    files = [out / "compare.json", *_draw(result, list(runs.families), out)]
+    write_json_atomic(fit_commands.make(out) / "compare.json", result)
     fit_commands.print_head(console, result)
     for name, family in result["families"].items():
         _print_family(console, name, family, result)
-    for path in files:
+    for path in (out / "compare.json", *_draw(result, list(runs.families), out)):
         console.print(f"wrote  {path}", soft_wrap=True, highlight=False)
     return 3 if found.refused else 0
 
@@ -84,9 +84,8 @@ def _draw(result: dict[str, Any], families: list[str], out: Path) -> list[Path]:
     from prime_jax.scaling import plots, report
 
     try:
-        figures = plots.draw_comparison(result, families)
-        plots.forget({"multiplier"} - set(figures), out)
-        paths = plots.save(figures, out)
+        figures = plots.draw_comparison(result, families, fit_commands.complain)
+        paths = plots.publish(figures, ("multiplier",), out, fit_commands.complain)
         reports = [out / "report.html"] if report.refresh(out) else []
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
@@ -100,6 +99,8 @@ def validate(args: argparse.Namespace) -> int:
     from prime_jax.scaling import labels, record, validate
 
     console = Console(width=max(labels.WIDTH, Console().width))
+    out = args.out or fit_commands.default_out(args.runs)
+    fit_commands.spare(args, out, ("validate.json",), ())
     runs, settings = _read(args)
     families = {}
     with console.status("validating") as status:
@@ -107,7 +108,7 @@ def validate(args: argparse.Namespace) -> int:
             status.update(f"validating {name}")
             families[name] = validate.report(points, settings)
     result = {"schema": validate.SCHEMA, **record.origin(runs, settings), "families": families}
-    path = fit_commands.make(args.out or fit_commands.default_out(args.runs)) / "validate.json"
+    path = fit_commands.make(out) / "validate.json"
     write_json_atomic(path, result)
     fit_commands.print_head(console, result)
     for name, family in families.items():

@@ -61,9 +61,13 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from prime_jax.runtime import outputs
     from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import design, saved
 
+    if args.emit:
+        read = [args.fit / "fit.json", args.fit / saved.POINTS]
+        outputs.spare([*read, *(outputs.of_sweep(args.sweep) if args.sweep else ())], [args.emit])
     fitted = saved.read(args.fit)
     name = args.family or _only(fitted)
     template = fit_options.template(args, fitted, name)

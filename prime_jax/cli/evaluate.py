@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
     from prime_jax.cli import runs
     from prime_jax.evaluate import report
-    from prime_jax.runtime import distributed
+    from prime_jax.runtime import distributed, outputs
 
     console = Console()
     say = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         from prime_jax.evaluate import tasks
 
         tasks.check(args.tasks, args.include_path, args.task_data)  # before anything is loaded
+    if args.out:
+        outputs.spare(_inputs(args), [args.out])
     found = runs.load(args.run_name, say)
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []
@@ -155,6 +157,33 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative"
             )
+
+
+def _inputs(args: argparse.Namespace) -> list[Any]:
+    """The files and folders that this evaluation reads."""
+    import glob
+
+    from prime_jax.cli import runs
+    from prime_jax.data import manifest
+    from prime_jax.evaluate import trained
+    from prime_jax.evaluate.texts import SUFFIXES
+    from prime_jax.runtime import outputs
+
+    read = [runs.attempts(run) for run in (args.run_name, args.scorer) if run]
+    found = [part for directories in read for part in outputs.of_run(directories)]
+    data = [trained.read_config(*directories).data.path for directories in read]
+    found += [Path(path) for path in data if path]
+    found += [args.samples] if args.samples else []
+    named = [p for spec in args.data for p in (spec, spec.partition(":")[2]) if p]
+    named += [str(part) for part in (args.task_data, args.include_path) if part]
+    named = [name for name in named if "://" not in name]
+    for path in (Path(p) for name in named for p in [name, *glob.glob(name)]):
+        if path.is_dir() and not (path / manifest.FILE).exists():
+            kinds = {*SUFFIXES, ".yaml", ".yml"}  # records of evaluations may lie among texts
+            found += [file for file in path.rglob("*") if file.suffix in kinds]
+        else:
+            found.append(path)
+    return found
 
 
 @contextmanager

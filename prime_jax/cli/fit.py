@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prime_jax.errors import UserError
-from prime_jax.runtime import storage
+from prime_jax.runtime import outputs, storage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,10 +115,12 @@ def settings_of(args: argparse.Namespace) -> "Settings":
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prime_jax.scaling import curves, fit, points, record, saved
+    from prime_jax.scaling import curves, fit, plots, points, record, saved
 
     console = Console()
     choice = choice_of(args)
+    out = args.out or default_out(args.runs)
+    spare(args, out, ("fit.json", saved.POINTS), plots.NAMES)
     data, logs = curves.read(args.runs, args.curves, args.metric)
     if args.note:
         data = dataclasses.replace(data, source=f"{data.source} ({args.note})")
@@ -126,11 +130,10 @@ def run(args: argparse.Namespace) -> int:
     with console.status("fitting") as status:
         fitted = fit.fit_runs(runs, settings, lambda name: status.update(f"fitting {name}"), lines)
         result = record.as_dict(fitted)
-        out = make(args.out or default_out(args.runs))
-        saved.write(out, result, data, runs, _templates(args.runs))
-        status.update("drawing")
-        pictures = _draw(fitted, out)
+        saved.write(make(out), result, data, runs, _templates(args.runs))
     _print(console, result)
+    with console.status("drawing"):
+        pictures = _draw(fitted, out)
     for path in pictures:
         console.print(f"figure  {path}", soft_wrap=True, highlight=False)
     console.print(f"report  {out / 'report.html'}", soft_wrap=True, highlight=False)
@@ -156,13 +159,32 @@ def _draw(fitted: Any, out: Path) -> list[Path]:
     from prime_jax.scaling import plots, report
 
     try:
-        figures = plots.draw_all(fitted)
-        plots.forget(set(plots.NAMES) - set(figures), out)
-        paths = plots.save(figures, out)
+        paths = plots.publish(plots.draw_all(fitted, complain), plots.NAMES, out, complain)
         report.write(out)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
     return [path for (_, suffix), path in paths.items() if suffix == "png"]
+
+
+def complain(text: str) -> None:
+    """One line about what is missing beside the numbers."""
+    print(f"prime-jax: {text}", file=sys.stderr)
+
+
+def spare(
+    args: argparse.Namespace, out: Path, files: Iterable[str], figures: Iterable[str]
+) -> None:
+    """Refuse a directory in which the runs or the curves would be overwritten.
+
+    Raises:
+        UserError: names the file.
+    """
+    from prime_jax.scaling import plots
+
+    given = [source for source in (args.runs, getattr(args, "curves", None)) if source]
+    read = [part for g in given for part in (outputs.of_sweep(g) if g.is_dir() else [g])]
+    pictures = [f"{name}.{suffix}" for name in figures for suffix in plots.FORMATS]
+    outputs.spare(read, [out / name for name in (*files, "report.html", *pictures)])
 
 
 def make(out: Path) -> Path:

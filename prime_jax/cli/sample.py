@@ -94,6 +94,7 @@ def run_sample(args: argparse.Namespace) -> int:
     from prime_jax.cli import runs
     from prime_jax.sample import Sampler
 
+    _spare(args)
     run = runs.load(args.run_name)
     prompt = [] if args.prompt is None else run.tokenizer.encode(args.prompt).tolist()
     sampler = Sampler(run)
@@ -105,10 +106,20 @@ def run_infill(args: argparse.Namespace) -> int:
     from prime_jax.cli import runs
     from prime_jax.sample import Sampler, infill
 
+    _spare(args)
     run = runs.load(args.run_name)
     sampler = Sampler(run)
     canvas = infill.canvas(args.text, run.tokenizer, run.codebook)
     return _draw(args, run, sampler, canvas, _options(args, run, sampler))
+
+
+def _spare(args: argparse.Namespace) -> None:
+    """Raises: UserError: the samples would replace a file of the run."""
+    from prime_jax.cli import runs
+    from prime_jax.runtime import outputs
+
+    if args.out:
+        outputs.spare(outputs.of_run(runs.attempts(args.run_name)), [args.out])
 
 
 def _options(args: argparse.Namespace, run: Any, sampler: Any, **more: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from prime_jax.cli import launch as commands_of_launch
 from prime_jax.cli import train as commands_of_train
 from prime_jax.cli.fit_options import positive
+from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 
 ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s3://BUCKET/..."
@@ -87,7 +88,8 @@ def _run(commands: argparse._SubParsersAction) -> None:
         "run",
         help="train here until nothing is open",
         description="Trains the open runs, largest first. Ctrl-C saves and stops; the same "
-        "command continues. Exit code: 0 all done, 1 runs failed, 85 interrupted.",
+        "command continues. Exit code: 0 all done, 1 runs failed, 2 nothing can train here (the data "
+        "is not there; runs stay open), 85 interrupted.",
     )
     parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
     parser.add_argument(
@@ -193,7 +195,9 @@ def _collect(commands: argparse._SubParsersAction) -> None:
 def _by_hand(commands: argparse._SubParsersAction, name: str, **texts: str) -> None:
     parser = commands.add_parser(name, **texts)
     parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
-    parser.add_argument("ids", nargs="+", metavar="ID", help="ids of runs, or their beginnings")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="ids of runs, or their beginnings")
+    if name == "retry":
+        parser.add_argument("--all-failed", action="store_true", help="every run that has failed")
     parser.set_defaults(run=by_hand, action=name)
 
 
@@ -240,14 +244,17 @@ def _checked(args: argparse.Namespace, listed, where, console):
 
 
 def run(args: argparse.Namespace) -> int:
-    from prime_jax.errors import UserError
-
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     if args.workers == 1:
         return work(args)
+    from prime_jax.data import manifest
+    from prime_jax.sweep import state
     from prime_jax.sweep.pool import supervise
+    from prime_jax.sweep.worker import with_data
 
+    state.check_root(args.root)
+    with_data(state.open_runs(args.root), manifest.of_run)
     return supervise(args.root, args.workers)
 
 
@@ -283,7 +290,6 @@ def show_status(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> int:
     from prime_jax.cli import fit as commands_of_fit
-    from prime_jax.errors import UserError
     from prime_jax.sweep import state
 
     state.check_root(args.runs)
@@ -320,7 +326,13 @@ def collect(args: argparse.Namespace) -> None:
 def by_hand(args: argparse.Namespace) -> None:
     from prime_jax.sweep import state
 
+    every = getattr(args, "all_failed", False)
+    if bool(args.ids) == every:
+        other = ", or --all-failed" if args.action == "retry" else ""
+        raise UserError(f"{args.action}: give ids of runs{other}")
     state.check_root(args.root)
+    if every:
+        print(f"retry: {len(state.retry_failed(args.root))} failed runs are open again")
     for run in state.select(state.list_runs(args.root), args.ids):
         {"retry": state.retry, "kill": state.kill}[args.action](args.root, run)
         print(f"{args.action} {run.id}")

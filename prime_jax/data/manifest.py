@@ -18,7 +18,7 @@ import numpy as np
 
 from prime_jax import config as configs
 from prime_jax.data import shards, tokenizers
-from prime_jax.errors import UserError
+from prime_jax.errors import NoData, UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
 
 SCHEMA = 1
@@ -209,6 +209,24 @@ def _check_shard(manifest: Manifest, shard: Shard, *, contents: bool) -> None:
         raise UserError(f"{path}: its content was altered{manifest.rebuild()}")
 
 
+def of_run(config: configs.RunConfig) -> Manifest:
+    """The dataset that a run trains on.
+
+    Raises:
+        NoData: it is not here, damaged or unreadable, or another one lies in its place.
+    """
+    path = config.data.path
+    try:
+        found = load(path)
+    except UserError as error:
+        raise NoData(str(error)) from error
+    except OSError as error:
+        raise NoData(f"cannot read {path}: {error.strerror or error}") from error
+    if config.data.fingerprint not in ("", found.fingerprint):
+        raise NoData(_differs("data.fingerprint", config.data.fingerprint, found))
+    return found
+
+
 def check(manifest: Manifest, config: configs.RunConfig) -> None:
     """Refuse to train on data that the config does not describe.
 
@@ -222,4 +240,9 @@ def check(manifest: Manifest, config: configs.RunConfig) -> None:
     }
     for name, (given, right) in pairs.items():
         if given != right:
-            raise UserError(f"{name} = {given}, but {manifest.directory} was prepared with {right}")
+            raise UserError(_differs(name, given, manifest))
+
+
+def _differs(name: str, given: object, manifest: Manifest) -> str:
+    right = getattr(manifest, name.rpartition(".")[2])
+    return f"{name} = {given}, but {manifest.directory} was prepared with {right}"

@@ -167,17 +167,63 @@ def token(masking: str, task: Task, network: Network, text: Text, key_B, uniform
 
 
 def finite(steps: int, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
-    """NELBO of the sampler with `steps` linear steps and within-token joint reveals, nats [B]."""
+    """NELBO of the sampler with `steps` linear steps and within-token joint reveals, nats [B].
+
+    A step is drawn, and of it what `one_step` says: every draw charges something.
+    """
+    shape = (*text.token_BxL.shape[1:], task.book.length)
+    candidate_BxLxS = jnp.broadcast_to(text.target_BxL[..., None], (len(text.token_BxL), *shape))
     step_B = 1 + jnp.minimum(jnp.floor(uniform_B * steps), steps - 1)
-    score = _scores(key_B, (*text.token_BxL.shape[1:], task.book.length))
+    key_3xB = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(key_B)
+    hide_BxLxS, reveal_BxLxS = (_scores(key_3xB[k], shape) for k in range(2))
+    masked, later, weight = one_step(
+        steps, step_B, _scores(key_3xB[2], ()), hide_BxLxS, reveal_BxLxS, candidate_BxLxS
+    )
+    nats_B = row_nats(task.head, network, hidden(task, text, masked, weight), later)[1]
+    return {f"finite:{steps}": nats_B}
 
-    def hidden_at(t_B):
-        return (score < t_B[:, None, None]) & text.target_BxL[..., None]
 
-    inputs = hidden(task, text, hidden_at(step_B / steps))
-    later_BxLxS = hidden_at((step_B - 1) / steps)
-    nats_B = row_nats(task.head, network, inputs, later_BxLxS)[1]
-    return {f"finite:{steps}": steps * nats_B}
+def one_step(
+    steps: int, step_B, pick_B, hide_BxLxS, reveal_BxLxS, candidate_BxLxS
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What one of `steps` linear steps hides, what it leaves hidden, what each position weighs.
+
+    At step i each of the n candidates is hidden with probability t = i / steps, and each hidden one
+    revealed with probability 1 / i. Nearly all steps of many reveal nothing, so a draw does not wait
+    for it: one candidate is always hidden (k of them then weigh n / k), and each token with h > 0
+    hidden ones reveals at least one of them (weight i (1 - (1 - 1/i)**h), at most h). Both laws with
+    these weights are exact: for a step's law p, k p(k) / (n t) and p(R | R is not empty) p(R is not
+    empty) (docs/theory.md). A weight is never more than n, whatever `steps` is; with infinitely many
+    each hidden token charges one of its digits h times, and the mean is that of `subtoken`.
+
+    Args:
+        step_B: i, in 1..steps.
+        pick_B: uniform in [0, 1): which candidate is hidden for certain.
+        hide_BxLxS, reveal_BxLxS: uniform in [0, 1).
+    """
+    shape = candidate_BxLxS.shape
+    flat_BxN = candidate_BxLxS.reshape(shape[0], -1)
+    n_B = flat_BxN.sum(axis=1)
+    rank_B = 1 + jnp.minimum(jnp.floor(pick_B * n_B).astype(n_B.dtype), n_B - 1)
+    picked_BxLxS = (flat_BxN & (jnp.cumsum(flat_BxN, axis=1) == rank_B[:, None])).reshape(shape)
+    step_Bx1x1 = step_B[:, None, None]
+    masked_BxLxS = candidate_BxLxS & ((hide_BxLxS < step_Bx1x1 / steps) | picked_BxLxS)
+    k_B = masked_BxLxS.sum((1, 2))
+
+    def some(count):
+        """1 - (1 - 1/i)**count, the chance that `count` hidden ones reveal any; exact for large i."""
+        log_none = jnp.log1p(-1 / jnp.maximum(step_Bx1x1, 2))
+        chance = jnp.where(step_Bx1x1 > 1, -jnp.expm1(count * log_none), 1.0)
+        return jnp.where(count > 0, chance, 0.0)
+
+    # Digit by digit: revealed with probability 1/i, but until one is, as it is given that one will.
+    left_BxLxS = jnp.cumsum(masked_BxLxS[..., ::-1], axis=-1)[..., ::-1]
+    first_BxLxS = masked_BxLxS & (reveal_BxLxS * some(left_BxLxS) * step_Bx1x1 < 1)
+    before_BxLxS = jnp.cumsum(first_BxLxS, axis=-1) > first_BxLxS
+    revealed_BxLxS = jnp.where(before_BxLxS, reveal_BxLxS * step_Bx1x1 < 1, first_BxLxS)
+    weight_BxL = (step_Bx1x1 * some(left_BxLxS[..., :1]))[..., 0]
+    weight_BxL *= jnp.where(k_B > 0, n_B / jnp.maximum(k_B, 1), 0.0)[:, None]
+    return masked_BxLxS, masked_BxLxS & ~revealed_BxLxS, weight_BxL
 
 
 def guided(task: Task, network: Network, context_BxL: jax.Array) -> Network:

@@ -74,6 +74,21 @@ class Trained:
         return lambda params: partial(model.apply, {"params": params})
 
 
+def read_config(*attempts: storage.Path) -> RunConfig:
+    """What the run in these directories is (`load`), an exported folder's too.
+
+    Raises:
+        UserError: no such run, or a damaged config.
+    """
+    for directory in attempts:
+        file = directory / "config.json"
+        if storage.exists(file):
+            if folder.is_exported(directory):
+                return folder.read_config(directory)
+            return from_dict(RunConfig, read_json(file), str(file))
+    raise UserError(f"{attempts[0]}: no run here (no config.json); give a run directory or ROOT:ID")
+
+
 def load(*attempts: str | storage.Path, say: Callable[[str], None] = print) -> Trained:
     """The finished run in a directory, on all devices.
 
@@ -86,14 +101,9 @@ def load(*attempts: str | storage.Path, say: Callable[[str], None] = print) -> T
         UserError: no such run, one that is not finished, or data or a permutation that is not its.
     """
     directories = [storage.path(directory) for directory in attempts]
-    run = directories[0]
-    begun = [directory for directory in directories if storage.exists(directory / "config.json")]
-    if not begun:
-        raise UserError(f"{run}: no run here (no config.json); give a run directory or ROOT:ID")
+    run, config, data = directories[0], read_config(*directories), None
     if folder.is_exported(run):
         return _load_exported(run)
-    file, data = begun[0] / "config.json", None
-    config = from_dict(RunConfig, read_json(file), str(file))
     if (Path(config.data.path) / manifest.FILE).exists():
         data = manifest.load(config.data.path)
         manifest.check(data, config)

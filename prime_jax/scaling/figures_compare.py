@@ -60,6 +60,7 @@ def _curve(panel: Axes, side: dict[str, Any], colour: str) -> None:
         value, inside, low, high, [row["interpolated"]["value"] for row in points]
     )
     panel.set_yscale("log")
+    panel.set_xlim(*_ends(flops, [row["flops"] for row in budgets]))
     # An end that is no number is beyond the panel.
     low, high = (
         np.where(np.isfinite(low), low, bottom / 10),
@@ -77,6 +78,10 @@ def _curve(panel: Axes, side: dict[str, Any], colour: str) -> None:
             row["flops"], found["value"], "o", color=colour, markersize=5, markeredgecolor="white"
         )
     panel.axhline(1, color=GREY, linewidth=0.8)
+    if not reached.any() and not points:
+        panel.text(
+            0.5, 0.6, "no loss that both reach", transform=panel.transAxes, ha="center", color=GREY
+        )
     panel.set_ylim(bottom, top)
     flops_axis(panel)
     subs = (1.0,) if top / bottom > 300 else (1.0, 2.0, 5.0)
@@ -85,6 +90,13 @@ def _curve(panel: Axes, side: dict[str, Any], colour: str) -> None:
     )
     panel.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _ends(flops: np.ndarray, budgets: list[float]) -> tuple[float, float]:
+    """Of the x axis: what was spent, with a margin, whether or not anything is drawn there."""
+    spent = np.log(np.concatenate([flops, budgets]))
+    margin = max(0.05 * np.ptp(spent), 0.05)
+    return float(np.exp(spent.min() - margin)), float(np.exp(spent.max() + margin))
 
 
 def _limits(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from prime_jax.config import RunConfig, from_dict
-from prime_jax.errors import UserError
+from prime_jax.errors import NoData, UserError
 from prime_jax.runtime import distributed, storage
 from prime_jax.runtime.logfile import Log
 from prime_jax.runtime.records import write_json_atomic
@@ -27,7 +27,10 @@ GANG_SECONDS = 60.0  # that processes wait for each other after a failure
 
 
 class Trainer(Protocol):
-    """What a worker needs of `prime_jax.train`, which is one."""
+    """What a worker needs of `prime_jax.train`, which is one.
+
+    One that reads data also has `look(config)`, which raises NoData where that is not here.
+    """
 
     Preempted: type[Exception]
     Stopped: type[Exception]
@@ -127,6 +130,7 @@ def run_attempt(worker: Worker, run: Run, k: int, earlier: Sequence[int]) -> dic
 
     Raises:
         Apart: after a failure not every process of the gang has come back.
+        NoData: what the run trains on is not on this machine; the run stays open.
     """
     folder = worker.root / "runs" / run.id
     storage.make_folder(folder / str(k))
@@ -172,6 +176,10 @@ class _Attempt:
         except storage.Unreachable as error:
             self.ended("preempted", str(error))
             self.regroup()
+        except NoData as error:  # the same for every run here, and the run's fault for none
+            self.ended("preempted", str(error))
+            self.regroup()
+            raise
         except UserError as error:  # the same again until a person acts
             self.ended("failed", str(error), retry=False)
             self.regroup()

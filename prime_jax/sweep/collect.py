@@ -4,7 +4,7 @@ import csv
 import io
 from typing import Any
 
-from prime_jax.runtime import storage
+from prime_jax.runtime import outputs, storage
 from prime_jax.runtime.records import best_valid
 from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
@@ -66,8 +66,9 @@ def write(root: Path, out: Path) -> int:
     """Write `rows(root)` as CSV; returns the number of runs with a result.
 
     Raises:
-        UserError: as `rows`, or `out` cannot be written.
+        UserError: as `rows`, or `out` cannot be written, or is part of the sweep.
     """
+    outputs.spare(outputs.of_sweep(root), [out])
     found = rows(root)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, found[0] if found else COLUMNS, lineterminator="\n")

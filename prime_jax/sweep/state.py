@@ -277,6 +277,14 @@ def retry(root: Path, run: Run) -> None:
     _close_next(root, run, "reset", "by hand")
 
 
+def retry_failed(root: Path) -> list[Run]:
+    """Open every failed run again; those runs."""
+    failed = [run for run in list_runs(root) if run.state == "failed"]
+    for run in failed:
+        retry(root, run)
+    return failed
+
+
 def select(runs: Iterable[Run], wanted: Iterable[str]) -> list[Run]:
     """The runs with the given ids or unique beginnings of ids.
 

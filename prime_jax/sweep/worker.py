@@ -12,14 +12,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from prime_jax.errors import UserError
+from prime_jax.config import RunConfig, from_dict
+from prime_jax.errors import NoData, UserError
 from prime_jax.runtime import distributed, storage
 from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
@@ -60,6 +61,7 @@ def work(
         0 if nothing is left to do, 1 if runs have failed, 85 if interrupted (and saved).
 
     Raises:
+        NoData: the data of every run that is left is not on this machine; they stay open.
         UserError: `root` is no sweep of this version, has nothing for this slice, or cannot be
             written to; or not all processes of the gang came.
     """
@@ -150,6 +152,7 @@ class Leader:
         if ready and not self.limit.allows(first):
             self.worker.screen.say("time is nearly up: no other run is begun", "yellow")
             return {"leave": PREEMPTED}
+        ready = with_data(ready, getattr(self.worker.trainer, "look", None))
         for run in sorted(ready, key=self._rank, reverse=True):
             k = run.k + 1
             if state.claim(root, run.id, k, say=self.worker.screen.say):
@@ -184,6 +187,34 @@ def worth_waiting(runs: Sequence[Run], backoff: float) -> bool:
         run.opens_in(backoff=backoff) is not None or (run.state == "running" and not run.certain)
         for run in runs
     )
+
+
+def with_data(runs: list[Run], look: Callable[[RunConfig], object] | None) -> list[Run]:
+    """Those of the runs whose data is on this machine.
+
+    Args:
+        look: of a trainer that reads data; raises NoData where a run's is not here.
+    Raises:
+        NoData: there are runs, and none has its data here.
+    """
+    if look is None:
+        return runs
+    missing: dict[tuple[str, str], NoData] = {}
+    known, able = set(), []
+    for run in runs:
+        config = from_dict(RunConfig, run.spec["config"], run.id)
+        which = (config.data.path, config.data.fingerprint)
+        try:
+            if which not in known:
+                known.add(which)
+                look(config)
+        except NoData as error:
+            missing[which] = error
+        able += [run] if which not in missing else []
+    if missing and not able:
+        left = "1 run stays open" if len(runs) == 1 else f"{len(runs)} runs stay open"
+        raise NoData(f"{next(iter(missing.values()))}; {left}")
+    return able
 
 
 def _compiled_shape(run: Run) -> str:

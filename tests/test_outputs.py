@@ -1,0 +1,125 @@
+"""No command replaces what it reads."""
+
+import os
+import shutil
+
+import pytest
+from scaling_cases import csv_rows, surface, write_csv
+
+from prime_jax.cli import main
+from prime_jax.errors import UserError
+from prime_jax.runtime import outputs, storage
+
+
+def test_an_input_is_spared_under_every_name(tmp_path):
+    data, other = tmp_path / "runs.csv", tmp_path / "other.csv"
+    data.write_text("a")
+    other.write_text("a")
+    (tmp_path / "link.csv").symlink_to(data)
+    (tmp_path / "gone.csv").symlink_to(tmp_path / "nothing")
+    (tmp_path / "here").symlink_to(tmp_path)
+    os.link(data, tmp_path / "hard.csv")
+    for name in ("runs.csv", "link.csv", "hard.csv", "here/runs.csv", "here/here/runs.csv"):
+        with pytest.raises(UserError, match="write somewhere else"):
+            outputs.spare([data], [other, tmp_path / name])
+        with pytest.raises(UserError):
+            outputs.spare([tmp_path / name], [data])
+    outputs.spare([data, tmp_path / "nothing"], [other, tmp_path / "gone.csv", tmp_path / "new"])
+
+
+def test_what_lies_in_a_folder_that_is_read_is_spared(tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "spec").write_text("")
+    (tmp_path / "short").symlink_to(tmp_path / "runs" / "a" / "spec")
+    for name in ("runs/a/spec", "short"):
+        with pytest.raises(UserError):
+            outputs.spare(outputs.of_sweep(tmp_path), [tmp_path / name])
+    outputs.spare(outputs.of_sweep(tmp_path), [tmp_path / "runs" / "new", tmp_path / "runs.csv"])
+
+
+def test_names_in_a_bucket_are_compared():
+    class Bucket(type(storage.path("x"))):
+        def __fspath__(self):
+            return "gs://bucket/sweep/runs/a"
+
+    with pytest.raises(UserError):
+        outputs.spare([Bucket()], [Bucket()])
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """points.csv in the working directory, as a fit would write it, and the user's own file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text("[]")
+    return write_csv(tmp_path / "points.csv", csv_rows(surface(noise=0.002)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "points.csv", "--out", "."],
+        ["fit", "points.csv", "--out", "linked"],
+        ["fit", "other.csv", "--curves", "points.csv", "--out", "."],
+        ["scaling", "compare", "compare.json", "--baseline", "known", "--out", "."],
+        ["scaling", "validate", "validate.json", "--out", "../here"],
+    ],
+)
+def test_a_fit_never_overwrites_its_runs(runs, words, capsys):
+    here = runs.parent
+    (here / "linked").mkdir()
+    (here / "linked" / "points.csv").symlink_to(runs)
+    for name in ("other.csv", "compare.json", "validate.json"):
+        shutil.copy(runs, here / name)
+    words = [f"../{here.name}" if word == "../here" else word for word in words]
+    before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "would be replaced" in line
+    assert {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()} == before
+
+
+def test_new_runs_are_not_written_over_the_fit(runs, capsys):
+    (runs.parent / "fit.json").write_text("{}")
+    words = [
+        "scaling",
+        "design",
+        ".",
+        "--target",
+        "1e20",
+        "--budget",
+        "1e19",
+        "--emit",
+        "points.csv",
+    ]
+    before = runs.read_bytes()
+    assert main(words) == 2
+    assert "would be replaced" in capsys.readouterr().err
+    assert runs.read_bytes() == before
+
+
+def test_a_table_is_not_written_over_its_sweep(tmp_path, capsys):
+    (tmp_path / "sweep.json").write_text("{}")
+    (tmp_path / "table.csv").symlink_to(tmp_path / "sweep.json")
+    for name in ("sweep.json", "table.csv"):
+        assert main(["sweep", "collect", str(tmp_path), "-o", str(tmp_path / name)]) == 2
+        assert "would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "sweep.json").read_text() == "{}"
+
+
+def test_evaluation_and_samples_spare_the_run_and_the_texts(tiny_run, tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("1 2 3 ")
+    (tmp_path / "result.json").symlink_to(tiny_run / "result.json")
+    run, before = str(tiny_run), (tiny_run / "result.json").read_bytes()
+    for words in (
+        ["eval", run, "--data", f"text:{tmp_path}/*.txt", "--out", str(text)],
+        ["eval", run, "--data", f"zero-shot:{tmp_path}", "--out", str(text)],
+        ["eval", run, "--samples", str(text), "--out", str(text)],
+        ["eval", run, "--out", str(tmp_path / "result.json")],
+        ["sample", run, "--out", str(tiny_run / "result.json")],
+        ["infill", run, "[[MASK*2]]", "--out", str(tmp_path / "result.json")],
+    ):
+        assert main(words) == 2
+        assert "would be replaced" in capsys.readouterr().err
+    assert text.read_text() == "1 2 3 "
+    assert (tiny_run / "result.json").read_bytes() == before
