@@ -41,7 +41,7 @@ from prime_jax.scaling.laws import Law  # noqa: E402
 
 Array = np.ndarray
 STARTS = 4500
-AGREE = 1e-6  # a start that ends within this share of the best objective has found it
+AGREE = 1e-6  # a start that ends within this fraction of the best objective has found it
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def measure(config) -> dict:
     shape = (config.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, VOCAB, shape, np.int32)
     rows = np.arange(config.batch_size, dtype=np.int32)
-    batch = sharding.spread(program.mesh, (tokens, rows))
+    batch = sharding.shard(program.mesh, (tokens, rows))
     horizon, seed = optim.horizon(config), np.uint32(0)
     seconds = []
     for turn in range(4):
@@ -152,14 +152,14 @@ def main() -> None:
             pairs = zip(turns["mdm"], found, strict=True)
             ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
             peak = found[0]["peak"]
-            shares = [
+            fractions = [
                 f"{flops_per_token(config, name) * tokens / seconds / peak:.3f}" if peak else "-"
                 for name in CONVENTIONS
             ]
             print(
                 f"{size:5}  {family:6}  {param_counts(config)['total'] / 1e6:6.0f}M  "
                 f"{config.batch_size // config.mesh.accumulate:5}  {1e3 * seconds:8.1f}  "
-                f"{tokens / seconds:9.0f}  {shares[0]:>10}  {shares[1]:>8}  "
+                f"{tokens / seconds:9.0f}  {fractions[0]:>10}  {fractions[1]:>8}  "
                 f"{found[0]['memory'] / 2**30:6.1f}  {ratio:6.3f}  {found[0]['compile']:9.1f}",
                 flush=True,
             )

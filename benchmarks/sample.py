@@ -4,7 +4,7 @@
 
 Random parameters; the order of reveals does not depend on them. The two sides draw the same samples
 (checked) and take turns; printed are medians. `programs` counts what was compiled for all rows of a
-family: one per batch size and side. `idle` is the share of steps that reveal nothing, expected
+family: one per batch size and side. `idle` is the fraction of steps that reveal nothing, expected
 (1 - 1/T)^(L l). Neither the data pipeline nor the command line is imported.
 """
 

@@ -65,9 +65,9 @@ def line(case: Case, verdict: aot.Verdict) -> str:
     p, m, memory = verdict.prediction, case.config.model, verdict.record["memory"]
     billions = flops.param_counts(case.config)["total"] / 1e9
     gib = lambda name: f"{memory[name] / GIB:.2f}" if name in memory else "-"  # noqa: E731
-    messages = verdict.record.get("messages", ())
-    sent, beside = (sum(m[key] for m in messages) for key in ("bytes", "background"))
-    share = "" if verdict.record.get("as_written") else f" ({beside / max(sent, 1):.0%})"
+    overlapped = verdict.record.get("collectives", ())
+    sent, beside = (sum(m[key] for m in overlapped) for key in ("bytes", "background"))
+    fraction = "" if verdict.record.get("as_written") else f" ({beside / max(sent, 1):.0%})"
     mesh = f"{'x'.join(map(str, verdict.mesh[:3]))}, {case.config.mesh.remat}, {case.config.mesh.accumulate}"
     cells = [
         case.label,
@@ -82,7 +82,7 @@ def line(case: Case, verdict: aot.Verdict) -> str:
         f"{p.step_seconds:.2f}",
         p.bound,
         f"{p.communication:.0%}",
-        f"{sent / GIB:.1f}{share}" if sent else "-",
+        f"{sent / GIB:.1f}{fraction}" if sent else "-",
         breaks_first(verdict),
         f"{verdict.record['compile_seconds']:.0f}",
     ]
@@ -95,7 +95,7 @@ def breaks_first(verdict: aot.Verdict) -> str:
         return "memory"
     p, memory = verdict.prediction, verdict.record["memory"]
     room = (verdict.limit - verdict.total) / memory["temporaries"] + 1
-    chips = p.matmul / (p.messages + p.exposed)
+    chips = p.matmul / (p.overlapped + p.not_overlapped)
     if chips < 1:
         return "links do already"
     if room < chips:
@@ -117,15 +117,15 @@ def main() -> None:
     args = parser.parse_args()
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for case in cases():
-        where = slices.parse(case.slice)
-        known = args.cache / f"{aot.key(case.config, where)}.json"
+        slice_ = slices.parse(case.slice)
+        known = args.cache / f"{aot.key(case.config, slice_)}.json"
         if args.only.lower() not in f"{case.label} {case.slice}".lower():
             continue
         if args.cached and not known.exists():
             continue
         print(f"{case.label} on {case.slice} ...", file=sys.stderr, flush=True)
         try:
-            verdict = aot.check(case.config, where, args.cache)
+            verdict = aot.check(case.config, slice_, args.cache)
         except UserError as error:
             print(f"{case.label} on {case.slice}: {error}", file=sys.stderr)
             continue

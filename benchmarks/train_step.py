@@ -78,7 +78,7 @@ def jax_side(config: configs.RunConfig):
     shape = (config.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, VOCAB, shape, np.int32)
     rows = np.arange(config.batch_size, dtype=np.int32)
-    batch = sharding.spread(program.mesh, (tokens, rows))
+    batch = sharding.shard(program.mesh, (tokens, rows))
     horizon, seed = optim.horizon(config), np.uint32(config.seed)
     result = None
     while True:

@@ -128,8 +128,8 @@ def main() -> None:
     for name in RUNS if args.blocks else list(RUNS)[:-1]:
         run = config(name, args.steps, str(args.data))
         with RunProgress() as progress:
-            progress.say(f"training {name} ({run.steps} steps)")
-            train(run, args.out / name, beat=progress.beat, say=progress.say)
+            progress.log(f"training {name} ({run.steps} steps)")
+            train(run, args.out / name, heartbeat=progress.heartbeat, log=progress.log)
         blocks = loader.eval_blocks(manifest.load(args.data), "valid", run.eval.examples)
         numbers["runs"][name] = corrected(args.out / name, source, blocks)
     finish(numbers, args.out)

@@ -52,7 +52,7 @@ class SubtokenConfig:
     """How a token id becomes `length` digits (theory.md, "Sub-token codes")."""
 
     length: int = 1  # l, the granularity; 1 is plain masked diffusion
-    shuffle: float = 1.0  # share of the codes that is permuted; 0 is the identity
+    shuffle: float = 1.0  # fraction of the codes that is permuted; 0 is the identity
     scope: Literal["vocab", "codes"] = "vocab"  # permute the first V codes, or all b**l
     seed: int = 0
     codes: str = field(default="", metadata=ADDED)  # hash of codes that came with imported weights
@@ -70,8 +70,8 @@ class ObjectiveConfig:
     sigma_min: float = 1e-4  # geometric schedule
     sigma_max: float = 20.0
     time_eps: float = 1e-6  # smallest training time
-    token_mask_rho: float = 0.0  # share of sequences whose masks cover whole tokens
-    random_length: float = 0.0  # share of sequences cut to a random length
+    token_mask_rho: float = 0.0  # fraction of sequences whose masks cover whole tokens
+    random_length: float = 0.0  # fraction of sequences cut to a random length
     # Block diffusion (BD3-LM): tokens of a block, finished left to right; 0: one block, all of L.
     block_length: int = field(default=0, metadata=ADDED)
     # Train at the discrete times i / n (D3PM); 0: continuous time.
@@ -96,7 +96,7 @@ class OptimConfig:
     final_lr_fraction: float = 0.1
     warmup_steps: int = 1000
     schedule: Literal["cosine", "wsd"] = "cosine"
-    cooldown_fraction: float = 0.2  # wsd: share of the steps spent going down
+    cooldown_fraction: float = 0.2  # wsd: fraction of the steps spent going down
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -183,7 +183,7 @@ class RunConfig:
         return self.steps * self.batch_size * self.data.seq_len
 
     @property
-    def copies(self) -> int:
+    def sequences_read(self) -> int:
         """Sequences that the network reads per sequence: block diffusion adds the clean one."""
         return 2 if self.objective.block_length else 1
 

@@ -56,11 +56,11 @@ def flops_per_token(config: RunConfig, convention: Convention) -> float:
         )
     m = config.model
     if convention == "reference":
-        return 6.0 * 12 * m.width**2 * m.layers * config.copies
+        return 6.0 * 12 * m.width**2 * m.layers * config.sequences_read
     keys_seen = config.data.seq_len * (0.5 if config.family == "arm" else 1.0)
     keys_seen += config.objective.block_length
     attention = 2 * keys_seen * m.width * 2  # scores, then values
-    layers = m.layers * (2 * _layer_matrices(m) * config.copies + attention)
+    layers = m.layers * (2 * _layer_matrices(m) * config.sequences_read + attention)
     head = 2 * m.width * m.vocab_size
     return BACKWARD * (layers + head) + 2 * 2 * m.vocab_size * _marginal_columns(config)
 

@@ -199,8 +199,8 @@ class Transformer(nn.Module):
             part = self.param(name, init, self.shardings.local(name, shape))
             return self.shardings.gathered(name, shape, part, c.dtype)
 
-        doubled = self.block_length > 0 and cache is None
-        if doubled:
+        noisy_and_clean = self.block_length > 0 and cache is None
+        if noisy_and_clean:
             if digits_BxLxS.ndim == 3:
                 digits_BxLxS = jnp.stack([digits_BxLxS, digits_BxLxS], axis=1)
             digits_BxLxS = digits_BxLxS.reshape(digits_BxLxS.shape[0], -1, self.slots)
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
         x_NxD, kept = layers(
             x_NxD, jnp.arange(c.layers), kept, segment_ids_BxL, dropout_keys_B, start_B
         )
-        if doubled:  # the clean copy was there to be seen
+        if noisy_and_clean:  # the clean copy was there to be seen
             length //= 2
             x_NxD = x_NxD.reshape(batch, 2, -1)[:, 0].reshape(-1, c.width)
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))

@@ -28,9 +28,9 @@ from prime_jax.runtime.records import SCHEMA, Loss, as_dict, read_json, write_js
 from prime_jax.runtime.storage import Path
 from prime_jax.step import Metrics, Program, State, program
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 PHASES = ("train", "input", "compile", "eval", "checkpoint")
-Beat = Callable[[dict[str, Any]], bool]
+OnHeartbeat = Callable[[dict[str, Any]], bool]
 
 
 class Interrupted(Exception):
@@ -42,7 +42,7 @@ class Preempted(Interrupted):
 
 
 class Stopped(Interrupted):
-    """`beat` returned False: this process is to leave the run."""
+    """`heartbeat` returned False: this process is to leave the run."""
 
 
 class Diverged(Exception):
@@ -54,15 +54,15 @@ def train(
     run_dir: Path,
     *,
     earlier: Sequence[Path] = (),
-    beat: Beat = lambda _: True,
-    say: Callable[[str], None] = print,
+    heartbeat: OnHeartbeat = lambda _: True,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train to the end, evaluate, write result.json and return it.
 
     Args:
         earlier: directories of other attempts at this run; the newest step of any is continued.
-        beat: called about once a second with step, steps, loss, tokens_per_second, mfu and phase.
-        say: told, in one line each, about resumption and damaged checkpoints.
+        heartbeat: called about once a second with step, steps, loss, tokens_per_second, mfu and phase.
+        log: told, in one line each, about resumption and damaged checkpoints.
     Returns:
         The record (records.py); status `diverged` after a non-finite loss.
     Raises:
@@ -70,8 +70,8 @@ def train(
         UserError: bad config, checkpoint or disk, or another process trains there.
         Preempted, Stopped: interrupted after saving.
     """
-    with watchdog.blamed():
-        run = Run(config, run_dir, earlier, beat, say)
+    with watchdog.explaining():
+        run = Run(config, run_dir, earlier, heartbeat, log)
         with storage.locked(run.run_dir) if distributed.is_writer() else contextlib.nullcontext():
             return run.complete()
 
@@ -107,7 +107,7 @@ def fill_fingerprint(config: RunConfig, data: manifest.Manifest) -> RunConfig:
 class Run:
     """The state of one execution of a run; `complete` is its only public method."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, earlier, beat: Beat, say):
+    def __init__(self, config: RunConfig, run_dir: Path, earlier, heartbeat: OnHeartbeat, log):
         self.clock = Clock()
         validate(config)
         schedule.check(config.objective)
@@ -115,17 +115,17 @@ class Run:
         manifest.check(self.data, config)
         self.config = fill_fingerprint(config, self.data)
         self.run_dir, self.earlier = storage.path(run_dir), earlier
-        self.beat, self.say = beat, say
+        self.heartbeat, self.log = heartbeat, log
         self.id = run_id(self.config)
         self.program: Program = program(self.config, self.data.eos_id)
         likelihood.estimators_of(self.config, self.program.codebook)  # known, before any training
         origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
         self.checkpoints = checkpoint.Writer(
-            self.run_dir / "checkpoints", self._about(), config.checkpoint, say, origin
+            self.run_dir / "checkpoints", self._about(), config.checkpoint, log, origin
         )
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
         self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread
-        self.last_beat = time.monotonic()
+        self.last_heartbeat = time.monotonic()
         self.speed = 0.0
         self.first_seconds: float | None = None  # from the start to the first step's numbers
         tokens = config.batch_size * config.data.seq_len
@@ -138,12 +138,12 @@ class Run:
         if finished is not None:
             return finished
         if jax.device_count() > 1:
-            self.say(str(self.program.mesh_choice))
+            self.log(str(self.program.mesh_choice))
         state = self._restore()
         self.first_step = self.last_step = int(state.step)
         logged = (self.config.log, self.run_dir, self.id, self.first_step)
-        self.log = MetricsLog(*logged) if distributed.is_writer() else NoLog()
-        with distributed.Notice() as self.notice, self.checkpoints:
+        self.metrics_log = MetricsLog(*logged) if distributed.is_writer() else NoLog()
+        with distributed.PreemptionGuard() as self.guard, self.checkpoints:
             try:
                 with self.clock.measure("train"):
                     state = self._train(state)
@@ -152,10 +152,10 @@ class Run:
             except Diverged as error:
                 result = self._result("diverged", [], str(error))
             finally:
-                self.log.close()
+                self.metrics_log.close()
         if distributed.is_writer():
             path = self.run_dir / "result.json"
-            storage.insist(lambda: write_json_atomic(path, result), self.say)
+            storage.retry(lambda: write_json_atomic(path, result), self.log)
         return result
 
     def _prepare(self) -> dict[str, Any] | None:
@@ -163,14 +163,14 @@ class Run:
         if distributed.is_writer():
             prepare_directory(self.config, self.run_dir)
             self._write_arrays("codebook.npy", lambda s: np.save(s, self.program.codebook.codes))
-        distributed.barrier("run directory", self.say)
+        distributed.barrier("run directory", self.log)
         finished = self.run_dir / "result.json"
         return read_json(finished) if storage.exists(finished) else None
 
     def _write_arrays(self, name: str, save: Callable[[io.BytesIO], None]) -> None:
         stream = io.BytesIO()
         save(stream)
-        storage.insist(lambda: storage.write(self.run_dir / name, stream.getvalue()), self.say)
+        storage.retry(lambda: storage.write(self.run_dir / name, stream.getvalue()), self.log)
 
     # --- training
 
@@ -202,7 +202,7 @@ class Run:
             profile.step(step + 1 - self.first_step)
             self.pending = (step + 1, metrics)
             now = time.perf_counter()
-            if now - mark >= BEAT_SECONDS:
+            if now - mark >= HEARTBEAT_SECONDS:
                 self.speed = (step - marked_step) * c.batch_size * c.data.seq_len / (now - mark)
                 mark, marked_step = now, step
             if step + 1 < steps and saves.due(step + 1):  # the last one is saved below
@@ -210,11 +210,11 @@ class Run:
                 saves.saved(step + 1)
             if c.eval.every and (step + 1) % c.eval.every == 0 and step + 1 < steps:
                 self._evaluate(state, final=False)
-            self._attend(step + 1, state, "train")
+            self._poll(step + 1, state, "train")
         self._read_pending()
         profile.close()
         if self.first_step < steps:
-            self._save_surely(steps, state, storage.PATIENCE)
+            self._save_with_retries(steps, state, storage.PATIENCE)
         return state
 
     def _read_pending(self) -> None:
@@ -227,12 +227,14 @@ class Run:
         if self.first_seconds is None:
             self.first_seconds = self.clock.total()
             if self.first_step:
-                self.say(f"first step after {self.first_seconds:.1f} s")
+                self.log(f"first step after {self.first_seconds:.1f} s")
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if step % self.config.log.every == 0 or step in (1, self.config.steps) or not finite:
             named = {k: v if np.isfinite(v) else None for k, v in values.items()}
             seconds = round(self.clock.total(), 3)
-            self.log.write({"step": step, **named, "seconds": seconds, **self.pace.row(step)})
+            self.metrics_log.write(
+                {"step": step, **named, "seconds": seconds, **self.pace.row(step)}
+            )
         if not finite:
             raise Diverged(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
@@ -251,29 +253,29 @@ class Run:
         with self.clock.measure("checkpoint"):
             self.checkpoints.try_save(step, state)
 
-    def _save_surely(self, step: int, state: State, patience: float) -> None:
+    def _save_with_retries(self, step: int, state: State, patience: float) -> None:
         self._read_pending()
         with self.clock.measure("checkpoint"):
-            self.checkpoints.save_surely(step, state, patience)
+            self.checkpoints.save_with_retries(step, state, patience)
 
     def _restore(self) -> State:
         with self.clock.measure("checkpoint"):
             directories = [d / "checkpoints" for d in (self.run_dir, *self.earlier)]
-            state = checkpoint.restore(directories, self.program.abstract, self._about(), self.say)
+            state = checkpoint.restore(directories, self.program.abstract, self._about(), self.log)
             if state is None:
                 return self.program.init(self.clock, self.config.seed)
-        self.say(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")
+        self.log(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")
         return state
 
     # --- interruption
 
-    def _attend(self, step: int, state: State, phase: str) -> None:
-        """Between two units of work: tell `beat`, and stop if a signal or `beat` says so."""
+    def _poll(self, step: int, state: State, phase: str) -> None:
+        """Between two units of work: tell `heartbeat`, and stop if a signal or `heartbeat` says so."""
         now = time.monotonic()
         wanted = True
-        if now - self.last_beat >= BEAT_SECONDS and distributed.is_writer():
-            self.last_beat = now
-            wanted = self.beat(
+        if now - self.last_heartbeat >= HEARTBEAT_SECONDS and distributed.is_writer():
+            self.last_heartbeat = now
+            wanted = self.heartbeat(
                 {
                     "step": step,
                     "steps": self.config.steps,
@@ -285,25 +287,25 @@ class Run:
                 }
             )
         if not wanted and jax.process_count() > 1:
-            self.notice.tell_all()
-        if not self.notice.due() and (wanted or jax.process_count() > 1):
+            self.guard.tell_all()
+        if not self.guard.due() and (wanted or jax.process_count() > 1):
             return
         saved = self._save_before_leaving(step, state)
-        if not wanted and self.notice.number is None:
+        if not wanted and self.guard.number is None:
             raise Stopped(f"told to leave run {self.id}: {saved}")
         raise Preempted(f"asked to stop: {saved} of run {self.id}")
 
     def _save_before_leaving(self, step: int, state: State) -> str:
         """Save, unless that took longer than the grace period the last time."""
         grace, needed = self.config.checkpoint.grace_seconds, self.checkpoints.seconds
-        steps = storage.insist(self.checkpoints.steps, self.say, checkpoint.PATIENCE)
-        saved, slow = distributed.share([step in steps, bool(grace) and needed > grace])
+        steps = storage.retry(self.checkpoints.steps, self.log, checkpoint.PATIENCE)
+        saved, slow = distributed.broadcast([step in steps, bool(grace) and needed > grace])
         if not saved and slow:
             self.checkpoints.wait()
             last = (self.checkpoints.steps() or [0])[-1]
             return f"a save takes {needed:.0f} s, longer than the grace of {grace:g} s: step {last} is the last saved"
         if not saved:
-            self._save_surely(step, state, grace or checkpoint.PATIENCE)
+            self._save_with_retries(step, state, grace or checkpoint.PATIENCE)
         return f"saved step {step}"
 
     # --- evaluation and record
@@ -322,17 +324,17 @@ class Run:
                 self.blocks.tokens,
                 self.blocks.doc,
                 self.data.eos_id,
-                tick=lambda: self._attend(step, state, "evaluate"),
+                tick=lambda: self._poll(step, state, "evaluate"),
                 devices=self.program.mesh_choice.replica * self.program.mesh_choice.data,
             )
-        self.log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
+        self.metrics_log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
         if final and distributed.is_writer():
             self._write_arrays(
                 "eval.npz", lambda stream: np.savez(stream, n_tokens=n_tokens, **nats)
             )
         if not final:
             shown = ", ".join(f"{x.estimator} {x.kind} {x.value:.4f}" for x in losses)
-            self.say(f"step {step}: {shown} nats/token")
+            self.log(f"step {step}: {shown} nats/token")
         return losses
 
     def _peak(self) -> float | None:

@@ -73,7 +73,7 @@ def tiny_run(tiny, tmp_path_factory):
     from prime_jax.train import train
 
     run_dir = tmp_path_factory.mktemp("tiny-run")
-    train(tiny, run_dir, say=lambda _: None)
+    train(tiny, run_dir, log=lambda _: None)
     return run_dir
 
 

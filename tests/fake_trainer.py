@@ -94,7 +94,7 @@ def result(config: RunConfig) -> dict:
 
 
 class Trainer:
-    """Counts its calls; `act(config, call, beat)` may sleep, beat or raise."""
+    """Counts its calls; `act(config, call, heartbeat)` may sleep, report or raise."""
 
     class Preempted(Exception):
         pass
@@ -102,22 +102,22 @@ class Trainer:
     class Stopped(Exception):
         pass
 
-    def __init__(self, act=lambda config, call, beat: None):
+    def __init__(self, act=lambda config, call, heartbeat: None):
         self.calls, self.act = [], act
 
-    def train(self, config, run_dir, *, earlier=(), beat=None, say=print):
+    def train(self, config, run_dir, *, earlier=(), heartbeat=None, log=print):
         self.calls.append((run_id(config), run_dir, tuple(earlier)))
-        self.act(config, len(self.calls), beat)
+        self.act(config, len(self.calls), heartbeat)
         return result(config)
 
 
 def sleeper(seconds: float) -> Trainer:
-    """Beats once, then trains for `seconds`, and leaves when told to."""
+    """Reports once, then trains for `seconds`, and leaves when told to."""
 
-    def act(config, call, beat):
+    def act(config, call, heartbeat):
         until = time.monotonic() + seconds
         while True:
-            if not beat(
+            if not heartbeat(
                 {
                     "step": 1,
                     "steps": config.steps,
@@ -138,6 +138,6 @@ if __name__ == "__main__":
     from prime_jax.sweep.worker import work
 
     trainer = sleeper(float(sys.argv[2]))
-    code = work(Path(sys.argv[1]), trainer=trainer, beat_seconds=0.1)
+    code = work(Path(sys.argv[1]), trainer=trainer, heartbeat_seconds=0.1)
     print(json.dumps([run for run, _, _ in trainer.calls]))
     raise SystemExit(code)

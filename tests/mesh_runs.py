@@ -1,6 +1,6 @@
 """Training steps on any mesh: their numbers, and what each row of the batches hides.
 
-`python mesh_runs.py FUNCTION CONFIGS OUT` calls `hidden` or `trained` as one process of a gang.
+`python mesh_runs.py FUNCTION CONFIGS OUT` calls `hidden` or `trained` as one process of a process group.
 """
 
 import json
@@ -61,7 +61,7 @@ def hidden(config: RunConfig) -> Rows:
     specs = (sharding.BATCH, sharding.BATCH, sharding.REPLICATED)
     draw = jax.jit(sharding.per_device(device, mesh, specs, ()))
     for i, batch in enumerate(batches(config)):
-        draw(*sharding.spread(mesh, batch), np.int32(i))
+        draw(*sharding.shard(mesh, batch), np.int32(i))
     jax.effects_barrier()
     return rows
 
@@ -74,7 +74,7 @@ def trained(config: RunConfig) -> tuple[np.ndarray, Rows]:
         state = program.init(clock, 0)
         out = []
         for batch in batches(config):
-            placed = sharding.spread(program.mesh, batch)
+            placed = sharding.shard(program.mesh, batch)
             state, metrics = program.train(
                 clock, state, *placed, np.uint32(0), optim.horizon(config)
             )

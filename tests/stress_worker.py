@@ -26,9 +26,9 @@ class Trainer(fake_trainer.Trainer):
         super().__init__()
         self.seconds = seconds
 
-    def train(self, config, run_dir, *, earlier=(), beat=None, say=print):
+    def train(self, config, run_dir, *, earlier=(), heartbeat=None, log=print):
         if config.data.fingerprint:  # prepared data: a real run
-            return self._real(config, run_dir, earlier, beat, say)
+            return self._real(config, run_dir, earlier, heartbeat, log)
         run, saves = run_id(config), run_dir / "checkpoints"
         saves.mkdir(parents=True, exist_ok=True)
         step, state = newest([run_dir, *earlier])
@@ -44,18 +44,18 @@ class Trainer(fake_trainer.Trainer):
                     temporary = saves / f".{step}"
                     temporary.write_text(json.dumps([step, state]))
                     temporary.rename(saves / str(step))
-                if not beat({"step": step, "loss": 4.0, "tokens_per_second": 100.0}):
+                if not heartbeat({"step": step, "loss": 4.0, "tokens_per_second": 100.0}):
                     raise self.Stopped
                 if fails and step == STEPS // 2:
                     raise RuntimeError("bad luck")
                 time.sleep(self.seconds)
         return fake_trainer.result(config) | {"state": state}
 
-    def _real(self, config, run_dir, earlier, beat, say):
+    def _real(self, config, run_dir, earlier, heartbeat, log):
         from prime_jax import train
 
         try:
-            return train.train(config, run_dir, earlier=earlier, beat=beat, say=say)
+            return train.train(config, run_dir, earlier=earlier, heartbeat=heartbeat, log=log)
         except train.Interrupted as error:
             raise self.Stopped from error
 
@@ -74,6 +74,6 @@ if __name__ == "__main__":
     skew, wall = float(sys.argv[2]), time.time
     time.time = lambda: wall() + skew
     code = worker.work(
-        Path(sys.argv[1]), trainer=Trainer(), beat_seconds=BEAT, timeout=TIMEOUT, backoff=0.3
+        Path(sys.argv[1]), trainer=Trainer(), heartbeat_seconds=BEAT, timeout=TIMEOUT, backoff=0.3
     )
     raise SystemExit(code)

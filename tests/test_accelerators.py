@@ -11,7 +11,7 @@ def machine(path, *files):
 
 
 def visible(workers, environment, system):
-    found = accelerators.shares(workers, environment, system)
+    found = accelerators.partition(workers, environment, system)
     return [share.get("CUDA_VISIBLE_DEVICES", share.get("TPU_VISIBLE_CHIPS")) for share in found]
 
 
@@ -22,7 +22,7 @@ def test_gpus_are_shared_out(tmp_path):
     assert visible(2, {"CUDA_VISIBLE_DEVICES": "5,7"}, box) == ["5", "7"]
     assert visible(8, {"JAX_PLATFORMS": "cpu"}, box) == [None] * 8
     with pytest.raises(UserError, match="5 workers, but 4 GPUs"):
-        accelerators.shares(5, {}, box)
+        accelerators.partition(5, {}, box)
 
 
 def test_tpu_chips_are_shared_out(tmp_path):
@@ -30,7 +30,7 @@ def test_tpu_chips_are_shared_out(tmp_path):
     assert visible(4, {}, box) == ["0", "1", "2", "3"]
     assert visible(1, {}, box) == [None]
     with pytest.raises(UserError, match="4 TPU chips"):
-        accelerators.shares(2, {}, box)
+        accelerators.partition(2, {}, box)
 
 
 def test_a_machine_without_any(tmp_path):

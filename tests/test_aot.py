@@ -46,19 +46,19 @@ class Compiler:
     def __init__(self, factor=1.0, by_model=None):
         self.factor, self.by_model, self.asked = factor, by_model or {}, []
 
-    def __call__(self, config, where):
+    def __call__(self, config, slice_):
         self.asked.append(config)
-        mesh = meshes.choose(config, where.devices, where.slices)
+        mesh = meshes.choose(config, slice_.devices, slice_.slices)
         state, temporaries = roofline.memory(config, mesh)
         factor = self.by_model.get(mesh.model, self.factor)
         memory = {"arguments": state, "temporaries": factor * temporaries}
-        fits = sum(memory.values()) <= where.chip.memory
+        fits = sum(memory.values()) <= slice_.chip.memory
         return {
             "schema": 1,
             "verdict": "OK" if fits else "OOM",
             "mesh": list(mesh[:3]),
             "why": mesh.why,
-            "limit": where.chip.memory,
+            "limit": slice_.chip.memory,
             "memory": memory,
             "compile_seconds": 1.0,
         }
@@ -174,8 +174,8 @@ def test_a_mesh_says_the_true_reason():
 def test_verdicts_are_remembered_by_what_is_compiled(tmp_path):
     compiler = Compiler()
 
-    def ask(config, where=V5E):
-        return aot.check(config, where, tmp_path, compiler)
+    def ask(config, slice_=V5E):
+        return aot.check(config, slice_, tmp_path, compiler)
 
     first = ask(BIG)
     assert ask(dataclasses.replace(BIG, seed=7, steps=9)).record["memory"] == first.record["memory"]
@@ -276,7 +276,7 @@ def refused() -> aot.Verdict:
     """As the compiler answers where it makes no program."""
     config = dataclasses.replace(BIG, mesh=MeshConfig(remat="none"))
     array = hlo.Array(12 * GIB, "bf16[24,32768,8192]", "scan")
-    message = hlo.Message("all-reduce", 3, 2.5 * GIB, 0.0)
+    message = hlo.Collective("all-reduce", 3, 2.5 * GIB, 0.0)
     record = Compiler()(config, V5E) | aot_worker._found(array, [message])
     return aot.Verdict(
         config, V5E, record | {"memory": {"total": 148.46 * GIB}, "as_written": True}
@@ -305,8 +305,8 @@ def test_the_table_is_readable_at_80_columns():
     thin = dataclasses.replace(BIG.model, vocab_size=256, layers=4, width=128, heads=2)
     mesh = MeshConfig(replica=1, data=16)
     small = dataclasses.replace(BIG, model=thin, data=DataConfig(seq_len=64), mesh=mesh)
-    where = slices.parse("2xv6e-256")
-    verdicts = [aot.check(wide, where, compile=Compiler()), refused()]
+    slice_ = slices.parse("2xv6e-256")
+    verdicts = [aot.check(wide, slice_, compile=Compiler()), refused()]
     verdicts.append(aot.check(small, V5E, compile=Compiler()))
     text = printed(verdicts, forecast.WIDTH)
     assert "…" not in text
@@ -331,11 +331,11 @@ def test_compilations_are_counted_and_have_an_end_in_sight(monkeypatch):
     asked = Compiler(factor=1000.0)
     left = []
 
-    def compile(config, where):
+    def compile(config, slice_):
         left.append(progress.left())
         now[0] += 50
         left.append(progress.left())
-        return asked(config, where)
+        return asked(config, slice_)
 
     with compilations.Compilations("t", Console(file=io.StringIO())) as progress:
         aot.autofit(BIG, V5E, compile=compile, progress=progress)

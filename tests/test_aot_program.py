@@ -57,7 +57,7 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
 
 
 def test_messages_of_a_program_by_hand():
-    found = {message.kind: message for message in hlo.messages(HLO)}
+    found = {collective.kind: collective for collective in hlo.collectives(HLO)}
     assert found["all-gather"].count == 24  # twice in each of 12 layers: a chain counts once
     assert found["all-gather"].bytes == 24 * (16 * 8 * 2) * 3 / 4
     assert found["all-gather"].background == found["all-gather"].bytes / 2
@@ -100,8 +100,12 @@ def test_a_refused_program_is_read_as_it_was_written():
     """Elementwise operations will be joined with others; what a loop stacks stays."""
     found = hlo.largest(AS_WRITTEN, hlo.KEPT)
     assert (found.shape, found.source) == ("f32[12,64,8]", "jit(train)/scan")
-    (message,) = hlo.messages(AS_WRITTEN)
-    assert (message.kind, message.count, message.bytes) == ("all-reduce", 1, 64 * 8 * 4 * 1.5)
+    (collective,) = hlo.collectives(AS_WRITTEN)
+    assert (collective.kind, collective.count, collective.bytes) == (
+        "all-reduce",
+        1,
+        64 * 8 * 4 * 1.5,
+    )
 
 
 PRESETS = ("c4_grid", "owt_92m", "slimpajama_1b", "reference", "text8", "lm1b", "quickstart")
@@ -159,18 +163,18 @@ SMALL = RunConfig(  # the size of experiments/quickstart.py
 @pytest.mark.parametrize("name", ["v4-32", "v5e-16", "v5p-32", "v6e-16", "tpu7x-16"])
 def test_the_whole_step_compiles_for_16_devices(name):
     """A CPU-sized model: what the compiler says of its memory, and what sharding makes of it."""
-    where = slices.parse(name)
-    assert where.devices == 16
+    slice_ = slices.parse(name)
+    assert slice_.devices == 16
     # libtpu 0.0.42 overflows its own stack on TPU7x with sequences as short as 64.
-    data = DataConfig(seq_len=512) if where.generation == "tpu7x" else SMALL.data
-    verdict = aot.check(dataclasses.replace(SMALL, data=data, mesh=MeshConfig(data=16)), where)
+    data = DataConfig(seq_len=512) if slice_.generation == "tpu7x" else SMALL.data
+    verdict = aot.check(dataclasses.replace(SMALL, data=data, mesh=MeshConfig(data=16)), slice_)
     assert verdict.fits
     memory = verdict.record["memory"]
     state, _ = roofline.memory(verdict.config, verdict.mesh)
     assert memory["arguments"] == pytest.approx(state, rel=0.25)  # tiles pad it
     assert memory["outputs"] < 0.1 * state  # the state is donated
     assert verdict.total < 0.1 * verdict.limit
-    kinds = {message["kind"] for message in verdict.record["messages"]}
+    kinds = {collective["kind"] for collective in verdict.record["collectives"]}
     assert "all-gather" in kinds
     assert kinds & {"reduce-scatter", "all-reduce"}
 

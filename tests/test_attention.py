@@ -15,7 +15,7 @@ from prime_jax.errors import UserError
 from prime_jax.kernels import attention_mosaic, attention_pallas
 from prime_jax.kernels.attention import attention, attention_reference, cudnn_serves
 from prime_jax.kernels.attention_mask import SAVED, Blocks, fitted, visits
-from prime_jax.runtime.sharding import AXES, BATCH, per_device, spread
+from prime_jax.runtime.sharding import AXES, BATCH, per_device, shard
 
 jitted_visits = jax.jit(visits, static_argnums=(0, 1, 4))
 SMALL = (16, 32)  # blocks of queries and keys: only the interpreter takes them
@@ -249,7 +249,7 @@ def test_eight_devices_share_a_batch():
         out, pull = jax.vjp(lambda *a: attention(*a, False, ids, "pallas", SMALL), q, k, v)
         return out, *pull(dout)
 
-    got = jax.jit(per_device(run, mesh, BATCH, BATCH))(*spread(mesh, (*qkv, ids)))
+    got = jax.jit(per_device(run, mesh, BATCH, BATCH))(*shard(mesh, (*qkv, ids)))
     want = with_gradients(lambda *a: attention_reference(*a, False, ids), *qkv)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -58,8 +58,8 @@ def exact_bounds(name: str, block: int, network) -> dict[str, np.ndarray]:
     book, config = codebook(length, codes), run_config(length, block_length=block)
     n, masks, pairs = block * length, all_masks(length), all_pairs()
     counts = masks.reshape(len(masks), L // block, n).sum(2)
-    share = 2.0 ** (n - L * length)
-    q_MxG = np.where(counts > 0, mask_weights(config.objective, n)[counts], 0.0) * share
+    fraction = 2.0 ** (n - L * length)
+    q_MxG = np.where(counts > 0, mask_weights(config.objective, n)[counts], 0.0) * fraction
     tokens = np.repeat(pairs, len(masks), axis=0)
     inputs = masked_inputs(
         config,
@@ -306,7 +306,7 @@ def test_a_run_trains_and_is_evaluated(family, tiny, tmp_path):
         subtokens=SubtokenConfig(length=1 if family == "mdm" else 4),
         objective=ObjectiveConfig(block_length=4, time_steps=100),
     )
-    result = train(config, tmp_path, say=lambda _: None)
+    result = train(config, tmp_path, log=lambda _: None)
     losses = [loss for loss in result["losses"] if loss["kind"] == "nelbo"]
     assert [loss["estimator"] for loss in losses] == ["subtoken", "token"][: len(losses)]
     assert all(1.5 < loss["value"] < 3.5 for loss in losses)

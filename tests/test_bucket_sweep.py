@@ -84,7 +84,7 @@ def test_a_sweep_is_worked_and_collected_like_a_local_one(bucket, tmp_path):
     root, local = storage.path(bucket.url), tmp_path / "local"
     for place in (root, local):
         fake_trainer.planned(place)
-        assert worker.work(place, trainer=Trainer(), beat_seconds=0.05) == 0
+        assert worker.work(place, trainer=Trainer(), heartbeat_seconds=0.05) == 0
         collect.write(place, tmp_path / f"{place.name}.csv")
     assert (tmp_path / "here.csv").read_text() == (tmp_path / "local.csv").read_text()
     victim = state.list_runs(root)[0].id
@@ -101,15 +101,15 @@ def test_an_outage_stops_neither_training_nor_the_worker(bucket, monkeypatch):
     fake_trainer.planned(root, families={"arm": {}}, budgets=(1e9,))
     monkeypatch.setattr(storage, "_of", no_patience(storage._of))
 
-    def act(config, call, beat):
+    def act(config, call, heartbeat):
         store.down = True
         for step in range(30):
-            assert beat({"step": step})
+            assert heartbeat({"step": step})
             time.sleep(0.01)
         threading.Timer(0.3, lambda: setattr(store, "down", False)).start()
 
     trainer = Trainer(act)
-    assert worker.work(root, trainer=trainer, beat_seconds=0.05) == 0
+    assert worker.work(root, trainer=trainer, heartbeat_seconds=0.05) == 0
     assert Counter(run.k for run in state.list_runs(root)) == {1: 2}
     assert len(trainer.calls) == 2
 
@@ -131,24 +131,24 @@ def test_a_sweep_begun_here_and_finished_in_a_bucket_gives_the_same_table(tmp_pa
 
     quiet = tmp_path / "quiet"
     fake_trainer.planned(quiet)
-    worker.work(quiet, trainer=Trainer(), beat_seconds=0.05)
+    worker.work(quiet, trainer=Trainer(), heartbeat_seconds=0.05)
     collect.write(quiet, tmp_path / "quiet.csv")
     with fake_store.bucket("gs") as made:
         places = [tmp_path / "moved", storage.path(made.url)]
         first, second = places if direction == "up" else reversed(places)
         fake_trainer.planned(first)
 
-        def act(config, call, beat):
+        def act(config, call, heartbeat):
             if call == 4:
                 raise Trainer.Preempted
 
-        assert worker.work(first, trainer=Trainer(act), beat_seconds=0.05) == 85
+        assert worker.work(first, trainer=Trainer(act), heartbeat_seconds=0.05) == 85
         if direction == "up":
             storage.upload(first, second)
         else:
             storage.download(first, second)
         rest = Trainer()
-        assert worker.work(second, trainer=rest, beat_seconds=0.05) == 0
+        assert worker.work(second, trainer=rest, heartbeat_seconds=0.05) == 0
         assert len(rest.calls) == 5
         collect.write(second, tmp_path / "moved.csv")
     assert (tmp_path / "moved.csv").read_text() == (tmp_path / "quiet.csv").read_text()

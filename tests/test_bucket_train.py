@@ -49,7 +49,7 @@ def whole(config, tmp_path_factory) -> list[dict]:
 
 
 def every_step(monkeypatch) -> None:
-    monkeypatch.setattr(train, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(train, "HEARTBEAT_SECONDS", 0.0)
 
 
 def until(step: int):
@@ -60,12 +60,12 @@ def test_a_run_continues_in_a_bucket_after_a_damaged_save(config, whole, bucket,
     every_step(monkeypatch)
     root, said = storage.path(bucket.url), []
     with pytest.raises(train.Stopped):
-        train.train(config, root / "1", beat=until(10))
+        train.train(config, root / "1", heartbeat=until(10))
     saves = root / "1" / "checkpoints"
     assert checkpoint.steps(saves) == [8, 10]  # two are kept
     damaged = max(storage.checksums(saves / "000000010").items(), key=lambda item: item[1][0])[0]
     storage.write(saves / "000000010" / damaged, b"x" * 7)
-    result = train.train(config, root / "2", earlier=[root / "1"], say=said.append)
+    result = train.train(config, root / "2", earlier=[root / "1"], log=said.append)
     assert any("is damaged" in text for text in said)
     assert any(f"continues at step 8 of {STEPS}" in text for text in said)
     assert result["losses"] == whole
@@ -81,10 +81,10 @@ def test_a_run_moves_between_a_bucket_and_a_folder(config, whole, tmp_path, monk
     with fake_store.bucket("gs") as made:
         root = storage.path(made.url)
         with pytest.raises(train.Stopped):
-            train.train(config, root / "1", beat=until(6))
+            train.train(config, root / "1", heartbeat=until(6))
         storage.download(root / "1", tmp_path / "1")
         with pytest.raises(train.Stopped):
-            train.train(config, tmp_path / "2", earlier=[tmp_path / "1"], beat=until(12))
+            train.train(config, tmp_path / "2", earlier=[tmp_path / "1"], heartbeat=until(12))
         storage.upload(tmp_path / "2", root / "2")
         result = train.train(config, root / "3", earlier=[root / "2", root / "1"])
     assert result["first_step"] == 12
@@ -96,7 +96,7 @@ def test_a_store_that_is_gone_for_a_while_costs_no_step(config, whole, bucket, m
     every_step(monkeypatch)
     root, said, made = storage.path(bucket.url), [], []
 
-    def beat(values):
+    def heartbeat(values):
         made.append(values["step"])
         if values["step"] == 6:
             bucket.store.down = True
@@ -104,7 +104,7 @@ def test_a_store_that_is_gone_for_a_while_costs_no_step(config, whole, bucket, m
             threading.Timer(1.0, lambda: setattr(bucket.store, "down", False)).start()
         return True
 
-    result = train.train(config, root / "1", beat=beat, say=said.append)
+    result = train.train(config, root / "1", heartbeat=heartbeat, log=said.append)
     assert result["losses"] == whole
     assert [step for step in made if step < STEPS] == list(range(1, STEPS))
     assert checkpoint.steps(root / "1" / "checkpoints")[-1] == STEPS

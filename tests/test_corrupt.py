@@ -126,13 +126,13 @@ def test_rows_are_corrupted_alike_wherever_they_are():
         np.testing.assert_array_equal(a[rows], b)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_random_lengths_have_their_law(share):
-    """A share of the sequences has a length uniform on 1 .. L, the others are whole."""
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_random_lengths_have_their_law(fraction):
+    """A fraction of the sequences has a length uniform on 1 .. L, the others are whole."""
     tokens = 5
-    drawn = corrupted(ObjectiveConfig(random_length=share), tokens=tokens)
-    law = np.full(tokens, share / tokens)
-    law[-1] += 1 - share
+    drawn = corrupted(ObjectiveConfig(random_length=fraction), tokens=tokens)
+    law = np.full(tokens, fraction / tokens)
+    law[-1] += 1 - fraction
     counts = np.bincount(drawn.length_B, minlength=tokens + 1)
     assert counts[0] == 0
     assert (np.abs(counts[1:] - B * law) <= SIGMAS * (B * law * (1 - law)) ** 0.5).all()

@@ -89,36 +89,36 @@ def test_fully_sharded_messages_by_hand():
     counts = flops.param_counts(BIG)
     layers = counts["nonembedding"]
     outer = counts["total"] - layers
-    share = 15 / 16 / (200e9 * 0.8)
-    gathered = (2 * layers + outer) * 2 * share  # bfloat16, again for the backward pass
-    scattered = 2 * (layers + outer) * 4 * share  # float32, summed whole
+    fraction = 15 / 16 / (200e9 * 0.8)
+    gathered = (2 * layers + outer) * 2 * fraction  # bfloat16, again for the backward pass
+    scattered = 2 * (layers + outer) * 4 * fraction  # float32, summed whole
     one = predicted(remat="dots")
-    assert (one.messages, one.exposed) == pytest.approx((gathered, scattered))
+    assert (one.overlapped, one.not_overlapped) == pytest.approx((gathered, scattered))
     four = predicted(remat="dots", accumulate=4)
-    assert (four.messages, four.exposed) == pytest.approx((4 * gathered, 4 * scattered))
+    assert (four.overlapped, four.not_overlapped) == pytest.approx((4 * gathered, 4 * scattered))
     gpus = predicted(name="2xh100-8", replica=1, data=16)
-    assert gpus.exposed == 0
+    assert gpus.not_overlapped == 0
 
 
 def test_gradients_are_summed_whole_or_scattered():
     sent = 4 * flops.param_counts(BIG)["total"] * 15 / 16 / 0.8
     for name, rounds in (("v5p-32", 2), ("v5e-16", 2), ("v6e-16", 1)):
         link = slices.parse(name).chip.link_speed
-        assert predicted(name=name).exposed == pytest.approx(rounds * sent / link)
+        assert predicted(name=name).not_overlapped == pytest.approx(rounds * sent / link)
 
 
 def test_gradients_of_two_slices_cross_the_network():
     two = predicted(name="2xv5e-16")
     counts = flops.param_counts(BIG)["total"]
     network = 2 * 4 * counts / 16 / 2 / (3.125e9 * 0.7)
-    assert two.exposed == pytest.approx(predicted(name="v5e-16").exposed + network)
+    assert two.not_overlapped == pytest.approx(predicted(name="v5e-16").not_overlapped + network)
 
 
 def test_tensor_parallel_messages_are_on_the_critical_path():
     split = predicted(model=4)
-    assert split.exposed > 0
+    assert split.not_overlapped > 0
     assert split.step_seconds == pytest.approx(
-        max(split.matmul, split.hbm, split.messages) + split.exposed
+        max(split.matmul, split.hbm, split.overlapped) + split.not_overlapped
     )
     assert 0 < split.communication < 1
 

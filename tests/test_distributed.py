@@ -12,10 +12,10 @@ import textwrap
 import time
 from pathlib import Path
 
-import gangs
 import numpy as np
+import process_groups
 import pytest
-from gangs import ended
+from process_groups import ended
 
 from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
@@ -82,8 +82,8 @@ except UserError as error:
     ],
 )
 def test_the_gang_is_read_from_the_environment(environment, expected):
-    gang = distributed.detect(environment)
-    assert (gang and (gang.coordinator, gang.processes, gang.process)) == expected
+    group = distributed.detect(environment)
+    assert (group and (group.coordinator, group.processes, group.process)) == expected
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_a_half_described_gang_is_refused(environment, message):
 @pytest.mark.parametrize("name", ["PRIME_WAIT_SECONDS", "PRIME_HEARTBEAT_SECONDS"])
 @pytest.mark.parametrize("value", ["x", "0", "-1", "1.5"])
 def test_a_bad_time_is_refused_before_anybody_waits(name, value):
-    gang = {"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "1"}
+    group = {"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "1"}
     with pytest.raises(UserError, match=f"{name} = '{value}': must be a whole number"):
-        distributed.start(print, gang | {name: value})
+        distributed.start(print, group | {name: value})
 
 
 def test_the_command_that_the_manual_shows_for_several_hosts_has_a_run():
@@ -140,11 +140,11 @@ def config(quick) -> RunConfig:
 
 
 def start(config: RunConfig, out: Path, processes: int, slow: float = 0.0) -> list:
-    """The processes of a gang with eight devices between them."""
+    """The processes of a process group with eight devices between them."""
     path = out.with_suffix(".config.json")
     path.write_text(json.dumps(to_dict(config)))
     words = ["-c", WORKER, str(path), str(out), str(slow)]
-    return gangs.start(words, processes, devices=8, PRIME_HEARTBEAT_SECONDS="10")
+    return process_groups.start(words, processes, devices=8, PRIME_HEARTBEAT_SECONDS="10")
 
 
 def losses(out: Path) -> list[float]:
@@ -156,7 +156,7 @@ def losses(out: Path) -> list[float]:
 def whole(config, tmp_path_factory):
     """The run in one process with eight devices."""
     out = tmp_path_factory.mktemp("one") / "run"
-    train(config, out, say=lambda _: None)
+    train(config, out, log=lambda _: None)
     return out
 
 
@@ -184,7 +184,7 @@ def test_a_model_may_be_split_between_processes(config, whole, tmp_path):
     )
     codes, texts = ended(start(apart, tmp_path / "two", 2))
     assert codes == [0, 0], texts
-    train(one, tmp_path / "one", say=lambda _: None)
+    train(one, tmp_path / "one", log=lambda _: None)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
@@ -201,10 +201,10 @@ def wait_for_step(out: Path, step: int) -> None:
 def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
     long = dataclasses.replace(config, checkpoint=CheckpointConfig(keep=10))
     out = tmp_path / "run"
-    gang = start(long, out, 2, slow=0.3)
+    group = start(long, out, 2, slow=0.3)
     wait_for_step(out, 4)
-    gang[1].send_signal(signal.SIGTERM)
-    codes, texts = ended(gang)
+    group[1].send_signal(signal.SIGTERM)
+    codes, texts = ended(group)
     assert codes == [85, 85], texts
     for process, text in enumerate(texts):
         assert f"process {process}: run directory: waiting for the others" in text
@@ -239,7 +239,7 @@ def test_every_wait_for_the_others_is_told():
         if distributed.is_writer():
             distributed.meet("the garden", 0.2, print)
     """
-    codes, texts = ended(gangs.start(["-c", textwrap.dedent(code)], 2, devices=2))
+    codes, texts = ended(process_groups.start(["-c", textwrap.dedent(code)], 2, devices=2))
     assert codes == [0, 0], texts
     told = [
         [line for line in text.splitlines() if re.search("the (door|table|garden)", line)]
@@ -293,12 +293,12 @@ def test_a_second_sigterm_ends_a_process_of_a_gang_at_once():
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path, dies):
     out = tmp_path / "run"
-    gang = start(config, out, 2, slow=0.3)
+    group = start(config, out, 2, slow=0.3)
     wait_for_step(out, 3)
-    gang[dies].send_signal(signal.SIGKILL)
+    group[dies].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    text = gang[1 - dies].communicate(timeout=120)[0]
-    assert gang[1 - dies].returncode == 1, text
+    text = group[1 - dies].communicate(timeout=120)[0]
+    assert group[1 - dies].returncode == 1, text
     assert time.monotonic() - began < 30  # the heartbeat is 10 s
     (line,) = [
         line for line in text.splitlines() if line.startswith(f"process {1 - dies}: process")
@@ -306,4 +306,4 @@ def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path
     assert f"process {dies}" in line
     assert "the same command on every host continues" in line
     assert dies == 0 or "stack trace" not in text  # JAX itself sees the end of its coordinator
-    gang[dies].communicate()
+    group[dies].communicate()

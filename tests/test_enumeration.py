@@ -57,11 +57,11 @@ def rows_of(tokens) -> estimators.Text:
 
 def mask_weights(config, n: int) -> np.ndarray:
     """int w(t) q(mask | t) dt for masks with k = 0..n hidden, by Gauss-Legendre quadrature."""
-    node, share = np.polynomial.legendre.leggauss(400)
+    node, fraction = np.polynomial.legendre.leggauss(400)
     t = jnp.asarray((node + 1) / 2)
     a, w = schedule.alpha(config, t), schedule.weight(config, t)
     k = np.arange(n + 1)[:, None]
-    return np.asarray((share / 2 * w * (1 - a) ** k * a ** (n - k)).sum(1))
+    return np.asarray((fraction / 2 * w * (1 - a) ** k * a ** (n - k)).sum(1))
 
 
 def enumerate_losses(name: str, **objective):
@@ -313,7 +313,7 @@ def test_evaluators_through_the_table(estimator):
     pairs = all_pairs()
     p = pair_probabilities()[pairs[:, 0], pairs[:, 1]]
     examples = np.repeat(pairs, np.maximum(1, np.round(p * 4096)).astype(int), axis=0)
-    share = np.unique(examples, axis=0, return_counts=True)[1] / len(examples)
+    fraction = np.unique(examples, axis=0, return_counts=True)[1] / len(examples)
     rows = likelihood.grid(len(examples), 16)
     values = likelihood.draw(
         task,
@@ -332,7 +332,7 @@ def test_evaluators_through_the_table(estimator):
         got, want = loss.value * L, 4.5098
         assert abs(got - want) < 5 * loss.se_data * L
     else:  # Bayes tables: the bound of a sample is its cross-entropy under the source
-        want = float(-(share * np.log(p)).sum())
+        want = float(-(fraction * np.log(p)).sum())
         assert loss.value * L == pytest.approx(want, abs=5 * loss.se_mc * L)
     assert 0 < loss.se_mc < 0.01
     assert loss.kind == "nelbo"

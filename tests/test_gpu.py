@@ -96,7 +96,7 @@ def losses(config: configs.RunConfig, device, steps: int) -> list[float]:
         for at in range(steps):
             tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
             rows = np.arange(config.batch_size, dtype=np.int32) + at * config.batch_size
-            batch = sharding.spread(program.mesh, (tokens, rows))
+            batch = sharding.shard(program.mesh, (tokens, rows))
             numbers = np.uint32(config.seed), optim.horizon(config)
             state, metrics = program.train(clock, state, *batch, *numbers)
             out.append(float(metrics.loss))

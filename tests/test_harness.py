@@ -155,7 +155,7 @@ def test_spaces_belong_to_the_continuation(scorer):
 
 
 def test_greedy_is_asked_where_a_document_has_one_request(run, scorer):
-    """Decode by hand, surest first, then ask for exactly that text and for another."""
+    """Decode by hand, most confident first, then ask for exactly that text and for another."""
     model = PrimeJax(scorer=scorer, nll_type="chain:l2r")
     book, network = run.codebook, run.network(jax.device_get(run.params))
     tokens, hidden = [*model.encode("Ice"), 0, 0, 0], {3, 4, 5}

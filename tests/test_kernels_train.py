@@ -47,7 +47,7 @@ EVALUATED = EvalConfig(examples=4, replicates=2, batch_size=8, estimators=("subt
 
 def losses(config: RunConfig, run_dir) -> list[float]:
     """The loss of every step, and of an evaluation if there is one."""
-    result = train(config, run_dir, say=lambda _: None)
+    result = train(config, run_dir, log=lambda _: None)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [r["loss"] for r in rows if "loss" in r] + [x["value"] for x in result["losses"]]
 

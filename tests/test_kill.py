@@ -80,7 +80,7 @@ def losses(out: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    train(config, out, say=lambda _: None)
+    train(config, out, log=lambda _: None)
     return out
 
 

@@ -112,7 +112,7 @@ def test_names_are_short_and_hosts_are_counted(sweep, name):
 def test_a_worker_finds_its_gang_in_what_the_jobset_sets(sweep, name):
     one = jobsets(on(sweep, name))[0]
     (replicated,) = one["spec"]["replicatedJobs"]
-    job, gangs = replicated["template"]["spec"], set()
+    job, process_groups = replicated["template"]["spec"], set()
     given = job["template"]["spec"]["containers"][0]["env"]
     fields = {
         "JOBSET_NAME": one["metadata"]["name"],
@@ -122,16 +122,16 @@ def test_a_worker_finds_its_gang_in_what_the_jobset_sets(sweep, name):
         for completion in range(job["completions"]):
             values = fields | {"JOB_INDEX": str(index), "JOB_COMPLETION_INDEX": str(completion)}
             names = {e["name"]: e.get("value", values.get(e["name"])) for e in given}
-            gangs.add(distributed.detect(names | values))
+            process_groups.add(distributed.detect(names | values))
     hosts = slices.parse(name).hosts
     if hosts == 1:
-        assert gangs == {None}
+        assert process_groups == {None}
     else:
-        assert {gang.coordinator for gang in gangs} == {
+        assert {group.coordinator for group in process_groups} == {
             f"{one['metadata']['name']}-workers-0-0.{one['metadata']['name']}:8476"
         }
-        assert {gang.process for gang in gangs} == set(range(hosts))
-        assert {gang.processes for gang in gangs} == {hosts}
+        assert {group.process for group in process_groups} == set(range(hosts))
+        assert {group.processes for group in process_groups} == {hosts}
 
 
 def test_jobsets_against_the_published_schema(sweep):

@@ -301,7 +301,7 @@ exec {python} -m prime_jax.cli "$@"
 
 @pytest.mark.slow
 def test_two_hosts_install_the_archive_and_train_as_one(markov_data, tmp_path):
-    """All but the tools is real: code from the archive, data from the bucket, a gang of two."""
+    """All but the tools is real: code from the archive, data from the bucket, a process group of two."""
     root, where = tmp_path / "sweep", slices.parse("v5e-16")
     data = tmp_path / "disk" / "markov"
     shutil.copytree(markov_data, data)

@@ -51,14 +51,14 @@ def finish(sweep, leave: int) -> None:
         state.publish(sweep.source, run.id, {"status": "done", "losses": []})
 
 
-def desk(yes: bool = True) -> tuple[engine.Desk, Console]:
+def dialogue(yes: bool = True) -> tuple[engine.Dialogue, Console]:
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
-    return engine.Desk(console, yes, Prices("2026-01-01", "USD", {"v5e": 1.5})), console
+    return engine.Dialogue(console, yes, Prices("2026-01-01", "USD", {"v5e": 1.5})), console
 
 
 def up(sweep, options=OPTIONS) -> str:
     """What it printed."""
-    here, console = desk()
+    here, console = dialogue()
     try:
         assert tpu.up(sweep, options, here) == 0
     finally:
@@ -67,7 +67,7 @@ def up(sweep, options=OPTIONS) -> str:
 
 
 def down(sweep) -> str:
-    here, console = desk()
+    here, console = dialogue()
     assert tpu.down(sweep, OPTIONS, here) == 0
     console.file.close()
     return console.export_text()
@@ -243,7 +243,7 @@ def test_down_removes_this_sweeps_machines_and_no_others(cloud, sweep, tmp_path)
 
 
 def test_nothing_is_made_without_an_answer(cloud, sweep, monkeypatch):
-    here, console = desk(yes=False)
+    here, console = dialogue(yes=False)
     monkeypatch.setattr("sys.stdin", console.file)
     with pytest.raises(UserError, match="--yes"):
         tpu.up(sweep, OPTIONS, here)

@@ -59,7 +59,7 @@ def test_no_number_falls_below_the_entropy_of_the_stream(documents, family, tmp_
     """Document ends are part of the stream: nothing tells a network where they are."""
     data, source = documents
     entropy = source.block_entropy(16) / 16
-    for loss in valid(train(run_on(data, family), tmp_path, say=lambda _: None)):
+    for loss in valid(train(run_on(data, family), tmp_path, log=lambda _: None)):
         error = np.hypot(loss["se_mc"], loss["se_data"])
         assert loss["value"] > entropy - 4 * error
         assert loss["value"] < entropy + 0.2  # and it has been learnt
@@ -73,7 +73,7 @@ def test_a_uniform_source_gives_log_v(family, tmp_path):
     data = tmp_path / "data"
     prepare(f"markov:{spec}", "synthetic:16", data, seq_len=16, workers=1)
     config = run_on(data, family, steps=60, optim=OptimConfig(peak_lr=3e-3, warmup_steps=10))
-    for loss in valid(train(config, tmp_path / "run", say=lambda _: None)):
+    for loss in valid(train(config, tmp_path / "run", log=lambda _: None)):
         assert loss["value"] == pytest.approx(np.log(16), abs=0.03)
 
 
@@ -142,8 +142,8 @@ def test_the_law_of_the_stream_costs_its_entropy_and_another_law_more(family):
 def test_results_do_not_depend_on_the_evaluation_batch(documents, tmp_path):
     data, _ = documents
     config = run_on(data, "prime", steps=3, eval=EvalConfig(examples=24, batch_size=7))
-    a = train(config, tmp_path / "7", say=lambda _: None)["losses"]
-    b = train(set_path(config, "eval.batch_size", 64), tmp_path / "64", say=lambda _: None)[
+    a = train(config, tmp_path / "7", log=lambda _: None)["losses"]
+    b = train(set_path(config, "eval.batch_size", 64), tmp_path / "64", log=lambda _: None)[
         "losses"
     ]
     for x, y in zip(a, b, strict=True):

@@ -23,8 +23,8 @@ def root(tmp_path):
     for run in (done, half, failed):
         state.claim(tmp_path, run.id, 1)
     steps, tokens = half.spec["config"]["steps"], half.spec["tokens"]
-    beat = {"step": steps // 2, "loss": 3.125, "mfu": 0.41, "tokens_per_second": tokens / 7200}
-    state.beat(tmp_path, half.id, 1, beat | {"seconds": 3600.0})
+    heartbeat = {"step": steps // 2, "loss": 3.125, "mfu": 0.41, "tokens_per_second": tokens / 7200}
+    state.heartbeat(tmp_path, half.id, 1, heartbeat | {"seconds": 3600.0})
     state.end(tmp_path, failed.id, 1, "failed", "boom", tail="Traceback\nValueError: boom")
     result = {"status": "done", "losses": [], "machine_seconds": 1800.0, "seconds": {"total": 9.0}}
     state.publish(tmp_path, done.id, result)
@@ -37,7 +37,7 @@ def test_totals_count_work_time_and_money(root):
     flops = [run.spec["flops"]["matmul"] for run in runs]
     part = (half.spec["config"]["steps"] // 2) / half.spec["config"]["steps"]
     now = live.totals(runs, PRICES)
-    assert now.share == pytest.approx((flops[0] + part * flops[1]) / sum(flops))
+    assert now.fraction == pytest.approx((flops[0] + part * flops[1]) / sum(flops))
     assert now.speed == pytest.approx(flops[1] / 7200)
     rest = (1 - part) * flops[1] + flops[2] + flops[3]
     assert now.seconds == pytest.approx(rest / now.speed)
@@ -109,7 +109,7 @@ def test_a_live_report_says_of_how_many_runs(tmp_path):
         sizes=[(n, 32, 2) for n in (2, 3, 4)],
     )
 
-    def act(config, call, beat):
+    def act(config, call, heartbeat):
         if call == len(ids):
             raise fake_trainer.Trainer.Preempted
 

@@ -115,7 +115,7 @@ def trained(tiny, tmp_path_factory):
         if name not in made:
             config = cases.variant(tiny, name)
             made[name] = config, tmp_path_factory.mktemp("net") / name
-            train(*made[name], say=lambda _: None)
+            train(*made[name], log=lambda _: None)
         return made[name]
 
     return of
@@ -139,7 +139,7 @@ def test_losses_of_training_also_when_it_goes_on_from_the_middle(name, trained, 
         if not path.name.startswith("000000005"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     said = []
-    train(config, tmp_path / "run", say=said.append)
+    train(config, tmp_path / "run", log=said.append)
     assert any("at step 5 of 12" in line for line in said)
     assert reading.training(tmp_path / "run") == found
 

@@ -27,7 +27,7 @@ from prime_jax.sample import Options, Sampler, generate
 from prime_jax.sample.filters import Filters, draw, keep_likeliest
 from prime_jax.sample.grids import Rates, _cheapest, best, fewest, measure
 from prime_jax.sample.options import validate
-from prime_jax.sample.orders import NEVER, idle_share, knots, plan
+from prime_jax.sample.orders import NEVER, idle_share, plan, time_grid
 from prime_jax.sample.quality import distinct, entropy, repetition
 from prime_jax.sample.sampler import sampler
 from prime_jax.subtokens import Codebook
@@ -101,8 +101,8 @@ def test_idle_steps_are_as_rare_as_the_formula_says(slots, idle):
     hidden = np.ones((1024, slots), bool)
     rng = np.random.default_rng(slots)
     options = Options(steps=1024)
-    shares = [idle_share(plan(options, hidden, rng)) for _ in range(20)]
-    assert np.mean(shares) == pytest.approx(idle, abs=0.006)
+    fractions = [idle_share(plan(options, hidden, rng)) for _ in range(20)]
+    assert np.mean(fractions) == pytest.approx(idle, abs=0.006)
 
 
 @pytest.mark.parametrize("order", ["random", "left-to-right", "first-hitting", "ancestral"])
@@ -281,9 +281,9 @@ def bayes_rates(length: int) -> Rates:
     book, config = codebook(length, affine()), run_config(length)
     pairs = all_pairs()
     p = pair_probabilities()[pairs[:, 0], pairs[:, 1]]
-    copies = np.round(p * 32768).astype(int)
+    sequences_read = np.round(p * 32768).astype(int)
     table = Sampler(Run(config, book, lambda _: bayes(book)))
-    tokens = np.random.default_rng(0).permutation(np.repeat(pairs, copies, axis=0))
+    tokens = np.random.default_rng(0).permutation(np.repeat(pairs, sequences_read, axis=0))
     return measure(table.model, {}, config, tokens, batch=len(tokens))
 
 
@@ -299,7 +299,7 @@ def test_measured_rates_give_the_finite_step_bound(length, finite):
     rates = bayes_rates(length)
     assert 2 * rates.bound == pytest.approx(4.4234, abs=0.03)
     for steps, value in finite.items():
-        uniform = knots(Options(), steps)
+        uniform = time_grid(Options(), steps)
         assert 2 * rates.loss(uniform) == pytest.approx(value, abs=0.03)
         assert rates.loss(best(rates, steps)) <= rates.loss(uniform) + 1e-9
     assert best(rates, 1).tolist() == [1, 0]
@@ -336,7 +336,7 @@ def test_quality_numbers():
         ({"remasking": 0.5, "order": "random"}, "prime", "needs --order ancestral"),
         ({"top_p": 0.0}, "arm", "above 0"),
         ({"order": "random"}, "arm", "writes left to right"),
-        ({"knots": (1.0, 0.5, 0.5, 0.0)}, "mdm", "fall from 1 to 0"),
+        ({"time_grid": (1.0, 0.5, 0.5, 0.0)}, "mdm", "fall from 1 to 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, family, message):

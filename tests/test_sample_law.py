@@ -20,7 +20,7 @@ from tables import (
 
 from prime_jax.sample import Options, Sampler
 from prime_jax.sample.loop import remasking_rates
-from prime_jax.sample.orders import knots
+from prime_jax.sample.orders import time_grid
 from prime_jax.subtokens import Codebook
 
 DRAWS = 6144
@@ -97,7 +97,7 @@ class Enumeration:
 
 def ancestral_law(network, book, steps: int, grid: str = "uniform") -> np.ndarray:
     table = Enumeration(network, book)
-    law, u = table.start(), knots(Options(grid=grid), steps)
+    law, u = table.start(), time_grid(Options(grid=grid), steps)
     for before, after in itertools.pairwise(u):
         law = table.step(law, (before - after) / before)
     return table.pairs(law)
@@ -157,7 +157,7 @@ def test_remasking_has_its_law():
     observed = counts(network, book, Options(steps=steps, remasking=strength))
     table = Enumeration(network, book)
     law = table.start()
-    for show, hide in remasking_rates(knots(Options(), steps), strength):
+    for show, hide in remasking_rates(time_grid(Options(), steps), strength):
         law = table.step(law, show, hide)
     assert p_value(observed, table.pairs(law)) > 1e-3
     assert p_value(observed, ancestral_law(network, book, steps)) < 1e-6

@@ -10,8 +10,8 @@ import sys
 import textwrap
 import time
 
-import gangs
 import numpy as np
+import process_groups
 import pytest
 
 from prime_jax.cli import main
@@ -60,13 +60,13 @@ def test_process_0_decides_for_all_and_is_asked_seldom(monkeypatch):
         told.append(value)
         return value
 
-    monkeypatch.setattr(distributed, "share", send)
+    monkeypatch.setattr(distributed, "broadcast", send)
     config = CheckpointConfig(minutes=1.0)
     first = machine.saves(checkpoint.Schedule(config, 0), [0.1] * 2000)
     assert len(first) == 3
     assert len(told) < 3 * 16
     # Another process, whose clock is hours ahead and runs at twice the speed.
-    monkeypatch.setattr(distributed, "share", lambda _: told.pop(0))
+    monkeypatch.setattr(distributed, "broadcast", lambda _: told.pop(0))
     machine.now = 9000.0
     steps = {round(t / 0.1) for t in first}
     schedule, saved = checkpoint.Schedule(config, 0), set()
@@ -132,7 +132,7 @@ def test_a_gang_saves_by_the_clock(quick, tmp_path):
     config = dataclasses.replace(quick, steps=150, checkpoint=often, mesh=MeshConfig())
     write_json_atomic(tmp_path / "config.json", to_dict(config))
     words = ["-c", GANG, str(tmp_path / "config.json"), str(tmp_path / "run")]
-    codes, texts = gangs.ended(gangs.start(words, 2, 2))
+    codes, texts = process_groups.ended(process_groups.start(words, 2, 2))
     assert codes == [0, 0], texts
     assert len(checkpoint.steps(tmp_path / "run" / "checkpoints")) >= 4
 
@@ -173,13 +173,13 @@ def test_two_processes_never_train_in_one_directory(tmp_path):
 def test_training_holds_the_lock(quick, tmp_path, monkeypatch):
     monkeypatch.setattr("prime_jax.train.BEAT_SECONDS", 0.0)
 
-    def beat(_):
+    def heartbeat(_):
         with pytest.raises(checkpoint.UserError, match="another process"):
-            train(quick, tmp_path, say=SILENT)
+            train(quick, tmp_path, log=SILENT)
         return False
 
     with pytest.raises(Exception, match="told to leave"):
-        train(quick, tmp_path, beat=beat, say=SILENT)
+        train(quick, tmp_path, heartbeat=heartbeat, log=SILENT)
 
 
 def test_a_log_that_cannot_grow_ends_in_one_line(quick, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_log_that_cannot_grow_ends_in_one_line(quick, tmp_path, monkeypatch):
     long = dataclasses.replace(quick, steps=2000)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def beat(now):
+    def heartbeat(now):
         if now["step"] == 3:
             size = os.path.getsize(tmp_path / "run" / "metrics.jsonl")
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))
@@ -196,7 +196,7 @@ def test_a_log_that_cannot_grow_ends_in_one_line(quick, tmp_path, monkeypatch):
 
     try:
         with pytest.raises(checkpoint.UserError, match=r"cannot write .*metrics.jsonl: File too"):
-            train(long, tmp_path / "run", beat=beat, say=SILENT)
+            train(long, tmp_path / "run", heartbeat=heartbeat, log=SILENT)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -212,7 +212,7 @@ def test_a_save_that_takes_longer_than_the_grace_is_not_begun(quick, tmp_path, m
         checkpoint.Writer, "seconds", property(seconds, lambda *_: None), raising=False
     )
     with pytest.raises(Exception, match=r"longer than the grace of 5 s: step 4 is the last saved"):
-        train(config, tmp_path, beat=lambda now: now["step"] < 6, say=SILENT)
+        train(config, tmp_path, heartbeat=lambda now: now["step"] < 6, log=SILENT)
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
 
 

@@ -30,14 +30,14 @@ def curves(sizes=SIZES, kind="nelbo", **extra):
 
 
 def codes(envelope):
-    return {finding.code for finding in envelope.findings}
+    return {diagnostic.code for diagnostic in envelope.diagnostics}
 
 
 def test_the_exponents_of_a_known_law():
     envelope = approach1.fit(curves(), 200, 0)
     assert envelope.line.a == pytest.approx(TRUE, abs=0.003)
     assert envelope.line.a + envelope.line.b == pytest.approx(1)
-    assert envelope.findings == ()
+    assert envelope.diagnostics == ()
     low, high = interval(envelope.a_R)
     assert low < TRUE < high < low + 0.2
     for best in envelope.optima:
@@ -72,7 +72,7 @@ def test_winners_without_competitors_on_both_sides_do_not_count():
 def test_losses_on_the_way_down_are_refused():
     envelope = approach1.fit(curves(schedule="decays"), 100, 0)
     assert envelope.line is None
-    assert [f.code for f in envelope.findings if f.refusal] == ["schedule_decays"]
+    assert [f.code for f in envelope.diagnostics if f.refusal] == ["schedule_decays"]
     mixed = (*curves().curves, curve(5e8, schedule="decays"))
     envelope = approach1.fit(Curves(mixed, "nelbo"), 100, 0)
     assert envelope.line.a == pytest.approx(TRUE, abs=0.003)
@@ -94,7 +94,7 @@ def test_too_few_sizes_are_refused():
     for sizes in (SIZES[:2], np.geomspace(1e7, 3e9, 4)):
         envelope = approach1.fit(curves(sizes), 100, 0)
         assert envelope.line is None
-        assert [f.code for f in envelope.findings if f.refusal] == ["too_few_winners"]
+        assert [f.code for f in envelope.diagnostics if f.refusal] == ["too_few_winners"]
     few = approach1.fit(curves(np.geomspace(1e7, 3e9, 7)), 100, 0)
     assert few.line is not None
     assert "interval_unbounded" in codes(few)
@@ -151,20 +151,20 @@ def test_the_record_has_the_three_approaches(fitted):
 
 def test_approaches_that_disagree_are_flagged():
     def apart(b, half):
-        return agreement.findings(
+        return agreement.diagnostics(
             {"approach 2": (0.5, [0.45, 0.55]), "approach 3": (b, [b - half, b + half])}
         )
 
-    assert [finding.code for finding in apart(0.6, 0.05)] == ["approaches_disagree"]
-    assert [finding.code for finding in apart(0.4, 0.05)] == ["approaches_disagree"]
+    assert [diagnostic.code for diagnostic in apart(0.6, 0.05)] == ["approaches_disagree"]
+    assert [diagnostic.code for diagnostic in apart(0.4, 0.05)] == ["approaches_disagree"]
     assert apart(0.55, 0.05) == []
-    assert agreement.findings({"approach 1": (0.1, None), "approach 3": (0.5, [0.4, 0.6])}) == []
+    assert agreement.diagnostics({"approach 1": (0.1, None), "approach 3": (0.5, [0.4, 0.6])}) == []
 
 
 def test_curves_of_another_law_disagree_with_the_runs():
     other = tuple(replace(c, params=c.params**0.5 * 1e4) for c in curves().curves)
     family = fit_family(surface(noise=1e-3), Settings(100), Curves(other, "nelbo"))
-    assert [f.code for f in family.doubts if f.code == "approaches_disagree"] == [
+    assert [f.code for f in family.disagreements if f.code == "approaches_disagree"] == [
         "approaches_disagree"
     ] * 2
-    assert "approaches_disagree" in {f.code for f in family.findings}
+    assert "approaches_disagree" in {f.code for f in family.diagnostics}

@@ -7,11 +7,11 @@ from scaling_cases import BUDGETS, LAW, ORACLE, published, surface
 from prime_jax.scaling import approach2
 from prime_jax.scaling.laws import Compute, Law, exponent, optimum
 
-EVEN = Law(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)  # valleys symmetric in log N
+EVEN = Law(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)  # curves symmetric in log N
 
 
 def codes(isoflop):
-    return {finding.code for finding in isoflop.findings}
+    return {diagnostic.code for diagnostic in isoflop.diagnostics}
 
 
 @pytest.mark.parametrize("family", tuple(ORACLE["families"]))
@@ -20,14 +20,14 @@ def test_published_exponents(family):
     assert isoflop.a == pytest.approx(
         ORACLE["families"][family]["expected"]["approach2_a"], abs=5e-4
     )
-    assert not isoflop.findings
+    assert not isoflop.diagnostics
     assert len(isoflop.inside) == 7
 
 
 def test_vertices_of_symmetric_valleys_are_the_optima():
     isoflop = approach2.fit(surface(EVEN), Compute())
     true = optimum(EVEN, Compute(), np.array(BUDGETS))
-    found = [valley.optimum for valley in isoflop.inside]
+    found = [curve.optimum for curve in isoflop.inside]
     np.testing.assert_allclose([o.params for o in found], true.params, rtol=1e-6)
     np.testing.assert_allclose([o.tokens for o in found], true.tokens, rtol=1e-6)
     assert isoflop.a == pytest.approx(exponent(EVEN, Compute()), abs=1e-9)
@@ -39,15 +39,15 @@ def test_vertices_of_symmetric_valleys_are_the_optima():
 def test_an_optimum_outside_the_sizes_is_a_bound(ratios, side):
     part = surface(ratios=ratios)
     isoflop = approach2.fit(part, Compute())
-    assert {valley.censored for valley in isoflop.valleys} == {side}
+    assert {curve.censored for curve in isoflop.curves} == {side}
     assert isoflop.inside == ()
     assert isoflop.a is None
     assert codes(isoflop) == {"optimum_outside_range", "too_few_budgets"}
-    for valley in isoflop.valleys:
-        mine = part.budget == valley.flops
+    for curve in isoflop.curves:
+        mine = part.budget == curve.flops
         params = part.params[mine]
-        assert valley.optimum.params == (params.min() if side == "below" else params.max())
-        assert valley.optimum.loss == part.loss[mine].min()
+        assert curve.optimum.params == (params.min() if side == "below" else params.max())
+        assert curve.optimum.loss == part.loss[mine].min()
 
 
 def test_one_censored_budget_is_left_out_of_the_exponent():
@@ -55,21 +55,21 @@ def test_one_censored_budget_is_left_out_of_the_exponent():
     fields = ("flops", "params", "tokens", "loss", "loss_se", "budget")
     joined = {name: np.concatenate([getattr(low, name), getattr(rest, name)]) for name in fields}
     isoflop = approach2.fit(replace(rest, **joined), Compute())
-    assert [valley.censored for valley in isoflop.valleys] == ["below", None, None, None]
+    assert [curve.censored for curve in isoflop.curves] == ["below", None, None, None]
     assert isoflop.a == pytest.approx(exponent(EVEN, Compute()), abs=1e-9)
 
 
 def test_a_maximum_gives_nothing():
     part = surface()
     isoflop = approach2.fit(replace(part, loss=10 - part.loss), Compute())
-    assert isoflop.valleys == ()
+    assert isoflop.curves == ()
     assert "negative_curvature" in codes(isoflop)
 
 
 def test_two_sizes_give_nothing_however_often_repeated():
     part = surface(ratios=(0.5, 2, 2, 2))
     isoflop = approach2.fit(part, Compute())
-    assert isoflop.valleys == ()
+    assert isoflop.curves == ()
     assert {"too_few_points", "too_few_budgets"} <= codes(isoflop)
 
 
@@ -77,14 +77,14 @@ def test_two_budgets_have_optima_but_no_exponent():
     isoflop = approach2.fit(surface(budgets=BUDGETS[:2]), Compute())
     assert len(isoflop.inside) == 2
     assert isoflop.a is None
-    assert [f.code for f in isoflop.findings if f.refusal] == ["too_few_budgets"]
+    assert [f.code for f in isoflop.diagnostics if f.refusal] == ["too_few_budgets"]
 
 
 def test_runs_of_different_flops_are_no_budget():
     part = surface()
     flops = part.flops * (part.params / part.params.mean()) ** 0.2
     isoflop = approach2.fit(replace(part, flops=flops), Compute())
-    assert isoflop.valleys == ()
+    assert isoflop.curves == ()
     assert "budget_ambiguous" in codes(isoflop)
 
 
@@ -107,8 +107,8 @@ def test_no_interval_without_degrees_of_freedom_or_with_flat_valleys():
     assert all(approach2.interval(column) is None for column in draws.params.T)
     known = replace(isoflop, a=0.5)
     for missing in (draws, None):
-        assert [f.code for f in approach2.doubts(known, missing, 0.95)] == ["interval_unbounded"]
-    assert approach2.doubts(replace(isoflop, a=None), draws, 0.95) == ()
+        assert [f.code for f in approach2.check(known, missing, 0.95)] == ["interval_unbounded"]
+    assert approach2.check(replace(isoflop, a=None), draws, 0.95) == ()
 
 
 def test_the_shift_on_asymmetric_valleys_is_small():

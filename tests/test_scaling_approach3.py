@@ -95,7 +95,7 @@ def test_exact_recovery_without_noise():
     for name in ("E", "A", "B", "alpha", "beta"):
         assert getattr(fit.law, name) == pytest.approx(getattr(LAW, name), rel=1e-8)
     assert fit.certificate.converged
-    assert fit.certificate.agreeing > approach3.MOST
+    assert fit.certificate.agreeing > approach3.MIN_AGREEING
 
 
 def test_gradient_and_hessian_against_differences():

@@ -86,8 +86,8 @@ def test_share_of_replicates_at_a_bound():
     lower = p.box()[0]
     middle = approach3.fit(p).theta_5
     at_e = np.where(np.arange(5) == 0, lower, middle)
-    shares = bootstrap.at_bound(p, p.law(np.stack([middle, middle, middle, at_e])))
-    assert shares == {"E": 0.25, "A": 0, "alpha": 0, "B": 0, "beta": 0}
+    fractions = bootstrap.at_bound(p, p.law(np.stack([middle, middle, middle, at_e])))
+    assert fractions == {"E": 0.25, "A": 0, "alpha": 0, "B": 0, "beta": 0}
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_published_multipliers(mdm):
     assert outside.interval_2xK[0, -1] < 120
     assert outside.interval_2xK[1, -1] > 1000
     assert {"multiplier_extrapolated", "exponents_not_told_apart"} <= {
-        finding.code for finding in mdm.findings
+        diagnostic.code for diagnostic in mdm.diagnostics
     }
 
 
@@ -65,7 +65,7 @@ def test_published_families_differ_in_e_and_not_in_exponents(mdm):
     exponents, e = mdm.contrast.tests
     assert exponents.p > 0.2
     assert e.p < 0.03
-    assert not mdm.contrast.exponents[0].told_apart
+    assert not mdm.contrast.exponents[0].significant
     parametric, interpolated = mdm.contrast.lower
     np.testing.assert_array_equal(parametric, 0)
     assert np.nanmax(interpolated) == 0
@@ -127,7 +127,7 @@ def test_a_family_against_its_twin():
     np.testing.assert_allclose(found.at_family.value, 1)
     np.testing.assert_allclose(found.at_family.interval_2xK, 1)  # drawn together: no spread
     assert found.exponents[0].value == 0
-    assert not found.exponents[0].told_apart
+    assert not found.exponents[0].significant
     np.testing.assert_array_equal(found.lower[0], 0)
     assert all(test.p == 1 for test in found.tests)
 
@@ -138,10 +138,10 @@ def test_exponents_that_differ_are_told_apart():
     pair = against(named(surface(budgets=budgets, noise=0.001), "base"), surface(steep, budgets=budgets, noise=0.001, seed=1))  # fmt: skip
     truth = LAW.beta / (steep.alpha + LAW.beta) - LAW.beta / (LAW.alpha + LAW.beta)
     for difference in pair.contrast.exponents:
-        assert difference.told_apart
+        assert difference.significant
     assert pair.contrast.exponents[0].value == pytest.approx(truth, abs=0.01)
     assert pair.contrast.tests[0].p == pytest.approx(1 / 41)  # none of 40 simulations
-    assert "exponents_not_told_apart" not in {finding.code for finding in pair.findings}
+    assert "exponents_not_told_apart" not in {diagnostic.code for diagnostic in pair.diagnostics}
 
 
 def test_cells_are_shared_by_size_and_budget():
@@ -187,7 +187,7 @@ def test_shared_laws_share_and_have_the_derivatives_of_their_sum():
             assert first == pytest.approx(second, rel=1e-9)
         assert found.gradient < approach3.STATIONARY
         assert found.statistic >= 0
-    both = joint.share([replace(problem, delta=10.0) for problem in problems], joint.EXPONENTS)
+    both = joint.tied([replace(problem, delta=10.0) for problem in problems], joint.EXPONENTS)
     theta = both.join([fit.theta_5[None] + 0.05 for fit in fits])
     weight = np.array([[1.0], [3.0]])
     _, gradient, hessian = both.derivatives(theta, weight)
@@ -229,7 +229,7 @@ def test_different_kinds_of_number_are_refused_unless_asked_for():
     found = compare.compare(runs_of(arm, prime), "arm", ("prime",), QUICK)
     assert found.refused
     assert found.pairs["prime"].contrast is None
-    assert [finding.code for finding in found.pairs["prime"].findings] == ["mixed_kinds"]
+    assert [diagnostic.code for diagnostic in found.pairs["prime"].diagnostics] == ["mixed_kinds"]
     told = as_dict(found)["families"]["prime"]
     assert set(told) == {"kind", "mixed", "warnings"}
 
@@ -242,7 +242,7 @@ def test_other_evaluation_sets_are_refused_too():
     ]
     runs = select(Table(rows, [f"row {k}" for k in range(len(rows))], list(rows[0]), "x", ""))
     found = compare.compare(runs, "a", ("b",), QUICK)
-    assert [finding.code for finding in found.pairs["b"].findings] == ["mixed_evaluations"]
+    assert [diagnostic.code for diagnostic in found.pairs["b"].diagnostics] == ["mixed_evaluations"]
 
 
 def test_a_family_without_a_law_is_refused_and_the_others_are_not():
@@ -252,7 +252,7 @@ def test_a_family_without_a_law_is_refused_and_the_others_are_not():
     found = compare.compare(runs_of(base, few, other), "base", ("few", "known"), QUICK)
     assert found.refused
     assert found.pairs["few"].contrast is None
-    assert found.pairs["few"].findings[0].refusal
+    assert found.pairs["few"].diagnostics[0].refusal
     assert found.pairs["known"].contrast
 
 

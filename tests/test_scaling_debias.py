@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scaling_cases import BUDGETS, LAW, ORACLE, published, surface
 
-from prime_jax.scaling import approach2, approach3, debias, valleys
+from prime_jax.scaling import approach2, approach3, debias, isoflop_curves
 from prime_jax.scaling.fit import fit_family
 from prime_jax.scaling.laws import Compute, Law, exponent, optimum
 from prime_jax.scaling.settings import Settings
@@ -31,7 +31,7 @@ def corrected(points, law, compute=None, **options):
 @pytest.mark.parametrize(("reach", "percent"), [(2, 0.33), (4, 1.3), (8, 3.0), (16, 5.4)])
 def test_the_shift_of_a_parabola_and_its_removal(reach, percent):
     isoflop, better = corrected(surface(STEEP, ratios=np.geomspace(1 / reach, reach, 13)), STEEP)
-    raw = np.log([valley.optimum.params for valley in isoflop.inside]) - TRUE
+    raw = np.log([curve.optimum.params for curve in isoflop.inside]) - TRUE
     np.testing.assert_allclose(100 * np.expm1(raw), percent, rtol=0.05)
     np.testing.assert_allclose(better.shift_K, raw, atol=1e-9)
     left = np.log([best.params for best in better.optima]) - TRUE
@@ -49,7 +49,7 @@ def test_grids_that_are_not_centred(ratios, fitted):
     points = surface(STEEP, ratios=ratios)
     law = fitted_law(points) if fitted else replace(STEEP, alpha=0.35, beta=0.29)  # fmt: skip
     isoflop, better = corrected(points, law)
-    raw = np.log([valley.optimum.params for valley in isoflop.inside]) - TRUE
+    raw = np.log([curve.optimum.params for curve in isoflop.inside]) - TRUE
     left = np.log([best.params for best in better.optima]) - TRUE
     assert np.abs(left).max() < (1e-6 if fitted else 0.35) * np.abs(raw).max()
     assert better.a == pytest.approx(float(exponent(STEEP, Compute())), abs=1e-6)
@@ -86,7 +86,7 @@ def test_weights_favour_the_runs_that_are_known_best():
     weight = np.where(wrong, 1e-9, 1.0)
     found = approach2.fit(points, Compute(), weight_n=weight).a
     assert found == pytest.approx(approach2.fit(surface(LAW), Compute()).a, abs=1e-6)
-    assert approach2.fit(points, Compute()).valleys[0].optimum.params < found * 1e12
+    assert approach2.fit(points, Compute()).curves[0].optimum.params < found * 1e12
 
 
 def test_equal_exponents_have_no_shift_on_centred_grids():
@@ -97,8 +97,8 @@ def test_equal_exponents_have_no_shift_on_centred_grids():
 
 def test_a_vertex_that_no_law_explains_gives_nothing():
     isoflop = approach2.fit(surface(STEEP, ratios=np.geomspace(1 / 4, 64, 9)), Compute())
-    valley = isoflop.valleys[0]
-    assert np.isnan(debias.optimum(valley, valley.vertex + 50, STEEP, Compute()))
+    curve = isoflop.curves[0]
+    assert np.isnan(debias.optimum(curve, curve.minimum + 50, STEEP, Compute()))
     steep = replace(STEEP, alpha=5.0, beta=5.0)
     assert approach2.correct(isoflop, None, steep, repeated(steep), Compute(), 0) is None
 
@@ -139,7 +139,7 @@ def test_the_published_valleys_barely_shift_and_their_edges_are_used():
     names = ("flops", "params", "tokens", "loss", "loss_se", "budget")
     kept = replace(points, **{name: getattr(points, name)[~cut] for name in names})
     fewer = fit_family(kept, Settings(100))
-    censored = fewer.isoflop.valleys[-1]
+    censored = fewer.isoflop.curves[-1]
     assert censored.censored == "above"
     assert len(fewer.debiased.optima) == 6
     assert fewer.debiased.a == pytest.approx(family.debiased.a, abs=0.03)
@@ -148,17 +148,17 @@ def test_the_published_valleys_barely_shift_and_their_edges_are_used():
 def test_akima_follows_the_points_and_has_no_shift():
     ratios = np.geomspace(1 / 8, 8, 13)
     isoflop, better = corrected(surface(STEEP, ratios=ratios), STEEP, method="akima")
-    found = np.log([valley.optimum.params for valley in isoflop.inside])
+    found = np.log([curve.optimum.params for curve in isoflop.inside])
     np.testing.assert_allclose(found, TRUE, atol=0.003)
     np.testing.assert_array_equal(better.shift_K, 0)
-    valley = isoflop.valleys[0]
-    np.testing.assert_allclose(valley.loss(valley.params_n), valley.loss_n, rtol=1e-12)
-    assert valley.optimum.loss == pytest.approx(valley.loss(valley.optimum.params), abs=1e-6)
+    curve = isoflop.curves[0]
+    np.testing.assert_allclose(curve.loss(curve.params_n), curve.loss_n, rtol=1e-12)
+    assert curve.optimum.loss == pytest.approx(curve.loss(curve.optimum.params), abs=1e-6)
     few = approach2.fit(surface(STEEP, ratios=(0.5, 1, 2, 4)), Compute(), "akima")
-    assert few.valleys == ()
-    assert "too_few_points" in {finding.code for finding in few.findings}
+    assert few.curves == ()
+    assert "too_few_points" in {diagnostic.code for diagnostic in few.diagnostics}
     edge = approach2.fit(surface(STEEP, ratios=(2, 3, 4, 5, 6)), Compute(), "akima")
-    assert {valley.censored for valley in edge.valleys} == {"below"}
+    assert {curve.censored for curve in edge.curves} == {"below"}
 
 
 def test_akima_takes_the_mean_of_repeats_and_has_intervals():
@@ -172,5 +172,7 @@ def test_akima_takes_the_mean_of_repeats_and_has_intervals():
 
 def test_a_valley_without_a_minimum_is_none():
     x = np.geomspace(1e8, 1e9, 5)
-    made = valleys.fit(1e19, x, 3 - 0.01 * np.log(x / 3e8) ** 2, np.ones(5), Compute(), "parabola")
+    made = isoflop_curves.fit(
+        1e19, x, 3 - 0.01 * np.log(x / 3e8) ** 2, np.ones(5), Compute(), "parabola"
+    )
     assert made is None

@@ -79,10 +79,12 @@ def test_chosen_runs_beat_a_uniform_grid_of_the_same_cost(family, chosen):
         for c in budgets
         for n in optimum(LAW, Compute(), c).params * np.geomspace(0.25, 4, 5)
     ]
-    copies = np.full(len(even), int(np.ceil(chosen.cost / sum(cell.flops for cell in even))))
-    assert sum(copies * [cell.flops for cell in even]) >= chosen.cost
+    sequences_read = np.full(
+        len(even), int(np.ceil(chosen.cost / sum(cell.flops for cell in even)))
+    )
+    assert sum(sequences_read * [cell.flops for cell in even]) >= chosen.cost
     assert simulated_sd(*with_runs(family, cells, repeats)) < 0.9 * simulated_sd(
-        *with_runs(family, even, copies)
+        *with_runs(family, even, sequences_read)
     )
 
 
@@ -128,7 +130,7 @@ def test_model_error_is_seen_beyond_noise(family):
 
 
 def test_approach2_bias_of_a_grid(family):
-    """Vertex off by +1.3 % for sizes of +-4x at alpha .34, beta .28 (Epoch's exponents)."""
+    """Minimum off by +1.3 % for sizes of +-4x at alpha .34, beta .28 (Epoch's exponents)."""
     law = dataclasses.replace(LAW, alpha=0.34, beta=0.28)
     linear = dataclasses.replace(linear_law.linearise(family, SQUARES), law=law)
     budgets = np.repeat([1e18, 1e19, 1e20], 9)

@@ -6,7 +6,7 @@ from pathlib import Path
 from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax.scaling import record
-from prime_jax.scaling.findings import CURES
+from prime_jax.scaling.diagnostics import HINTS
 from prime_jax.scaling.fit import fit_runs
 from prime_jax.scaling.points import select
 from prime_jax.scaling.settings import Settings
@@ -18,13 +18,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 def test_the_page_on_scaling_has_every_code_with_its_cure():
     lines = PAGE.read_text().splitlines()
     rows = [re.split(r"(?<!\\)\|", line) for line in lines if re.match(r"\| `[a-z_0-9]+` \|", line)]
-    start = lines.index("| code | when | cure |")
+    start = lines.index("| code | when | hint |")
     codes = {
         row[1].strip(" `"): row[3].strip()
         for row in rows
-        if "|".join(row) in lines[start : start + 3 + len(CURES)]
+        if "|".join(row) in lines[start : start + 3 + len(HINTS)]
     }
-    assert codes == CURES
+    assert codes == HINTS
 
 
 def test_the_page_on_scaling_has_every_field_of_fit_json(tmp_path):

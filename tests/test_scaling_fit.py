@@ -18,11 +18,11 @@ QUICK = Settings(replicates=100)
 
 
 def codes(family):
-    return {finding.code for finding in family.findings}
+    return {diagnostic.code for diagnostic in family.diagnostics}
 
 
-def refusals(findings):
-    return [finding.code for finding in findings if finding.refusal]
+def refusals(diagnostics):
+    return [diagnostic.code for diagnostic in diagnostics if diagnostic.refusal]
 
 
 def select_rows(rows, **choice):
@@ -94,7 +94,7 @@ def test_nothing_fitted_is_bad_input():
 def test_few_runs_and_bounds_are_warned_about():
     few = fit_family(surface(ratios=(0.5, 1, 2), noise=0.001), QUICK)
     assert "too_few_points" in codes(few)
-    assert not refusals(few.findings)
+    assert not refusals(few.diagnostics)
     flat = surface(Law(E=1.8, A=1e-20, B=2000.0, alpha=0.34, beta=0.38))
     grid = np.tile([1e6, 3e6, 1e7, 3e7, 1e8], 4)
     tokens = flat.flops / (6 * grid)
@@ -152,7 +152,7 @@ def test_checkpoints_of_runs_are_resampled_together():
     together, alone = (select_rows(r).families["known"] for r in (rows, apart))
     assert np.bincount(together.run).tolist() == [2] * 10
     assert alone.run is None
-    assert "checkpoints_of_one_run" in {f.code for f in together.findings}
+    assert "checkpoints_of_one_run" in {f.code for f in together.diagnostics}
     wide, narrow = (fit_family(part, QUICK).parametric for part in (together, alone))
     assert vars(wide.fit.law) == vars(narrow.fit.law)
     assert np.std(wide.replicates.alpha) != np.std(narrow.replicates.alpha)
@@ -193,7 +193,7 @@ def test_flops_that_do_not_follow_n_are_warned_about():
 
 def test_families_of_another_kind_get_their_own_group(three):
     assert three.groups == (("arm", "mdm"), ("prime",))
-    assert [finding.code for finding in three.findings] == ["mixed_kinds"]
+    assert [diagnostic.code for diagnostic in three.diagnostics] == ["mixed_kinds"]
     assert not three.refused
     assert fit_rows(three_kinds(), allow_mixed_kinds=True).groups == (("arm", "mdm", "prime"),)
 
@@ -208,7 +208,7 @@ def test_a_refused_family_does_not_stop_the_others():
     assert fit.families["arm"].parametric
     assert fit.families["mixed"].parametric is None
     assert fit.families["mixed"].isoflop is None
-    assert "mixed_kinds" in refusals(fit.families["mixed"].findings)
+    assert "mixed_kinds" in refusals(fit.families["mixed"].diagnostics)
 
 
 def test_a_family_without_a_finished_run_is_refused_by_name():
@@ -218,14 +218,14 @@ def test_a_family_without_a_finished_run_is_refused_by_name():
     ]
     fit = fit_rows(rows + lost)
     assert fit.refused
-    assert any("lost" in finding.message for finding in fit.findings if finding.refusal)
+    assert any("lost" in diagnostic.message for diagnostic in fit.diagnostics if diagnostic.refusal)
 
 
 def test_small_budgets_are_called_an_illustration():
     assert "small_scale" in {
-        f.code for f in fit_rows(csv_rows(surface(budgets=(1e13, 3e13, 1e14)))).findings
+        f.code for f in fit_rows(csv_rows(surface(budgets=(1e13, 3e13, 1e14)))).diagnostics
     }
-    assert "small_scale" not in {f.code for f in fit_rows(csv_rows(surface())).findings}
+    assert "small_scale" not in {f.code for f in fit_rows(csv_rows(surface())).diagnostics}
 
 
 def test_the_record_is_json_with_the_promised_places(three):
@@ -257,7 +257,7 @@ def test_the_record_is_json_with_the_promised_places(three):
     assert 0.001 < errors["scatter"] < 0.01
     assert found["comparable"] == [["arm", "mdm"], ["prime"]]
     assert found["families"]["prime"]["kind"] == "train_loss"
-    assert {"code", "message", "cure", "refusal"} == set(found["warnings"][0])
+    assert {"code", "message", "hint", "refusal"} == set(found["warnings"][0])
 
 
 def test_a_censored_optimum_is_marked_and_has_no_interval():

@@ -87,7 +87,9 @@ def codes(rows):
     columns = list(rows[0])
     names = [f"row {k}" for k in range(2, len(rows) + 2)]
     runs = points.select(table.Table(rows, names, columns, "runs.csv", "0" * 64))
-    return {finding.code: finding.message for finding in runs.families["known"].findings}
+    return {
+        diagnostic.code: diagnostic.message for diagnostic in runs.families["known"].diagnostics
+    }
 
 
 def test_flops_counted_in_two_ways_are_named_by_row():

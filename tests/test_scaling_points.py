@@ -23,7 +23,7 @@ def select_one(rows, **choice):
 
 
 def codes(points):
-    return {finding.code for finding in points.findings}
+    return {diagnostic.code for diagnostic in points.diagnostics}
 
 
 @pytest.mark.parametrize("absent", ["flops", "params", "tokens"])
@@ -128,10 +128,10 @@ def test_unfinished_runs_are_kept_aside_with_their_reason():
 )
 def test_different_kinds_of_number_are_not_fitted_together(column, values, code):
     mixed = [row | {column: values[k % 2]} for k, row in enumerate(rows())]
-    refusals = [f.code for f in select_one(mixed).findings if f.refusal]
+    refusals = [f.code for f in select_one(mixed).diagnostics if f.refusal]
     assert refusals == [code]
     allowed = select_one(mixed, allow_mixed_kinds=True)
-    assert not any(f.refusal for f in allowed.findings)
+    assert not any(f.refusal for f in allowed.diagnostics)
     assert code in codes(allowed)
 
 
@@ -139,7 +139,7 @@ def test_valid_numbers_may_be_fitted_together():
     mixed = [row | {"kind": ("nll", "nelbo")[k % 2]} for k, row in enumerate(rows())]
     found = select_one(mixed)
     assert found.measure.kind == "nll+nelbo"
-    assert not any(f.refusal for f in found.findings)
+    assert not any(f.refusal for f in found.diagnostics)
 
 
 def test_an_unknown_kind_is_an_error():

@@ -38,7 +38,7 @@ def test_without_noise_a_prediction_is_the_truth(exact, budget):
     assert found.approach2.params.value == pytest.approx(float(best.params), rel=1e-3)
     assert found.in_range == (budget <= BUDGETS[-1])
     assert found.decades == pytest.approx(max(0, np.log10(budget / BUDGETS[-1])))
-    codes = {finding.code for finding in found.findings}
+    codes = {diagnostic.code for diagnostic in found.diagnostics}
     assert ("extrapolation" in codes) == (not found.in_range)
 
 
@@ -69,16 +69,16 @@ def test_rollout_error_is_that_of_validate(noisy):
     few = fit.fit_family(scaling_cases.surface(budgets=BUDGETS[:3], noise=1e-3), SETTINGS)
     found = predict.predict(few, SETTINGS, 1e21, TEMPLATE)
     assert found.rollout is found.approach3.loss_with_model_error is None
-    assert "model_error_unknown" in {finding.code for finding in found.findings}
+    assert "model_error_unknown" in {diagnostic.code for diagnostic in found.diagnostics}
 
 
 def test_repeated_data_is_flagged(exact):
     tokens = float(optimum(LAW, Compute(), 1e20).tokens)
     found = predict.predict(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=tokens / 3)
     assert found.epochs == pytest.approx(3, rel=1e-6)
-    assert "data_repeated" in {finding.code for finding in found.findings}
+    assert "data_repeated" in {diagnostic.code for diagnostic in found.diagnostics}
     plenty = predict.predict(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=2 * tokens)
-    assert "data_repeated" not in {finding.code for finding in plenty.findings}
+    assert "data_repeated" not in {diagnostic.code for diagnostic in plenty.diagnostics}
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def test_the_answer_stands_at_the_top_with_intervals_and_refusals(fit):
     result = record.as_dict(fit)
     result["families"]["mdm"]["approach3"]["params"] = None
     result["families"]["mdm"]["warnings"].append(
-        {"code": "too_few_points", "message": "only 2 runs", "cure": "add runs", "refusal": True}
+        {"code": "too_few_points", "message": "only 2 runs", "hint": "add runs", "refusal": True}
     )
     page = report.render(result, {})
     top = page[: page.index("What was measured")]
@@ -385,7 +385,7 @@ def test_refusals_have_their_own_exit_code_and_the_same_data_the_same_files(
     censored, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        plots, "draw_all", lambda fit, say: {"optimum": figures_frontier.best_sizes(fit)}
+        plots, "draw_all", lambda fit, log: {"optimum": figures_frontier.best_sizes(fit)}
     )
     for name in ("a", "b"):
         assert command(censored, "--out", tmp_path / name) == 3

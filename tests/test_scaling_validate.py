@@ -28,14 +28,14 @@ def test_the_top_two_published_budgets_are_predicted_too_high(family, error):
     found = validate.rollout(published(family), QUICK)
     step = next(step for step in found.steps if len(step.predictions) == 2)
     assert 100 * step.errors_n.mean() == pytest.approx(error, abs=0.06)
-    assert [finding.code for finding in found.findings] == ["held_out_bias"]
+    assert [diagnostic.code for diagnostic in found.diagnostics] == ["held_out_bias"]
     assert validate.model_error(found).bias > 0.01
 
 
 def test_an_exact_law_predicts_exactly():
     found = validate.rollout(surface(), QUICK)
     assert [len(step.fitted) for step in found.steps] == [3]
-    assert not found.findings
+    assert not found.diagnostics
     error = validate.model_error(found)
     assert max(error.rms, error.inside, error.per_decade) < 1e-8
     (prediction,) = found.predictions
@@ -50,10 +50,10 @@ def test_errors_are_signed_predicted_over_measured():
     found = validate.rollout(bent(), QUICK)
     (prediction,) = found.predictions
     np.testing.assert_allclose(prediction.errors_n, 1 / 0.97 - 1, rtol=1e-5)
-    assert "high" in found.findings[0].message
+    assert "high" in found.diagnostics[0].message
     low = validate.rollout(bent(1.03), QUICK)
     assert validate.model_error(low).bias < -0.02
-    assert "low" in low.findings[0].message
+    assert "low" in low.diagnostics[0].message
 
 
 def test_every_budget_after_the_third_is_predicted_from_each_beginning():
@@ -69,9 +69,9 @@ def test_every_budget_after_the_third_is_predicted_from_each_beginning():
 def test_many_budgets_are_not_all_cut_at_and_never_early():
     points = surface(budgets=np.geomspace(1e18, 1e20, 24))
     found = validate.rollout(points, QUICK)
-    assert len(found.steps) == validate.MOST_STEPS
+    assert len(found.steps) == validate.MAX_STEPS
     for step in found.steps:
-        assert np.log10(step.fitted[-1] / step.fitted[0]) >= 2 * validate.LEAST_SPAN
+        assert np.log10(step.fitted[-1] / step.fitted[0]) >= 2 * validate.MIN_SPAN
     assert len(found.steps[-1].predictions) == 1
 
 
@@ -79,10 +79,10 @@ def test_few_budgets_are_a_finding_and_no_error():
     points = surface(budgets=(1e18, 3e18, 1e19))
     found = validate.rollout(points, QUICK)
     assert validate.model_error(found) is None
-    assert [f.code for f in found.findings if not f.refusal] == ["too_few_budgets"]
+    assert [f.code for f in found.diagnostics if not f.refusal] == ["too_few_budgets"]
     family = fit_family(points, QUICK)
     assert family.parametric
-    assert not any(finding.refusal for finding in family.findings)
+    assert not any(diagnostic.refusal for diagnostic in family.diagnostics)
     told = json.loads(json.dumps(validate.as_dict(found), allow_nan=False))
     assert told["rms"] is None
     assert told["steps"] == []

@@ -45,10 +45,10 @@ def error(times: Callable, count: int, hosts: int, stratum: int = 0) -> float:
     As the offset passes through a stratum of width 1 / count, the rows of a batch together pass
     once through [0, 1): a quadrature over offsets is a composite one over times.
     """
-    node, share = np.polynomial.legendre.leggauss(40)
+    node, fraction = np.polynomial.legendre.leggauss(40)
     rows = np.arange(count).reshape(hosts, -1)
     total = np.zeros(SLOTS + 1)
-    for offset, part in zip((stratum + (node + 1) / 2) / count, share / 2, strict=True):
+    for offset, part in zip((stratum + (node + 1) / 2) / count, fraction / 2, strict=True):
         t = np.stack([times(CONFIG, jnp.float64(offset), jnp.asarray(row), count) for row in rows])
         total += part * reveals(t).mean((1, 2))
     return float(np.abs(total - integrals()).max())
@@ -75,10 +75,10 @@ def test_a_clip_of_the_times_is_caught(count, hosts, floor):
 @pytest.mark.parametrize("count", [2, 5, 16])
 def test_every_row_sees_all_times(count):
     """Over all offsets each row alone is uniform: no row, hence no host, keeps to some noise."""
-    node, share = np.polynomial.legendre.leggauss(40)
+    node, fraction = np.polynomial.legendre.leggauss(40)
     row, got = jnp.arange(count), np.zeros((SLOTS + 1, count))
     for stratum in range(count):
-        for offset, part in zip((stratum + (node + 1) / 2) / count, share / 2, strict=True):
+        for offset, part in zip((stratum + (node + 1) / 2) / count, fraction / 2, strict=True):
             t = np.asarray(schedule.times(CONFIG, jnp.float64(offset), row, count))
             got += part / count * reveals(t)
     np.testing.assert_allclose(got, np.tile(integrals(), (count, 1)).T, atol=TOLERANCE)

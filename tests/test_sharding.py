@@ -4,10 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import gangs
 import jax
 import mesh_runs
 import numpy as np
+import process_groups
 import pytest
 from jax.sharding import PartitionSpec
 from mesh_runs import Rows, trained
@@ -98,7 +98,7 @@ def in_two_processes(function: str, configs: list[RunConfig], folder: Path) -> l
     """What `mesh_runs.FUNCTION` gives for each config, from each of two processes."""
     (folder / "configs.json").write_text(json.dumps([to_dict(config) for config in configs]))
     words = [mesh_runs.__file__, function, str(folder / "configs.json"), str(folder / "out")]
-    codes, texts = gangs.ended(gangs.start(words, 2, devices=8))
+    codes, texts = process_groups.ended(process_groups.start(words, 2, devices=8))
     assert codes == [0, 0], texts
     return [json.loads((folder / f"out.{process}").read_text()) for process in range(2)]
 

@@ -1,4 +1,4 @@
-"""The slurm engine on a real Slurm: two pools, one of them a gang that a higher priority preempts."""
+"""The slurm engine on a real Slurm: two pools, one of them a process group that a higher priority preempts."""
 
 import os
 import re
@@ -69,7 +69,7 @@ def test_two_pools_one_of_them_a_gang_that_is_preempted(slurm, markov_data, tmp_
     assert "already in the queue" in prime_jax(slurm, "up", root, *options)
 
     first = root / "runs" / long / "1"
-    until(lambda: steps(first)[-1:] > [150], "the gang trains", root)
+    until(lambda: steps(first)[-1:] > [150], "the process group trains", root)
     urgent = ["sbatch", "-p", "urgent", "-N2", "--gpus-per-node=2", "--wrap", "sleep 3"]
     subprocess.run(urgent, env=slurm, check=True, cwd=tmp_path, capture_output=True)
 
@@ -79,15 +79,15 @@ def test_two_pools_one_of_them_a_gang_that_is_preempted(slurm, markov_data, tmp_
 
     runs = {run.id: run for run in state.list_runs(root)}
     assert {run.state for run in runs.values()} == {"done"}
-    gang = runs[long]
-    assert [attempt.end and attempt.end["state"] for attempt in gang.attempts[:1]] == ["preempted"]
-    assert gang.k == 2
+    group = runs[long]
+    assert [attempt.end and attempt.end["state"] for attempt in group.attempts[:1]] == ["preempted"]
+    assert group.k == 2
     saved = checkpoint.steps(first / "checkpoints")[-1]
     assert saved == steps(first)[-1], "saved where it was stopped"
     assert stopped_at(first) == [saved, saved], "both processes at one step"
     second = steps(root / "runs" / long / "2")
     assert second[0] == saved + 1, "and goes on from there"
-    assert second[-1] == gang.spec["config"]["steps"]
+    assert second[-1] == group.spec["config"]["steps"]
     assert "no jobs" in prime_jax(slurm, "down", root, "--on", "slurm", "--yes")
 
 
@@ -141,6 +141,6 @@ def steps(attempt: Path) -> list[int]:
 
 
 def stopped_at(attempt: Path) -> list[int]:
-    """The step at which each process of the gang says that it saved."""
+    """The step at which each process of the process group says that it saved."""
     texts = [path.read_text() for path in attempt.glob("log.*.txt")]
     return [int(n) for text in texts for n in re.findall(r"saved step (\d+)", text)]

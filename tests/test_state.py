@@ -81,14 +81,14 @@ def test_a_beat_that_stands_still_on_the_readers_clock_is_lost(root):
     watch = state.Watch(timeout=300, clock=lambda: now)
     assert (only(root, watch).state, only(root, watch).certain) == ("running", False)
     now += 200
-    state.beat(root, run.id, 1, {"count": 1})
+    state.heartbeat(root, run.id, 1, {"count": 1})
     assert (only(root, watch).state, only(root, watch).certain) == ("running", True)
     now += 299
     assert only(root, watch).state == "running"
     now += 2
     assert only(root, watch).state == "lost"
     assert only(root).state == "running"  # another reader has not waited yet
-    state.beat(root, run.id, 1, {"count": 2})
+    state.heartbeat(root, run.id, 1, {"count": 2})
     assert only(root, watch).state == "running"
 
 
@@ -212,7 +212,7 @@ def test_status_lines_and_json(root):
         "mfu": 0.41,
         "tokens_per_second": run.spec["tokens"] / 2 / 6720,
     }
-    state.beat(root, run.id, 2, values)
+    state.heartbeat(root, run.id, 2, values)
     text = status.line(only(root))
     for part in (
         run.id,
@@ -228,7 +228,7 @@ def test_status_lines_and_json(root):
         assert part in text
     assert status.counts(state.list_runs(root)) == "2 runs: 1 running, 1 pending"
     described = {d["run"]: d for d in status.as_dicts(state.list_runs(root))}[run.id]
-    assert (described["status"], described["attempts"], described["beat"]["loss"]) == (
+    assert (described["status"], described["attempts"], described["heartbeat"]["loss"]) == (
         "running",
         2,
         3.125,
@@ -262,9 +262,9 @@ def test_an_owner_whose_training_stands_still_is_stalled(root):
     elsewhere(root, run)
     watch = state.Watch(timeout=300, stall=600, clock=lambda: now)
     for count, quiet in ((1, 1.0), (2, 599.0)):
-        state.beat(root, run.id, 1, {"count": count, "quiet": quiet})
+        state.heartbeat(root, run.id, 1, {"count": count, "quiet": quiet})
         assert only(root, watch).state == "running"
-    state.beat(root, run.id, 1, {"count": 3, "quiet": 601.0})
+    state.heartbeat(root, run.id, 1, {"count": 3, "quiet": 601.0})
     stalled = only(root, watch)
     assert (stalled.state, stalled.interruptions, stalled.opens_in()) == ("stalled", 1, 0.0)
 
@@ -274,7 +274,7 @@ def test_only_what_can_matter_is_read(root, monkeypatch):
     done, running = state.list_runs(root)
     for run in (done, running):
         state.claim(root, run.id, 1)
-        state.beat(root, run.id, 1, {"count": 1})
+        state.heartbeat(root, run.id, 1, {"count": 1})
     state.publish(root, done.id, {"status": "done", "losses": []})
     read = []
 

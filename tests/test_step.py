@@ -72,7 +72,7 @@ def gradient(config: RunConfig) -> tuple[dict, step.Metrics]:
         return jax.device_put(values.astype(x.dtype), x.sharding)
 
     state = jax.tree.map(start, program.abstract)
-    batch = sharding.spread(program.mesh, (texts(), np.arange(BATCH, dtype=np.int32)))
+    batch = sharding.shard(program.mesh, (texts(), np.arange(BATCH, dtype=np.int32)))
     horizon = optim.horizon(config)
     state, metrics = program.train(Clock(), state, *batch, np.uint32(0), horizon)
     return jax.tree.map(np.asarray, state.opt_state.trace), metrics

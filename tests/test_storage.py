@@ -77,7 +77,7 @@ def test_a_refusal_says_how_to_log_in_and_an_outage_can_be_waited_for(bucket, mo
         assert "\n" not in str(error.value)
     bucket.store.denied, bucket.store.down = False, True
     threading.Timer(0.5, lambda: setattr(bucket.store, "down", False)).start()
-    storage.insist(lambda: storage.write(place, b"late"), lambda _: None)
+    storage.retry(lambda: storage.write(place, b"late"), lambda _: None)
     assert storage.read(place) == b"late"
 
 
@@ -88,10 +88,10 @@ def test_insisting_ends_and_says_what_it_waits_for():
         raise storage.Unreachable("gone")
 
     with pytest.raises(storage.Unreachable):
-        storage.insist(never, said.append, patience=-1.0)
+        storage.retry(never, said.append, patience=-1.0)
 
     with pytest.raises(UserError, match="no rights"):
-        storage.insist(lambda: (_ for _ in ()).throw(UserError("no rights")), said.append)
+        storage.retry(lambda: (_ for _ in ()).throw(UserError("no rights")), said.append)
 
 
 @pytest.mark.parametrize("text", ["az://x/y", "gs://", "http://example.org/x"])

@@ -88,8 +88,8 @@ def patience(monkeypatch):
 @pytest.mark.parametrize("variable", ["GCE_METADATA_HOST", "GCE_METADATA_IP"])
 def test_a_pod_is_read_from_the_metadata_server(attributes, expected, variable):
     with metadata(attributes) as (server, _):
-        gang = distributed.detect({variable: server})
-    assert (gang and (gang.coordinator, gang.processes, gang.process)) == expected
+        group = distributed.detect({variable: server})
+    assert (group and (group.coordinator, group.processes, group.process)) == expected
 
 
 def test_a_server_in_maintenance_is_asked_again():
@@ -158,7 +158,7 @@ def test_two_hosts_of_a_pod_meet():
             stack.enter_context(metadata(host(number, network="127.0.0.1")))[0]
             for number in range(2)
         ]
-        gang = [
+        group = [
             subprocess.Popen(
                 [sys.executable, "-c", code],
                 env=environment | {"GCE_METADATA_HOST": server},
@@ -168,8 +168,8 @@ def test_two_hosts_of_a_pod_meet():
             )
             for server in servers
         ]
-        texts = [process.communicate(timeout=200)[0] for process in gang]
-    assert [process.returncode for process in gang] == [0, 0], texts
+        texts = [process.communicate(timeout=200)[0] for process in group]
+    assert [process.returncode for process in group] == [0, 0], texts
     for number, text in enumerate(texts):
         assert f"process {number}: waiting for 2 processes (TPU metadata)" in text
         assert f"process {number}: all 2 are here" in text

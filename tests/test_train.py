@@ -53,7 +53,7 @@ def whole(tiny_run):
 
 
 def stop_at(step: int):
-    """A `beat` that ends the run at `step`."""
+    """A `heartbeat` that ends the run at `step`."""
     return lambda now: now["step"] < step
 
 
@@ -63,7 +63,7 @@ def test_a_result_has_predictions_beside_what_was_measured(quick, tmp_path, monk
     monkeypatch.setitem(slices.CHIPS, "cpu", sheet)
     for module in ("train", "metrics"):
         monkeypatch.setattr(f"prime_jax.{module}.memory_high_water", lambda: 123_456)
-    result = train(quick, tmp_path / "run", say=SILENT)
+    result = train(quick, tmp_path / "run", log=SILENT)
     assert result == read_json(tmp_path / "run" / "result.json")
     mesh = meshes.choose(quick, 1)
     expected = roofline.predict(quick, mesh, sheet)
@@ -83,7 +83,7 @@ def test_without_a_data_sheet_nothing_is_predicted(whole):
 
 @pytest.fixture
 def every_step(monkeypatch):
-    """Call `beat` at every step."""
+    """Call `heartbeat` at every step."""
     monkeypatch.setattr("prime_jax.train.BEAT_SECONDS", 0.0)
 
 
@@ -112,9 +112,9 @@ def test_the_record_is_complete(whole, tiny):
 def test_a_resumed_run_is_the_same_to_the_bit(whole, tiny, tmp_path):
     first, second = tmp_path / "1", tmp_path / "2"
     with pytest.raises(Stopped):
-        train(tiny, first, beat=stop_at(5), say=SILENT)
+        train(tiny, first, heartbeat=stop_at(5), log=SILENT)
     said = []
-    result = train(tiny, second, earlier=[first], say=said.append)
+    result = train(tiny, second, earlier=[first], log=said.append)
     assert any("continues at step 5 of 12" in line for line in said)
     assert losses(first)[:5] + losses(second) == losses(whole[1])
     assert values(result) == values(whole[0])
@@ -128,9 +128,9 @@ def test_a_signal_saves_and_the_same_directory_continues(whole, tiny, tmp_path):
         return True
 
     with pytest.raises(Preempted):
-        train(tiny, tmp_path, beat=interrupt, say=SILENT)
+        train(tiny, tmp_path, heartbeat=interrupt, log=SILENT)
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] in (7, 8)
-    assert values(train(tiny, tmp_path, say=SILENT)) == values(whole[0])
+    assert values(train(tiny, tmp_path, log=SILENT)) == values(whole[0])
     assert losses(tmp_path) == losses(whole[1])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -138,17 +138,17 @@ def test_a_signal_saves_and_the_same_directory_continues(whole, tiny, tmp_path):
 def test_a_finished_run_is_not_repeated(whole, tiny):
     result, run_dir = whole
     before = (run_dir / "metrics.jsonl").read_text()
-    assert train(tiny, run_dir, say=SILENT) == result
+    assert train(tiny, run_dir, log=SILENT) == result
     assert (run_dir / "metrics.jsonl").read_text() == before
     with pytest.raises(UserError, match="use another directory"):
-        train(dataclasses.replace(tiny, seed=1), run_dir, say=SILENT)
+        train(dataclasses.replace(tiny, seed=1), run_dir, log=SILENT)
 
 
 @pytest.mark.usefixtures("every_step")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tiny, tmp_path):
     saving = dataclasses.replace(tiny, checkpoint=CheckpointConfig(every=3, keep=3))
     with pytest.raises(Stopped):
-        train(saving, tmp_path, beat=stop_at(7), say=SILENT)
+        train(saving, tmp_path, heartbeat=stop_at(7), log=SILENT)
     assert checkpoint.steps(tmp_path / "checkpoints") == [3, 6, 7]
     data = tmp_path / "checkpoints" / "000000007"
     largest = max((p for p in data.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tiny, t
     content[len(content) // 2] ^= 1  # orbax restores this without noticing
     largest.write_bytes(content)
     said = []
-    result = train(saving, tmp_path, say=said.append)
+    result = train(saving, tmp_path, log=said.append)
     assert any("000000007 is damaged" in line and "has changed" in line for line in said)
     assert any("continues at step 6" in line for line in said)
     assert values(result) == values(whole[0])
@@ -224,7 +224,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(tmp_path):
 
 def test_a_diverged_run_is_a_result_with_a_reason(quick, tmp_path):
     wild = set_path(set_path(quick, "optim.peak_lr", 1e30), "optim.clip", 0.0)
-    result = train(wild, tmp_path, say=SILENT)
+    result = train(wild, tmp_path, log=SILENT)
     assert result["status"] == "diverged"
     assert result["losses"] == []
     assert "step" in result["reason"]
@@ -242,15 +242,15 @@ def test_devices_and_micro_batches_change_rounding_only(quick, tmp_path):
     config = dataclasses.replace(quick, steps=6)
     eight = dataclasses.replace(config, mesh=MeshConfig(replica=1, data=8))
     micro = dataclasses.replace(config, mesh=MeshConfig(replica=1, data=1, accumulate=4))
-    a = train(eight, tmp_path / "8", say=SILENT)
-    b = train(micro, tmp_path / "1", say=SILENT)
+    a = train(eight, tmp_path / "8", log=SILENT)
+    b = train(micro, tmp_path / "1", log=SILENT)
     np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=2e-5)
     np.testing.assert_allclose(values(a), values(b), rtol=2e-5)
     assert a["run"] == b["run"]  # where a run executes is not what it is
 
 
 def test_a_profile_is_a_trace_of_some_steps(quick, tmp_path):
-    train(set_path(quick, "log.profile", 2), tmp_path, say=SILENT)
+    train(set_path(quick, "log.profile", 2), tmp_path, log=SILENT)
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(row["input_seconds"] < row["step_seconds"] for row in rows[1:] if "loss" in row)
@@ -261,7 +261,7 @@ def test_prime_with_one_subtoken_is_mdm_to_the_bit(quick, tmp_path):
     results = {}
     for family in ("mdm", "prime"):
         run_dir = tmp_path / family
-        results[family] = train(dataclasses.replace(one, family=family), run_dir, say=SILENT)
+        results[family] = train(dataclasses.replace(one, family=family), run_dir, log=SILENT)
     assert losses(tmp_path / "mdm") == losses(tmp_path / "prime")
     assert values(results["mdm"]) == values(results["prime"])
 
@@ -288,7 +288,7 @@ OPTIONS = {
 )
 def test_options_train(quick, tmp_path, name):
     config = dataclasses.replace(quick, steps=4, **OPTIONS[name])
-    result = train(config, tmp_path, say=SILENT)
+    result = train(config, tmp_path, log=SILENT)
     assert result["status"] == "done"
     assert all(np.isfinite(losses(tmp_path)))
 
@@ -312,7 +312,7 @@ def test_segment_ids_are_labelled_and_leave_eos_out(tmp_path_factory, tmp_path):
         data=DataConfig(path=str(data), seq_len=16, segment_ids=True),
         eval=EvalConfig(examples=16, batch_size=64),
     )
-    (loss,) = train(config, tmp_path, say=SILENT)["losses"]
+    (loss,) = train(config, tmp_path, log=SILENT)["losses"]
     assert loss["given"] == "lengths"
     assert loss["n_tokens"] < 16 * 16
 

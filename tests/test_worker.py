@@ -33,7 +33,7 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def screen(tmp_path):
+def progress(tmp_path):
     with (tmp_path / "screen.txt").open("w+") as file:
         yield Console(file=file, width=200)
 
@@ -91,22 +91,22 @@ def test_largest_first_but_one_compilation_for_one_shape(root):
     assert order[0].spec["budget"] > order[1].spec["budget"]
 
 
-def test_a_failure_is_recorded_shown_and_retried_three_times(root, screen):
+def test_a_failure_is_recorded_shown_and_retried_three_times(root, progress):
     bad = state.list_runs(root)[-1].id
     trainer = Trainer(failing_on(bad, ZeroDivisionError("lost the plot")))
-    assert work(root, trainer, console=screen) == 1
+    assert work(root, trainer, console=progress) == 1
     assert Counter(run for run, *_ in trainer.calls)[bad] == state.FAILURES
     run = find(root, bad)
     assert (run.state, run.reason) == ("failed", "ZeroDivisionError: lost the plot")
     assert "in act" in run.attempts[0].end["traceback"]
-    assert "Traceback" in shown(screen)
+    assert "Traceback" in shown(progress)
     assert [r.state for r in state.list_runs(root)].count("done") == 7
 
 
 def failing_on(bad, error, times=99):
     left = [times]
 
-    def act(config, call, beat):
+    def act(config, call, heartbeat):
         if fake_trainer.run_id(config) == bad and left[0]:
             left[0] -= 1
             raise error
@@ -120,13 +120,13 @@ def test_a_failure_that_passes_leaves_a_good_sweep(root):
     assert find(root, flaky).result["attempt"] == 2
 
 
-def test_bad_input_fails_once_in_one_line(root, screen):
+def test_bad_input_fails_once_in_one_line(root, progress):
     bad = keep_one(root)
     trainer = Trainer(failing_on(bad, UserError("the data is gone")))
-    assert work(root, trainer, console=screen) == 1
+    assert work(root, trainer, console=progress) == 1
     assert len(trainer.calls) == 1
     assert find(root, bad).reason == "the data is gone"
-    assert "Traceback" not in shown(screen)
+    assert "Traceback" not in shown(progress)
 
 
 def test_a_preempted_run_continues_from_its_attempts(root):
@@ -142,10 +142,10 @@ def test_a_preempted_run_continues_from_its_attempts(root):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_trainer_and_the_worker(root, number):
-    def act(config, call, beat):
-        assert beat({"step": 1})
+    def act(config, call, heartbeat):
+        assert heartbeat({"step": 1})
         os.kill(os.getpid(), number)
-        assert not beat({"step": 2})
+        assert not heartbeat({"step": 2})
         raise Trainer.Stopped
 
     before = signal.getsignal(number)
@@ -159,9 +159,9 @@ def test_a_signal_stops_the_trainer_and_the_worker(root, number):
 def test_a_killed_run_is_left_at_the_next_beat(root):
     victim = keep_one(root)
 
-    def act(config, call, beat):
+    def act(config, call, heartbeat):
         state.kill(root, find(root, victim))
-        while beat({"step": 1}):
+        while heartbeat({"step": 1}):
             time.sleep(0.005)
         raise Trainer.Stopped
 
@@ -174,20 +174,20 @@ def test_a_store_hiccup_does_not_stop_training(root, monkeypatch):
     def broken(*_):
         raise UserError("no space")
 
-    monkeypatch.setattr(state, "beat", broken)
+    monkeypatch.setattr(state, "heartbeat", broken)
     assert work(root, fake_trainer.sleeper(0.03)) == 0
 
 
 def test_the_beat_carries_progress_and_ends_before_the_end(root):
     run = keep_one(root)
 
-    def act(config, call, beat):
-        beat({"step": 7, "loss": float("nan")})
-        while (find(root, run).attempts[0].beat or {}).get("step") != 7:
+    def act(config, call, heartbeat):
+        heartbeat({"step": 7, "loss": float("nan")})
+        while (find(root, run).attempts[0].heartbeat or {}).get("step") != 7:
             time.sleep(0.005)
         raise ValueError("now")
 
-    assert work(root, Trainer(act), beat_seconds=0.01) == 1
+    assert work(root, Trainer(act), heartbeat_seconds=0.01) == 1
     folder = root / "state"
     assert (folder / f"{run}.1.beat").stat().st_mtime_ns <= (
         folder / f"{run}.1.end"
@@ -299,7 +299,7 @@ def test_all_failed_runs_are_opened_at_once(root, capsys):
     assert main(["sweep", "kill", str(root)]) == 2
 
 
-def fail(config, call, beat):
+def fail(config, call, heartbeat):
     raise UserError("no such thing")
 
 
@@ -308,7 +308,7 @@ def test_the_share_of_training_leaves_compilation_out():
         {"seconds": {"train": 30.0, "compile": 5.0}},
         {"seconds": {"train": 42.0, "compile": 5.0}},
     ]
-    assert "80%" in worker.share(results, 100.0)
+    assert "80%" in worker.step_fraction(results, 100.0)
 
 
 def start(root, seconds) -> subprocess.Popen:
@@ -334,7 +334,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_at_once(root):
     run = keep_one(root)
     with start(root, 600) as victim:
         while not (
-            find(root, run).attempts and (find(root, run).attempts[0].beat or {}).get("step")
+            find(root, run).attempts and (find(root, run).attempts[0].heartbeat or {}).get("step")
         ):
             time.sleep(0.02)
         victim.kill()
@@ -345,11 +345,11 @@ def test_a_worker_killed_in_the_middle_is_replaced_at_once(root):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_pool_finishes_a_sweep_and_replaces_a_killed_worker(root, screen, workers):
+def test_a_pool_finishes_a_sweep_and_replaces_a_killed_worker(root, progress, workers):
     """The first process to arrive kills itself while it owns a run."""
     code = (
         "import os, sys, fake_trainer; from pathlib import Path; from prime_jax.sweep.worker import work\n"
-        "def act(config, call, beat):\n"
+        "def act(config, call, heartbeat):\n"
         "    try: os.mkdir(Path(sys.argv[1]) / 'died')\n"
         "    except FileExistsError: return\n"
         "    os.kill(os.getpid(), 9)\n"
@@ -357,16 +357,16 @@ def test_a_pool_finishes_a_sweep_and_replaces_a_killed_worker(root, screen, work
     )
     environment = f"PYTHONPATH={Path(__file__).parent}:{ENVIRONMENT['PYTHONPATH']}"
     command = ("env", environment, sys.executable, "-c", code, str(root))
-    assert pool.supervise(root, workers, command=command, console=screen) == 0
+    assert pool.supervise(root, workers, command=command, console=progress) == 0
     runs = state.list_runs(root)
     assert [run.state for run in runs] == ["done"] * 8
     assert sorted(run.k for run in runs) == [1] * 7 + [2]
-    text = shown(screen)
+    text = shown(progress)
     assert len(re.findall(r"^[0-9a-f]{10} .* done", text, re.M)) == 8
     assert ("started again" in text) or workers == 2  # else the other may have done all in time
 
 
-def test_a_pool_passes_a_signal_on_and_says_so(root, screen):
+def test_a_pool_passes_a_signal_on_and_says_so(root, progress):
     """SIGTERM reaches the workers, which save and leave; the pool returns 85."""
     command = ("env", f"PYTHONPATH={ENVIRONMENT['PYTHONPATH']}", *PROGRAM, str(root), "600")
     code = (
@@ -376,17 +376,17 @@ def test_a_pool_passes_a_signal_on_and_says_so(root, screen):
     with subprocess.Popen(
         (sys.executable, "-c", code, str(root), *command), env=ENVIRONMENT
     ) as boss:
-        while sum(bool(r.attempts and r.attempts[0].beat) for r in state.list_runs(root)) < 2:
+        while sum(bool(r.attempts and r.attempts[0].heartbeat) for r in state.list_runs(root)) < 2:
             time.sleep(0.02)
         boss.terminate()
     assert boss.returncode == 85
     assert Counter(run.state for run in state.list_runs(root)) == {"preempted": 2, "pending": 6}
 
 
-def test_a_pool_whose_workers_cannot_start_shows_why(root, screen):
+def test_a_pool_whose_workers_cannot_start_shows_why(root, progress):
     command = (sys.executable, "-c", "raise SystemExit('no such luck')")
-    assert pool.supervise(root, 1, command=command, console=screen) == 1
-    assert "no such luck" in shown(screen)
+    assert pool.supervise(root, 1, command=command, console=progress) == 1
+    assert "no such luck" in shown(progress)
 
 
 def test_a_worker_leaves_the_runs_of_other_slices_alone(tmp_path):
@@ -405,8 +405,8 @@ def test_a_worker_leaves_the_runs_of_other_slices_alone(tmp_path):
 def test_a_worker_saves_and_leaves_before_its_time_is_up(root):
     """And begins nothing that it could not save."""
 
-    def act(config, call, beat):
-        while beat({"step": 1}):
+    def act(config, call, heartbeat):
+        while heartbeat({"step": 1}):
             time.sleep(0.01)
         raise Trainer.Stopped
 
@@ -439,13 +439,13 @@ def test_an_unreachable_store_is_an_interruption_of_the_run_not_a_failure(root):
 def test_a_superseded_owner_does_not_publish(root):
     run = keep_one(root)
 
-    def act(config, call, beat):
+    def act(config, call, heartbeat):
         if call == 1:
             state.claim(root, run, 2)
             state.end(root, run, 2, "preempted", "by the test")
 
     trainer = Trainer(act)
-    assert work(root, trainer, beat_seconds=60) == 0
+    assert work(root, trainer, heartbeat_seconds=60) == 0
     assert find(root, run).result["attempt"] == 3
     assert len(trainer.calls) == 2
 
@@ -466,11 +466,11 @@ def test_logs_tell_what_happened_attempt_by_attempt(root, capsys):
 def test_machine_time_adds_up_over_attempts(root):
     run = keep_one(root)
 
-    def act(config, call, beat):
+    def act(config, call, heartbeat):
         time.sleep(0.15)
         if find(root, run).k == 1:
             raise Trainer.Preempted
 
-    work(root, Trainer(act), beat_seconds=0.02)
-    work(root, Trainer(act), beat_seconds=0.02)
+    work(root, Trainer(act), heartbeat_seconds=0.02)
+    work(root, Trainer(act), heartbeat_seconds=0.02)
     assert find(root, run).result["machine_seconds"] >= 0.2

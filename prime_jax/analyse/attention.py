@@ -1,6 +1,6 @@
 """Where attention goes: maps of every layer and head, and three numbers for their shape.
 
-By the share of hidden sub-tokens (an autoregressive model hides none), averaged over validation
+By the fraction of hidden sub-tokens (an autoregressive model hides none), averaged over validation
 blocks, with the standard error over blocks:
 
 * sink: the mean weight that queries give to the one position that gets the most in that block;

@@ -1,4 +1,4 @@
-"""How hard each sub-token of a token is: its share of the bound, and how often it is guessed wrong.
+"""How hard each sub-token of a token is: its part of the bound, and how often it is guessed wrong.
 
 For hidden sub-token j of slot j (0 = most significant), averaged over noise levels as the bound
 does: `nats`, its -log P_j (the slots' sum is the sub-token NELBO, nats per token), and `error`,

@@ -39,7 +39,7 @@ MEASURES = {
     "band": f"weight within ±{BAND}\npositions",
     "entropy": "entropy (nats)",
 }
-MOST_LAYERS, MOST_HEADS = 6, 8  # of a figure of maps
+MAX_LAYERS, MAX_HEADS = 6, 8  # of a figure of maps
 MARKERS = "osD^vPX"
 
 
@@ -52,7 +52,7 @@ def column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def noise(rows: list[dict[str, Any]], names: Sequence[str]) -> Figure:
-    """The bound's integrand, and the cost of each sampler step, against the hidden share."""
+    """The bound's integrand, and the cost of each sampler step, against the hidden fraction."""
     figure, (left, right) = panels_of(2, 3.2)
     for k, name in enumerate(names):
         mine, colour = of_run(rows, name), COLOURS[k % len(COLOURS)]
@@ -67,7 +67,7 @@ def noise(rows: list[dict[str, Any]], names: Sequence[str]) -> Figure:
     right.set_ylabel("nats / token of this step")
     right.set_title(f"cost of each of {steps} uniform steps")
     for panel in (left, right):
-        panel.set_xlabel("share of hidden sub-tokens")
+        panel.set_xlabel("fraction of hidden sub-tokens")
         panel.xaxis.set_major_formatter(PercentFormatter(1))
         panel.set_xlim(0, 1)
         panel.set_ylim(bottom=0)
@@ -169,7 +169,7 @@ def spectra_by_layer(rows: list[dict[str, Any]], names: Sequence[str]) -> Figure
 
 
 def attention(rows: list[dict[str, Any]], abouts: list[dict[str, Any]]) -> Figure:
-    """Sink, band and entropy by layer, a line for each share of hidden sub-tokens."""
+    """Sink, band and entropy by layer, a line for each fraction of hidden sub-tokens."""
     figure = Figure(figsize=(max(3.4 * len(abouts), 5.2), 6.4), layout="constrained")
     panels = figure.subplots(
         len(STATISTICS), len(abouts), squeeze=False, sharey="row", sharex="col"
@@ -218,8 +218,8 @@ def attention(rows: list[dict[str, Any]], abouts: list[dict[str, Any]]) -> Figur
 
 def maps(name: str, ratio: float, map_ZxHxCxC: np.ndarray, length: int) -> Figure:
     """Mean attention of up to six layers and eight heads."""
-    layers = np.unique(np.linspace(0, len(map_ZxHxCxC) - 1, MOST_LAYERS).round().astype(int))
-    heads = range(min(map_ZxHxCxC.shape[1], MOST_HEADS))
+    layers = np.unique(np.linspace(0, len(map_ZxHxCxC) - 1, MAX_LAYERS).round().astype(int))
+    heads = range(min(map_ZxHxCxC.shape[1], MAX_HEADS))
     size = max(1.25 * len(heads) + 1.4, 4.2), 1.3 * len(layers) + 1.1
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(layers), len(heads), squeeze=False)

@@ -1,6 +1,6 @@
 """Where on the way from noise to text the bound is paid.
 
-Two decompositions over the share of hidden sub-tokens, both in nats per token:
+Two decompositions over the fraction of hidden sub-tokens, both in nats per token:
 
 * the integrand of the sub-token NELBO at each noise level: its mean over the levels is the bound
   (divided by l it is the mean cost of one hidden sub-token at that level);

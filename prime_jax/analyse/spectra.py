@@ -18,7 +18,7 @@ from prime_jax.analyse.subjects import Subject
 from prime_jax.interchange import folder
 
 MATRICES = ("qkv", "attention_out", "gate", "up", "down")
-LEAST_TAIL = 8  # eigenvalues that a tail needs
+MIN_TAIL = 8  # eigenvalues that a tail needs
 THRESHOLDS = 48  # tried, evenly spaced in rank
 BOOTSTRAP, LEVEL = 200, 0.95
 
@@ -72,7 +72,7 @@ def tail(values: np.ndarray, replicates: int = BOOTSTRAP) -> Tail:
     """The power-law tail of positive values."""
     x = np.sort(np.asarray(values, np.float64))
     x = x[x > 0]
-    if len(x) < 2 * LEAST_TAIL:
+    if len(x) < 2 * MIN_TAIL:
         return Tail(None, None, None, len(x), None)
     exponent, size, distance = _fit(x)
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def tail(values: np.ndarray, replicates: int = BOOTSTRAP) -> Tail:
 
 def _fit(x: np.ndarray) -> tuple[float, int, float]:
     """(exponent, values in the tail, distance) of ascending values, over all thresholds."""
-    starts = np.unique(np.linspace(0, len(x) - LEAST_TAIL, THRESHOLDS).astype(int))
+    starts = np.unique(np.linspace(0, len(x) - MIN_TAIL, THRESHOLDS).astype(int))
     best = (np.inf, 0.0, 0)
     for start in starts:
         logs = np.log(x[start:] / x[start])

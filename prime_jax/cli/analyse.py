@@ -51,14 +51,16 @@ def register(subparsers: Any) -> None:
         return one
 
     add("spectra", run_spectra, "singular values of the weight matrices, ranks, tail exponents")
-    look = add("attention", run_attention, "mean maps, sinks, band, entropy, by hidden share", 16)
+    look = add(
+        "attention", run_attention, "mean maps, sinks, band, entropy, by hidden fraction", 16
+    )
     look.add_argument(
         "--ratios",
         type=_share,
         nargs="+",
         default=[0.1, 0.3, 0.5, 0.7, 0.9],
         metavar="U",
-        help="shares of hidden sub-tokens (0.1 0.3 0.5 0.7 0.9)",
+        help="fractions of hidden sub-tokens (0.1 0.3 0.5 0.7 0.9)",
     )
     noise = add("noise", run_noise, "where between noise and text the bound is paid", 64)
     noise.add_argument("--levels", type=_positive, default=16, help="noise levels, and steps (16)")

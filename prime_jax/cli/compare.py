@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from prime_jax.scaling.points import Runs
     from prime_jax.scaling.settings import Settings
 
-MOST_ROWS = 40  # of the printed table of a rollout; validate.json has all
+MAX_ROWS = 40  # of the printed table of a rollout; validate.json has all
 COMPARE = """\
 Compares families with a baseline, all of them resampled together on the sizes and budgets that
 they share: the compute multiplier m (how many times the compute of the baseline a family needs for
@@ -114,7 +114,7 @@ def validate(args: argparse.Namespace) -> int:
     for name, family in families.items():
         rows = sum(len(step["budgets"]) for step in family["steps"])
         if rows:
-            console.print((_steps if rows <= MOST_ROWS else _distances)(name, family))
+            console.print((_steps if rows <= MAX_ROWS else _distances)(name, family))
         fit_commands.print_warnings(console, f"{name}: ", family["warnings"])
     console.print(f"wrote  {path}", soft_wrap=True, highlight=False)
     return 0 if any(family["steps"] for family in families.values()) else 3
@@ -149,7 +149,9 @@ def _multipliers(name: str, base: str, family: dict[str, Any], replicates: int) 
     columns = ("C", "spent by", "multiplier", "between optima", "range")
     table = Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("P lower")
-    lower = {row["flops"]: labels.share(row["probability"], replicates) for row in family["lower"]}
+    lower = {
+        row["flops"]: labels.fraction(row["probability"], replicates) for row in family["lower"]
+    }
     sides = (("at_family", name, f"{base} never"), ("at_baseline", base, f"{name} never"))
     for side, who, never in sides:
         for row in family["multiplier"][side]["budgets"]:
@@ -176,7 +178,9 @@ def _tests(name: str, base: str, family: dict[str, Any]) -> "Table":
         if found:
             ends = found["interval"]
             shown = f" ({ends[0]:+.3f} to {ends[1]:+.3f})" if ends else " (no interval)"
-            verdict = "told apart" if found["told_apart"] else "cannot be told apart"
+            verdict = (
+                "differ significantly" if found["significant"] else "do not differ significantly"
+            )
             label = f"a less {base}'s, approach {number}"
             table.add_row(label, f"{found['difference']:+.3f}{shown}", verdict)
     labels = {"exponents": "same alpha and beta?", "E": "same E?"}

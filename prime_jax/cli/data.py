@@ -7,7 +7,7 @@ from typing import Any
 DESCRIPTION = """Prepare text once into blocks of tokens; everything else reads the prepared data.
 
 sources:     pysource | text:GLOB | stream:GLOB | jsonl:GLOB | parquet:GLOB | tfds:NAME |
-             markov:V=16,order=1,... | A*0.7+B*0.3 (shares of the tokens)
+             markov:V=16,order=1,... | A*0.7+B*0.3 (fractions of the tokens)
              GLOB may be gs://...; .gz, .zst, .bz2 and .xz are read as they are
 tokenizers:  bpe:N | unigram:N (trained here) | bytes | sentencepiece:PATH | hf:PATH |
              tiktoken:PATH | chars:27 | synthetic:V

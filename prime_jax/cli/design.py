@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         _check_launch(args, fitted, template)
     exact = bool(args.emit) or template.known
     cells = _Launcher(template) if exact else None
-    least = design.LEAST_GAIN if args.least_gain is None else args.least_gain
+    least = design.MIN_GAIN if args.least_gain is None else args.least_gain
     snap = {"snap": functools.cache(cells.snap)} if cells else {}
     found = design.choose(
         fitted.refit(name), fitted.settings, args.target, args.budget, least_gain=least, **snap
@@ -177,7 +177,7 @@ def _show(
 
     conventions = fitted.result["conventions"]
     console.print(
-        f"{fitted.runs.source}, {found.family}: runs for {labels.flops(found.money)} FLOPs "
+        f"{fitted.runs.source}, {found.family}: runs for {labels.flops(found.flops_budget)} FLOPs "
         f"({labels.convention(conventions['flops'])}) that tell most about N* "
         f"({labels.convention(conventions['params'])}) at {labels.flops(found.target)}",
         highlight=False,
@@ -222,7 +222,7 @@ def _summary(found: "Design") -> list[str]:
     from prime_jax.scaling import labels
 
     lines = [
-        f"cost      {labels.flops(found.cost)} of {labels.flops(found.money)} FLOPs; {found.stop}",
+        f"cost      {labels.flops(found.cost)} of {labels.flops(found.flops_budget)} FLOPs; {found.stop}",
         f"sd        of log N*: {found.sd_before:.3g} now (bootstrap {found.sd_bootstrap:.3g}), "
         f"{found.sd_after:.3g} with these runs",
     ]

@@ -111,17 +111,17 @@ def run(args: argparse.Namespace) -> int:
     from prime_jax.runtime import distributed, outputs
 
     console = Console()
-    say = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
+    log = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
     if args.tasks:
         from prime_jax.evaluate import tasks
 
         tasks.check(args.tasks, args.include_path, args.task_data)  # before anything is loaded
     if args.out:
         outputs.spare(_inputs(args), [args.out])
-    found = runs.load(args.run_name, say)
+    found = runs.load(args.run_name, log)
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []
-    with distributed.Notice() as notice, progress(console, notice) as tick:
+    with distributed.PreemptionGuard() as guard, progress(console, guard) as tick:
         try:
             if args.samples:
                 _samples(args, found, out, tick, records)
@@ -130,12 +130,12 @@ def run(args: argparse.Namespace) -> int:
             if not (args.samples or args.tasks) or args.data:
                 _texts(args, found, out, tick, records)
         except KeyboardInterrupt:
-            say("stopped; what is done is kept, and the same command continues")
+            log("stopped; what is done is kept, and the same command continues")
             return 85
     wide = Console(width=max(report.WIDTH, console.width))
     for record in records:
         wide.print(report.table(record))
-    say(f"record: {out}")
+    log(f"record: {out}")
     return 0
 
 
@@ -187,7 +187,7 @@ def _inputs(args: argparse.Namespace) -> list[Any]:
 
 
 @contextmanager
-def progress(console: Any, notice: Any) -> Iterator[Any]:
+def progress(console: Any, guard: Any) -> Iterator[Any]:
     """tick(what, total, newly done): a bar on a terminal; raises KeyboardInterrupt when told to stop."""
     from rich.progress import (
         BarColumn,
@@ -207,7 +207,7 @@ def progress(console: Any, notice: Any) -> Iterator[Any]:
         if what not in started:
             started[what] = bar.add_task(what, total=total)
         bar.update(started[what], advance=done)
-        if notice.due():
+        if guard.due():
             raise KeyboardInterrupt
 
     with bar:

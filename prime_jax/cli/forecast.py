@@ -21,7 +21,7 @@ WIDTH = 80  # that the table needs; narrower terminals wrap its lines
 def table(verdicts: Sequence[Verdict]) -> Table:
     """One line per shape that was compiled; fits `WIDTH` columns."""
     limit = human_bytes(verdicts[0].limit)
-    title = f"compiled for {verdicts[0].where.name}: memory a chip, of {limit}"
+    title = f"compiled for {verdicts[0].slice_.name}: memory a chip, of {limit}"
     out = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for name in ("family", "shape", "batch", "mesh", "remat"):
         out.add_column(name, no_wrap=True)
@@ -52,7 +52,7 @@ def _short(size: float) -> str:
 
 
 def details(verdict: Verdict) -> list[str]:
-    """Largest temporary and messages of a program, and of an oversized one what would make it fit."""
+    """Largest temporary and collectives of a program, and of an oversized one what would make it fit."""
     m = verdict.config.model
     record, found = verdict.record, []
     if record.get("as_written"):
@@ -60,8 +60,10 @@ def details(verdict: Verdict) -> list[str]:
     if largest := record.get("largest"):
         size = human_bytes(largest["bytes"])
         found.append(f"largest temporary {size} {largest['shape']} from {largest['source']}")
-    if messages := record.get("messages"):
-        listed = ", ".join(_message(message, "as_written" in record) for message in messages)
+    if collectives := record.get("collectives"):
+        listed = ", ".join(
+            _collective(collective, "as_written" in record) for collective in collectives
+        )
         found.append(f"each chip sends per step: {listed}")
     if verdict.mesh.why:
         found.append(str(verdict.mesh))
@@ -72,33 +74,35 @@ def details(verdict: Verdict) -> list[str]:
     return [f"{verdict.config.family} {m.layers}x{m.width}x{m.heads}: {line}" for line in found]
 
 
-def _message(message: dict[str, Any], as_written: bool) -> str:
-    text = f"{message['count']} {message['kind']} {human_bytes(message['bytes'])}"
+def _collective(collective: dict[str, Any], as_written: bool) -> str:
+    text = f"{collective['count']} {collective['kind']} {human_bytes(collective['bytes'])}"
     if as_written:
         return text
-    return f"{text} ({message['background'] / max(message['bytes'], 1):.0%} while it computes)"
+    return (
+        f"{text} ({collective['background'] / max(collective['bytes'], 1):.0%} while it computes)"
+    )
 
 
-def bill(runs: Sequence[RunConfig], where: Slice, prices: Prices | None) -> str:
+def cost_estimate(runs: Sequence[RunConfig], slice_: Slice, prices: Prices | None) -> str:
     """Predicted hours of some runs one after the other on a slice, and their price."""
     from prime_jax.runtime import meshes
 
     hours = 0.0
     for config in runs:
-        mesh = meshes.choose(config, where.devices, where.slices)
-        step = roofline.predict(config, mesh, where.chip, where.slices).step_seconds
+        mesh = meshes.choose(config, slice_.devices, slice_.slices)
+        step = roofline.predict(config, mesh, slice_.chip, slice_.slices).step_seconds
         hours += config.steps * step / 3600
     total = sum(flops.train_flops(config, "matmul") for config in runs)
-    mfu = total / max(hours * 3600 * where.devices * where.chip.peak, 1e-9)
+    mfu = total / max(hours * 3600 * slice_.devices * slice_.chip.peak, 1e-9)
     text = (
-        f"{len(runs)} runs, predicted {hours:,.1f} h of {where.name} "
-        f"({hours * where.chips:,.0f} chip-hours, MFU {mfu:.2f}; evaluation not included)"
+        f"{len(runs)} runs, predicted {hours:,.1f} h of {slice_.name} "
+        f"({hours * slice_.chips:,.0f} chip-hours, MFU {mfu:.2f}; evaluation not included)"
     )
     if prices is None:
         return text
-    cost = prices.of(where, hours)
+    cost = prices.of(slice_, hours)
     if cost is None:
-        return f"{text}; no price for {where.generation} in the list of {prices.date}"
+        return f"{text}; no price for {slice_.generation} in the list of {prices.date}"
     return f"{text}, {cost:,.0f} {prices.currency} at the prices of {prices.date}"
 
 

@@ -9,7 +9,7 @@ from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.launch import k8s, slurm, tpu
 from prime_jax.launch import sky as skypilot
-from prime_jax.launch.engine import REPO, Desk, Sweep, sweep_at
+from prime_jax.launch.engine import REPO, Dialogue, Sweep, sweep_at
 
 ENGINES = {"slurm": slurm, "tpu": tpu, "k8s": k8s, "sky": skypilot}
 PRICES = REPO / "docs" / "prices.toml"
@@ -74,14 +74,14 @@ def run_up(args: argparse.Namespace) -> int:
             f"--on {name} is only rendered: prime-jax sweep render ROOT --on {name} -o DIR; "
             f"{engine.APPLY} DIR/FILE"
         )
-    return engine.up(sweep, options, _desk(args))
+    return engine.up(sweep, options, _dialogue(args))
 
 
 def run_down(args: argparse.Namespace) -> int:
     engine, options, sweep = _understand(args)
     if not hasattr(engine, "down"):
         raise UserError(f"--on {args.on} is only rendered; remove it with the tool that applied it")
-    return engine.down(sweep, options, _desk(args))
+    return engine.down(sweep, options, _dialogue(args))
 
 
 def run_render(args: argparse.Namespace) -> None:
@@ -130,13 +130,13 @@ def _understand(args: argparse.Namespace) -> tuple[Any, Any, Sweep]:
     return engine, engine.Options(**given), sweep
 
 
-def _desk(args: argparse.Namespace) -> Desk:
+def _dialogue(args: argparse.Namespace) -> Dialogue:
     from rich.console import Console
 
     from prime_jax.hardware import roofline
 
     path = getattr(args, "prices", None) or (PRICES if PRICES.exists() else None)
-    return Desk(Console(), args.yes, roofline.load_prices(path) if path else None)
+    return Dialogue(Console(), args.yes, roofline.load_prices(path) if path else None)
 
 
 def _add_options(group: Any) -> None:

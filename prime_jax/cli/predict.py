@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _as_dicts(prediction: "Prediction") -> list[dict[str, Any]]:
-    return [finding.as_dict() for finding in prediction.findings]
+    return [diagnostic.as_dict() for diagnostic in prediction.diagnostics]
 
 
 def _show(found: "list[Prediction]", result: dict[str, Any], console: "Console") -> None:
@@ -91,7 +91,7 @@ def _show(found: "list[Prediction]", result: dict[str, Any], console: "Console")
         if one.launch:
             for note in one.launch.notes:
                 console.print(f"[dim]note[/] {one.family}: {note}", highlight=False)
-        warnings = [finding.as_dict() for finding in one.findings]
+        warnings = [diagnostic.as_dict() for diagnostic in one.diagnostics]
         fit_commands.print_warnings(console, f"{one.family}: ", warnings)
 
 

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunProgress:
-    """Shows what `train` tells through `beat` and `say`; a context manager."""
+    """Shows what `train` tells through `heartbeat` and `log`; a context manager."""
 
     def __init__(self) -> None:
         console = Console()
@@ -27,10 +27,10 @@ class RunProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self._bar.console.print(line, highlight=False, markup=False)
 
-    def beat(self, now: dict[str, Any]) -> bool:
+    def heartbeat(self, now: dict[str, Any]) -> bool:
         mfu = "" if now["mfu"] is None else f" MFU {now['mfu']:.2f}"
         text = (
             f"{now['phase']} loss {now['loss']:.4f} {now['tokens_per_second']:,.0f} tokens/s{mfu}"

@@ -32,8 +32,8 @@ def attempts(run: str) -> list[storage.Path]:
     return [runs / str(attempt.k) for attempt in reversed(found.attempts)]
 
 
-def load(run: str, say: Callable[[str], None] = print) -> "Trained":
+def load(run: str, log: Callable[[str], None] = print) -> "Trained":
     """The finished run that RUN names (`trained.load`)."""
     from prime_jax.evaluate import trained
 
-    return trained.load(*attempts(run), say=say)
+    return trained.load(*attempts(run), log=log)

@@ -13,7 +13,7 @@ ORDERS = """orders (masked diffusion):
   first-hitting  one sub-token per network call: exact, slow
   left-to-right  in reading order
   confidence, margin, entropy
-                 the surest tokens first, as many at every step, or all beyond --threshold
+                 the most confident tokens first, as many at every step, or all beyond --threshold
 """
 HOLES = """holes in TEXT:
   [[MASK]]            one hidden token; [[MASK*8]] eight
@@ -142,7 +142,7 @@ def _options(args: argparse.Namespace, run: Any, sampler: Any, **more: Any) -> A
     if args.grid != "measured":
         return validate(Options(**values, grid=args.grid), run.config.family)
     validate(Options(**values, grid="cosine"), run.config.family)
-    return Options(**values, knots=_measured(args, run, sampler))
+    return Options(**values, time_grid=_measured(args, run, sampler))
 
 
 def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, ...]:
@@ -152,7 +152,7 @@ def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, 
     from prime_jax.data import loader
     from prime_jax.sample import grids
     from prime_jax.sample.options import Options
-    from prime_jax.sample.orders import knots
+    from prime_jax.sample.orders import time_grid
 
     if run.data is None:
         raise UserError(
@@ -161,8 +161,8 @@ def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, 
         )
     if args.block_length:
         raise UserError("--block-length: --grid measured is the grid of one block")
-    if args.steps > grids.MOST_STEPS:
-        raise UserError(f"--grid measured: --steps must be at most {grids.MOST_STEPS}")
+    if args.steps > grids.MAX_STEPS:
+        raise UserError(f"--grid measured: --steps must be at most {grids.MAX_STEPS}")
     console = Console(stderr=True)
     with console.status("measuring the loss of steps"):
         blocks = loader.eval_blocks(run.data, "valid", 2 * grids.EXAMPLES).tokens
@@ -180,7 +180,9 @@ def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, 
             )
         steps = fewest
     found = grids.best(rates, steps)
-    rivals = {name: check.loss(knots(Options(grid=name), steps)) for name in ("uniform", "cosine")}
+    rivals = {
+        name: check.loss(time_grid(Options(grid=name), steps)) for name in ("uniform", "cosine")
+    }
     told = ", ".join(f"{name} {loss:.4f}" for name, loss in rivals.items())
     console.print(
         f"{steps} steps: measured grid {check.loss(found):.4f} nats/token (nelbo), {told}, "
@@ -214,7 +216,7 @@ def _draw(args: argparse.Namespace, run: Any, sampler: Any, canvas: Any, options
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     drawn = [x[hidden[: len(x)]] for x in tokens]
     spent = f"{sum(sum(samples.calls) for samples in done)} network calls"
-    idle = [share for samples in done for share in samples.idle]
+    idle = [fraction for samples in done for fraction in samples.idle]
     if any(idle) and not options.remasking:
         spent += f" ({sum(idle) / len(idle):.1%} of the steps were idle and skipped)"
     _tell(drawn, f"{spent}, {time.monotonic() - began:.1f} s with compiling")

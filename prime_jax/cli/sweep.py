@@ -41,7 +41,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         commands,
         "kill",
         help="stop runs for good",
-        description="A running worker leaves the run at its next beat (within 30 seconds) and "
+        description="A running worker leaves the run at its next heartbeat (within 30 seconds) and "
         "takes the next one. `retry` opens the run again.",
     )
     commands_of_launch.register(commands, {"type": storage.path, "help": ROOT})
@@ -211,24 +211,24 @@ def plan(args: argparse.Namespace) -> None:
     datasets = planning.load_datasets(experiment, required=args.root is not None)
     listed = planning.candidates(experiment, datasets)
     console = Console(width=max(WIDTH, Console().width))
-    where, prices = commands_of_train.slice_of(args)
+    slice_, prices = commands_of_train.slice_of(args)
     if args.check:
-        listed = _checked(args, listed, where, console)
+        listed = _checked(args, listed, slice_, console)
     console.print(planning.table(experiment, listed, args.flops_per_second))
-    if where:
+    if slice_:
         from prime_jax.cli import forecast
 
         good = [candidate.config for candidate in listed if not candidate.drop]
-        console.print(forecast.bill(good, where, prices), soft_wrap=True)
+        console.print(forecast.cost_estimate(good, slice_, prices), soft_wrap=True)
     if args.root is not None:
-        added = planning.write(args.root, experiment, listed, where.name if where else "")
+        added = planning.write(args.root, experiment, listed, slice_.name if slice_ else "")
         console.print(
             f"{args.root}: {added} runs added; next: prime-jax sweep run {args.root}",
             soft_wrap=True,
         )
 
 
-def _checked(args: argparse.Namespace, listed, where, console):
+def _checked(args: argparse.Namespace, listed, slice_, console):
     """The candidates after the compiler has seen them."""
     from prime_jax.cli import forecast
     from prime_jax.cli.compilations import Compilations
@@ -236,8 +236,8 @@ def _checked(args: argparse.Namespace, listed, where, console):
 
     cache = args.root / check.CACHE if args.root else None
     options = check.Options(every=args.check == "all", autofit=args.autofit, cache=cache)
-    with Compilations(f"compiling for {where.name}", console) as progress:
-        listed, verdicts = check.check(listed, where, options, progress=progress)
+    with Compilations(f"compiling for {slice_.name}", console) as progress:
+        listed, verdicts = check.check(listed, slice_, options, progress=progress)
     if verdicts:
         forecast.show(verdicts, console)
     return listed

@@ -70,8 +70,8 @@ def slice_of(args: argparse.Namespace) -> tuple[Any, Any]:
         raise UserError("--check and --prices need --slice, e.g. --slice v5e-16")
     if args.autofit and not args.check:
         raise UserError("--autofit needs --check")
-    where = slices.parse(args.slice) if args.slice else None
-    return where, roofline.load_prices(args.prices) if args.prices else None
+    slice_ = slices.parse(args.slice) if args.slice else None
+    return slice_, roofline.load_prices(args.prices) if args.prices else None
 
 
 def override(config: Any, arguments: list[str]) -> Any:
@@ -134,7 +134,7 @@ def run_train(args: argparse.Namespace) -> int:
             print(f"--{name} {value}")
         return 0
     if args.check or args.slice or args.autofit or args.prices:
-        return look_ahead(config, args)
+        return dry_run(config, args)
     from prime_jax.cli.progress import RunProgress
     from prime_jax.data import manifest
     from prime_jax.runtime import distributed
@@ -145,16 +145,16 @@ def run_train(args: argparse.Namespace) -> int:
     config = fill_fingerprint(config, data)
     out = args.out or Path("runs") / run_id(config)
     with RunProgress() as progress:
-        distributed.start(progress.say)
+        distributed.start(progress.log)
         try:
-            result = train(config, out, beat=progress.beat, say=progress.say)
+            result = train(config, out, heartbeat=progress.heartbeat, log=progress.log)
         except Interrupted as stop:
-            progress.say(f"{stop}; the same command continues it")
+            progress.log(f"{stop}; the same command continues it")
             return 85 if isinstance(stop, Preempted) else 1
     return report(result, out)
 
 
-def look_ahead(config: Any, args: argparse.Namespace) -> int:
+def dry_run(config: Any, args: argparse.Namespace) -> int:
     """Predict a run on a slice and, with --check, compile it; 1 if it does not fit."""
     from rich.console import Console
 
@@ -163,17 +163,17 @@ def look_ahead(config: Any, args: argparse.Namespace) -> int:
     from prime_jax.compile_check import aot
     from prime_jax.config import validate
 
-    where, prices = slice_of(args)
+    slice_, prices = slice_of(args)
     console = Console(width=max(forecast.WIDTH, Console().width))
     verdict = None
     validate(config)
     if args.check:
         judge = aot.autofit if args.autofit else aot.check
-        with Compilations(f"compiling for {where.name}", console) as progress:
-            verdict = judge(config, where, progress=progress)
+        with Compilations(f"compiling for {slice_.name}", console) as progress:
+            verdict = judge(config, slice_, progress=progress)
         forecast.show([verdict], console)
         config = verdict.config
-    console.print(forecast.bill([config], where, prices), soft_wrap=True)
+    console.print(forecast.cost_estimate([config], slice_, prices), soft_wrap=True)
     if verdict and args.autofit and verdict.fits:
         console.print(f"settings: {aot.describe(config.mesh)}", soft_wrap=True)
     return 0 if verdict is None or verdict.fits else 1

@@ -10,7 +10,7 @@ from rich.text import Text
 from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.subtokens import Codebook
 
-LEVELS = " ▁▂▃▄▅▆▇"  # share of a token's sub-tokens that is revealed
+LEVELS = " ▁▂▃▄▅▆▇"  # fraction of a token's sub-tokens that is revealed
 COLORS = ("grey35", "blue", "cyan", "green")
 
 

@@ -69,13 +69,13 @@ class Verdict:
 
     Attributes:
         config: with the mesh settings that were tried.
-        where: the slice.
+        slice_: the slice.
         record: what `worker.check` found.
         tried: all that `autofit` compiled in vain, this one included; empty otherwise.
     """
 
     config: RunConfig
-    where: Slice
+    slice_: Slice
     record: dict[str, Any]
     tried: tuple[RunConfig, ...] = ()
 
@@ -107,7 +107,7 @@ class Verdict:
 
     @property
     def prediction(self) -> roofline.Prediction:
-        return roofline.predict(self.config, self.mesh, self.where.chip, self.where.slices)
+        return roofline.predict(self.config, self.mesh, self.slice_.chip, self.slice_.slices)
 
 
 @cache
@@ -130,21 +130,21 @@ def compiler() -> str:
     return ", ".join(found)
 
 
-def key(config: RunConfig, where: Slice) -> str:
+def key(config: RunConfig, slice_: Slice) -> str:
     """Names the question: what is compiled (mesh settings included), for what, and by what."""
-    asked = [to_dict(step.shape_of(config)), where.name, compiler(), program_source()]
+    asked = [to_dict(step.shape_of(config)), slice_.name, compiler(), program_source()]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check(
     config: RunConfig,
-    where: Slice,
+    slice_: Slice,
     cache: Path | None = None,
     compile: Compile | None = None,
     progress: Progress = SILENT,
     text: str = "as written",
 ) -> Verdict:
-    """Compile the training step of `config` for `where`, or remember that it was.
+    """Compile the training step of `config` for `slice_`, or remember that it was.
 
     Args:
         cache: directory of earlier answers.
@@ -155,25 +155,25 @@ def check(
         UserError: no compiler for these chips here, a mesh that does not fit, or the compiler
             failed for another reason than memory.
     """
-    meshes.choose(config, where.devices, where.slices)
-    known = cache / f"{key(config, where)}.json" if cache else None
+    meshes.choose(config, slice_.devices, slice_.slices)
+    known = cache / f"{key(config, slice_)}.json" if cache else None
     if known and known.exists():
         with progress.watch(config, text):
-            return Verdict(config, where, read_json(known))
+            return Verdict(config, slice_, read_json(known))
     with progress.watch(config, text):
-        record = (compile or compile_apart)(config, where)
+        record = (compile or compile_apart)(config, slice_)
     if known:
         known.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(known, {**record, "compiler": compiler()})
-    return Verdict(config, where, record)
+    return Verdict(config, slice_, record)
 
 
-def compile_apart(config: RunConfig, where: Slice) -> dict[str, Any]:
+def compile_apart(config: RunConfig, slice_: Slice) -> dict[str, Any]:
     """`worker.check` in its own process: its environment is set, and a crash is its own."""
     kept = {name: value for name, value in os.environ.items() if name not in UNWANTED}
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
-        write_json_atomic(question, {"config": to_dict(config), "slice": where.name})
+        write_json_atomic(question, {"config": to_dict(config), "slice": slice_.name})
         command = [
             sys.executable,
             "-m",
@@ -187,18 +187,18 @@ def compile_apart(config: RunConfig, where: Slice) -> dict[str, Any]:
         if not answer.exists():
             if done.returncode < 0:  # libtpu has died, and its last line says nothing
                 raise UserError(
-                    f"the compiler for {where.name} crashed (signal {-done.returncode}): a fault of "
+                    f"the compiler for {slice_.name} crashed (signal {-done.returncode}): a fault of "
                     "its own, which another seq_len, batch or slice may not meet"
                 )
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"the compiler for {where.name} failed ({done.returncode}): {last}")
+            raise UserError(f"the compiler for {slice_.name} failed ({done.returncode}): {last}")
         record = read_json(answer)
     if "refused" in record:
         raise UserError(record["refused"])
     return record
 
 
-def alternatives(config: RunConfig, where: Slice) -> list[RunConfig]:
+def alternatives(config: RunConfig, slice_: Slice) -> list[RunConfig]:
     """`config` under other recomputation, micro-batches and tensor parallelism, fastest first.
 
     What the config says of replicas and shared parameters stays. No chip is idle that need not be.
@@ -206,10 +206,10 @@ def alternatives(config: RunConfig, where: Slice) -> list[RunConfig]:
     found = []
     for candidate in _variants(config):
         try:
-            mesh = meshes.choose(candidate, where.devices, where.slices)
+            mesh = meshes.choose(candidate, slice_.devices, slice_.slices)
         except UserError:
             continue
-        seconds = roofline.predict(candidate, mesh, where.chip, where.slices).step_seconds
+        seconds = roofline.predict(candidate, mesh, slice_.chip, slice_.slices).step_seconds
         found.append((-mesh.devices, seconds, candidate.mesh.accumulate, candidate))
     most = min((item[0] for item in found), default=0)
     usable = sorted((item for item in found if item[0] == most), key=lambda item: item[1:3])
@@ -227,10 +227,10 @@ def _variants(config: RunConfig) -> Iterator[RunConfig]:
                 accumulate *= 2
 
 
-def expected(config: RunConfig, where: Slice, seen: Sequence[Verdict] = ()) -> float:
+def expected(config: RunConfig, slice_: Slice, seen: Sequence[Verdict] = ()) -> float:
     """Bytes per chip on paper, corrected by how far off the paper was for the last verdict seen on
     the same mesh. What another mesh was off by says nothing: other arrays fill its memory."""
-    mesh = meshes.choose(config, where.devices, where.slices)
+    mesh = meshes.choose(config, slice_.devices, slice_.slices)
     state, temporaries = roofline.memory(config, mesh)
     for verdict in reversed(seen):
         if verdict.mesh[:3] == mesh[:3]:
@@ -241,7 +241,7 @@ def expected(config: RunConfig, where: Slice, seen: Sequence[Verdict] = ()) -> f
 
 def autofit(
     config: RunConfig,
-    where: Slice,
+    slice_: Slice,
     cache: Path | None = None,
     compile: Compile | None = None,
     progress: Progress = SILENT,
@@ -251,24 +251,24 @@ def autofit(
     Tried in the order of predicted speed, leaving out those that by what was seen cannot fit; the
     last try is the one that should need least. Without success, the verdict that came closest.
     """
-    found, seen = alternatives(config, where), []
+    found, seen = alternatives(config, slice_), []
     if not found:
         return check(
-            config, where, cache, compile, progress
+            config, slice_, cache, compile, progress
         )  # which says what is wrong with its mesh
     # The state is known exactly. Where it alone is too much everywhere, one try proves it.
-    waiting = [c for c in found if _state(c, where) <= where.chip.memory] or [
-        min(found, key=lambda c: expected(c, where))
+    waiting = [c for c in found if _state(c, slice_) <= slice_.chip.memory] or [
+        min(found, key=lambda c: expected(c, slice_))
     ]
     while waiting and len(seen) < TRIES:
-        sizes = [expected(c, where, seen) for c in waiting]
-        hopeful = [c for c, size in zip(waiting, sizes, strict=True) if size <= where.chip.memory]
+        sizes = [expected(c, slice_, seen) for c in waiting]
+        hopeful = [c for c, size in zip(waiting, sizes, strict=True) if size <= slice_.chip.memory]
         if hopeful and len(seen) < TRIES - 1:
             chosen = hopeful[0]
         else:
             chosen = waiting[sizes.index(min(sizes))]
         text = f"try {len(seen) + 1} of at most {TRIES}, {describe(chosen.mesh)}"
-        verdict = check(chosen, where, cache, compile, progress, text)
+        verdict = check(chosen, slice_, cache, compile, progress, text)
         if verdict.fits:
             return verdict
         seen.append(verdict)
@@ -277,26 +277,26 @@ def autofit(
     return replace(closest, tried=tuple(verdict.config for verdict in seen))
 
 
-def _state(config: RunConfig, where: Slice) -> float:
-    return roofline.memory(config, meshes.choose(config, where.devices, where.slices))[0]
+def _state(config: RunConfig, slice_: Slice) -> float:
+    return roofline.memory(config, meshes.choose(config, slice_.devices, slice_.slices))[0]
 
 
 def fixes(verdict: Verdict) -> list[str]:
     """Single changes that should make an oversized run fit, each with the memory expected."""
-    config, where = verdict.config, verdict.where
+    config, slice_ = verdict.config, verdict.slice_
     now, out = config.mesh, []
     changes = [replace(now, remat="full")] if now.remat != "full" else []
     changes += _more_parts(config)
     mesh = verdict.mesh
-    if mesh.replica > where.slices:  # parameters are copied that could be shared
+    if mesh.replica > slice_.slices:  # parameters are copied that could be shared
         groups = mesh.replica * mesh.data
-        changes.append(replace(now, replica=where.slices, data=groups // where.slices))
+        changes.append(replace(now, replica=slice_.slices, data=groups // slice_.slices))
     changes += [replace(now, model=size) for size in (2, 4, 8) if size > mesh.model]
     wanted: set[str] = set()
     for change in changes:
         changed = replace(config, mesh=change)
         try:
-            size = expected(changed, where, [verdict])
+            size = expected(changed, slice_, [verdict])
         except UserError:
             continue
         if changed in verdict.tried:
@@ -309,7 +309,7 @@ def fixes(verdict: Verdict) -> list[str]:
     if not out:
         # Shared by all, a chip's part of the state is smallest.
         state = roofline.state_bytes(config, flops.param_counts(config)["total"])
-        chips = state / verdict.limit / where.chip.per_chip
+        chips = state / verdict.limit / slice_.chip.per_chip
         search = "none that --autofit compiled fits: use" if verdict.tried else "try --autofit or"
         out.append(
             f"no single change is enough; {search} more chips"

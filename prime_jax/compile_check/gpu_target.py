@@ -40,7 +40,7 @@ SPECS = {
 }  # fmt: skip
 
 
-def devices(where: Slice) -> list[Any]:
+def devices(slice_: Slice) -> list[Any]:
     """The GPUs of a slice.
 
     Raises:
@@ -50,12 +50,12 @@ def devices(where: Slice) -> list[Any]:
 
     if not any(_installed(plugin) for plugin in PLUGINS):
         raise UserError("no CUDA compiler here; get it with: pip install 'prime_jax[cuda]'")
-    each = where.devices // where.slices
+    each = slice_.devices // slice_.slices
     found = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
-        topology=f"{where.slices}x1x{each}",
-        target_config=text(SPECS[where.generation]),
+        topology=f"{slice_.slices}x1x{each}",
+        target_config=text(SPECS[slice_.generation]),
     )
     return list(found.devices)
 

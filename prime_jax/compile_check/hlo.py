@@ -1,4 +1,4 @@
-"""What a program does, read from its HLO text: messages between devices, big arrays.
+"""What a program does, read from its HLO text: collectives between devices, big arrays.
 
 Loops count as often as they run: a scan over layers sends its message once per layer. The text is
 that of a compiled program or, where the compiler refuses, of the program as it was written.
@@ -24,7 +24,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
-class Message(NamedTuple):
+class Collective(NamedTuple):
     """Collectives of one kind in a step.
 
     Attributes:
@@ -52,7 +52,7 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-def messages(text: str) -> list[Message]:
+def collectives(text: str) -> list[Collective]:
     """Collectives by kind, those with the most bytes first."""
     computations = _computations(text)
     count, chains = dict.fromkeys(KINDS, 0), set()
@@ -72,8 +72,8 @@ def messages(text: str) -> list[Message]:
             sent = times * _sent(kind, i)
             total[kind] += sent
             background[kind] += sent if chain or kind != i.opcode else 0
-    found = [Message(k, count[k], total[k], background[k]) for k in KINDS if count[k]]
-    return sorted(found, key=lambda message: -message.bytes)
+    found = [Collective(k, count[k], total[k], background[k]) for k in KINDS if count[k]]
+    return sorted(found, key=lambda collective: -collective.bytes)
 
 
 def largest(text: str, opcodes: Collection[str] = ()) -> Array | None:

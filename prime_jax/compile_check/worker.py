@@ -23,7 +23,7 @@ SCHEMA = 1
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")
 
 
-def devices_of(where: Slice) -> list[Any]:
+def devices_of(slice_: Slice) -> list[Any]:
     """The devices of a slice, described to the compiler.
 
     Raises:
@@ -31,8 +31,8 @@ def devices_of(where: Slice) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    if where.chip.platform == "cuda":
-        return gpu_target.devices(where)
+    if slice_.chip.platform == "cuda":
+        return gpu_target.devices(slice_)
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
@@ -40,14 +40,14 @@ def devices_of(where: Slice) -> list[Any]:
             "no TPU compiler here (libtpu); get it with: pip install 'prime_jax[tpu-compile]'"
         ) from None
     options: dict[str, Any] = {}
-    if where.generation == "v4":
+    if slice_.generation == "v4":
         options["chip_config_name"] = "megacore"  # two cores that are one device, as on Cloud TPU
-    if where.chips == where.slices:
+    if slice_.chips == slice_.slices:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    if where.slices > 1:
-        options["num_slices"] = where.slices
+    if slice_.slices > 1:
+        options["num_slices"] = slice_.slices
     found = topologies.get_topology_desc(
-        platform="tpu", topology_name=where.topology, **options
+        platform="tpu", topology_name=slice_.topology, **options
     ).devices
     return list(found)
 
@@ -67,15 +67,15 @@ def arguments(program: step.Program) -> tuple:
     return program.abstract, tokens, rows, jax.ShapeDtypeStruct((), jnp.uint32), horizon
 
 
-def check(config: RunConfig, where: Slice) -> dict[str, Any]:
+def check(config: RunConfig, slice_: Slice) -> dict[str, Any]:
     """Compile the step; the record that `aot.Verdict` reads."""
-    program = step.make_program(step.shape_of(config), 0, devices_of(where))
+    program = step.make_program(step.shape_of(config), 0, devices_of(slice_))
     out: dict[str, Any] = {
         "schema": SCHEMA,
-        "slice": where.name,
+        "slice": slice_.name,
         "mesh": list(program.mesh_choice[:3]),
         "why": program.mesh_choice.why,
-        "limit": where.chip.memory,
+        "limit": slice_.chip.memory,
     }
     start = time.perf_counter()
     try:
@@ -86,7 +86,7 @@ def check(config: RunConfig, where: Slice) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         lowered = program.train.lower(*arguments(program))
         text = lowered.as_text(dialect="hlo", debug_info=True)
-        found = _found(hlo.largest(text, hlo.KEPT), hlo.messages(text))
+        found = _found(hlo.largest(text, hlo.KEPT), hlo.collectives(text))
         return out | _refused(str(error)) | found | {"as_written": True, "compile_seconds": seconds}
     stats, text = compiled.memory_analysis(), compiled.as_text()
     memory = {
@@ -95,19 +95,19 @@ def check(config: RunConfig, where: Slice) -> dict[str, Any]:
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    fits = sum(memory.values()) <= where.chip.memory
+    fits = sum(memory.values()) <= slice_.chip.memory
     return out | {
         "verdict": "OK" if fits else "OOM",
         "memory": memory,
         "compile_seconds": time.perf_counter() - start,
-        **_found(hlo.largest(text), hlo.messages(text)),
+        **_found(hlo.largest(text), hlo.collectives(text)),
     }
 
 
-def _found(largest: hlo.Array | None, messages: list[hlo.Message]) -> dict[str, Any]:
+def _found(largest: hlo.Array | None, collectives: list[hlo.Collective]) -> dict[str, Any]:
     return {
         "largest": largest._asdict() if largest else None,
-        "messages": [message._asdict() for message in messages],
+        "collectives": [one._asdict() for one in collectives],
     }
 
 

@@ -74,7 +74,7 @@ def train_batches(
     stop: int,
     rows: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """This host's share of the global batches of steps start .. stop-1.
+    """This host's part of the global batches of steps start .. stop-1.
 
     Args:
         rows: of each global batch, to be read here (sharding.local_rows); all by default.

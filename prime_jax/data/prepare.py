@@ -221,9 +221,9 @@ def _tokenizer(
         return tokenizers.load(directory)
 
     def sample(n_bytes: int) -> Iterator[str]:
-        share = sum(source.weight for source in corpus)
+        fraction = sum(source.weight for source in corpus)
         for source in corpus:
-            yield from sources.sample(source, round(n_bytes * source.weight / share))
+            yield from sources.sample(source, round(n_bytes * source.weight / fraction))
 
     tokenizer = tokenizers.make(request.tokenizer, sample)
     tokenizer.save(directory)

@@ -8,7 +8,7 @@ Specs:
     parquet:GLOB             one document per row, column `text`
     tfds:NAME                a prepared TensorFlow dataset, feature `text`, its own splits if any
     markov:V=16,order=1,...  synthetic, entropies known exactly (markov.py)
-    A*0.7+B*0.3              a mixture: shares of the tokens, as many as fit without repetition;
+    A*0.7+B*0.3              a mixture: fractions of the tokens, as many as fit without repetition;
                              each source contributes its first documents
 GLOB is local or remote (`gs://...`, through fsspec); .gz, .zst, .bz2 and .xz are read as they are.
 """
@@ -29,7 +29,7 @@ ROWS_PER_PART = 10_000
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a source that one worker reads; equal parts give equal documents.
+    """A part of a source that one worker reads; equal parts give equal documents.
 
     Attributes:
         read: yields documents, and None for one that is not valid text and is left out.
@@ -52,7 +52,7 @@ class Source:
     Attributes:
         spec: what the user wrote.
         parts: in the order of the stream.
-        weight: share of the tokens in a mixture.
+        weight: fraction of the tokens in a mixture.
         endless: one text without documents, so without EOS.
     """
 

@@ -1,7 +1,7 @@
 """Chain-rule likelihoods: the cost of revealing a text in a fixed order, one network call a step.
 
 `l2r` reveals from left to right. `confidence`, `margin` and `entropy` reveal what the network is
-surest of, judged by what is visible alone: each text is then reached along one path only, and the
+most confident of, judged by what is visible alone: each text is then reached along one path only, and the
 sum of its costs is the exact negative log-likelihood of that sampler (DUEL, arXiv 2603.01367).
 `random` draws an order of the tokens, `subtokens` one of all sub-tokens; their mean over orders
 bounds the likelihood of the any-order model and equals the `token` and the `subtoken` NELBO.
@@ -23,12 +23,12 @@ ROWS = 256  # positions whose logits exist at one time
 class Readout(NamedTuple):
     """What the network thinks of hidden tokens, nothing of them being visible."""
 
-    sureness_N: jax.Array  # the larger, the sooner revealed
+    confidence_N: jax.Array  # the larger, the sooner revealed
     best_N: jax.Array  # head row of the likeliest token
 
 
 def readout(order: str, h_NxD: jax.Array, head_VxD: jax.Array) -> Readout:
-    """Sureness by `confidence` (log p of the likeliest token), `margin` (p of it minus p of the
+    """Confidence by `confidence` (log p of the likeliest token), `margin` (p of it minus p of the
     next) or `entropy` (minus the entropy in nats)."""
 
     def one(h_D):
@@ -67,12 +67,12 @@ def reveal(order: str, task: Task, network: Network, text: Text, key_B) -> tuple
         open_BxU, nats_B, greedy_B = state
         inputs = hidden(task, text, wide(open_BxU))
         h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
-        sureness_BxU = fixed_BxU
+        confidence_BxU = fixed_BxU
         if fixed_BxU is None:
             said = readout(order, h_BxLxD.reshape(batch * length, -1), head_VxD)
-            sureness_BxU = said.sureness_N.reshape(batch, length)
+            confidence_BxU = said.confidence_N.reshape(batch, length)
             likeliest_BxL = said.best_N.reshape(batch, length) == row_BxL
-        ranked_BxU = jnp.where(open_BxU, sureness_BxU, -jnp.inf)
+        ranked_BxU = jnp.where(open_BxU, confidence_BxU, -jnp.inf)
         unit_B = ranked_BxU.argmax(axis=1)
         taken_B = open_BxU[rows_B, unit_B]  # False where none is left
         left_BxU = open_BxU.at[rows_B, unit_B].set(False)
@@ -102,7 +102,7 @@ def _fixed(order: str, key_B, length: int, units: int) -> jax.Array | None:
 def greedy(task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
     """1 where greedy decoding gives exactly these targets, else 0 [B].
 
-    An autoregressive model decodes left to right, a diffusion model its surest token first.
+    An autoregressive model decodes left to right, a diffusion model its most confident token first.
     """
     if task.config.family != "arm":
         return {"greedy": reveal("confidence", task, network, text, key_B)[1] * 1.0}

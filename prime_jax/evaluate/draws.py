@@ -45,6 +45,6 @@ def make(p: Parts, guidance: float = 0.0) -> Draw:
         return Compiled(f"estimator {name}", p.config, p.mesh, partial(function, name=name))
 
     def draw(clock: Clock, name: str, params, tokens_BxL: np.ndarray, row: likelihood.Row):
-        return compiled(name)(clock, params, *sharding.spread(p.mesh, (tokens_BxL, row)))
+        return compiled(name)(clock, params, *sharding.shard(p.mesh, (tokens_BxL, row)))
 
     return draw

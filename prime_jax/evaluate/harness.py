@@ -232,11 +232,15 @@ class PrimeJax(LM):
         for i, request in enumerate(requests):
             kwargs = request.args[1]
             length = min(self.gen_length, int(kwargs.get("max_gen_toks") or self.gen_length))
-            heat = float(kwargs.get("temperature") or 0.0) if kwargs.get("do_sample") else 0.0
-            groups.setdefault((length, heat), []).append(i)
-        for (length, heat), members in groups.items():
+            temperature = (
+                float(kwargs.get("temperature") or 0.0) if kwargs.get("do_sample") else 0.0
+            )
+            groups.setdefault((length, temperature), []).append(i)
+        for (length, temperature), members in groups.items():
             prompts = [self._prompt(requests[i].args[0], length) for i in members]
-            for i, tokens in zip(members, self._generate(prompts, length, heat), strict=True):
+            for i, tokens in zip(
+                members, self._generate(prompts, length, temperature), strict=True
+            ):
                 texts[i] = self._cut(tokens, requests[i].args[1].get("until") or [])
             self.tick("generate", len(requests), len(members))
         for request, text in zip(requests, texts, strict=True):
@@ -258,12 +262,14 @@ class PrimeJax(LM):
         self.contexts_cut += len(tokens) > room
         return tokens[-room:]
 
-    def _generate(self, prompts: list[list[int]], length: int, heat: float) -> list[list[int]]:
+    def _generate(
+        self, prompts: list[list[int]], length: int, temperature: float
+    ) -> list[list[int]]:
         from prime_jax.sample import Options, generate
 
         options = Options(
             gen_length=length,
-            temperature=heat,
+            temperature=temperature,
             stop=self.run.eos_id,
             batch_size=self.scorer.batch_size,
         )

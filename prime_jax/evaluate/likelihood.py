@@ -34,7 +34,7 @@ from prime_jax.runtime.records import Kind, Loss
 from prime_jax.schedule import stratum
 from prime_jax.subtokens import Codebook
 
-MOST_STEPS = 10**9  # of `finite`: float32 tells the chances of such a step from none
+MAX_STEPS = 10**9  # of `finite`: float32 tells the chances of such a step from none
 EVAL_SEED = 20_260  # fixed: every run of every sweep hides the same sub-tokens
 
 
@@ -52,12 +52,12 @@ def estimator(name: str) -> Callable[..., Values]:
         return {"ar": exact, "greedy": chain.greedy}[name]
     if head in ("subtoken", "token") and rest in MASKINGS:
         return partial({"subtoken": subtoken, "token": token}[head], rest)
-    if head == "finite" and rest.isdecimal() and 0 < int(rest) <= MOST_STEPS:
+    if head == "finite" and rest.isdecimal() and 0 < int(rest) <= MAX_STEPS:
         return partial(finite, int(rest))
     if head == "chain" and rest in chain.ORDERS:
         return partial(chain.chain, rest)
     raise UserError(
-        f"estimator {name!r} is unknown; use subtoken, token, finite:T (T a number of steps, at most {MOST_STEPS}) or "
+        f"estimator {name!r} is unknown; use subtoken, token, finite:T (T a number of steps, at most {MAX_STEPS}) or "
         f"chain:ORDER (reveals one token per call), ORDER one of {', '.join(chain.ORDERS)}"
     )
 

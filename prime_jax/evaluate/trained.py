@@ -89,13 +89,13 @@ def read_config(*attempts: storage.Path) -> RunConfig:
     raise UserError(f"{attempts[0]}: no run here (no config.json); give a run directory or ROOT:ID")
 
 
-def load(*attempts: str | storage.Path, say: Callable[[str], None] = print) -> Trained:
+def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> Trained:
     """The finished run in a directory, on all devices.
 
     Args:
         attempts: the run's directories, newest first (a run of a sweep has one an attempt); the
             newest complete step of any counts. Or one exported folder.
-        say: told in one line about each damaged checkpoint that was skipped.
+        log: told in one line about each damaged checkpoint that was skipped.
 
     Raises:
         UserError: no such run, one that is not finished, or data or a permutation that is not its.
@@ -112,7 +112,7 @@ def load(*attempts: str | storage.Path, say: Callable[[str], None] = print) -> T
     made = program(config, data.eos_id if data else NO_EOS)
     about = {"run": run_id(config), "codebook": made.codebook.hash}
     saved = [directory / "checkpoints" for directory in directories]
-    found: State | None = checkpoint.restore(saved, made.abstract, about, say)
+    found: State | None = checkpoint.restore(saved, made.abstract, about, log)
     if found is None:
         raise UserError(f"{run}: holds no complete checkpoint; train it first")
     step = int(jax.device_get(found.step))

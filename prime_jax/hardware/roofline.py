@@ -1,11 +1,11 @@
 """Step time and memory of a run on paper, hours, and what they cost. No JAX.
 
-A roofline: matrix products, HBM traffic and messages of one step, each divided by the speed of the
-chip (chips.py) times a stated efficiency. Messages that gather parameters overlap with computing.
+A roofline: matrix products, HBM traffic and collectives of one step, each divided by the speed of the
+chip (chips.py) times a stated efficiency. Collectives that gather parameters overlap with computing.
 Those of tensor parallelism do not, nor do sums of gradients on TPUs: in the programs that the
 compiler makes (`--check`) nothing runs beside them:
 
-    step = max(matmul, hbm, overlapped messages) + exposed messages
+    step = max(matmul, hbm, overlapped collectives) + other collectives
 
 Every result keeps the prediction beside the measured time, so that the efficiencies can be judged.
 """
@@ -22,7 +22,7 @@ from prime_jax.hardware.slices import Chip, Slice, of_device
 
 # There a reduce-scatter is made as an all-reduce, and cut (on v5e from 16 chips on).
 SUMMED_WHOLE = ("TPU v4", "TPU v5", "TPU v5 lite")
-# Shares of the peak that well-kept programs reach. Matrix products: public dense trainings (MaxText
+# Fractions of the peak that well-kept programs reach. Matrix products: public dense trainings (MaxText
 # reports 65 % on v5p and 44-50 % on v6e for 8B to 70B parameters); narrow models stay below.
 MATMUL = {"TPU v6 lite": 0.5, "TPU7x": 0.45}
 EFFICIENCY = {"matmul": 0.6, "hbm": 0.8, "link": 0.8, "network": 0.7}
@@ -42,26 +42,26 @@ class Mesh(Protocol):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one step, all per device; `messages` are overlapped, `exposed` are not."""
+    """Seconds of one step, all per device; the last two are of collectives."""
 
     matmul: float
     hbm: float
-    messages: float
-    exposed: float
+    overlapped: float
+    not_overlapped: float
 
     @property
     def step_seconds(self) -> float:
-        return max(self.matmul, self.hbm, self.messages) + self.exposed
+        return max(self.matmul, self.hbm, self.overlapped) + self.not_overlapped
 
     @property
     def bound(self) -> str:
-        parts = {"matmul": self.matmul, "hbm": self.hbm, "messages": self.messages}
+        parts = {"matmul": self.matmul, "hbm": self.hbm, "collectives": self.overlapped}
         return max(parts, key=parts.get)
 
     @property
     def communication(self) -> float:
-        """Share of the step during which the links are busy."""
-        return (self.messages + self.exposed) / self.step_seconds
+        """Fraction of the step during which the links are busy."""
+        return (self.overlapped + self.not_overlapped) / self.step_seconds
 
     def as_dict(self) -> dict[str, float]:
         return {"step_seconds": self.step_seconds, **asdict(self)}
@@ -92,7 +92,7 @@ def sizes(config: RunConfig, mesh: Mesh) -> Sizes:
         layers=layers,
         outer=embedding + head,
         held=_shared(layers + head, m.width, mesh) + _shared(embedding, thin, mesh),
-        tokens=rows * config.data.seq_len * config.copies,
+        tokens=rows * config.data.seq_len * config.sequences_read,
         item=2 if m.dtype == "bfloat16" else 4,
     )
 
@@ -110,7 +110,7 @@ def predict(config: RunConfig, mesh: Mesh, chip: Chip, slices: int = 1) -> Predi
     passes = 4 / 3 if remat == "full" else 1.0  # forward, backward (twice a forward), again forward
     arithmetic = flops.flops_per_token(config, "matmul") * step_tokens * passes / devices
     speed = chip.peak * MATMUL.get(chip.kind, EFFICIENCY["matmul"])
-    overlapped, exposed = _message_seconds(config, mesh, s, chip, slices)
+    overlapped, not_overlapped = _collective_seconds(config, mesh, s, chip, slices)
     width, ffn = config.model.width, config.model.ffn_multiple * config.model.width
     moved = MOVED_WIDTH * width + MOVED_FFN * ffn / mesh.model
     activations = 3 * passes * config.model.layers * s.tokens * parts * moved * s.item
@@ -119,13 +119,15 @@ def predict(config: RunConfig, mesh: Mesh, chip: Chip, slices: int = 1) -> Predi
     return Prediction(
         matmul=arithmetic / speed,
         hbm=traffic / (chip.memory_speed * EFFICIENCY["hbm"]),
-        messages=overlapped,
-        exposed=exposed,
+        overlapped=overlapped,
+        not_overlapped=not_overlapped,
     )
 
 
-def _message_seconds(config, mesh: Mesh, s: Sizes, chip: Chip, slices: int) -> tuple[float, float]:
-    """(overlapped, exposed) seconds of a step's messages."""
+def _collective_seconds(
+    config, mesh: Mesh, s: Sizes, chip: Chip, slices: int
+) -> tuple[float, float]:
+    """(overlapped, not overlapped) seconds of a step's collectives."""
     link = chip.link_speed * EFFICIENCY["link"]
     network = chip.network_speed * EFFICIENCY["network"]
     parts, remat = config.mesh.accumulate, config.mesh.remat
@@ -141,14 +143,14 @@ def _message_seconds(config, mesh: Mesh, s: Sizes, chip: Chip, slices: int) -> t
     summed = 2 * 4 * s.held * _ring(mesh.replica) / between  # gradients over replicas
     sums = {"none": 4, "dots": 6, "full": 6}[remat]  # of activations, per layer
     activations = config.model.layers * parts * s.tokens * config.model.width * s.item
-    exposed = 2 * sums * activations * _ring(mesh.model) / link
+    not_overlapped = 2 * sums * activations * _ring(mesh.model) / link
     if chip.platform == "tpu":
-        return gather, scatter + summed + exposed
-    return gather + scatter + summed, exposed
+        return gather, scatter + summed + not_overlapped
+    return gather + scatter + summed, not_overlapped
 
 
 def _ring(n: int) -> float:
-    """Share of an array that a device sends to gather or scatter it among n."""
+    """Fraction of an array that a device sends to gather or scatter it among n."""
     return (n - 1) / n
 
 
@@ -193,10 +195,10 @@ class Prices:
     currency: str
     per_chip_hour: dict[str, float]
 
-    def of(self, where: Slice, hours: float) -> float | None:
+    def of(self, slice_: Slice, hours: float) -> float | None:
         """Of all chips of a slice; None where the list does not say."""
-        price = self.per_chip_hour.get(where.generation)
-        return None if price is None else price * where.chips * hours
+        price = self.per_chip_hour.get(slice_.generation)
+        return None if price is None else price * slice_.chips * hours
 
 
 def load_prices(path: Path) -> Prices:

@@ -42,7 +42,7 @@ class Row(NamedTuple):
         return (
             self.kernel == kernel
             and device_kind.startswith(self.device)
-            and not 0 < self.max_length < config.data.seq_len * config.copies
+            and not 0 < self.max_length < config.data.seq_len * config.sequences_read
             and config.model.width >= self.min_width
             and (config.objective.block_length > 0 or not self.block_diffusion)
         )

@@ -29,7 +29,7 @@ from prime_jax.kernels.subtoken_head_base import (
 )
 
 # A chunk's logits stay in a CPU's cache where that leaves it MIN_ROWS; with fewer rows, passes over
-# the head and its gradient take too large a share of the time.
+# the head and its gradient take too large a fraction of the time.
 CHUNK_ELEMENTS = 1 << 20
 MIN_ROWS = 128
 ACCELERATOR_ROWS = 1024  # no such cache there: only few passes and little memory count

@@ -100,19 +100,19 @@ class Pool:
     """Identical workers for the runs of one slice.
 
     Attributes:
-        where: None for runs that any machine may take.
+        slice_: None for runs that any machine may take.
         runs: how many are unfinished, running ones included.
         data: local folders of prepared data that these runs read.
     """
 
     sweep: Sweep
-    where: Slice | None
+    slice_: Slice | None
     runs: int
     data: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.sweep.name}-{self.where.name if self.where else 'any'}"
+        return f"{self.sweep.name}-{self.slice_.name if self.slice_ else 'any'}"
 
     @property
     def want(self) -> int:
@@ -121,14 +121,14 @@ class Pool:
 
     @property
     def hosts(self) -> int:
-        return self.where.hosts if self.where else 1
+        return self.slice_.hosts if self.slice_ else 1
 
     def work(self) -> list[str]:
         """The worker's command, the same on every engine and host."""
-        chosen = ["--slice", self.where.name] if self.where else []
+        chosen = ["--slice", self.slice_.name] if self.slice_ else []
         return ["sweep", "work", self.sweep.root, *chosen]
 
-    def copies(self, source: str) -> list[tuple[str, str]]:
+    def mounts(self, source: str) -> list[tuple[str, str]]:
         """(from, to) of each data folder: SOURCE/NAME goes where the runs look for it.
 
         Raises:
@@ -142,14 +142,14 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Desk:
+class Dialogue:
     """Where engines say what they do, and ask."""
 
     console: Any
     yes: bool
     prices: "Prices | None"
 
-    def say(self, text: str, style: str = "") -> None:
+    def log(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
     def agree(self, lines: Sequence[str], question: str) -> bool:
@@ -159,20 +159,20 @@ class Desk:
             UserError: nobody is there to ask.
         """
         for line in lines:
-            self.say(line)
+            self.log(line)
         if self.yes:
             return True
         if not sys.stdin.isatty():
             raise UserError("nobody is here to answer; --yes does it without asking")
         return self.console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
-    def cost(self, where: Slice | None, workers: int) -> str:
+    def cost(self, slice_: Slice | None, workers: int) -> str:
         """Of so many workers, per hour."""
-        if where is None or self.prices is None:
-            return "cost unknown (give --prices FILE)" if where else "no accelerators"
-        price = self.prices.of(where, workers)
+        if slice_ is None or self.prices is None:
+            return "cost unknown (give --prices FILE)" if slice_ else "no accelerators"
+        price = self.prices.of(slice_, workers)
         if price is None:
-            return f"cost unknown: no {where.generation} in the price list"
+            return f"cost unknown: no {slice_.generation} in the price list"
         return f"{price:.2f} {self.prices.currency} per hour on demand ({self.prices.date})"
 
 

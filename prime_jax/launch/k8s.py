@@ -1,7 +1,7 @@
 """Kubernetes: a rendered JobSet per worker, queued by Kueue; on GKE the only way to TPU7x.
 
-One JobSet per gang, so that the restart of one leaves the others alone. Exit codes 1 and 2 end it;
-85, a crash or a lost node restart the whole gang, which continues from its checkpoint.
+One JobSet per process group, so that the restart of one leaves the others alone. Exit codes 1 and 2 end it;
+85, a crash or a lost node restart the whole process group, which continues from its checkpoint.
 """
 
 from collections.abc import Iterator
@@ -55,10 +55,10 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
 
 
 def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
-    if pool.where is None:
+    if pool.slice_ is None:
         raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
-    where, tpu = pool.where, pool.where.chip.platform == "tpu"
-    jobs = where.slices if tpu else 1
+    slice_, tpu = pool.slice_, pool.slice_.chip.platform == "tpu"
+    jobs = slice_.slices if tpu else 1
     for index in range(pool.want):
         name = f"{pool.name}-{index}"
         if len(name) > LONGEST:
@@ -69,15 +69,15 @@ def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
             sweep=pool.sweep.name,
             namespace=options.namespace,
             queue=[f"kueue.x-k8s.io/queue-name: {options.queue}"] * bool(options.queue),
-            exclusive=EXCLUSIVE * (tpu and where.hosts > jobs),
+            exclusive=EXCLUSIVE * (tpu and slice_.hosts > jobs),
             jobs=jobs,
-            hosts=where.hosts // jobs,
+            hosts=slice_.hosts // jobs,
             image=options.image,
             service_account=options.service_account,
             arguments=", ".join(f'"{word}"' for word in pool.work()),
             selector=_selector(pool, options),
             resource="google.com/tpu" if tpu else "nvidia.com/gpu",
-            chips=where.chips_per_host,
+            chips=slice_.chips_per_host,
             metadata=FUSE * bool(pool.data),
             mounts=_mounts(pool, options),
             volumes=_volumes(pool, options),
@@ -85,21 +85,21 @@ def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
 
 
 def _selector(pool: Pool, options: Options) -> list[str]:
-    where = pool.where
-    if where.chip.platform == "tpu":
+    slice_ = pool.slice_
+    if slice_.chip.platform == "tpu":
         lines = [
-            f"cloud.google.com/gke-tpu-accelerator: {TPUS[where.generation]}",
-            f"cloud.google.com/gke-tpu-topology: {where.sides}",
+            f"cloud.google.com/gke-tpu-accelerator: {TPUS[slice_.generation]}",
+            f"cloud.google.com/gke-tpu-topology: {slice_.sides}",
         ]
     else:
-        lines = [f"cloud.google.com/gke-accelerator: {GPUS[where.generation]}"]
+        lines = [f"cloud.google.com/gke-accelerator: {GPUS[slice_.generation]}"]
     return lines + ['cloud.google.com/gke-spot: "true"'] * options.spot
 
 
 def _mounts(pool: Pool, options: Options) -> list[str]:
     """Each data folder where the runs look for it, read from the bucket when needed."""
     lines = []
-    for source, path in pool.copies(options.data):
+    for source, path in pool.mounts(options.data):
         inside = source.removeprefix("gs://").partition("/")[2]
         lines += [
             "- name: data",

@@ -31,20 +31,24 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
 
 
 def _task(pool: Pool, options: Options) -> str:
-    where = pool.where
-    if where is None:
+    slice_ = pool.slice_
+    if slice_ is None:
         raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
-    if where.chip.platform == "cuda":
-        kind, nodes, extra = f"{GPUS[where.generation]}:{where.chips_per_host}", where.hosts, "cuda"
+    if slice_.chip.platform == "cuda":
+        kind, nodes, extra = (
+            f"{GPUS[slice_.generation]}:{slice_.chips_per_host}",
+            slice_.hosts,
+            "cuda",
+        )
         arguments = []
-    elif where.generation in CLOUD and where.slices == 1:
+    elif slice_.generation in CLOUD and slice_.slices == 1:
         # All hosts of a slice are one node to SkyPilot; it starts the command on each.
-        family, runtime = CLOUD[where.generation]
-        kind, nodes, extra = f"tpu-{family}-{where.name.rpartition('-')[2]}", 1, "tpu"
+        family, runtime = CLOUD[slice_.generation]
+        kind, nodes, extra = f"tpu-{family}-{slice_.name.rpartition('-')[2]}", 1, "tpu"
         arguments = ["accelerator_args:", f"  runtime_version: {runtime}"]
     else:
-        raise UserError(f"{where.name}: not for SkyPilot; render for k8s")
-    copies = [f"  {path}: {source}" for source, path in pool.copies(options.data)]
+        raise UserError(f"{slice_.name}: not for SkyPilot; render for k8s")
+    mounts = [f"  {path}: {source}" for source, path in pool.mounts(options.data)]
     return fill(
         "sky.yaml",
         name=pool.name,
@@ -52,7 +56,7 @@ def _task(pool: Pool, options: Options) -> str:
         accelerators=kind,
         arguments=arguments,
         spot=str(options.spot).lower(),
-        files=["file_mounts:", *copies] if copies else [],
+        files=["file_mounts:", *mounts] if mounts else [],
         extra=extra,
         command=shlex.join(pool.work()),
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Desk, Pool, Sweep, needs, option
+from prime_jax.launch.engine import Dialogue, Pool, Sweep, needs, option
 
 GRACE = 120  # seconds between the notice of the time limit and the limit
 
@@ -50,7 +50,7 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
     }
 
 
-def up(sweep: Sweep, options: Options, desk: Desk) -> int:
+def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
     """Submit an array for each pool that has none.
 
     Raises:
@@ -63,15 +63,15 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
     new = [pool for pool in pools if pool.name not in there]
     for pool in pools:
         if pool.name in there:
-            desk.say(f"{pool.name}: already in the queue; `down` first to change it")
+            dialogue.log(f"{pool.name}: already in the queue; `down` first to change it")
     if not pools:
-        desk.say("every run has ended")
+        dialogue.log("every run has ended")
     lines = [
         f"{pool.name}: {pool.runs} runs, array of {_tasks(pool, options)} tasks, at most "
-        f"{pool.want} at a time, {pool.hosts} nodes each; {desk.cost(pool.where, pool.want)}"
+        f"{pool.want} at a time, {pool.hosts} nodes each; {dialogue.cost(pool.slice_, pool.want)}"
         for pool in new
     ]
-    if not new or not desk.agree(lines, "submit?"):
+    if not new or not dialogue.agree(lines, "submit?"):
         return 0
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -87,21 +87,21 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
         except (FailedJobError, FailedSubmissionError) as error:
             words = [line for line in str(error).splitlines() if line.strip()]
             raise UserError(f"Slurm: {words[-1] if words else error}") from error
-        desk.say(f"{pool.name}: job {job.job_id}; logs in {executor.folder}")
+        dialogue.log(f"{pool.name}: job {job.job_id}; logs in {executor.folder}")
     return 0
 
 
-def down(sweep: Sweep, options: Options, desk: Desk) -> int:
+def down(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
     """Cancel this sweep's jobs; running workers get SIGTERM, save and leave."""
     jobs = _queue(sweep)
     if not jobs:
-        desk.say("no jobs of this sweep")
+        dialogue.log("no jobs of this sweep")
         return 0
     lines = [f"{number} {name} {state}" for number, name, state in jobs]
-    if desk.agree(lines, "cancel?"):
+    if dialogue.agree(lines, "cancel?"):
         numbers = sorted({number for number, _, _ in jobs})
         _slurm("scancel", *numbers)
-        desk.say(f"cancelled {', '.join(numbers)}")
+        dialogue.log(f"cancelled {', '.join(numbers)}")
     return 0
 
 
@@ -129,12 +129,12 @@ def _executor(pool: Pool, options: Options) -> Any:
 
     extra = dict(pair.partition("=")[::2] for pair in options.sbatch)
     executor = Executor(_logs(pool))
-    chip = pool.where.chip if pool.where else None
+    chip = pool.slice_.chip if pool.slice_ else None
     if chip and chip.platform != "cuda":
         raise UserError(f"slurm: pool {pool.name} is of TPUs; use --on tpu or --on k8s")
     setup = list(options.setup)
     if chip:
-        gpus = pool.where.chips_per_host
+        gpus = pool.slice_.chips_per_host
         # One process per node has all its GPUs; under Slurm JAX would take one per process.
         setup.append(f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}")
     given = {
@@ -144,7 +144,7 @@ def _executor(pool: Pool, options: Options) -> Any:
         "constraint": options.constraint,
         "cpus_per_task": options.cpus,
         "mem": f"{options.mem:g}G" if options.mem else None,
-        "gpus_per_node": pool.where.chips_per_host if chip else None,
+        "gpus_per_node": pool.slice_.chips_per_host if chip else None,
     }
     executor.update_parameters(
         job_name=pool.name,
@@ -155,7 +155,7 @@ def _executor(pool: Pool, options: Options) -> Any:
         stderr_to_stdout=True,
         wckey=None,
         setup=setup,
-        # Once one process of a gang has left, the others have time to save, but not for ever.
+        # Once one process of a process group has left, the others have time to save, but not for ever.
         srun_args=[f"--wait={GRACE}"],
         additional_parameters={"signal": f"TERM@{GRACE}", **extra},
         **{name: value for name, value in given.items() if value},

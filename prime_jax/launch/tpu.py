@@ -15,7 +15,7 @@ from typing import Any
 
 from prime_jax.errors import UserError
 from prime_jax.launch import archive
-from prime_jax.launch.engine import Desk, Pool, Sweep, needs
+from prime_jax.launch.engine import Dialogue, Pool, Sweep, needs
 from prime_jax.launch.tpu_request import Options, parent_of, request
 from prime_jax.runtime import storage
 
@@ -56,7 +56,7 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
     return out
 
 
-def up(sweep: Sweep, options: Options, desk: Desk) -> int:
+def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
     """Delete what is dead or idle and make what is missing; with --watch, again and again.
 
     Raises:
@@ -64,8 +64,8 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
     """
     if not sweep.root.startswith("gs://"):
         raise UserError(f"{sweep.root}: TPU VMs cannot see it; ROOT must be gs://BUCKET/DIR")
-    busy = reconcile(sweep, options, desk)
-    calm = replace(desk, yes=True)  # the number of machines has been agreed to
+    busy = reconcile(sweep, options, dialogue)
+    calm = replace(dialogue, yes=True)  # the number of machines has been agreed to
     while busy and options.watch:
         time.sleep(POLL)
         try:
@@ -73,11 +73,11 @@ def up(sweep: Sweep, options: Options, desk: Desk) -> int:
         except UserError as error:
             if not (isinstance(error, storage.Unreachable) or _transient(error.__cause__)):
                 raise
-            desk.say(f"{error}; trying again", "yellow")
+            dialogue.log(f"{error}; trying again", "yellow")
     return 0
 
 
-def reconcile(sweep: Sweep, options: Options, desk: Desk) -> bool:
+def reconcile(sweep: Sweep, options: Options, dialogue: Dialogue) -> bool:
     """One pass; whether there is something to come back for."""
     parent, packed, pools = parent_of(options), archive.pack(), sweep.pools()
     code = archive.address(sweep, packed)
@@ -90,19 +90,19 @@ def reconcile(sweep: Sweep, options: Options, desk: Desk) -> bool:
         todo = [(pool, *_difference(pool, machines)) for pool in pools]
         if stuck:
             todo = [(pool, gone, 0) for pool, gone, _ in todo]
-        lines = [line for pool, gone, new in todo for line in _describe(pool, gone, new, desk)]
+        lines = [line for pool, gone, new in todo for line in _describe(pool, gone, new, dialogue)]
         if not lines:
-            desk.say("; ".join(_counts(pool, machines) for pool in pools))
-        elif not desk.agree([packed.summary(), *lines], "go ahead?"):
+            dialogue.log("; ".join(_counts(pool, machines) for pool in pools))
+        elif not dialogue.agree([packed.summary(), *lines], "go ahead?"):
             return False
-        _delete(cloud, parent, [machine.name for _, gone, _ in todo for machine in gone], desk)
+        _delete(cloud, parent, [machine.name for _, gone, _ in todo for machine in gone], dialogue)
         for name in marks.failed if options.again else ():
             storage.remove(sweep.notes / f"{name}.failed")
         if any(new for _, _, new in todo):
             archive.publish(sweep, packed)
         for pool, _, new in todo:
             for _ in range(new):
-                desk.say(f"requested {_create(cloud, parent, pool, options, code)}")
+                dialogue.log(f"requested {_create(cloud, parent, pool, options, code)}")
     if stuck:
         raise UserError(
             f"machines could not work: {'; '.join(marks.failed.values())}; logs in "
@@ -111,19 +111,19 @@ def reconcile(sweep: Sweep, options: Options, desk: Desk) -> bool:
     return bool(machines) or any(pool.runs for pool in pools)
 
 
-def down(sweep: Sweep, options: Options, desk: Desk) -> int:
+def down(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
     """Delete every queued resource of this sweep, machines included; 1 if some remain."""
     parent = parent_of(options)
     with _cloud() as cloud:
         mine = _machines(cloud, parent, sweep, Marks())
         if not mine:
-            desk.say(f"nothing of this sweep in {options.zone}")
+            dialogue.log(f"nothing of this sweep in {options.zone}")
             return 0
-        if not desk.agree([f"{m.name} {m.state}" for m in mine], "delete?"):
+        if not dialogue.agree([f"{m.name} {m.state}" for m in mine], "delete?"):
             return 0
-        _delete(cloud, parent, [m.name for m in mine], desk)
+        _delete(cloud, parent, [m.name for m in mine], dialogue)
         left = _machines(cloud, parent, sweep, Marks())
-    desk.say(f"left: {', '.join(m.name for m in left)}" if left else "nothing is left")
+    dialogue.log(f"left: {', '.join(m.name for m in left)}" if left else "nothing is left")
     return 1 if left else 0
 
 
@@ -138,12 +138,12 @@ def _difference(pool: Pool, machines: Sequence[Machine]) -> tuple[list[Machine],
     return gone + waiting[:surplus], max(0, pool.want - len(alive))
 
 
-def _describe(pool: Pool, gone: Sequence[Machine], new: int, desk: Desk) -> Iterator[str]:
+def _describe(pool: Pool, gone: Sequence[Machine], new: int, dialogue: Dialogue) -> Iterator[str]:
     for machine in gone:
         yield f"delete {machine.name}: {machine.state} {machine.why}".rstrip()
     if new:
-        cost = desk.cost(pool.where, new)
-        yield f"make {new} x {pool.where.name} for {pool.runs} runs: {cost}"
+        cost = dialogue.cost(pool.slice_, new)
+        yield f"make {new} x {pool.slice_.name} for {pool.runs} runs: {cost}"
 
 
 def _counts(pool: Pool, machines: Sequence[Machine]) -> str:
@@ -234,7 +234,7 @@ def _create(cloud: Any, parent: str, pool: Pool, options: Options, code: str) ->
             return name
 
 
-def _delete(cloud: Any, parent: str, names: Sequence[str], desk: Desk) -> None:
+def _delete(cloud: Any, parent: str, names: Sequence[str], dialogue: Dialogue) -> None:
     """Delete with the machines, and wait: until then the quota is held."""
     from google.api_core.exceptions import NotFound
 
@@ -243,9 +243,9 @@ def _delete(cloud: Any, parent: str, names: Sequence[str], desk: Desk) -> None:
         whole = {"name": f"{parent}/queuedResources/{name}", "force": True}
         with contextlib.suppress(NotFound):  # it deleted itself, or another `up` was faster
             begun.append(cloud.delete_queued_resource(request=whole))
-            desk.say(f"deleting {name}")
+            dialogue.log(f"deleting {name}")
     if begun:
-        desk.say("waiting until they are gone: they hold quota")
+        dialogue.log("waiting until they are gone: they hold quota")
     for operation in begun:
         with contextlib.suppress(NotFound):
             operation.result(timeout=WAIT)

@@ -57,14 +57,14 @@ def request(pool: Pool, options: Options, name: str, code: str) -> dict[str, Any
     """
     if options.spot and options.reservation:
         raise UserError("--spot and --reservation exclude each other")
-    where = pool.where
-    if where is None:
+    slice_ = pool.slice_
+    if slice_ is None:
         raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
-    if where.generation not in CLOUD:
-        kind = "TPU7x is" if where.generation == "tpu7x" else "GPUs are"
-        raise UserError(f"{where.name}: {kind} not rented as TPU VMs; render for k8s or sky")
-    family, runtime = CLOUD[where.generation]
-    size = where.name.rpartition("-")[2]
+    if slice_.generation not in CLOUD:
+        kind = "TPU7x is" if slice_.generation == "tpu7x" else "GPUs are"
+        raise UserError(f"{slice_.name}: {kind} not rented as TPU VMs; render for k8s or sky")
+    family, runtime = CLOUD[slice_.generation]
+    size = slice_.name.rpartition("-")[2]
     network = {"network": options.network, "subnetwork": options.subnetwork}
     node = {
         "accelerator_type": f"{family}-{size}",
@@ -78,8 +78,8 @@ def request(pool: Pool, options: Options, name: str, code: str) -> dict[str, Any
         "metadata": {"startup-script": startup(pool, options, name, code)},
     }
     spec = {"parent": parent_of(options), "node": node}
-    if where.slices > 1:
-        spec["multislice_params"] = {"node_count": where.slices, "node_id_prefix": name}
+    if slice_.slices > 1:
+        spec["multislice_params"] = {"node_count": slice_.slices, "node_id_prefix": name}
     else:
         spec["node_id"] = name
     made: dict[str, Any] = {"tpu": {"node_spec": [spec]}}
@@ -102,8 +102,8 @@ def startup(pool: Pool, options: Options, name: str, code: str) -> str:
         "PRIME_NAME": name,
         "PRIME_PROJECT": options.project,
         "PRIME_ZONE": options.zone,
-        "PRIME_SLICE": pool.where.name,
-        "PRIME_DATA": "\n".join(f"{a} {b}" for a, b in pool.copies(options.data)),
+        "PRIME_SLICE": pool.slice_.name,
+        "PRIME_DATA": "\n".join(f"{a} {b}" for a, b in pool.mounts(options.data)),
         "PRIME_MOUNT": "yes" if options.mount else "",
         "PRIME_SETUP": "\n".join(options.setup),
         "JAX_COORDINATOR_PORT": str(PORT),

@@ -63,7 +63,7 @@ class Writer:
         directory: Path,
         about: dict[str, Any],
         config: CheckpointConfig,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         origin: dict[str, Any] | None = None,
     ):
         if not storage.is_remote(directory):
@@ -71,7 +71,7 @@ class Writer:
         elif _is_copied(directory) and not distributed.is_alone():
             raise UserError(f"{directory}: several processes save to a shared folder or to gs://")
         self.directory = directory
-        self.about, self.config, self.say, self.origin = about, config, say, origin or {}
+        self.about, self.config, self.log, self.origin = about, config, log, origin or {}
         self.seconds = 0.0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -120,9 +120,9 @@ class Writer:
             try:
                 act()
             except storage.Unreachable as error:
-                self.say(f"{error}; training goes on")
+                self.log(f"{error}; training goes on")
 
-    def save_surely(self, step: int, state: Any, patience: float) -> None:
+    def save_with_retries(self, step: int, state: Any, patience: float) -> None:
         """Save and seal, as often as it takes while the store is out of reach.
 
         Raises:
@@ -133,7 +133,7 @@ class Writer:
         while verdict == "again":
             self.try_save(step, state)
             late = time.monotonic() - began > patience
-            verdict = distributed.share(self._verdict(step, late))
+            verdict = distributed.broadcast(self._verdict(step, late))
         if verdict != "saved":
             raise storage.Unreachable(f"step {step} could not be saved in {self.directory}")
 
@@ -144,7 +144,7 @@ class Writer:
             if not distributed.is_writer() or step in self.steps():
                 return "saved"
         except storage.Unreachable as error:
-            self.say(str(error))
+            self.log(str(error))
         return "late" if late else "again"
 
     def wait(self) -> None:
@@ -165,7 +165,7 @@ class Writer:
             with _quiet_orbax():
                 response.result()
             if distributed.is_writer():
-                storage.insist(lambda: self._publish(step, target), lambda _: None, PATIENCE)
+                storage.retry(lambda: self._publish(step, target), lambda _: None, PATIENCE)
                 self._prune()
         except Exception as error:
             self._error = self._failed(step, error)
@@ -208,7 +208,7 @@ class Writer:
 class Schedule:
     """Which steps are saved: every so many, and so many minutes apart.
 
-    The steps are the same on all processes of a gang, whose clocks differ: process 0 reads its own
+    The steps are the same on all processes of a process group, whose clocks differ: process 0 reads its own
     and tells the others, at steps that all know. Between two saves it looks about log2(steps)
     times, each time half of what it believes to be left later.
     """
@@ -223,7 +223,7 @@ class Schedule:
             return True
         if not self.seconds or step < self._next:
             return False
-        wait = distributed.share(self._wait(step))
+        wait = distributed.broadcast(self._wait(step))
         self._at, self._next = step, step + wait
         return wait == 0
 
@@ -247,7 +247,7 @@ def restore(
     directories: Sequence[Path],
     abstract: Any,
     about: dict[str, Any],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Any | None:
     """The newest undamaged state in any of several checkpoint directories, or None.
 
@@ -255,18 +255,18 @@ def restore(
 
     Args:
         abstract: shapes, dtypes and shardings of the state.
-        say: told in one line about each damaged checkpoint that was skipped.
+        log: told in one line about each damaged checkpoint that was skipped.
     Raises:
         UserError: an undamaged checkpoint belongs to another run.
     """
-    found = distributed.share(_newest(directories, say) if distributed.is_writer() else None)
+    found = distributed.broadcast(_newest(directories, log) if distributed.is_writer() else None)
     if found is None:
         return None
     step, place = found
     return _load(directories[place], step, abstract, about)
 
 
-def _newest(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[int, int] | None:
+def _newest(directories: Sequence[Path], log: Callable[[str], None]) -> tuple[int, int] | None:
     """(step, place in `directories`) of the newest undamaged checkpoint."""
     found = [(step, place) for place, d in enumerate(directories) for step in steps(d)]
     found.sort(key=lambda pair: (-pair[0], pair[1]))
@@ -276,7 +276,7 @@ def _newest(directories: Sequence[Path], say: Callable[[str], None]) -> tuple[in
             return step, place
         last = (step, place) == found[-1]
         then = "none is left: beginning at step 0" if last else "trying the one before"
-        say(f"checkpoint {_data(directories[place], step)} is damaged ({damage}); {then}")
+        log(f"checkpoint {_data(directories[place], step)} is damaged ({damage}); {then}")
     return None
 
 

@@ -24,7 +24,7 @@ EXPLICIT = ("PRIME_COORDINATOR", "PRIME_PROCESSES", "PRIME_PROCESS_ID")
 
 
 @dataclass(frozen=True)
-class Gang:
+class ProcessGroup:
     """The processes of one run.
 
     Attributes:
@@ -38,8 +38,8 @@ class Gang:
     found: str
 
 
-def detect(environment: Mapping[str, str]) -> Gang | None:
-    """The gang that the environment describes, or None for a process on its own.
+def detect(environment: Mapping[str, str]) -> ProcessGroup | None:
+    """The process group that the environment describes, or None for a process on its own.
 
     Explicit variables come first, then JobSet (Kubernetes), Slurm and Cloud TPU pods. The last are
     known by their metadata server: without one that answers this takes up to 0.7 s, and nothing
@@ -51,7 +51,7 @@ def detect(environment: Mapping[str, str]) -> Gang | None:
     given = [name for name in EXPLICIT if name in environment]
     if given:
         address, count, index = _all(environment, EXPLICIT, ", ".join(given))
-        return _gang(address, count, index, "PRIME_* variables")
+        return _process_group(address, count, index, "PRIME_* variables")
     if "JOBSET_NAME" in environment:
         return _of_jobset(environment)
     if _whole(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -60,25 +60,27 @@ def detect(environment: Mapping[str, str]) -> Gang | None:
         # Two steps of one job on one node would share a port that depends on the job alone.
         step = _whole(environment, "SLURM_STEP_ID", 0, least=0)
         port = 20_000 + (_whole(environment, "SLURM_JOB_ID", 0, least=0) * 7 + step) % 20_000
-        return _gang(f"{first_host(nodes)}:{port}", count, index, "Slurm")
+        return _process_group(f"{first_host(nodes)}:{port}", count, index, "Slurm")
     if pod := tpu_metadata.find(environment):
         port = environment.get("JAX_COORDINATOR_PORT", PORT)
-        return _gang(f"{pod.coordinator}:{port}", pod.processes, pod.process, pod.found)
+        return _process_group(f"{pod.coordinator}:{port}", pod.processes, pod.process, pod.found)
     return None
 
 
-def _of_jobset(environment: Mapping[str, str]) -> Gang | None:
+def _of_jobset(environment: Mapping[str, str]) -> ProcessGroup | None:
     e = environment
     count, index = _all(e, ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"), "JOBSET_NAME")
     job = e.get("JOB_INDEX", "0")
-    if e.get("PRIME_SLICES", "1") != "1":  # each job of the set is a slice, together one gang
+    if (
+        e.get("PRIME_SLICES", "1") != "1"
+    ):  # each job of the set is a slice, together one process group
         try:
             index, job = str(int(job) * int(count) + int(index)), "0"
             count = str(int(e["PRIME_SLICES"]) * int(count))
         except ValueError as error:
             raise UserError(f"JobSet variables are not whole numbers: {error}") from error
     name = f"{e['JOBSET_NAME']}-{e.get('REPLICATED_JOB_NAME', 'workers')}-{job}-0"
-    return _gang(f"{name}.{e['JOBSET_NAME']}:{PORT}", count, index, "JobSet")
+    return _process_group(f"{name}.{e['JOBSET_NAME']}:{PORT}", count, index, "JobSet")
 
 
 def _all(environment: Mapping[str, str], names: Sequence[str], given: str) -> list[str]:
@@ -96,7 +98,9 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int =
     return int(text)
 
 
-def _gang(coordinator: str, processes: str, process: str, found: str) -> Gang | None:
+def _process_group(
+    coordinator: str, processes: str, process: str, found: str
+) -> ProcessGroup | None:
     try:
         count, index = int(processes), int(process)
     except ValueError:
@@ -108,7 +112,7 @@ def _gang(coordinator: str, processes: str, process: str, found: str) -> Gang | 
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdecimal()):
         raise UserError(f"{found}: coordinator {coordinator!r} has no port; write host:{PORT}")
-    return Gang(coordinator, count, index, found) if count > 1 else None
+    return ProcessGroup(coordinator, count, index, found) if count > 1 else None
 
 
 def first_host(nodes: str) -> str:
@@ -119,34 +123,36 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def start(say: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> Gang | None:
-    """Meet the other processes of the gang, if there is one; to be called before any JAX work.
+def start(
+    log: Callable[[str], None], environment: Mapping[str, str] = os.environ
+) -> ProcessGroup | None:
+    """Meet the other processes of the process group, if there is one; to be called before any JAX work.
 
     If they do not come in time the process ends with a line that says so, and exit code 2: JAX
     waits where no exception can reach it, and would abort with a stack trace.
 
     Returns:
-        The gang, None for a process on its own.
+        The process group, None for a process on its own.
 
     Raises:
         UserError: the environment is wrong (see `detect`), or the coordinator's address cannot
             be used.
     """
-    gang = detect(environment)
-    if gang is None:
+    group = detect(environment)
+    if group is None:
         return None
     import jax
 
     wait = _whole(environment, "PRIME_WAIT_SECONDS", WAIT_SECONDS)
     heartbeat = _whole(environment, "PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
-    others = f"{gang.processes} processes ({gang.found}), coordinator {gang.coordinator}"
+    others = f"{group.processes} processes ({group.found}), coordinator {group.coordinator}"
     advice = "check that every host runs the same command and can reach the coordinator's port"
-    say(f"process {gang.process}: waiting for {others}")
+    log(f"process {group.process}: waiting for {others}")
     if environment.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
     def give_up() -> None:
-        say(f"error: not all of {others} came within {wait} s; {advice}")
+        log(f"error: not all of {others} came within {wait} s; {advice}")
         sys.stdout.flush()
         os._exit(2)
 
@@ -155,9 +161,9 @@ def start(say: Callable[[str], None], environment: Mapping[str, str] = os.enviro
     timer.start()
     try:
         jax.distributed.initialize(
-            gang.coordinator,
-            gang.processes,
-            gang.process,
+            group.coordinator,
+            group.processes,
+            group.process,
             initialization_timeout=2 * wait + 60,  # `give_up` speaks first
             heartbeat_timeout_seconds=2 * heartbeat,  # and later `peers`
         )
@@ -166,9 +172,9 @@ def start(say: Callable[[str], None], environment: Mapping[str, str] = os.enviro
         raise UserError(f"cannot meet {others} ({reason}); {advice}") from error
     finally:
         timer.cancel()
-    say(f"process {gang.process}: all {gang.processes} are here")
-    watchdog.watch(gang, heartbeat, say)
-    return gang
+    log(f"process {group.process}: all {group.processes} are here")
+    watchdog.watch(group, heartbeat, log)
+    return group
 
 
 def is_alone() -> bool:
@@ -185,21 +191,21 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str, say: Callable[[str], None]) -> None:
+def barrier(name: str, log: Callable[[str], None]) -> None:
     """Wait for all processes, and say so before and after; a no-op for one."""
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
-        say(f"process {jax.process_index()}: {name}: waiting for the others")
+        log(f"process {jax.process_index()}: {name}: waiting for the others")
         multihost_utils.sync_global_devices(name)
-        say(f"process {jax.process_index()}: {name}: all are here")
+        log(f"process {jax.process_index()}: {name}: all are here")
 
 
-MESSAGE = 1 << 14  # bytes that `share` can carry
+MAX_MESSAGE = 1 << 14  # bytes that `broadcast` can carry
 
 
-def share(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What process 0 passes, on every process; plain JSON values, a few thousand characters."""
     import json
 
@@ -209,7 +215,7 @@ def share(value: Any) -> Any:
 
     if jax.process_count() == 1:
         return value
-    message = np.zeros(MESSAGE, np.uint8)
+    message = np.zeros(MAX_MESSAGE, np.uint8)
     if jax.process_index() == 0:
         text = np.frombuffer(json.dumps(value).encode(), np.uint8)
         message[: len(text)] = text
@@ -217,20 +223,20 @@ def share(value: Any) -> Any:
     return json.loads(shared.tobytes().rstrip(b"\0"))
 
 
-def meet(name: str, seconds: float, say: Callable[[str], None]) -> bool:
+def meet(name: str, seconds: float, log: Callable[[str], None]) -> bool:
     """Whether all processes come here within `seconds`; needs no devices, unlike `barrier`."""
     import jax
     from jax._src.distributed import global_state
 
     if jax.process_count() == 1:
         return True
-    say(f"process {jax.process_index()}: {name}: waiting {seconds:g} s for the others")
+    log(f"process {jax.process_index()}: {name}: waiting {seconds:g} s for the others")
     try:
         global_state.client.wait_at_barrier(name, int(1000 * seconds))
     except Exception:  # a time-out, or a peer that is gone: the client has no type of its own
-        say(f"process {jax.process_index()}: {name}: not all came")
+        log(f"process {jax.process_index()}: {name}: not all came")
         return False
-    say(f"process {jax.process_index()}: {name}: all are here")
+    log(f"process {jax.process_index()}: {name}: all are here")
     return True
 
 
@@ -238,14 +244,14 @@ _calls = itertools.count(1)
 
 
 def notified() -> bool:
-    """Whether a process of the gang was told to stop; True on all of them at one and the same
+    """Whether a process of the process group was told to stop; True on all of them at one and the same
     call, which every process must make equally often."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
-class Notice:
+class PreemptionGuard:
     """Signals to stop, on which all processes act at the same point.
 
     SIGTERM and SIGINT are noted; a second one acts at once. With several processes JAX's own
@@ -257,7 +263,7 @@ class Notice:
         self.number: int | None = None
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> "Notice":
+    def __enter__(self) -> "PreemptionGuard":
         import jax
 
         self.alone = jax.process_count() == 1

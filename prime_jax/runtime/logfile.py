@@ -4,7 +4,7 @@ import contextlib
 import threading
 
 from prime_jax.errors import UserError
-from prime_jax.runtime.storage import MIRROR_SECONDS, Path, insist, is_remote, told, write
+from prime_jax.runtime.storage import MIRROR_SECONDS, Path, is_remote, one_line, retry, write
 
 
 class Log:
@@ -16,7 +16,7 @@ class Log:
     def __init__(self, place: Path, text: str = "", seconds: float = MIRROR_SECONDS):
         self.place, self._remote = place, is_remote(place)
         if not self._remote:
-            with told("write", place):
+            with one_line("write", place):
                 place.write_text(text)
                 self._stream = place.open("a")
             return
@@ -26,7 +26,7 @@ class Log:
 
     def write(self, text: str) -> None:
         if not self._remote:
-            with told("write", self.place):
+            with one_line("write", self.place):
                 self._stream.write(text)
                 self._stream.flush()
             return
@@ -40,7 +40,7 @@ class Log:
         elif not self._over.is_set():
             self._over.set()
             self._thread.join()
-            insist(self._copy, lambda _: None, patience=2 * MIRROR_SECONDS)
+            retry(self._copy, lambda _: None, patience=2 * MIRROR_SECONDS)
 
     def _mirror(self, seconds: float) -> None:
         while not self._over.wait(seconds):

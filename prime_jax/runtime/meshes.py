@@ -13,7 +13,7 @@ from prime_jax.flops import param_counts
 from prime_jax.runtime.sharding import AXES
 
 # Value, gradient and two moments in float32: below this many parameters a device holds them all
-# in a GiB, and sharing them would only cost messages.
+# in a GiB, and sharing them would only cost collectives.
 SMALL = 64_000_000
 
 

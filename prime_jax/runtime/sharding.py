@@ -157,7 +157,7 @@ leave_split.defvjp(lambda x: (leave_split(x), None), lambda _, g: (g,))
 
 
 def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` on each device's share; it sums over devices itself."""
+    """`function` on each device's part; it sums over devices itself."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -187,7 +187,7 @@ def share_batch(mesh: Mesh, tree: Any, batch: int) -> Any:
     return jax.tree.map(place, tree)
 
 
-def spread(mesh: Mesh, tree: Any) -> Any:
+def shard(mesh: Mesh, tree: Any) -> Any:
     """A global batch that every process holds whole, placed over the mesh."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(

@@ -79,7 +79,7 @@ def create(place: Path, data: bytes) -> bool:
     Raises:
         UserError, Unreachable: the place cannot be written to.
     """
-    with told("write", place):
+    with one_line("write", place):
         if not is_remote(place):
             return _create_local(place, data)
         try:
@@ -97,7 +97,7 @@ def write(place: Path, data: bytes) -> None:
     Raises:
         UserError, Unreachable: the place cannot be written to.
     """
-    with told("write", place):
+    with one_line("write", place):
         if is_remote(place):
             _of(place).pipe_file(str(place), data)
             return
@@ -111,7 +111,7 @@ def write(place: Path, data: bytes) -> None:
 
 def read(place: Path) -> bytes:
     """Raises: UserError, Unreachable: it is missing or cannot be read."""
-    with told("read", place):
+    with one_line("read", place):
         if is_remote(place):
             return _of(place).cat_file(str(place))
         return place.read_bytes()
@@ -125,7 +125,7 @@ def read_all(folder: Path, names: Iterable[str]) -> list[bytes]:
     """
     base = os.fspath(folder)
     files = [f"{base}/{name}" for name in names]
-    with told("read", folder):
+    with one_line("read", folder):
         if is_remote(folder):
             fs = _of(folder)
             found = fs.cat(files) if files else {}
@@ -139,13 +139,13 @@ def read_all(folder: Path, names: Iterable[str]) -> list[bytes]:
 
 def exists(place: Path) -> bool:
     """Whether a file (or a folder, which a bucket has while something is in it) is there."""
-    with told("read", place):
+    with one_line("read", place):
         return _of(place).exists(str(place)) if is_remote(place) else place.exists()
 
 
 def names(folder: Path) -> list[str]:
     """What is directly in a folder, from one listing; nothing if there is no such folder."""
-    with told("read", folder):
+    with one_line("read", folder):
         try:
             if not is_remote(folder):
                 return os.listdir(folder)
@@ -157,7 +157,7 @@ def names(folder: Path) -> list[str]:
 def make_folder(folder: Path) -> None:
     """Raises: UserError: it cannot be made. A bucket needs no folders."""
     if not is_remote(folder):
-        with told("make", folder):
+        with one_line("make", folder):
             folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -169,7 +169,7 @@ def remove(place: Path) -> None:
     """
     import shutil
 
-    with told("remove", place), contextlib.suppress(FileNotFoundError):
+    with one_line("remove", place), contextlib.suppress(FileNotFoundError):
         if is_remote(place):
             _of(place).rm(str(place), recursive=True)
         elif place.is_dir():
@@ -180,13 +180,13 @@ def remove(place: Path) -> None:
 
 def upload(local: pathlib.Path, place: Path) -> None:
     """Copy a local folder's files to a bucket."""
-    with told("write", place):
+    with one_line("write", place):
         _of(place).put(f"{local}/", f"{place}/", recursive=True)
 
 
 def download(place: Path, local: pathlib.Path) -> None:
     """Copy the files below `place` in a bucket to a local folder."""
-    with told("read", place):
+    with one_line("read", place):
         _of(place).get(f"{place}/", f"{local}/", recursive=True)
 
 
@@ -196,7 +196,7 @@ def checksums(folder: Path) -> dict[str, list[Any]]:
     A bucket's own checksums come with its listing: nothing is read again. They differ from those
     of local files, so a copy elsewhere can be compared by sizes only (`same_sums`).
     """
-    with told("read", folder):
+    with one_line("read", folder):
         if is_remote(folder):
             found = _of(folder).find(str(folder), detail=True)
             start = len(_of(folder)._strip_protocol(str(folder))) + 1
@@ -223,7 +223,7 @@ def same_sums(one: list[Any] | None, two: list[Any]) -> bool:
     return one == two if comparable else one[0] == two[0]
 
 
-def insist(action: Callable[[], T], say: Callable[[str], None], patience: float = PATIENCE) -> T:
+def retry(action: Callable[[], T], log: Callable[[str], None], patience: float = PATIENCE) -> T:
     """Do it, again and again while the store is out of reach.
 
     Raises:
@@ -236,7 +236,7 @@ def insist(action: Callable[[], T], say: Callable[[str], None], patience: float 
         except Unreachable as error:
             if time.monotonic() - began > patience:
                 raise
-            say(f"{error}; trying again in {pause:.0f} s")
+            log(f"{error}; trying again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, MIRROR_SECONDS)
 
@@ -254,7 +254,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     make_folder(folder)
-    with told("lock", folder):
+    with one_line("lock", folder):
         stream = (folder / LOCK).open("a")
     with stream:
         try:
@@ -332,7 +332,7 @@ def _exists_already(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def told(verb: str, place: Path) -> Any:
+def one_line(verb: str, place: Path) -> Any:
     """Turns what stores raise into one line."""
     try:
         yield

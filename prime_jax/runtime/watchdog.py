@@ -1,7 +1,7 @@
-"""Notices when a process of the gang dies, and ends this one with a line that says so.
+"""Notices when a process of the process group dies, and ends this one with a line that says so.
 
 By itself JAX leaves the others in a collective that nobody answers, and aborts them in C++ after its
-heartbeat. So every process writes a beat into the coordinator's key-value store and reads the
+heartbeat. So every process writes a heartbeat into the coordinator's key-value store and reads the
 others'; JAX's own time-out is set longer. Only when the coordinator itself dies JAX is quicker: its
 abort is then given a last line.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-BEATS = "prime_jax/beat/"  # + process number; the value is `host count`, or LEFT
+HEARTBEATS = "prime_jax/beat/"  # + process number; the value is `host count`, or LEFT
 LEFT = "left"
 ADVICE = (
     "a run needs all its processes, so this one stops too; the same command on every host "
@@ -28,11 +28,11 @@ _watched: list["Watch"] = []  # at most one
 
 
 class Watch:
-    """A thread that ends the process when another one of the gang does.
+    """A thread that ends the process when another one of the process group does.
 
     Args:
         client: JAX's client of the coordinator.
-        seconds: without a new beat, after which a process counts as lost.
+        seconds: without a new heartbeat, after which a process counts as lost.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Watch:
         process: int,
         processes: int,
         seconds: float,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self.client, self.process, self.processes = client, process, processes
-        self.seconds, self.say = seconds, say
+        self.seconds, self.log = seconds, log
         self._leaving = threading.Event()
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -69,9 +69,9 @@ class Watch:
             while not self._leaving.wait(min(self.seconds / 10, 5)):
                 count += 1
                 self._publish(f"{host} {count}")
-                found = dict(self.client.key_value_dir_get(BEATS))
+                found = dict(self.client.key_value_dir_get(HEARTBEATS))
                 for process, (before, since) in seen.items():
-                    value = found.get(f"{BEATS}{process}", "")
+                    value = found.get(f"{HEARTBEATS}{process}", "")
                     if value != before:
                         seen[process] = (value, time.monotonic())
                     elif time.monotonic() - since > self.seconds:
@@ -81,7 +81,7 @@ class Watch:
             self._coordinator_lost()
 
     def _publish(self, value: str) -> None:
-        self.client.key_value_set(f"{BEATS}{self.process}", value, allow_overwrite=True)
+        self.client.key_value_set(f"{HEARTBEATS}{self.process}", value, allow_overwrite=True)
 
     def _coordinator_lost(self) -> None:
         self._end("process 0, which coordinates the others, cannot be reached")
@@ -91,7 +91,7 @@ class Watch:
         if self._leaving.is_set():
             return
         with self._ending:  # kept: who comes second waits for the end
-            self.say(f"process {self.process}: {what}; {ADVICE}")
+            self.log(f"process {self.process}: {what}; {ADVICE}")
             sys.stdout.flush()
             os._exit(1)  # other threads may wait for the lost one for ever
 
@@ -103,17 +103,17 @@ def _describe(process: int, value: str, seconds: float) -> str:
     return f"process {process}{host} has not answered for {seconds:g} s"
 
 
-def watch(gang: Any, seconds: float, say: Callable[[str], None]) -> None:
+def watch(group: Any, seconds: float, log: Callable[[str], None]) -> None:
     """Begin to watch the other processes; JAX is connected to the coordinator."""
     from jax._src import distributed  # the client is not public, and orbax uses it just so
 
     client = distributed.global_state.client
-    _watched[:] = [Watch(client, gang.process, gang.processes, seconds, say)]
+    _watched[:] = [Watch(client, group.process, group.processes, seconds, log)]
     _watched[0].start()
 
 
 @contextmanager
-def blamed() -> Iterator[None]:
+def explaining() -> Iterator[None]:
     """A collective that fails because its other end is gone leaves the last word to the watch."""
     import jax
 

@@ -1,9 +1,9 @@
 """Time grids from a measurement: for a number of steps the grid of the least loss, and for a loss
 the fewest steps.
 
-A step from hidden share u to s costs the joint negative log-probability of what it reveals; summed
+A step from hidden fraction u to s costs the joint negative log-probability of what it reveals; summed
 over a grid this is the bound `finite:T`, which the ancestral sampler of that grid attains. We
-measure the cost per revealed share, R(u, s / u), at a few points, interpolate, and find the
+measure the cost per revealed fraction, R(u, s / u), at a few points, interpolate, and find the
 cheapest path from 1 to 0 by dynamic programming. A search finds whatever noise favours; so R is the
 cost of infinitesimal steps, which grows with u and is fitted so, less what revealing sub-tokens of
 a token together saves, which is measured on the same tokens.
@@ -24,8 +24,8 @@ from prime_jax.sample.predict import Model
 
 SHARES = (0.02, 0.05, *np.linspace(0.1, 1.0, 10).round(2))  # u: hidden before the step
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # s / u: of those, hidden after it; 1 is an infinitesimal step
-POINTS = 256  # knots lie on multiples of 1 / POINTS
-MOST_STEPS = 1024  # the search grows with their cube
+POINTS = 256  # the time grid lies on multiples of 1 / POINTS
+MAX_STEPS = 1024  # the search grows with their cube
 EXAMPLES = 64  # blocks to measure on
 MEASURE_SEED = 0x617D
 
@@ -51,9 +51,9 @@ class Rates(NamedTuple):
         table = RegularGridInterpolator((SHARES, PARTS), self.rate_UxP)
         return table(np.stack([np.maximum(u, SHARES[0]), part], axis=-1))
 
-    def loss(self, knots: np.ndarray) -> float:
+    def loss(self, time_grid: np.ndarray) -> float:
         """Nats per token of a grid, falling from 1 to 0."""
-        u, s = knots[:-1], knots[1:]
+        u, s = time_grid[:-1], time_grid[1:]
         return float((self.at(u, s / u) * (u - s)).sum())
 
 
@@ -61,7 +61,7 @@ def measure(
     model: Model, params: Any, config: RunConfig, token_ExL: np.ndarray, batch: int = 32
 ) -> Rates:
     """Rates on some sequences; all points share the same random numbers, so that the surface is
-    smooth. One network call per batch and share."""
+    smooth. One network call per batch and fraction."""
     from scipy.optimize import isotonic_regression
 
     costs = jax.jit(partial(_costs, model, config))
@@ -79,8 +79,8 @@ def measure(
     return Rates((rising[:, None] - saved) / (batches * batch * token_ExL.shape[1]))
 
 
-def _costs(model: Model, config: RunConfig, params, token_BxL, share, index) -> tuple:
-    """Summed nats per revealed share of steps that start at `share`.
+def _costs(model: Model, config: RunConfig, params, token_BxL, fraction, index) -> tuple:
+    """Summed nats per revealed fraction of steps that start at `fraction`.
 
     Returns:
         of infinitesimal steps [], and what longer ones save [P - 1], by part left hidden.
@@ -88,7 +88,7 @@ def _costs(model: Model, config: RunConfig, params, token_BxL, share, index) -> 
     book, head = model.head.codebook, model.head
     shape = (*token_BxL.shape, book.length)
     level_BxLxS = jax.random.uniform(jax.random.fold_in(jax.random.key(MEASURE_SEED), index), shape)
-    hidden_BxLxS = level_BxLxS < share
+    hidden_BxLxS = level_BxLxS < fraction
     ones_BxL = jnp.ones(token_BxL.shape, jnp.float32)
     inputs = masked_inputs(config, book, token_BxL, hidden_BxLxS, ones_BxL, -1)
     h_BxLxD, head_VxD = model.network(params)(inputs.digits_BxLxS, None, None)
@@ -98,12 +98,12 @@ def _costs(model: Model, config: RunConfig, params, token_BxL, share, index) -> 
     single_NxS = _surprises(head, h_NxD, head_VxD, row_N, hidden_NxS)
 
     def saved(part):
-        later_NxS = hidden_NxS & (level_NxS < part * share)
+        later_NxS = hidden_NxS & (level_NxS < part * fraction)
         _, joint_N = subtoken_log_masses(head, h_NxD, head_VxD, row_N, hidden_NxS, later_NxS)
         alone = jnp.where(hidden_NxS & ~later_NxS, single_NxS, 0).sum()
-        return (alone + joint_N.sum()) / (share * (1 - part))
+        return (alone + joint_N.sum()) / (fraction * (1 - part))
 
-    alone = jnp.where(hidden_NxS, single_NxS, 0).sum() / share
+    alone = jnp.where(hidden_NxS, single_NxS, 0).sum() / fraction
     return alone, jax.lax.map(saved, jnp.array(PARTS[:-1], jnp.float32))
 
 
@@ -116,7 +116,7 @@ def _surprises(head: Head, h_NxD, head_VxD, row_N, hidden_NxS) -> jax.Array:
 
 
 def best(rates: Rates, steps: int) -> np.ndarray:
-    """The knots [steps + 1] of the least loss, on multiples of 1 / POINTS (or finer for more)."""
+    """The time grid [steps + 1] of the least loss, on multiples of 1 / POINTS (or finer for more)."""
     points = max(POINTS, steps)
     _, previous = _cheapest(rates, points, steps)
     at, path = points, [points]
@@ -134,7 +134,7 @@ def fewest(rates: Rates, loss: float) -> int | None:
 
 
 def _cheapest(rates: Rates, points: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Least loss from 1 with 1 .. steps steps, and for each number the knot that comes next.
+    """Least loss from 1 with 1 .. steps steps, and for each number the point that comes next.
 
     Dynamic programme: loss_k[u] = min over s < u of cost(u, s) + loss_{k-1}[s], loss_0[0] = 0.
     """

@@ -75,10 +75,10 @@ def rule_of(options: Options) -> Rule:
 
 
 def settings_of(options: Options) -> Settings:
-    shares = orders.knots(options, options.steps)
-    steps = len(shares) - 1
+    fractions = orders.time_grid(options, options.steps)
+    steps = len(fractions) - 1
     rates = np.zeros((-(-steps // STEPS_UNIT) * STEPS_UNIT, 2), np.float32)
-    rates[:steps] = remasking_rates(shares, options.remasking)
+    rates[:steps] = remasking_rates(fractions, options.remasking)
     threshold = options.threshold
     if threshold is None:
         threshold = np.inf
@@ -96,13 +96,13 @@ def settings_of(options: Options) -> Settings:
     )
 
 
-def remasking_rates(shares: np.ndarray, strength: float) -> np.ndarray:
+def remasking_rates(fractions: np.ndarray, strength: float) -> np.ndarray:
     """Per step: probability to reveal, and to hide again (ReMDM, equations of section 3).
 
-    From hidden share u to s, revealed ones are hidden with sigma = strength min(1, s / (1 - u));
-    hidden ones are revealed at the rate that leaves the share s hidden.
+    From hidden fraction u to s, revealed ones are hidden with sigma = strength min(1, s / (1 - u));
+    hidden ones are revealed at the rate that leaves the fraction s hidden.
     """
-    u, s = shares[:-1], shares[1:]
+    u, s = fractions[:-1], fractions[1:]
     sigma = strength * np.minimum(1, s / np.maximum(1 - u, 1e-12))
     sigma = np.where(u == 1, 0.0, sigma)  # nothing is revealed yet
     return np.stack([(u - s + sigma * (1 - u)) / u, sigma], axis=1)
@@ -159,7 +159,7 @@ def _adaptive(call: _Call, digits_BxLxS, count) -> jax.Array:
     plan = call.batch.plan
     step_B = orders.revealed(plan, hidden_BxLxS) + plan.block_L[:, 0] * plan.block_L.shape[1]
     drawn_BxLxS, score_BxL = call.predict(digits_BxLxS, step_B, active_BxL, score)
-    chosen_BxL = orders.surest(active_BxL, score_BxL, count_B, call.settings.threshold)
+    chosen_BxL = orders.most_confident(active_BxL, score_BxL, count_B, call.settings.threshold)
     return jnp.where(hidden_BxLxS & chosen_BxL[..., None], drawn_BxLxS, digits_BxLxS)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from prime_jax.config import nearest
 from prime_jax.errors import UserError
 
-# Orders that do not look at the model's predictions, and those that reveal the surest tokens first.
+# Orders that do not look at the model's predictions, and those that reveal the most confident tokens first.
 FIXED = ("ancestral", "random", "first-hitting", "left-to-right")
 ADAPTIVE = ("confidence", "margin", "entropy")
 GRIDS = ("uniform", "cosine")
@@ -20,8 +20,8 @@ class Options:
         gen_length: tokens to write; 0 fills the context.
         steps: reveal steps, over all blocks; what changes nothing is skipped.
         order: what is revealed when (`orders`).
-        grid: share of hidden sub-tokens over the steps: `uniform` or `cosine`.
-        knots: those shares themselves, from 1 down to 0, in place of steps and grid (`grids`).
+        grid: fraction of hidden sub-tokens over the steps: `uniform` or `cosine`.
+        time_grid: those fractions themselves, from 1 down to 0, in place of steps and grid (`grids`).
         block_length: write blocks of so many tokens, left to right; 0 for one block.
         threshold: in place of steps, reveal all tokens whose confidence or margin is at least this
             (entropy in nats: at most this), and at least one; None to reveal by steps.
@@ -29,7 +29,7 @@ class Options:
         top_k: draw among so many likeliest tokens; 0 for all.
         top_p: draw among the likeliest tokens that have this mass together (nucleus).
         cfg_scale: guidance away from what the model says without the prompt; 0 for none.
-        remasking: share of the largest possible rate at which revealed sub-tokens are hidden
+        remasking: fraction of the largest possible rate at which revealed sub-tokens are hidden
             again (ReMDM, arXiv 2503.00307, "rescale").
         cached: skip steps that reveal nothing; the samples are the same.
         stop: token at which a text ends; -1 for none.
@@ -41,7 +41,7 @@ class Options:
     steps: int = 64
     order: str = "ancestral"
     grid: str = "uniform"
-    knots: tuple[float, ...] = ()
+    time_grid: tuple[float, ...] = ()
     block_length: int = 0
     threshold: float | None = None
     temperature: float = 1.0
@@ -57,7 +57,7 @@ class Options:
 
 # What an autoregressive model has no use for.
 DIFFUSION_ONLY = (
-    *("steps", "order", "grid", "knots", "block_length", "threshold"),
+    *("steps", "order", "grid", "time_grid", "block_length", "threshold"),
     *("cfg_scale", "remasking", "cached"),
 )
 
@@ -103,11 +103,11 @@ def validate(options: Options, family: str) -> Options:
     if o.remasking:
         _require(o.order == "ancestral", "remasking", o.remasking, "needs --order ancestral")
         _require(not o.block_length, "remasking", o.remasking, "does not go with --block-length")
-    if o.knots:
-        falls = all(a > b for a, b in zip(o.knots, o.knots[1:], strict=False))
-        ends = o.knots[0] == 1 and o.knots[-1] == 0
-        _require(falls and ends, "knots", o.knots, "must fall from 1 to 0")
-        _require(not o.block_length, "block_length", o.block_length, "does not go with knots")
+    if o.time_grid:
+        falls = all(a > b for a, b in zip(o.time_grid, o.time_grid[1:], strict=False))
+        ends = o.time_grid[0] == 1 and o.time_grid[-1] == 0
+        _require(falls and ends, "time_grid", o.time_grid, "must fall from 1 to 0")
+        _require(not o.block_length, "block_length", o.block_length, "does not go with a time grid")
     return o
 
 

@@ -6,7 +6,7 @@ model's prediction says which. Fixed plans are made on the host, example by exam
 depend on (seed, example) alone. Steps at which nothing is revealed are known beforehand and cost
 nothing.
 
-With u_0 = 1 > u_1 > .. > u_T = 0 the share still hidden before each step, a sub-token of level v
+With u_0 = 1 > u_1 > .. > u_T = 0 the fraction still hidden before each step, a sub-token of level v
 in [0, 1) is revealed at the step i with u_{i+1} <= v < u_i.
 
     ancestral      independent levels: the reverse process with T steps, whose bound is `finite:T`
@@ -28,7 +28,7 @@ NEVER = np.int32(2**31 - 1)
 
 
 def spread(count: int) -> np.ndarray:
-    """Levels of `count` units revealed one after the other, evenly over the shares."""
+    """Levels of `count` units revealed one after the other, evenly over the fractions."""
     return 1 - (np.arange(count) + 0.5) / count
 
 
@@ -52,17 +52,17 @@ LEVELS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 
 
-def knots(options: Options, steps: int) -> np.ndarray:
-    """Shares hidden before each of `steps` steps and after the last: float64 [steps + 1]."""
-    if options.knots:
-        return np.array(options.knots)
+def time_grid(options: Options, steps: int) -> np.ndarray:
+    """Fractions hidden before each of `steps` steps and after the last: float64 [steps + 1]."""
+    if options.time_grid:
+        return np.array(options.time_grid)
     u = np.linspace(1, 0, steps + 1)
     return 1 - np.cos(np.pi / 2 * u) if options.grid == "cosine" else u
 
 
-def step_of(level_N: np.ndarray, knots: np.ndarray) -> np.ndarray:
-    """The step at which a level is revealed: the number of later knots above it."""
-    return np.searchsorted(-knots[1:-1], -level_N)
+def step_of(level_N: np.ndarray, time_grid: np.ndarray) -> np.ndarray:
+    """The step at which a level is revealed: the number of later points above it."""
+    return np.searchsorted(-time_grid[1:-1], -level_N)
 
 
 class Plan(NamedTuple):
@@ -83,7 +83,7 @@ class Plan(NamedTuple):
 def plan(
     options: Options, hidden_LxS: np.ndarray, rng: np.random.Generator, fixed_blocks: bool = False
 ) -> Plan:
-    """The plan of one example: blocks left to right, each with its share of the steps.
+    """The plan of one example: blocks left to right, each with its part of the steps.
 
     Args:
         fixed_blocks: they are counted from the first position (block diffusion), not from the
@@ -104,19 +104,19 @@ def plan(
         adaptive = options.order in ADAPTIVE
         count = int((inside_L if adaptive else units).sum())
         steps = count if one_each else max(1, options.steps // len(blocks))
-        shares = np.linspace(1, 0, steps + 1) if one_each else knots(options, steps)
+        fractions = np.linspace(1, 0, steps + 1) if one_each else time_grid(options, steps)
         levels = spread(count) if adaptive else LEVELS[options.order](rng, count)
-        when = start + step_of(levels, shares)
+        when = start + step_of(levels, fractions)
         if adaptive:
             when_LxS[inside_L] = np.where(hidden_LxS[inside_L], when[:, None], NEVER)
         else:
             when_LxS[units] = when
-        start += len(shares) - 1
+        start += len(fractions) - 1
     return Plan(when_LxS, block_L.astype(np.int32), np.int32(start))
 
 
 def idle_share(plan: Plan) -> float:
-    """Share of the steps of an example's plan that reveal nothing; 0 without steps."""
+    """Fraction of the steps of an example's plan that reveal nothing; 0 without steps."""
     busy = len(np.unique(plan.when_LxS[plan.when_LxS < NEVER]))
     return 1 - busy / max(int(plan.steps), busy, 1)
 
@@ -173,7 +173,7 @@ def active_block(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
     return open_BxL & (block_BxL == block_BxL.min(axis=1, keepdims=True))
 
 
-def surest(active_BxL, score_BxL, count_B, threshold) -> jax.Array:
+def most_confident(active_BxL, score_BxL, count_B, threshold) -> jax.Array:
     """bool [B, L]: the `count` active tokens of the highest score, and all above the threshold."""
     key_BxL = jnp.where(active_BxL, -score_BxL, jnp.inf)
     rank_BxL = jnp.argsort(jnp.argsort(key_BxL, axis=1), axis=1)

@@ -10,12 +10,12 @@ REPEAT = 4  # length of the n-grams whose repetition is counted
 
 
 class Quality(NamedTuple):
-    """Means over samples, and shares over all of them.
+    """Means over samples, and fractions over all of them.
 
     Attributes:
         entropy: of the tokens of one sample, nats per token.
-        repetition: share of 4-grams of a sample that occurred in it before.
-        distinct: share of different n-grams among all, for n = 1, 2, 3.
+        repetition: fraction of 4-grams of a sample that occurred in it before.
+        distinct: fraction of different n-grams among all, for n = 1, 2, 3.
     """
 
     entropy: float

@@ -50,7 +50,7 @@ class Samples(NamedTuple):
     Attributes:
         tokens: int [n] of each example.
         calls: network calls of each batch.
-        idle: share of each example's steps that reveal nothing (and are skipped).
+        idle: fraction of each example's steps that reveal nothing (and are skipped).
     """
 
     tokens: list[np.ndarray]
@@ -127,14 +127,14 @@ class Sampler:
             for start in range(0, len(members), size):
                 indices = members[start : start + size]
                 numbers = [first + i for i in indices]
-                rows, count, shares = fill(
+                rows, count, fractions = fill(
                     [canvases[i] for i in indices], numbers, length, size, options, watch
                 )
                 calls.append(count)
-                for i, tokens, share in zip(indices, rows, shares, strict=True):
+                for i, tokens, fraction in zip(indices, rows, fractions, strict=True):
                     canvas = canvases[i][: lengths[i]]
                     done[i] = self._cut(tokens[: lengths[i]], canvas, options.stop)
-                    idle[i] = share
+                    idle[i] = fraction
         return Samples(done, calls, idle)
 
     def _cut(self, tokens: np.ndarray, canvas: np.ndarray, stop: int) -> np.ndarray:
@@ -191,7 +191,7 @@ class Sampler:
         batch = loop.Batch(Plan(when, block, steps), segment, _filled_up(numbers, size))
         rule, settings = loop.rule_of(options), loop.settings_of(options)
         mesh, params = self._place(size)
-        batch, digits = sharding.spread(mesh, (batch, digits))
+        batch, digits = sharding.shard(mesh, (batch, digits))
         run = self._loop(rule, mesh)
         first, last = 0, 1 if watch else int(NEVER)
         while True:
@@ -236,7 +236,7 @@ class Sampler:
         )
         settings = autoregressive.Settings(filters, np.uint32(options.seed), np.int32(options.stop))
         run = self._decode(mesh)
-        token, count = run(params, sharding.spread(mesh, prompts), settings)
+        token, count = run(params, sharding.shard(mesh, prompts), settings)
         token = np.asarray(token)
         full = [token[row, : len(canvas)] for row, canvas in enumerate(canvases)]
         return full, int(np.max(count)), [0.0] * len(full)

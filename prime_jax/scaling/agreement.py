@@ -3,12 +3,12 @@
 import itertools
 import math
 
-from prime_jax.scaling.findings import Finding, warn
+from prime_jax.scaling.diagnostics import Diagnostic, warn
 
 Estimate = tuple[float, list[float] | None]  # a, and its interval if it has one
 
 
-def findings(estimates: dict[str, Estimate]) -> list[Finding]:
+def diagnostics(estimates: dict[str, Estimate]) -> list[Diagnostic]:
     """A warning for approaches that differ by more than their intervals allow.
 
     The sides of two intervals that face each other add in quadrature, as for independent errors.

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from prime_jax.scaling import approach2
 from prime_jax.scaling.curves import Curve, Curves
-from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.laws import Optimum
 
 Array = NDArray[np.float64]
 
 BUDGETS = 400  # at which the envelope is taken
-LEAST_SIZES, LEAST_WINNERS = 3, 4  # that compete, and that win
+MIN_SIZES, MIN_WINNERS = 3, 4  # that compete, and that win
 DEEP = 64  # best runs of each budget that are kept: a resampling lacks all of them once in e**64
 EDGE_SHARE = 0.25  # of the range of log C that edge sizes may win unmentioned
 
@@ -51,7 +51,7 @@ class Envelope:
     b_R: Array
     kind: str
     asked: bool
-    findings: tuple[Finding, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
     @property
     def counts(self) -> bool:
@@ -97,30 +97,30 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
     if curves is None or not curves.curves:
         text = "no training curves" if curves is None else "no run has a training curve"
         return _refused(curves, refuse("no_curves", text))
-    findings, usable = _schedules(curves)
+    diagnostics, usable = _schedules(curves)
     sizes = len({curve.params for curve in usable})
-    if sizes < LEAST_SIZES:
-        if not findings or not findings[-1].refusal:
-            findings.append(
+    if sizes < MIN_SIZES:
+        if not diagnostics or not diagnostics[-1].refusal:
+            diagnostics.append(
                 refuse(
                     "too_few_winners",
-                    f"training curves of {sizes} sizes; approach 1 needs {LEAST_SIZES}",
+                    f"training curves of {sizes} sizes; approach 1 needs {MIN_SIZES}",
                 )
             )
-        return _refused(curves, *findings)
+        return _refused(curves, *diagnostics)
     flops_g, race = _race(usable)
     winner, inside = race.run(np.ones(len(usable), dtype=bool))
-    findings += _edges(inside)
+    diagnostics += _edges(inside)
     wins = len(set(race.params_n[winner[inside]]))
     line = _line(flops_g, race, winner, inside)
     if line is None:
-        findings.append(
+        diagnostics.append(
             refuse(
                 "too_few_winners",
-                f"{wins} sizes win a stretch of the envelope between others; approach 1 needs {LEAST_WINNERS}",
+                f"{wins} sizes win a stretch of the envelope between others; approach 1 needs {MIN_WINNERS}",
             )
         )
-        return _refused(curves, *findings)
+        return _refused(curves, *diagnostics)
     a_R, b_R = np.full((2, replicates), np.nan)
     rng = np.random.default_rng(seed)
     for r in range(replicates):
@@ -131,7 +131,7 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
         if found:
             a_R[r], b_R[r] = found.a, found.b
     if approach2.interval(a_R, level) is None:
-        findings.append(
+        diagnostics.append(
             warn(
                 "interval_unbounded",
                 "approach 1 has no interval: without a few of its runs, too few sizes win",
@@ -147,27 +147,27 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
         b_R,
         curves.kind,
         curves.asked,
-        tuple(findings),
+        tuple(diagnostics),
     )
 
 
-def _refused(curves: Curves | None, *findings: Finding) -> Envelope:
+def _refused(curves: Curves | None, *diagnostics: Diagnostic) -> Envelope:
     none = np.empty(0)
     kind, asked = ("", False) if curves is None else (curves.kind, curves.asked)
-    return Envelope(None, (), none, none, none, none, kind, asked, findings)
+    return Envelope(None, (), none, none, none, none, kind, asked, diagnostics)
 
 
-def _schedules(curves: Curves) -> tuple[list[Finding], list[Curve]]:
+def _schedules(curves: Curves) -> tuple[list[Diagnostic], list[Curve]]:
     """The curves that may be compared along their way."""
-    findings = []
+    diagnostics = []
     if curves.missing:
-        findings.append(
+        diagnostics.append(
             warn(
                 "curves_missing", f"{curves.missing} of {curves.total} runs have no training curve"
             )
         )
     if curves.kind == "train_loss":
-        findings.append(
+        diagnostics.append(
             warn(
                 "curves_of_training_loss",
                 "the curves are training losses, averaged over 5 % of the tokens: noisy, and no likelihood of the evaluation set",
@@ -175,7 +175,7 @@ def _schedules(curves: Curves) -> tuple[list[Finding], list[Curve]]:
         )
     unknown = sum(curve.schedule == "" for curve in curves.curves)
     if unknown:
-        findings.append(
+        diagnostics.append(
             warn(
                 "schedule_unknown",
                 f"the learning-rate schedule of {unknown} runs is not known; a loss along training counts only at a constant rate",
@@ -184,15 +184,15 @@ def _schedules(curves: Curves) -> tuple[list[Finding], list[Curve]]:
     usable = [curve for curve in curves.curves if curve.schedule != "decays"]
     lost = len(curves.curves) - len(usable)
     if lost:
-        too_few = len({curve.params for curve in usable}) < LEAST_SIZES
-        say = refuse if too_few else warn
-        findings.append(
-            say(
+        too_few = len({curve.params for curve in usable}) < MIN_SIZES
+        log = refuse if too_few else warn
+        diagnostics.append(
+            log(
                 "schedule_decays",
                 f"the learning rate of {lost} of {len(curves.curves)} runs decays all along: their losses along training cannot be compared",
             )
         )
-    return findings, usable
+    return diagnostics, usable
 
 
 def _race(curves: list[Curve]) -> tuple[Array, _Race]:
@@ -222,7 +222,7 @@ def _race(curves: list[Curve]) -> tuple[Array, _Race]:
 def _line(
     flops_g: Array, race: _Race, winner: NDArray[np.intp], inside: NDArray[np.bool_]
 ) -> Line | None:
-    if len(np.unique(race.params_n[winner[inside]])) < LEAST_WINNERS:
+    if len(np.unique(race.params_n[winner[inside]])) < MIN_WINNERS:
         return None
     x = np.log(flops_g[inside])
     where = winner[inside]
@@ -252,13 +252,13 @@ def _optima(
     return tuple(out)
 
 
-def _edges(inside: NDArray[np.bool_]) -> list[Finding]:
-    share = 1 - inside.mean()
-    if share <= EDGE_SHARE:
+def _edges(inside: NDArray[np.bool_]) -> list[Diagnostic]:
+    fraction = 1 - inside.mean()
+    if fraction <= EDGE_SHARE:
         return []
     return [
         warn(
             "winner_at_edge",
-            f"over {share:.0%} of the range of compute the smallest or the largest size that got so far wins; left out, as the optimum may lie beyond it",
+            f"over {fraction:.0%} of the range of compute the smallest or the largest size that got so far wins; left out, as the optimum may lie beyond it",
         )
     ]

@@ -1,8 +1,8 @@
 """Approach 2: the best size of each budget from a parabola, and the power law through them.
 
 At a fixed budget the loss is fitted by a parabola in log N (Hoffmann et al. 2022, section 3.2);
-its vertex is N*. A vertex outside the sampled sizes is a bound, never a value, and a parabola
-without a minimum gives nothing. `a` is the usual least-squares slope through the vertices;
+its minimum is N*. A minimum outside the sampled sizes is a bound, never a value, and a parabola
+without a minimum gives nothing. `a` is the usual least-squares slope through the minima;
 `debias.correct` takes off the shift that a parabola has even without noise.
 """
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prime_jax.scaling import budgets, debias, labels, valleys
+from prime_jax.scaling import budgets, debias, isoflop_curves, labels
 from prime_jax.scaling.debias import Debiased
-from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.isoflop_curves import IsoflopCurve, Method
 from prime_jax.scaling.laws import Compute, Law
 from prime_jax.scaling.points import Points
-from prime_jax.scaling.valleys import Method, Valley
 
 Array = NDArray[np.float64]
 
-LEAST_BUDGETS = 3
+MIN_BUDGETS = 3
 OFF_CENTRE = 0.5  # of the half-width of the sizes, in log N, between their middle and the optimum
 DRIFT = 0.1  # in the exponent, between the middles of the sizes and the optima
 
@@ -31,32 +31,32 @@ class Draws:
 
     Attributes:
         params: N*_RxK of the K budgets inside.
-        vertices_RxV: log N of the lowest points of all V valleys.
+        minima_RxV: log N of the lowest points of all V curves.
     """
 
     params: Array
     a: Array
-    vertices_RxV: Array
+    minima_RxV: Array
 
 
 @dataclass(frozen=True)
 class Isoflop:
     """Approach 2 of one family; `a` is None where it is refused."""
 
-    valleys: tuple[Valley, ...]
+    curves: tuple[IsoflopCurve, ...]
     a: float | None
-    findings: tuple[Finding, ...]
+    diagnostics: tuple[Diagnostic, ...]
     method: Method = "parabola"
 
     @property
-    def inside(self) -> tuple[Valley, ...]:
-        return tuple(valley for valley in self.valleys if valley.censored is None)
+    def inside(self) -> tuple[IsoflopCurve, ...]:
+        return tuple(curve for curve in self.curves if curve.censored is None)
 
 
 def fit(
     points: Points, compute: Compute, method: Method = "parabola", weight_n: Array | None = None
 ) -> Isoflop:
-    """Valleys of all budgets, and the exponent through those with their optimum inside.
+    """IsoFLOP curves of all budgets, and the exponent through those with their optimum inside.
 
     Args:
         points: the runs.
@@ -71,49 +71,51 @@ def fit(
         params = points.params[mine]
         if budgets.spread(points.flops[mine]) > budgets.SPREAD:
             spread.append(budget)
-        elif len(np.unique(params)) < valleys.LEAST_SIZES[method]:
+        elif len(np.unique(params)) < isoflop_curves.MIN_SIZES[method]:
             few.append(budget)
         else:
-            valley = valleys.fit(budget, params, points.loss[mine], weight_n[mine], compute, method)
-            (no_minimum if valley is None else found).append(valley or budget)
-    findings = _left_out(spread, few, no_minimum, method) + _censored(found)
-    inside = [valley for valley in found if valley.censored is None]
+            curve = isoflop_curves.fit(
+                budget, params, points.loss[mine], weight_n[mine], compute, method
+            )
+            (no_minimum if curve is None else found).append(curve or budget)
+    diagnostics = _left_out(spread, few, no_minimum, method) + _censored(found)
+    inside = [curve for curve in found if curve.censored is None]
     a = None
-    if len(inside) < LEAST_BUDGETS:
-        findings.append(
+    if len(inside) < MIN_BUDGETS:
+        diagnostics.append(
             refuse(
                 "too_few_budgets",
-                f"approach 2 has {len(inside)} budgets with their optimum inside the sampled sizes; an exponent needs {LEAST_BUDGETS}",
+                f"approach 2 has {len(inside)} budgets with their optimum inside the sampled sizes; an exponent needs {MIN_BUDGETS}",
             )
         )
     else:
-        a = float(_slope(inside) @ np.log([valley.optimum.params for valley in inside]))
-    findings += _grid(inside, a)
-    return Isoflop(tuple(found), a, tuple(findings), method)
+        a = float(_slope(inside) @ np.log([curve.optimum.params for curve in inside]))
+    diagnostics += _grid(inside, a)
+    return Isoflop(tuple(found), a, tuple(diagnostics), method)
 
 
 def redraw(isoflop: Isoflop, replicates: int, seed: int) -> Draws | None:
-    """Valleys redrawn under normal noise of one unknown variance, shared by all budgets.
+    """IsoFLOP curves redrawn under normal noise of one unknown variance, shared by all budgets.
 
-    The exponent also carries the scatter of the vertices about their power law that this noise
+    The exponent also carries the scatter of the minima about their power law that this noise
     does not explain. None without a degree of freedom.
     """
     inside = isoflop.inside
-    freedom = sum(len(valley.loss_n) - 3 for valley in isoflop.valleys)
+    freedom = sum(len(curve.loss_n) - 3 for curve in isoflop.curves)
     if freedom < 1 or not inside:
         return None
     rng = np.random.default_rng(seed)
-    squares = sum(valley.squares for valley in isoflop.valleys)
+    squares = sum(curve.squares for curve in isoflop.curves)
     sigma_R = np.sqrt(squares / rng.chisquare(freedom, replicates))
-    vertices = np.stack([valleys.redraw(v, sigma_R, rng) for v in isoflop.valleys], 1)
-    log_params = vertices[:, [v.censored is None for v in isoflop.valleys]]
+    minima = np.stack([isoflop_curves.redraw(v, sigma_R, rng) for v in isoflop.curves], 1)
+    log_params = minima[:, [v.censored is None for v in isoflop.curves]]
     if isoflop.a is None:
-        return Draws(np.exp(log_params), np.full(replicates, np.nan), vertices)
-    x = np.log([valley.flops for valley in inside])
-    y = np.log([valley.optimum.params for valley in inside])
+        return Draws(np.exp(log_params), np.full(replicates, np.nan), minima)
+    x = np.log([curve.flops for curve in inside])
+    y = np.log([curve.optimum.params for curve in inside])
     excess = debias.scatter(x, y, debias.errors(log_params))
     noise = excess * rng.standard_normal(log_params.shape)
-    return Draws(np.exp(log_params), (log_params + noise) @ _slope(inside), vertices)
+    return Draws(np.exp(log_params), (log_params + noise) @ _slope(inside), minima)
 
 
 def correct(
@@ -127,11 +129,11 @@ def correct(
     """The same optima and exponent without the bias of parabolas; None where `a` is refused."""
     if isoflop.a is None:
         return None
-    vertices = None if draws is None else draws.vertices_RxV
-    return debias.correct(isoflop.valleys, vertices, law, replicates, compute, seed)
+    minima = None if draws is None else draws.minima_RxV
+    return debias.correct(isoflop.curves, minima, law, replicates, compute, seed)
 
 
-def doubts(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Finding, ...]:
+def check(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Diagnostic, ...]:
     """Why the exponent has no interval, if it has none."""
     if isoflop.a is None:
         return ()
@@ -161,37 +163,39 @@ def interval(draws_R: Array, level: float = 0.95) -> list[float] | None:
     return np.quantile(draws_R[~missing], [tail, 1 - tail]).tolist()
 
 
-def _slope(inside: tuple[Valley, ...] | list[Valley]) -> Array:
+def _slope(inside: tuple[IsoflopCurve, ...] | list[IsoflopCurve]) -> Array:
     """Weights_K whose product with log N* is the least-squares slope on log C."""
-    x = np.log([valley.flops for valley in inside])
+    x = np.log([curve.flops for curve in inside])
     x = x - x.mean()
     return x / (x @ x)
 
 
 def _left_out(
     spread: list[float], few: list[float], no_minimum: list[float], method: Method
-) -> list[Finding]:
-    findings = []
+) -> list[Diagnostic]:
+    diagnostics = []
     if spread:
-        findings.append(
+        diagnostics.append(
             warn(
                 "budget_ambiguous",
                 f"runs of {_list(spread)} FLOPs differ in their FLOPs by more than {budgets.SPREAD - 1:.0%}",
             )
         )
     if few:
-        least = valleys.LEAST_SIZES[method]
-        findings.append(warn("too_few_points", f"fewer than {least} sizes at {_list(few)} FLOPs"))
+        least = isoflop_curves.MIN_SIZES[method]
+        diagnostics.append(
+            warn("too_few_points", f"fewer than {least} sizes at {_list(few)} FLOPs")
+        )
     if no_minimum:
-        findings.append(
+        diagnostics.append(
             warn("negative_curvature", f"the parabola has no minimum at {_list(no_minimum)} FLOPs")
         )
-    return findings
+    return diagnostics
 
 
-def _grid(inside: list[Valley], a: float | None) -> list[Finding]:
-    """Sizes that are not laid around the optimum: what a vertex then owes to the grid."""
-    findings = []
+def _grid(inside: list[IsoflopCurve], a: float | None) -> list[Diagnostic]:
+    """Sizes that are not laid around the optimum: what a minimum then owes to the grid."""
+    diagnostics = []
     middle = np.array([np.log(v.low * v.high) / 2 for v in inside])
     half = np.array([np.log(v.high / v.low) / 2 for v in inside])
     best = np.log([v.optimum.params for v in inside])
@@ -201,7 +205,7 @@ def _grid(inside: list[Valley], a: float | None) -> list[Finding]:
         if far
     ]
     if off:
-        findings.append(
+        diagnostics.append(
             warn(
                 "off_centre_grid",
                 f"the optimum is in the outer half of the sampled sizes at {_list(off)} FLOPs",
@@ -210,27 +214,27 @@ def _grid(inside: list[Valley], a: float | None) -> list[Finding]:
     if a is not None:
         grid = float(_slope(inside) @ middle)
         if abs(grid - a) > DRIFT:
-            findings.append(
+            diagnostics.append(
                 warn(
                     "drifting_grid",
                     f"the middle of the sampled sizes grows as C^{grid:.2f}, the optimum as C^{a:.2f}",
                 )
             )
-    return findings
+    return diagnostics
 
 
-def _censored(valleys: list[Valley]) -> list[Finding]:
-    findings = []
+def _censored(curves: list[IsoflopCurve]) -> list[Diagnostic]:
+    diagnostics = []
     for side, edge in (("below", "smallest"), ("above", "largest")):
-        out = [valley for valley in valleys if valley.censored == side]
+        out = [curve for curve in curves if curve.censored == side]
         if out:
             where = ", ".join(
                 f"{labels.count(v.optimum.params)} at {labels.flops(v.flops)} FLOPs" for v in out
             )
-            findings.append(
+            diagnostics.append(
                 warn("optimum_outside_range", f"the optimum lies {side} the {edge} size: {where}")
             )
-    return findings
+    return diagnostics
 
 
 def _list(values: list[float]) -> str:

@@ -29,9 +29,9 @@ DELTA = 1e-3
 NAMES = ("E", "A", "alpha", "B", "beta")  # order of the unknowns
 LOGS = (0, 1, 3)  # unknowns that are logs of terms of the loss
 AGREE = 1e-9  # starts within this relative distance of the best objective agree with it
-MOST = 0.9  # of the starts should
+MIN_AGREEING = 0.9  # of the starts should
 STATIONARY = 1e-6  # largest scaled gradient of a converged fit
-FLAT = 1e-12  # share of the largest curvature that rounding cannot tell from none
+FLAT = 1e-12  # fraction of the largest curvature that rounding cannot tell from none
 SILENT, EXACT = 1e-12, 1e-30  # residual, and objective of a run, that are rounding
 
 
@@ -54,33 +54,33 @@ class Problem:
 
     def derivatives(self, theta_Px5: Array, weight_Pxn: Array) -> tuple[Array, Array, Array]:
         """Objective_P, gradient_Px5 and Hessian_Px5x5 for P settings of unknowns and weights."""
-        s_e, s_a, s_b, residual = self.shares(theta_Px5)
-        pull = np.clip(residual, -self.delta, self.delta)
-        slope = weight_Pxn * pull
-        value = np.sum(slope * (residual - 0.5 * pull), axis=1)
-        curve = weight_Pxn * (pull == residual)
+        s_e, s_a, s_b, residual = self.fractions(theta_Px5)
+        score = np.clip(residual, -self.delta, self.delta)
+        slope = weight_Pxn * score
+        value = np.sum(slope * (residual - 0.5 * score), axis=1)
+        curve = weight_Pxn * (score == residual)
         one_x, one_y, x_x, y_y, x_y = self._features
-        pull_e, pull_a, pull_b = slope * s_e, slope * s_a, slope * s_b
+        score_e, score_a, score_b = slope * s_e, slope * s_a, slope * s_b
         gradient = np.empty((len(slope), 5))
-        gradient[:, 0] = np.sum(pull_e, axis=1)
-        gradient[:, 1:3] = pull_a @ one_x
-        gradient[:, 3:5] = pull_b @ one_y
+        gradient[:, 0] = np.sum(score_e, axis=1)
+        gradient[:, 1:3] = score_a @ one_x
+        gradient[:, 3:5] = score_b @ one_y
 
-        # Two shares k, m contribute (bend s_k s_m + [k = m] slope s_k) times their features.
-        bend = curve - slope
-        bend_e, bend_a, bend_b = bend * s_e, bend * s_a, bend * s_b
+        # Two fractions k, m contribute (bend s_k s_m + [k = m] slope s_k) times their features.
+        curvature = curve - slope
+        curvature_e, curvature_a, curvature_b = curvature * s_e, curvature * s_a, curvature * s_b
         hessian = np.empty((len(slope), 5, 5))
-        hessian[:, 0, 0] = np.sum(bend_e * s_e + pull_e, axis=1)
-        hessian[:, 0, 1:3] = (bend_e * s_a) @ one_x
-        hessian[:, 0, 3:5] = (bend_e * s_b) @ one_y
-        hessian[:, 1:3, 1:3] = ((bend_a * s_a + pull_a) @ x_x).reshape(-1, 2, 2)
-        hessian[:, 3:5, 3:5] = ((bend_b * s_b + pull_b) @ y_y).reshape(-1, 2, 2)
-        hessian[:, 1:3, 3:5] = ((bend_a * s_b) @ x_y).reshape(-1, 2, 2)
+        hessian[:, 0, 0] = np.sum(curvature_e * s_e + score_e, axis=1)
+        hessian[:, 0, 1:3] = (curvature_e * s_a) @ one_x
+        hessian[:, 0, 3:5] = (curvature_e * s_b) @ one_y
+        hessian[:, 1:3, 1:3] = ((curvature_a * s_a + score_a) @ x_x).reshape(-1, 2, 2)
+        hessian[:, 3:5, 3:5] = ((curvature_b * s_b + score_b) @ y_y).reshape(-1, 2, 2)
+        hessian[:, 1:3, 3:5] = ((curvature_a * s_b) @ x_y).reshape(-1, 2, 2)
         hessian[:, 1:, 0] = hessian[:, 0, 1:]
         hessian[:, 3:5, 1:3] = hessian[:, 1:3, 3:5].transpose(0, 2, 1)
         return value, gradient, hessian
 
-    def bend(self, residual_n: Array) -> float:
+    def curvature(self, residual_n: Array) -> float:
         """mean(rho''), by the weights: what the sum of all runs has for curvature.
 
         Over a kernel density of the residuals, as few of them may lie within delta.
@@ -99,15 +99,15 @@ class Problem:
 
     def cost(self, residual: ArrayLike) -> Array:
         """rho of residuals."""
-        pull = np.clip(residual, -self.delta, self.delta)
-        return pull * (residual - 0.5 * pull)
+        score = np.clip(residual, -self.delta, self.delta)
+        return score * (residual - 0.5 * score)
 
     def residual(self, theta_5: Array) -> Array:
         """log L_hat - log L, [n]."""
-        return self.shares(theta_5[None])[3][0]
+        return self.fractions(theta_5[None])[3][0]
 
-    def shares(self, theta_Px5: Array) -> tuple[Array, Array, Array, Array]:
-        """Shares of the three terms in the predicted loss, and the residuals; each [P, n]."""
+    def fractions(self, theta_Px5: Array) -> tuple[Array, Array, Array, Array]:
+        """Fractions of the three terms in the predicted loss, and the residuals; each [P, n]."""
         e, a, alpha, b, beta = (theta_Px5[:, k : k + 1] for k in range(5))
         s_e, s_a, s_b = np.exp(e), np.exp(a - alpha * self.x_n), np.exp(b - beta * self.y_n)
         total = s_e + s_a + s_b
@@ -117,11 +117,11 @@ class Problem:
 
     def gradient_scale(self, theta_Px5: Array) -> Array:
         """The gradient_Px5 if every residual pulled the same way: what "zero" is measured by."""
-        s_e, s_a, s_b, _ = self.shares(theta_Px5)
+        s_e, s_a, s_b, _ = self.fractions(theta_Px5)
         size_x, size_y = np.abs(self.x_n), np.abs(self.y_n)
         columns = (s_e, s_a, s_a * size_x, s_b, s_b * size_y)
-        pull = min(self.delta, DELTA)  # least squares: as of residuals of 0.1 %
-        return pull * np.stack([c @ self.weight_n for c in columns], 1)
+        score = min(self.delta, DELTA)  # least squares: as of residuals of 0.1 %
+        return score * np.stack([c @ self.weight_n for c in columns], 1)
 
     def at(self, which: NDArray[np.intp]) -> "Problem":
         """For some of the P sets of losses, if there are several."""
@@ -203,9 +203,9 @@ def starts(p: Problem) -> Array:
     lowest, middle = np.exp(p.log_loss_n.min()), np.exp(np.median(p.log_loss_n))
     grid = itertools.product((0.3, 0.6, 0.9), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0), (0.3, 0.7))
     rows = []
-    for irreducible, alpha, beta, share in grid:
+    for irreducible, alpha, beta, fraction in grid:
         e = irreducible * lowest
-        a, b = share * (middle - e), (1 - share) * (middle - e)
+        a, b = fraction * (middle - e), (1 - fraction) * (middle - e)
         rows.append([np.log(e), np.log(a), alpha * p.scale[0], np.log(b), beta * p.scale[1]])
     return np.array(rows)
 
@@ -215,11 +215,11 @@ class Certificate:
     """How far a fit is from a proper minimum.
 
     Attributes:
-        gradient: largest component of the gradient, as a share of what it would be if every
+        gradient: largest component of the gradient, as a fraction of what it would be if every
             residual pulled the same way; 0 at a stationary point.
         smallest_eigenvalue: of the Hessian in the standardised unknowns that are not at a bound,
-            as a share of the largest; above FLAT at a proper minimum.
-        starts, agreeing: number of starts and the share that ends within 1e-9 of the best.
+            as a fraction of the largest; above FLAT at a proper minimum.
+        starts, agreeing: number of starts and the fraction that ends within 1e-9 of the best.
         bounds: parameters that ended at a bound of the search.
     """
 
@@ -292,7 +292,7 @@ class Audit:
 
     Attributes:
         objective: of the published law, summed over the runs.
-        excess: by which share it is above the minimum.
+        excess: by which fraction it is above the minimum.
         certificate: of the published law.
         best: the fit at the minimum.
     """

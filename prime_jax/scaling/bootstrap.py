@@ -47,7 +47,7 @@ def wild(p: Problem, fitted: Fit, run_n: ArrayLike, replicates: int, seed: int) 
     factor_RxG = np.random.default_rng(seed).choice(WEBB, (replicates, len(labels)))
     spread = np.sqrt(len(labels) / max(len(labels) - len(NAMES), 1))  # a fit hugs its data
     residual = p.residual(fitted.theta_5)
-    error = -spread * np.clip(residual, -p.delta, p.delta) / p.bend(residual)
+    error = -spread * np.clip(residual, -p.delta, p.delta) / p.curvature(residual)
     drawn = p.log_loss_n + residual + factor_RxG[:, run] * error
     squares = replace(p, log_loss_n=drawn, objective="ls", delta=np.inf)
     return _refit(squares, fitted, np.broadcast_to(p.weight_n, drawn.shape))
@@ -64,7 +64,7 @@ def _refit(p: Problem, fitted: Fit, weight_Rxn: Array) -> Law:
 
 
 def at_bound(p: Problem, replicates: Law) -> dict[str, float]:
-    """The share of replicates that end at a bound of the search, by parameter."""
+    """The fraction of replicates that end at a bound of the search, by parameter."""
     theta_Rx5 = p.theta(replicates)
     lower, upper = p.box()
     slack = 1e-9 * (upper - lower)

@@ -23,7 +23,7 @@ from prime_jax.scaling import (
     multiplier,
     parametric,
 )
-from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.joint import SharedFit
 from prime_jax.scaling.laws import Compute, Law, exponent, fit_compute
 from prime_jax.scaling.multiplier import Multiplier, Side
@@ -45,7 +45,7 @@ class Difference:
     interval: list[float] | None
 
     @property
-    def told_apart(self) -> bool:
+    def significant(self) -> bool:
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
@@ -57,7 +57,7 @@ class Contrast:
         at_family, at_baseline: the multiplier at the budgets of the family (the baseline), where C
             is what that one spends; the curves between its smallest and largest budget.
         lower_flops, lower: budgets of either, and the probability that the family's best loss is
-            lower there, from the laws and between the vertices (NaN beyond them).
+            lower there, from the laws and between the minima (NaN beyond them).
         lower_in_range: whether a budget lies within the data of both.
         exponents: differences of a, by approach 3 and approach 2 (None where that is refused).
         tests: of shared exponents, of a shared E.
@@ -81,7 +81,7 @@ class Pair:
     points: Points
     contrast: Contrast | None
     mixed: str
-    findings: tuple[Finding, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Comparison:
 
     @property
     def refused(self) -> bool:
-        return any(f.refusal for pair in self.pairs.values() for f in pair.findings)
+        return any(f.refusal for pair in self.pairs.values() for f in pair.diagnostics)
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ def compare(
     baseline: str,
     against: Sequence[str],
     settings: Settings,
-    tell: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """Compare families with a baseline.
 
     Args:
         against: the families; all others if empty.
-        tell: is called with what is being done.
+        progress: is called with what is being done.
 
     Raises:
         UserError: a family is not there, or there is nothing to compare.
@@ -147,20 +147,20 @@ def compare(
         refusals[name] = refusals[name] or _unfitted(base) + _unfitted(runs.families[name])
         for needed in (baseline, name):
             if not refusals[name] and needed not in fits:
-                tell(f"fitting {needed}")
+                progress(f"fitting {needed}")
                 fits[needed] = _fit(runs.families[needed], settings)
-    tell("resampling all families together")
+    progress("resampling all families together")
     ready = _prepare(fits, settings) if fits else {}
     pairs = {}
     for name in names:
-        tell(f"comparing {name} with {baseline}")
+        progress(f"comparing {name} with {baseline}")
         points, mixed = runs.families[name], _mixed(base, runs.families[name])
         if refusals[name]:
             pairs[name] = Pair(points, None, mixed, tuple(refusals[name]))
             continue
         contrast = _contrast(ready[name], ready[baseline], settings)
-        findings = [*_notes(base, points), *_findings(name, baseline, contrast, settings)]
-        pairs[name] = Pair(points, contrast, mixed, tuple(findings))
+        diagnostics = [*_notes(base, points), *_findings(name, baseline, contrast, settings)]
+        pairs[name] = Pair(points, contrast, mixed, tuple(diagnostics))
     return Comparison(runs, settings, baseline, pairs)
 
 
@@ -177,7 +177,7 @@ def _measure(points: Points) -> str:
     return ", ".join((measure.label, *sides))
 
 
-def _refusals(base: Points, points: Points, runs: Runs) -> list[Finding]:
+def _refusals(base: Points, points: Points, runs: Runs) -> list[Diagnostic]:
     if runs.choice.allow_mixed_kinds or not _mixed(base, points):
         return []
     same = base.measure.group[0] == points.measure.group[0]
@@ -186,7 +186,7 @@ def _refusals(base: Points, points: Points, runs: Runs) -> list[Finding]:
     return [refuse(code, f"these losses cannot be compared ({shown})")]
 
 
-def _notes(base: Points, points: Points) -> list[Finding]:
+def _notes(base: Points, points: Points) -> list[Diagnostic]:
     mixed = _mixed(base, points)
     if not mixed:
         return []
@@ -194,9 +194,11 @@ def _notes(base: Points, points: Points) -> list[Finding]:
     return [warn("mixed_evaluations" if same else "mixed_kinds", mixed)]
 
 
-def _unfitted(points: Points) -> list[Finding]:
+def _unfitted(points: Points) -> list[Diagnostic]:
     """Why approach 3 is refused, if it is."""
-    whys = [finding for finding in (*points.findings, parametric.too_few(points)) if finding]
+    whys = [
+        diagnostic for diagnostic in (*points.diagnostics, parametric.too_few(points)) if diagnostic
+    ]
     return [
         refuse(why.code, f"{points.family} has no law: {why.message}")
         for why in whys
@@ -223,9 +225,9 @@ def _prepare(fits: dict[str, _Fitted], settings: Settings) -> dict[str, _Prepare
             law,
             Law(*(np.asarray(v)[:, None] for v in _values(replicates[k]))),
             family.compute,
-            np.log([valley.flops for valley in inside]),
-            np.log([valley.optimum.loss for valley in inside]),
-            multiplier.vertex_losses(inside, settings.replicates, settings.seed + 1 + k),
+            np.log([curve.flops for curve in inside]),
+            np.log([curve.optimum.loss for curve in inside]),
+            multiplier.minimum_losses(inside, settings.replicates, settings.seed + 1 + k),
             float(points.budgets[0]),
             float(points.budgets[-1]),
         )
@@ -312,22 +314,22 @@ def _difference2(family: _Prepared, base: _Prepared, level: float) -> Difference
     return Difference(a - b, interval)
 
 
-def _findings(name: str, base: str, contrast: Contrast, settings: Settings) -> list[Finding]:
-    findings = []
+def _findings(name: str, base: str, contrast: Contrast, settings: Settings) -> list[Diagnostic]:
+    diagnostics = []
     three = contrast.exponents[0]
-    if not three.told_apart:
+    if not three.significant:
         ends = " to ".join(f"{end:+.3f}" for end in three.interval)
-        findings.append(
+        diagnostics.append(
             warn(
                 "exponents_not_told_apart",
-                f"{name} and {base} cannot be told apart by their exponents: a differs by {three.value:+.3f}, "
+                f"{name} and {base} do not differ significantly in their exponents: a differs by {three.value:+.3f}, "
                 f"{settings.level:.0%} interval {ends}",
             )
         )
     for m, who in ((contrast.at_family, name), (contrast.at_baseline, base)):
         outside = [labels.flops(c) for c in m.flops[~m.in_range]]
         if outside:
-            findings.append(
+            diagnostics.append(
                 warn(
                     "multiplier_extrapolated",
                     f"multipliers at {', '.join(outside)} FLOPs of {who} need a frontier beyond its data",
@@ -335,13 +337,13 @@ def _findings(name: str, base: str, contrast: Contrast, settings: Settings) -> l
             )
     apart = [labels.flops(c) for c in contrast.at_family.flops[_disagree(contrast.at_family)]]
     if apart:
-        findings.append(
+        diagnostics.append(
             warn(
                 "multipliers_disagree",
                 f"at {', '.join(apart)} FLOPs of {name} the law's multiplier and the interpolated one differ beyond their intervals",
             )
         )
-    return findings
+    return diagnostics
 
 
 def _disagree(m: Multiplier) -> NDArray[np.bool_]:

@@ -13,16 +13,16 @@
           "interpolated": {"value", "interval"} | null}],
         "curve": {"flops", "value", "median", "in_range": [...], "interval": [[low], [high]]}}},
    "lower": [{"flops", "probability", "interpolated" | null, "in_range"}],
-   "exponents": {"approach3": {"difference", "interval", "told_apart"}, "approach2": alike | null},
+   "exponents": {"approach3": {"difference", "interval", "significant"}, "approach2": alike | null},
    "tests": {"exponents" and "E": {"shared": [names], "p", "statistic", "simulations", "gradient",
      "params": {"baseline": {"E", "A", "B", "alpha", "beta"}, "family": {...}}}},
-   "warnings": [{"code", "message", "cure", "refusal"}]}}}
+   "warnings": [{"code", "message", "hint", "refusal"}]}}}
 
 m is how many times the compute of the baseline the family needs for one loss. A `value` or an end
 of an interval that is null is beyond all numbers: in `at_family` the baseline never reaches that
 loss (m is 0), in `at_baseline` the family never does (m is infinite), because its E is not below
-it; `never` is the share of replicates of which that is true. `value` and `interval` come from the
-laws (approach 3), `interpolated` from the frontier through the vertices of approach 2. `in_range`
+it; `never` is the fraction of replicates of which that is true. `value` and `interval` come from the
+laws (approach 3), `interpolated` from the frontier through the minima of approach 2. `in_range`
 is true where both frontiers are used within their data; anything else is an extrapolation.
 A comparison that was refused has only "kind", "mixed" and "warnings". `lower` is the probability
 that the family's best loss is below the baseline's.
@@ -55,7 +55,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
 
 def _pair(pair: Pair) -> dict[str, Any]:
     head = {"kind": pair.points.measure.kind, "mixed": pair.mixed or None}
-    warnings = {"warnings": [finding.as_dict() for finding in pair.findings]}
+    warnings = {"warnings": [diagnostic.as_dict() for diagnostic in pair.diagnostics]}
     return head | (_contrast(pair.contrast) if pair.contrast else {}) | warnings
 
 
@@ -121,7 +121,7 @@ def _difference(found: Difference) -> dict[str, Any]:
     return {
         "difference": found.value,
         "interval": found.interval,
-        "told_apart": found.told_apart,
+        "significant": found.significant,
     }
 
 

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.scaling import labels
-from prime_jax.scaling.findings import Finding, warn
+from prime_jax.scaling.diagnostics import Diagnostic, warn
 
 Array = NDArray[np.float64]
 
 SAME, JUMP = 1.05, 1.25  # largest ratio of C / (N D) at one size, and between neighbours
 
 
-def findings(flops: Array, params: Array, tokens: Array, names: list[str]) -> list[Finding]:
+def diagnostics(flops: Array, params: Array, tokens: Array, names: list[str]) -> list[Diagnostic]:
     """A warning that names two runs which cannot both be right; `names` are those of the rows."""
     order = np.argsort(params, kind="stable")
     size, ratio = np.log(params[order]), np.log((flops / (params * tokens))[order])

@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 
 BIN = 1.05  # points closer in tokens than this are averaged: single batches are noisy
 STEADY = 0.99  # of the peak learning rate: what counts as constant
-LEAST_STEADY = 0.5  # of a run must be at a constant rate, or its schedule decays
+MIN_STEADY = 0.5  # of a run must be at a constant rate, or its schedule decays
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read(source: Path, curves: Path | None, metric: str) -> tuple[Table, Logs | 
         data = table.read(source)
         return data, training_logs.load(source, metric) if source.is_dir() else None
     if curves == source and not source.is_dir():
-        data = table.read_csv(source, table.MOST_CURVE_ROWS)
+        data = table.read_csv(source, table.MAX_CURVE_ROWS)
         if training_logs.is_wide(data.columns):
             raise UserError(
                 f"{source}: curves alone; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
@@ -207,8 +207,8 @@ def _steady(log: Log, row: dict[str, Any], length: float) -> tuple[str, float, f
     if log.lr:
         rate, clock = np.array(log.lr), np.array(log.lr_clock)
         high = clock[rate >= STEADY * rate.max()]
-        share = (high.max() - high.min()) / clock.max()
-        return "constant" if share >= LEAST_STEADY else "decays", high.min(), high.max()
+        fraction = (high.max() - high.min()) / clock.max()
+        return "constant" if fraction >= MIN_STEADY else "decays", high.min(), high.max()
     named = text(row, "schedule").lower()
     if named == "wsd":
         fraction = number(row, "cooldown_fraction")

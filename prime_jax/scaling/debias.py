@@ -1,9 +1,9 @@
 """Approach 2 less its bias: optima freed from the shift of their parabolas, and their exponent.
 
-The valley of L = E + A / N**alpha + B / D**beta at fixed C is no parabola: up to a factor and a
+The IsoFLOP curve of L = E + A / N**alpha + B / D**beta at fixed C is no parabola: up to a factor and a
 constant it is exp(-alpha t) / alpha + exp(q beta t) / (q beta) in t = log N - log N* (with
 C = k N**q D). The least-squares parabola is linear in the losses, so the place of N* below a given
-vertex follows in closed form from alpha, beta and the sampled sizes; E, A and B drop out.
+minimum follows in closed form from alpha, beta and the sampled sizes; E, A and B drop out.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
 from prime_jax.scaling import newton
+from prime_jax.scaling.isoflop_curves import IsoflopCurve
 from prime_jax.scaling.laws import Compute, Law, Optimum
-from prime_jax.scaling.valleys import Valley
 
 Array = NDArray[np.float64]
 
@@ -25,7 +25,7 @@ class Debiased:
 
     Attributes:
         optima: N* and D*, and the loss of the fitted curve there.
-        shift_K: log N of each vertex above that of its optimum.
+        shift_K: log N of each minimum above that of its optimum.
         a: the exponent through them, weighted by their errors; budgets whose optimum lies at an
             edge of the sizes enter as bounds.
         log_params_RxK, a_R: redrawn from the errors; None without a degree of freedom.
@@ -38,25 +38,25 @@ class Debiased:
     a_R: Array | None
 
 
-def optimum(valley: Valley, vertex: ArrayLike, law: Law, compute: Compute) -> Array:
-    """log N* for which the parabola through this valley's sizes has its lowest point at `vertex`.
+def optimum(curve: IsoflopCurve, minimum: ArrayLike, law: Law, compute: Compute) -> Array:
+    """log N* for which the parabola through this curve's sizes has its lowest point at `minimum`.
 
-    `vertex` and the exponents of `law` broadcast. NaN where no such law exists. An interpolant
+    `minimum` and the exponents of `law` broadcast. NaN where no such law exists. An interpolant
     has no shift.
     """
-    vertex = np.asarray(vertex, dtype=np.float64)
-    if valley.interpolated:
-        return vertex
+    minimum = np.asarray(minimum, dtype=np.float64)
+    if curve.interpolated:
+        return minimum
     alpha, beta = np.asarray(law.alpha)[..., None], compute.q * np.asarray(law.beta)[..., None]
-    u, w = valley.log_params_n - valley.centre, valley.weight_n
+    u, w = curve.log_params_n - curve.centre, curve.weight_n
     design = np.stack([np.ones_like(u), u, u**2], 1)
-    slopes_2xn = (valley.covariance_3x3 @ (design.T * w))[1:]  # losses to c_1 and c_2
-    to_slope = slopes_2xn[0] + 2 * (vertex[..., None] - valley.centre) * slopes_2xn[1]
+    slopes_2xn = (curve.covariance_3x3 @ (design.T * w))[1:]  # losses to c_1 and c_2
+    to_slope = slopes_2xn[0] + 2 * (minimum[..., None] - curve.centre) * slopes_2xn[1]
     falling = np.sum(to_slope * np.exp(-alpha * u), -1) / alpha[..., 0]
     rising = np.sum(to_slope * np.exp(beta * u), -1) / beta[..., 0]
-    possible = (falling < 0) & (rising > 0)  # the two cancel at the vertex, for some N*
+    possible = (falling < 0) & (rising > 0)  # the two cancel at the minimum, for some N*
     ratio = np.where(possible, -rising / np.where(possible, falling, 1.0), np.nan)
-    return valley.centre + np.log(ratio) / (alpha[..., 0] + beta[..., 0])
+    return curve.centre + np.log(ratio) / (alpha[..., 0] + beta[..., 0])
 
 
 def exponent(x_V: Array, y_RxV: Array, sd_V: Array, side_V: NDArray[np.int_]) -> Array:
@@ -95,43 +95,43 @@ def exponent(x_V: Array, y_RxV: Array, sd_V: Array, side_V: NDArray[np.int_]) ->
 
 
 def correct(
-    valleys: tuple[Valley, ...],
-    vertices_RxV: Array | None,
+    curves: tuple[IsoflopCurve, ...],
+    minima_RxV: Array | None,
     law: Law,
     replicates: Law,
     compute: Compute,
     seed: int,
 ) -> Debiased | None:
-    """Take the shift off all valleys.
+    """Take the shift off all curves.
 
     Args:
-        valleys: at least three of them with their optimum inside.
-        vertices_RxV: their vertices in log N, redrawn from their errors.
+        curves: at least three of them with their optimum inside.
+        minima_RxV: their minima in log N, redrawn from their errors.
         law, replicates: of approach 3 and its bootstrap, for their exponents alone.
         compute: what a run costs.
         seed: of the scatter of the optima about their power law.
 
     Returns:
-        None where the law cannot have brought forth one of the vertices inside.
+        None where the law cannot have brought forth one of the minima inside.
     """
-    side_V = np.array([{None: 0, "above": 1, "below": -1}[v.censored] for v in valleys])
-    raw_V = np.log([v.optimum.params for v in valleys])
-    x_V = np.log([v.flops for v in valleys])
-    y_V = np.array([optimum(v, y, law, compute) for v, y in zip(valleys, raw_V, strict=True)])
+    side_V = np.array([{None: 0, "above": 1, "below": -1}[v.censored] for v in curves])
+    raw_V = np.log([v.optimum.params for v in curves])
+    x_V = np.log([v.flops for v in curves])
+    y_V = np.array([optimum(v, y, law, compute) for v, y in zip(curves, raw_V, strict=True)])
     inside = side_V == 0
     if not np.isfinite(y_V[inside]).all():
         return None
     sizes = np.exp(y_V[inside])
     optima = tuple(
         Optimum(v.flops, float(n), compute.tokens(v.flops, n), float(v.loss(n)))
-        for v, n in zip((v for v in valleys if v.censored is None), sizes, strict=True)
+        for v, n in zip((v for v in curves if v.censored is None), sizes, strict=True)
     )
     shift = (raw_V - y_V)[inside]
-    if vertices_RxV is None:
+    if minima_RxV is None:
         a = exponent(x_V[inside], y_V[None, inside], np.ones(inside.sum()), side_V[inside])
         return Debiased(optima, shift, a.item(), None, None)
     redrawn = np.stack(
-        [optimum(v, vertices_RxV[:, k], replicates, compute) for k, v in enumerate(valleys)], 1
+        [optimum(v, minima_RxV[:, k], replicates, compute) for k, v in enumerate(curves)], 1
     )
     sd_V = errors(redrawn)
     known = np.isfinite(y_V) & (inside | np.isfinite(sd_V))
@@ -158,7 +158,7 @@ def scatter(x_K: Array, y_K: Array, noise_K: Array) -> float:
 
 
 def errors(draws_RxV: Array) -> Array:
-    """Standard deviations by percentiles: vertices have heavy tails. NaN where a tail is lost."""
+    """Standard deviations by percentiles: minima have heavy tails. NaN where a tail is lost."""
     lost = np.isnan(draws_RxV).mean(axis=0) > 0.16
     low, high = np.nanpercentile(np.where(lost, 0.0, draws_RxV), [16, 84], axis=0)
     return np.where(lost, np.nan, (high - low) / 2)

@@ -28,12 +28,12 @@ Array = NDArray[np.float64]
 Policy = Literal["per FLOP", "per run"]
 
 SPAN, SIZES = 8.0, 13  # candidate sizes: from N*/8 to 8 N*
-REPEATS, MOST_PICKS = 2, 2  # runs of a cell each time it is picked, and how often it may be
-MOST_BUDGETS = 12
-LEAST_STEP = 2.0  # between budgets beyond the data
-LEAST_GAIN = 0.05  # of the sd: what the whole money would have to gain at the rate of a next cell
-LEAST_PICK = 0.01  # of the sd: what two more runs have to gain to be worth the trouble
-LEAST_TOKENS_PER_PARAM = 1.0
+REPEATS, MAX_PICKS = 2, 2  # runs of a cell each time it is picked, and how often it may be
+MAX_BUDGETS = 12
+MIN_STEP = 2.0  # between budgets beyond the data
+MIN_GAIN = 0.05  # of the sd: what the whole budget would have to gain at the rate of a next cell
+MIN_PICK = 0.01  # of the sd: what two more runs have to gain to be worth the trouble
+MIN_TOKENS_PER_PARAM = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Design:
 
     family: str
     target: float
-    money: float
+    flops_budget: float
     picks: tuple[Pick, ...]
     sd_before: float
     sd_after: float
@@ -90,16 +90,16 @@ def choose(
     family: FamilyFit,
     settings: Settings,
     target: float,
-    money: float,
+    flops_budget: float,
     *,
-    least_gain: float = LEAST_GAIN,
+    least_gain: float = MIN_GAIN,
     snap: Callable[[Cell], Cell | None] = lambda cell: cell,
 ) -> Design:
-    """Choose runs for `money` FLOPs that make N*(target) best known.
+    """Choose runs for `flops_budget` FLOPs that make N*(target) best known.
 
     Args:
-        least_gain: stop where `money`, spent at the gain per FLOP of the next cell, would lower
-            the sd by less than this share.
+        least_gain: stop where `flops_budget`, spent at the gain per FLOP of the next cell, would lower
+            the sd by less than this fraction.
         snap: the nearest cell that can be run, None if there is none.
 
     Raises:
@@ -117,10 +117,10 @@ def choose(
         )
     linear = linearise(family, settings)
     model_sd = _model_sd(family, linear, target)
-    cells = candidates(points, linear, target, money)
+    cells = candidates(points, linear, target, flops_budget)
     policies: tuple[Policy, ...] = ("per FLOP", "per run")
     plans = [
-        _greedy(family, linear, target, money, cells, policy, least_gain, model_sd, snap)
+        _greedy(family, linear, target, flops_budget, cells, policy, least_gain, model_sd, snap)
         for policy in policies
     ]
     # Greedy per FLOP may be left with change that buys nothing good; greedy per run spends it.
@@ -132,7 +132,7 @@ def choose(
     return Design(
         points.family,
         target,
-        money,
+        flops_budget,
         tuple(picks),
         before,
         picks[-1].sd if picks else before,
@@ -150,25 +150,25 @@ def choose(
     )
 
 
-def candidates(points: Points, linear: Linear, target: float, money: float) -> list[Cell]:
+def candidates(points: Points, linear: Linear, target: float, flops_budget: float) -> list[Cell]:
     """The ladder of budgets, continued towards the target, by sizes about each optimum.
 
     Raises:
-        UserError: `money` does not buy one cell of the smallest budget, or no size is sensible.
+        UserError: `flops_budget` does not buy one cell of the smallest budget, or no size is sensible.
     """
     ladder = points.budgets
-    if len(ladder) > MOST_BUDGETS:
-        ladder = np.array([float(f"{c:.3g}") for c in np.geomspace(*ladder[[0, -1]], MOST_BUDGETS)])
-    if money < REPEATS * ladder[0]:
+    if len(ladder) > MAX_BUDGETS:
+        ladder = np.array([float(f"{c:.3g}") for c in np.geomspace(*ladder[[0, -1]], MAX_BUDGETS)])
+    if flops_budget < REPEATS * ladder[0]:
         raise UserError(
-            f"{labels.flops(money)} FLOPs buy no cell: {REPEATS} runs of the smallest budget of "
+            f"{labels.flops(flops_budget)} FLOPs buy no cell: {REPEATS} runs of the smallest budget of "
             f"the data are {labels.flops(REPEATS * ladder[0])}"
         )
-    step = max(LEAST_STEP, (ladder[-1] / ladder[0]) ** (1 / max(1, len(ladder) - 1)))
+    step = max(MIN_STEP, (ladder[-1] / ladder[0]) ** (1 / max(1, len(ladder) - 1)))
     beyond = [float(f"{ladder[-1] * step:.2g}")]
-    while beyond[-1] * step <= min(target, money):
+    while beyond[-1] * step <= min(target, flops_budget):
         beyond.append(float(f"{beyond[-1] * step:.2g}"))
-    budgets = [c for c in [*ladder.tolist(), *beyond] if REPEATS * c <= money]
+    budgets = [c for c in [*ladder.tolist(), *beyond] if REPEATS * c <= flops_budget]
     budgets = [c for c in budgets if c <= max(target, ladder[-1])]
     cells = []
     for budget in budgets:
@@ -176,7 +176,7 @@ def candidates(points: Points, linear: Linear, target: float, money: float) -> l
         for ratio in np.geomspace(1 / SPAN, SPAN, SIZES):
             params = best * float(ratio)
             tokens = float(linear.compute.tokens(budget, params))
-            if tokens >= LEAST_TOKENS_PER_PARAM * params:
+            if tokens >= MIN_TOKENS_PER_PARAM * params:
                 cells.append(Cell(budget, params, tokens))
     if not cells:
         raise UserError(
@@ -189,8 +189,8 @@ def candidates(points: Points, linear: Linear, target: float, money: float) -> l
 def approach2_bias(linear: Linear, target: float, budget: Array, params: Array) -> float | None:
     """N*(target) of approach 2 over the law's own, less 1, on noise-free losses of this grid.
 
-    A parabola is not the law: its vertex moves with the sizes that it sees, and a line through
-    the moved vertices misses the target. None with fewer than three vertices.
+    A parabola is not the law: its minimum moves with the sizes that it sees, and a line through
+    the moved minima misses the target. None with fewer than three minima.
     """
     x, y = [], []
     for c in np.unique(budget):
@@ -199,11 +199,11 @@ def approach2_bias(linear: Linear, target: float, budget: Array, params: Array) 
             continue
         losses = linear.law.loss(sizes, linear.compute.tokens(c, sizes))
         centre = np.log(sizes).mean()
-        bend, slope, _ = np.polyfit(np.log(sizes) - centre, losses, 2)
-        vertex = centre - slope / (2 * bend) if bend > 0 else np.inf
-        if np.log(sizes).min() < vertex < np.log(sizes).max():
+        curvature, slope, _ = np.polyfit(np.log(sizes) - centre, losses, 2)
+        minimum = centre - slope / (2 * curvature) if curvature > 0 else np.inf
+        if np.log(sizes).min() < minimum < np.log(sizes).max():
             x.append(np.log(c))
-            y.append(vertex)
+            y.append(minimum)
     if len(x) < 3:
         return None
     there = np.polyval(np.polyfit(x, y, 1), np.log(target))
@@ -214,7 +214,7 @@ def _greedy(
     family: FamilyFit,
     linear: Linear,
     target: float,
-    money: float,
+    flops_budget: float,
     cells: list[Cell],
     policy: Policy,
     least_gain: float,
@@ -227,12 +227,12 @@ def _greedy(
     inverse = linear.covariance(points.params, points.tokens, family.parametric.problem.weight_n)
     flops, sizes, tokens = np.array([(c.flops, c.params, c.tokens) for c in cells]).T
     features = linear.features(sizes, tokens)
-    left, picks = np.full(len(cells), MOST_PICKS), []
+    left, picks = np.full(len(cells), MAX_PICKS), []
     variance = float(gradient @ inverse @ gradient)
-    least = least_gain * linear.sigma * math.sqrt(variance) / money  # gain per FLOP
+    least = least_gain * linear.sigma * math.sqrt(variance) / flops_budget  # gain per FLOP
     while True:
         sd = linear.sigma * math.sqrt(variance)
-        open_cells = (left > 0) & (REPEATS * flops <= money)
+        open_cells = (left > 0) & (REPEATS * flops <= flops_budget)
         if not open_cells.any():
             return picks, "the budget is spent"
         if model_sd is not None and sd < model_sd:
@@ -243,16 +243,16 @@ def _greedy(
         drop /= 1 + REPEATS * np.einsum("ni,ij,nj->n", features, inverse, features)
         gain = sd - linear.sigma * np.sqrt(np.maximum(variance - drop, 0.0))
         rate = gain / (REPEATS * flops)
-        open_cells &= (rate >= least) & (gain >= LEAST_PICK * sd)
+        open_cells &= (rate >= least) & (gain >= MIN_PICK * sd)
         if not open_cells.any():
             return picks, (
-                f"{REPEATS} more runs would lower the sd by less than {LEAST_PICK:.0%}, "
+                f"{REPEATS} more runs would lower the sd by less than {MIN_PICK:.0%}, "
                 f"or all FLOPs at their rate by less than {least_gain:.0%}"
             )
         worth = rate if policy == "per FLOP" else gain
         k = int(np.argmax(np.where(open_cells, worth, -1.0)))
         cell = snap(cells[k])
-        if cell is None or sum(pick.cell == cell for pick in picks) == MOST_PICKS:
+        if cell is None or sum(pick.cell == cell for pick in picks) == MAX_PICKS:
             left[k] = 0
             continue
         j = linear.features(np.array([cell.params]), np.array([cell.tokens]))[0]
@@ -260,7 +260,7 @@ def _greedy(
         inverse = inverse - REPEATS * np.outer(reach, reach) / (1 + REPEATS * (j @ reach))
         variance = float(gradient @ inverse @ gradient)
         left[k] -= 1
-        money -= REPEATS * cell.flops
+        flops_budget -= REPEATS * cell.flops
         picks.append(Pick(cell, REPEATS * cell.flops, linear.sigma * math.sqrt(variance)))
 
 
@@ -271,7 +271,7 @@ def _added(picks: list[Pick]) -> Array:
 
 
 def _model_sd(family: FamilyFit, linear: Linear, target: float) -> float | None:
-    """How far log N*(target) is off beyond noise, from predictions of held-out vertices.
+    """How far log N*(target) is off beyond noise, from predictions of held-out minima.
 
     Zero where they are no further off than chance takes them in 39 of 40 cases. It grows with the
     decades of extrapolation, as `validate.ModelError` has it for the loss.
@@ -282,8 +282,8 @@ def _model_sd(family: FamilyFit, linear: Linear, target: float) -> float | None:
     for step in family.rollout.steps:
         fitted = points.budget <= step.fitted[-1]
         for prediction in step.predictions:
-            vertex = _vertex_sd(family, prediction.flops)
-            if prediction.measured is None or vertex is None:
+            minimum = _minimum_sd(family, prediction.flops)
+            if prediction.measured is None or minimum is None:
                 continue
             error = np.log(prediction.parametric.params / prediction.measured.params)
             try:
@@ -291,21 +291,21 @@ def _model_sd(family: FamilyFit, linear: Linear, target: float) -> float | None:
             except UserError:  # so few budgets do not determine the law
                 continue
             squares.append(float(error) ** 2)
-            chance.append(noise**2 + vertex**2)
+            chance.append(noise**2 + minimum**2)
             distance.append(prediction.decades**2)
             budgets.add(prediction.flops)
     if not squares:
         return None
-    # Predictions of one budget share its vertex, so they count as one.
+    # Predictions of one budget share its minimum, so they count as one.
     if sum(squares) <= sum(chance) * chi2.ppf(0.975, len(budgets)) / len(budgets):
         return 0.0
     per_decade = math.sqrt((sum(squares) - sum(chance)) / sum(distance))
     return per_decade * float(validate.distance(points, target))
 
 
-def _vertex_sd(family: FamilyFit, flops: float) -> float | None:
+def _minimum_sd(family: FamilyFit, flops: float) -> float | None:
     """Of log N* of approach 2 at a budget; None where it has none."""
-    inside = [valley.flops for valley in family.isoflop.inside]
+    inside = [curve.flops for curve in family.isoflop.inside]
     if family.draws is None or flops not in inside:
         return None
     sd = float(debias.errors(np.log(family.draws.params))[inside.index(flops)])

@@ -82,7 +82,7 @@ def flops_axis(panel: Axes) -> None:
 
 
 def percent_axis(panel: Axes) -> None:
-    """A y axis of signed shares."""
+    """A y axis of signed fractions."""
     panel.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:+.3g}%" if v else "0"))
 
 

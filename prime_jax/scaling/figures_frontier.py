@@ -102,14 +102,14 @@ def _vertices(
     panel: Axes, family: FamilyFit, quantity: str, colour: str, level: float
 ) -> list[tuple[float, float]]:
     """The optima of approach 2, those that are bounds as open arrows; their places."""
-    valleys = family.isoflop.valleys if family.isoflop else ()
+    curves = family.isoflop.curves if family.isoflop else ()
     places, inside = [], 0
-    for valley in valleys:
-        x, y = valley.flops, float(getattr(valley.optimum, quantity))
+    for curve in curves:
+        x, y = curve.flops, float(getattr(curve.optimum, quantity))
         places.append((x, y))
-        if valley.censored:
+        if curve.censored:
             # Below the smallest N means above its D; a bound on the loss is always an upper one.
-            up = (valley.censored == "above") == (quantity == "params") and quantity != "loss"
+            up = (curve.censored == "above") == (quantity == "params") and quantity != "loss"
             panel.plot(x, y, "^" if up else "v", color=colour, markerfacecolor="white", zorder=4)
             continue
         panel.plot(
@@ -137,8 +137,8 @@ def _frontier_legend(figure: Figure, fit: ScalingFit, extra: Sequence[Line2D]) -
         mark("o", "approach 2", markersize=5),
         *extra,
     ]
-    valleys = [v for f in fit.families.values() if f.isoflop for v in f.isoflop.valleys]
-    if any(valley.censored for valley in valleys):
+    curves = [v for f in fit.families.values() if f.isoflop for v in f.isoflop.curves]
+    if any(curve.censored for curve in curves):
         handles.append(
             mark(
                 "v",

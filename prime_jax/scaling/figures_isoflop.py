@@ -1,4 +1,4 @@
-"""Loss against size at each budget: parabolas, their vertices, and the fitted law."""
+"""Loss against size at each budget: parabolas, their minima, and the fitted law."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from prime_jax.scaling import approach2, labels
 from prime_jax.scaling.drawing import GREY, count_axis, mark, panels_of, room_for_names, shades_of
 from prime_jax.scaling.fit import FamilyFit, ScalingFit
 
-MOST_LABELS = 10  # budgets named beside their curves; more get a colour bar
+MAX_LABELS = 10  # budgets named beside their curves; more get a colour bar
 CENSORED = {"below": "<", "above": ">"}
 
 
@@ -25,16 +25,16 @@ def isoflop(fit: ScalingFit) -> Figure:
         panel.set_title(name)
         panel.set_xlabel(labels.params_axis(fit.runs.columns))
         panel.set_ylabel(labels.loss_axis([family.points.measure.kind]))
-    if max(len(family.points.budgets) for family in fit.families.values()) > MOST_LABELS:
+    if max(len(family.points.budgets) for family in fit.families.values()) > MAX_LABELS:
         figure.colorbar(shades, ax=panels, label=labels.flops_axis(fit.runs.columns))
-    valleys = [v for f in fit.families.values() if f.isoflop for v in f.isoflop.valleys]
+    curves = [v for f in fit.families.values() if f.isoflop for v in f.isoflop.curves]
     handles = [
         mark("o", "run", markersize=4),
         Line2D([], [], color=GREY, label="parabola (approach 2)"),
         Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="fitted law (approach 3)"),
-        mark("*", "vertex: N*", markersize=9, markeredgecolor="white", markeredgewidth=0.5),
+        mark("*", "minimum: N*", markersize=9, markeredgecolor="white", markeredgewidth=0.5),
     ]
-    if any(valley.censored for valley in valleys):
+    if any(curve.censored for curve in curves):
         handles.append(mark(">", "only a bound on N*", markersize=7, markerfacecolor="white"))
     figure.legend(
         handles=handles,
@@ -48,7 +48,7 @@ def isoflop(fit: ScalingFit) -> Figure:
 
 def _valleys(panel: Axes, family: FamilyFit, shades: ScalarMappable) -> None:
     points = family.points
-    valleys = {v.flops: v for v in family.isoflop.valleys} if family.isoflop else {}
+    curves = {v.flops: v for v in family.isoflop.curves} if family.isoflop else {}
     for budget in points.budgets:
         shade = shades.to_rgba(budget)
         mine = points.budget == budget
@@ -61,11 +61,11 @@ def _valleys(panel: Axes, family: FamilyFit, shades: ScalarMappable) -> None:
         if family.parametric:
             law = family.parametric.fit.law.loss(grid, family.compute.tokens(budget, grid))
             panel.plot(grid, law, color=shade, linewidth=0.9, linestyle=(0, (4, 2)))
-        if budget in valleys:
-            panel.plot(grid, valleys[budget].loss(grid), color=shade, linewidth=1.2)
-            _vertex(panel, valleys[budget], shade)
-            end = valleys[budget].loss(grid[-1:])[0]
-        if len(points.budgets) <= MOST_LABELS:
+        if budget in curves:
+            panel.plot(grid, curves[budget].loss(grid), color=shade, linewidth=1.2)
+            _minimum(panel, curves[budget], shade)
+            end = curves[budget].loss(grid[-1:])[0]
+        if len(points.budgets) <= MAX_LABELS:
             panel.annotate(
                 labels.flops(budget), (grid[-1], end), xytext=(4, 0), textcoords="offset points",
                 fontsize=7, color=shade, va="center", annotation_clip=False,
@@ -74,12 +74,12 @@ def _valleys(panel: Axes, family: FamilyFit, shades: ScalarMappable) -> None:
     count_axis(panel, "x")
 
 
-def _vertex(panel: Axes, valley: approach2.Valley, shade: Any) -> None:
-    place = valley.optimum.params, valley.optimum.loss
-    if valley.censored:
+def _minimum(panel: Axes, curve: approach2.IsoflopCurve, shade: Any) -> None:
+    place = curve.optimum.params, curve.optimum.loss
+    if curve.censored:
         panel.plot(
             *place,
-            CENSORED[valley.censored],
+            CENSORED[curve.censored],
             color=shade,
             markerfacecolor="white",
             markersize=7,

@@ -18,7 +18,7 @@ from prime_jax.scaling import (
 )
 from prime_jax.scaling.curves import Curves
 from prime_jax.scaling.debias import Debiased
-from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.laws import Compute, Law, Optimum, exponent, fit_compute, optimum
 from prime_jax.scaling.parametric import Parametric
 from prime_jax.scaling.points import Points, Runs
@@ -40,10 +40,10 @@ class FamilyFit:
     parametric: Parametric | None
     isoflop: approach2.Isoflop | None
     draws: approach2.Draws | None
-    refusals: tuple[Finding, ...]  # of the family as a whole, or of approach 3
+    refusals: tuple[Diagnostic, ...]  # of the family as a whole, or of approach 3
     debiased: Debiased | None = None
     envelope: approach1.Envelope | None = None
-    doubts: tuple[Finding, ...] = ()  # about the approaches together
+    disagreements: tuple[Diagnostic, ...] = ()  # about the approaches together
     rollout: Rollout | None = None  # None without approach 3
 
     @property
@@ -54,15 +54,15 @@ class FamilyFit:
     @property
     def reason(self) -> str:
         """Why it is not fitted."""
-        return next(finding.message for finding in self.findings if finding.refusal)
+        return next(diagnostic.message for diagnostic in self.diagnostics if diagnostic.refusal)
 
     @property
-    def findings(self) -> tuple[Finding, ...]:
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
         """All of them, those of the data first; not those of an envelope that nobody asked for."""
         envelope = self.envelope if self.envelope and self.envelope.counts else None
         parts = (self.parametric, self.isoflop, envelope, self.rollout)
-        own = [finding for part in parts if part for finding in part.findings]
-        return (*self.points.findings, *self.refusals, *own, *self.doubts)
+        own = [diagnostic for part in parts if part for diagnostic in part.diagnostics]
+        return (*self.points.diagnostics, *self.refusals, *own, *self.disagreements)
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class ScalingFit:
     settings: Settings
     families: dict[str, FamilyFit]
     groups: tuple[tuple[str, ...], ...]  # families whose losses may share an axis
-    findings: tuple[Finding, ...]  # of the runs as a whole
+    diagnostics: tuple[Diagnostic, ...]  # of the runs as a whole
 
     @property
     def refused(self) -> bool:
-        families = [f for family in self.families.values() for f in family.findings]
-        return any(finding.refusal for finding in (*self.findings, *families))
+        families = [f for family in self.families.values() for f in family.diagnostics]
+        return any(diagnostic.refusal for diagnostic in (*self.diagnostics, *families))
 
 
 def fit_runs(
     runs: Runs,
     settings: Settings = DEFAULTS,
-    tell: Callable[[str], None] = lambda family: None,
+    progress: Callable[[str], None] = lambda family: None,
     curves: Mapping[str, Curves] | None = None,
 ) -> ScalingFit:
     """Fit every family.
@@ -90,7 +90,7 @@ def fit_runs(
     Args:
         runs: the points.
         settings: how.
-        tell: called with the name of each family before its turn.
+        progress: called with the name of each family before its turn.
         curves: training curves by family, for approach 1.
 
     Raises:
@@ -98,7 +98,7 @@ def fit_runs(
     """
     families = {}
     for name, points in runs.families.items():
-        tell(name)
+        progress(name)
         families[name] = fit_family(points, settings, (curves or {}).get(name))
     if not any(family.fitted for family in families.values()):
         reasons = (f"{name}: {family.reason}" for name, family in families.items())
@@ -111,13 +111,13 @@ def fit_family(
     points: Points, settings: Settings = DEFAULTS, curves: Curves | None = None
 ) -> FamilyFit:
     compute = fit_compute(points.flops, points.params, points.tokens)
-    refusals = tuple(f for f in points.findings if f.refusal)
+    refusals = tuple(f for f in points.diagnostics if f.refusal)
     if refusals:
         return FamilyFit(points, compute, None, None, None, ())
     isoflop = approach2.fit(points, compute, settings.approach2)
     draws = approach2.redraw(isoflop, settings.replicates, settings.seed)
-    doubts = approach2.doubts(isoflop, draws, settings.level)
-    isoflop = replace(isoflop, findings=isoflop.findings + doubts)
+    disagreements = approach2.check(isoflop, draws, settings.level)
+    isoflop = replace(isoflop, diagnostics=isoflop.diagnostics + disagreements)
     envelope = approach1.fit(curves, settings.replicates, settings.seed, settings.level)
     refusal = parametric.too_few(points)
     three = None if refusal else parametric.fit(points, compute, settings)
@@ -133,7 +133,9 @@ def fit_family(
     family = replace(
         family, debiased=_debiased(family, settings), rollout=_rollout(family, settings)
     )
-    return replace(family, doubts=tuple(agreement.findings(exponents(family, settings.level))))
+    return replace(
+        family, disagreements=tuple(agreement.diagnostics(exponents(family, settings.level)))
+    )
 
 
 def exponents(family: FamilyFit, level: float) -> dict[str, agreement.Estimate]:
@@ -164,7 +166,7 @@ def _rollout(family: FamilyFit, settings: Settings) -> Rollout | None:
 
 
 def _debiased(family: FamilyFit, settings: Settings) -> Debiased | None:
-    """Approach 2 without the bias of parabolas, if approach 3 knows how steep the valleys are."""
+    """Approach 2 without the bias of parabolas, if approach 3 knows how steep the curves are."""
     part = family.parametric
     if part is None or part.fit.certificate.bounds or family.isoflop is None:
         return None
@@ -198,8 +200,8 @@ def _groups(runs: Runs) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in groups.values())
 
 
-def _findings(runs: Runs, groups: tuple[tuple[str, ...], ...]) -> tuple[Finding, ...]:
-    findings = []
+def _findings(runs: Runs, groups: tuple[tuple[str, ...], ...]) -> tuple[Diagnostic, ...]:
+    diagnostics = []
     measures = {points.measure.group: points.measure for points in runs.families.values()}
     if len(measures) > 1:
         shown = "; ".join(
@@ -208,18 +210,18 @@ def _findings(runs: Runs, groups: tuple[tuple[str, ...], ...]) -> tuple[Finding,
         how = "drawn on separate axes" if len(groups) > 1 else "drawn on one axis, as asked"
         kinds = {group[0] for group in measures}
         code = "mixed_kinds" if len(kinds) > 1 else "mixed_evaluations"
-        findings.append(warn(code, f"families cannot be compared and are {how}: {shown}"))
+        diagnostics.append(warn(code, f"families cannot be compared and are {how}: {shown}"))
     for family in dict.fromkeys(run.family for run in runs.excluded):
         if family not in runs.families:
-            findings.append(
+            diagnostics.append(
                 refuse("too_few_points", f"family {family} has no run that can be used")
             )
     largest = max(points.budgets[-1] for points in runs.families.values())
     if largest < SMALL_SCALE:
-        findings.append(
+        diagnostics.append(
             warn(
                 "small_scale",
                 f"the largest budget is {labels.flops(largest)} FLOPs: at this scale the exponents illustrate the tool and are not a scientific result",
             )
         )
-    return tuple(findings)
+    return tuple(diagnostics)

@@ -24,7 +24,7 @@ Index = NDArray[np.intp]
 EXPONENTS, IRREDUCIBLE = ("alpha", "beta"), ("E",)
 SILENT = 1e-9  # a statistic of this size is rounding, as of data without noise
 START_STRIDE = 6  # every sixth start of approach 3, besides the laws of the families alone
-LEAST_SHARED = 10  # cells, for a correlation between families
+MIN_SHARED = 10  # cells, for a correlation between families
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class SharedFit:
     replicates: int
 
 
-def share(problems: Sequence[Problem], names: tuple[str, ...]) -> Shared:
+def tied(problems: Sequence[Problem], names: tuple[str, ...]) -> Shared:
     """Families that share the parameters of `names`, out of E, alpha and beta."""
     own = [k for k, name in enumerate(NAMES) if name not in names]
     total = len(own) * len(problems) + len(names)
@@ -135,7 +135,7 @@ def likelihood_ratio(
         replicates: data sets that are simulated.
         seed: of those.
     """
-    both = share(problems, names)
+    both = tied(problems, names)
     free_Fx1 = np.array([[fit.objective] for fit in fits])
     weight_Fx1 = 1 / _noise(both, free_Fx1)
     some = [approach3.starts(problem)[::START_STRIDE] for problem in problems]
@@ -201,7 +201,7 @@ def _correlation(residuals: Sequence[Array], cells: Sequence[Index]) -> Array:
     for f in range(len(cells)):
         for g in range(f):
             _, here, there = np.intersect1d(cells[f], cells[g], return_indices=True)
-            if len(here) >= LEAST_SHARED:
+            if len(here) >= MIN_SHARED:
                 r, s = residuals[f][here], residuals[g][there]
                 size = np.sqrt((r @ r) * (s @ s))
                 out[f, g] = out[g, f] = (r @ s) / size if size > 0 else 0.0
@@ -223,7 +223,7 @@ def _minimise(both: Shared, start_PxK: Array, weight_FxP: Array) -> Array:
 
 
 def _costs(problem: Problem, theta_Px5: Array) -> Array:
-    return problem.cost(problem.shares(theta_Px5)[3]) @ problem.weight_n
+    return problem.cost(problem.fractions(theta_Px5)[3]) @ problem.weight_n
 
 
 def _noise(both: Shared, cost_FxP: Array) -> Array:

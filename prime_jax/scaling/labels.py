@@ -30,8 +30,8 @@ def value(number: float, digits: int = 4) -> str:
     return f"{number:.{digits - 1}g}"
 
 
-def share(probability: float, replicates: int) -> str:
-    """A share of replicates, no finer than their number allows."""
+def fraction(probability: float, replicates: int) -> str:
+    """A fraction of replicates, no finer than their number allows."""
     least = 1 / replicates
     if probability < least:
         return f"< {least:.2g}"

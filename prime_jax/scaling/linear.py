@@ -48,12 +48,12 @@ class Linear:
     def optimum_gradient(self, flops: float) -> Array:
         """d log N*(C) / d unknowns, [free], from the closed form of `laws.optimum`."""
         law, q = self.law, self.compute.q
-        share = law.alpha + q * law.beta
+        fraction = law.alpha + q * law.beta
         log_params = float(np.log(optimum(law, self.compute, flops).params))
         log_work = math.log(flops / self.compute.k)
-        alpha = (1 / law.alpha - log_params + self.centre[0]) / share
-        beta = (log_work - q * log_params - 1 / law.beta - self.centre[1]) / share
-        return np.array([0.0, 1 / share, alpha, -1 / share, beta])[self.free]
+        alpha = (1 / law.alpha - log_params + self.centre[0]) / fraction
+        beta = (log_work - q * log_params - 1 / law.beta - self.centre[1]) / fraction
+        return np.array([0.0, 1 / fraction, alpha, -1 / fraction, beta])[self.free]
 
     def covariance(self, params: Array, tokens: Array, weight: Array) -> Array:
         """Of the unknowns over sigma**2, [free, free], once these runs are known.

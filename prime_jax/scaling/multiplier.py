@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prime_jax.scaling import approach2, budgets
+from prime_jax.scaling.isoflop_curves import IsoflopCurve
 from prime_jax.scaling.laws import Compute, Law, optimum
-from prime_jax.scaling.valleys import Valley
 
 Array = NDArray[np.float64]
 Ratio = Callable[[Array, Array], Array]
@@ -22,13 +22,13 @@ Ratio = Callable[[Array, Array], Array]
 
 @dataclass(frozen=True)
 class Side:
-    """A family's frontier: its law and replicates, and its vertices with their draws.
+    """A family's frontier: its law and replicates, and its minima with their draws.
 
     Attributes:
         law: of all runs.
         replicates: laws of arrays [R, 1].
         knots_K: log C of the budgets with their optimum inside; ascending.
-        log_loss_K, log_loss_RxK: log loss at the vertices, and its draws (None without any).
+        log_loss_K, log_loss_RxK: log loss at the minima, and its draws (None without any).
         low, high: the budgets of the data.
     """
 
@@ -56,9 +56,9 @@ class Multiplier:
         value: from the laws. Inf where the family never reaches the loss, 0 where the baseline
             never does: its E is not below it.
         median, interval_2xK: of the replicates.
-        never: share of the replicates in which the loss is never reached.
+        never: fraction of the replicates in which the loss is never reached.
         in_range: both frontiers are used within their data.
-        interpolated: between the vertices of approach 2, NaN beyond them.
+        interpolated: between the minima of approach 2, NaN beyond them.
         interpolated_interval: of each budget, or None.
     """
 
@@ -103,7 +103,7 @@ def at_baseline(family: Side, baseline: Side, flops: Array, level: float) -> Mul
 def lower(family: Side, baseline: Side, flops: Array) -> tuple[Array, Array]:
     """How probable it is that the family's best loss is the lower one, [K], twice.
 
-    From the replicates of the laws, and from the draws of the vertices (NaN beyond them).
+    From the replicates of the laws, and from the draws of the minima (NaN beyond them).
     """
     losses = [
         np.asarray(optimum(side.replicates, side.compute, flops).loss)
@@ -116,28 +116,28 @@ def lower(family: Side, baseline: Side, flops: Array) -> tuple[Array, Array]:
         _interpolate(np.log(flops), side.knots_K, side.log_loss_RxK) for side in (family, baseline)
     )
     known = np.isfinite(mine) & np.isfinite(yours)
-    share = np.sum(known & (mine < yours), axis=0) / np.maximum(known.sum(axis=0), 1)
-    return parametric, np.where(known.mean(axis=0) > 0.5, share, np.nan)
+    fraction = np.sum(known & (mine < yours), axis=0) / np.maximum(known.sum(axis=0), 1)
+    return parametric, np.where(known.mean(axis=0) > 0.5, fraction, np.nan)
 
 
-def vertex_losses(valleys: tuple[Valley, ...], replicates: int, seed: int) -> Array | None:
-    """Log loss at the lowest point of each valley, redrawn from its error, [R, K].
+def minimum_losses(curves: tuple[IsoflopCurve, ...], replicates: int, seed: int) -> Array | None:
+    """Log loss at the lowest point of each IsoFLOP curve, redrawn from its error, [R, K].
 
     As approach2.redraw does for N*: normal noise of one unknown variance. NaN where a redrawn
     parabola has no minimum; None without a degree of freedom.
     """
-    freedom = sum(len(valley.loss_n) - 3 for valley in valleys)
+    freedom = sum(len(curve.loss_n) - 3 for curve in curves)
     if freedom < 1:
         return None
     rng = np.random.default_rng(seed)
-    squares = sum(valley.squares for valley in valleys)
+    squares = sum(curve.squares for curve in curves)
     sigma_R = np.sqrt(squares / rng.chisquare(freedom, replicates))
     columns = []
-    for valley in valleys:
-        root = np.linalg.cholesky(valley.covariance_3x3)
-        c_Rx3 = valley.c_3 + sigma_R[:, None] * (rng.standard_normal((replicates, 3)) @ root.T)
-        moved = _lowest(c_Rx3) - _lowest(valley.c_3[None])
-        columns.append(np.log(np.maximum(valley.optimum.loss + moved, 1e-9)))
+    for curve in curves:
+        root = np.linalg.cholesky(curve.covariance_3x3)
+        c_Rx3 = curve.c_3 + sigma_R[:, None] * (rng.standard_normal((replicates, 3)) @ root.T)
+        moved = _lowest(c_Rx3) - _lowest(curve.c_3[None])
+        columns.append(np.log(np.maximum(curve.optimum.loss + moved, 1e-9)))
     return np.stack(columns, 1)
 
 
@@ -178,7 +178,7 @@ def _equal(here: Side, there: Side, mine_RxK: Array, yours_RxK: Array, flops: Ar
 
 
 def _interpolate(x_Q: Array, knots_K: Array, values_RxK: Array) -> Array:
-    """Straight lines between the knots, [R, Q]; NaN beyond them."""
+    """Straight lines between the points, [R, Q]; NaN beyond them."""
     out = np.full((len(values_RxK), len(x_Q)), np.nan)
     for r, value_K in enumerate(values_RxK):
         known = np.isfinite(value_K)
@@ -188,7 +188,7 @@ def _interpolate(x_Q: Array, knots_K: Array, values_RxK: Array) -> Array:
 
 
 def _invert(loss_Q: Array, knots_K: Array, value_K: Array) -> Array:
-    """log C at which straight lines between the knots first fall to a loss; NaN beyond them."""
+    """log C at which straight lines between the points first fall to a loss; NaN beyond them."""
     known = np.isfinite(value_K)
     if known.sum() < 2:
         return np.full(len(loss_Q), np.nan)
@@ -198,5 +198,5 @@ def _invert(loss_Q: Array, knots_K: Array, value_K: Array) -> Array:
 
 def _lowest(c_Rx3: Array) -> Array:
     convex = c_Rx3[:, 2] > 0
-    bend = np.where(convex, c_Rx3[:, 2], 1.0)
-    return np.where(convex, c_Rx3[:, 0] - c_Rx3[:, 1] ** 2 / (4 * bend), np.nan)
+    curvature = np.where(convex, c_Rx3[:, 2], 1.0)
+    return np.where(convex, c_Rx3[:, 0] - c_Rx3[:, 1] ** 2 / (4 * curvature), np.nan)

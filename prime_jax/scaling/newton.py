@@ -17,11 +17,11 @@ Array = NDArray[np.float64]
 Derivatives = Callable[[Array, NDArray[np.intp]], tuple[Array, Array, Array]]
 
 SHRINK, GROW = 0.1, 4.0
-GOOD = 0.25  # damping shrinks after a step that gains this share of what its gradient promised
-FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-3, 1e-14, 1e12
+GOOD = 0.25  # damping shrinks after a step that gains this fraction of what its gradient promised
+FIRST_DAMPING, MIN_DAMPING, MAX_DAMPING = 1e-3, 1e-14, 1e12
 LONGEST = 1.0  # step; the unknowns should be scaled so that they are of order one
 LARGEST_CUT = 0.9  # of an unknown whose log is the unknown
-ROUNDING = 1e-15  # a problem ends with the step that promises less than this share of its value
+ROUNDING = 1e-15  # a problem ends with the step that promises less than this fraction of its value
 
 
 def minimise(
@@ -68,8 +68,8 @@ def minimise(
         theta[done], value[done] = trial[better], new_value[better]
         gradient[done], hessian[done] = new_gradient[better], new_hessian[better]
         damping[active] *= np.where(gain >= GOOD * slope, SHRINK, np.where(better, 1.0, GROW))
-        damping = np.maximum(damping, LEAST_DAMPING)
-        stuck = ~better & (np.all(trial == here, axis=1) | (damping[active] > MOST_DAMPING))
+        damping = np.maximum(damping, MIN_DAMPING)
+        stuck = ~better & (np.all(trial == here, axis=1) | (damping[active] > MAX_DAMPING))
         active = active[~last & ~stuck]
     return theta, value
 

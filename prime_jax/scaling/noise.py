@@ -30,7 +30,7 @@ NORMAL = 1.4826  # standard deviation over median size of normal numbers
 @dataclass(frozen=True)
 class Source:
     """Attributes:
-    relative_sd: root mean square over the runs it is known for, as a share of the loss.
+    relative_sd: root mean square over the runs it is known for, as a fraction of the loss.
     basis: what the number rests on.
     runs: how many it is known for.
     """
@@ -47,7 +47,7 @@ class ErrorBudget:
     seed: Source
     tuning: Source | None
     evaluation: Source | None
-    sd_n: Array  # of each run, all sources together, as a share of its loss
+    sd_n: Array  # of each run, all sources together, as a fraction of its loss
 
     def weights(self, scatter: float) -> Array:
         """Weights_n of mean 1; all exactly 1 if nothing tells the runs apart.
@@ -111,13 +111,13 @@ def _tuning(points: Points) -> tuple[Source | None, Array]:
     compared = [members for members in groups(cell) if np.ptp(x[members]) > 0]
     if not compared:
         return None, none
-    bend, basis = _curvature(points.loss, x, compared)
+    curvature, basis = _curvature(points.loss, x, compared)
     given_away = none.copy()
     for members in compared:
         # With the curvature known, the best learning rate is one of two unknowns of a line.
-        slope, _ = np.polyfit(x[members], points.loss[members] - bend * x[members] ** 2, 1)
-        off = x[members] + slope / (2 * bend)
-        given_away[members] = bend * off**2 / points.loss[members]
+        slope, _ = np.polyfit(x[members], points.loss[members] - curvature * x[members] ** 2, 1)
+        off = x[members] + slope / (2 * curvature)
+        given_away[members] = curvature * off**2 / points.loss[members]
     used = np.concatenate(compared)
     typical = float(np.sqrt(np.mean(given_away[used] ** 2)))
     return Source(typical, basis, len(used)), given_away

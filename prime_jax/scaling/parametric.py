@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.scaling import approach3, bootstrap, budgets, labels, noise, profile
-from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.laws import Compute, Law, optimum
 from prime_jax.scaling.noise import ErrorBudget
 from prime_jax.scaling.points import Points
@@ -18,8 +18,8 @@ from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
 
-LEAST_RUNS, FEW_RUNS = 6, 15  # five unknowns; three runs for each of them
-LEAST_LEVELS = 3  # different N, D and C without which the two terms cannot be told apart
+MIN_RUNS, FEW_RUNS = 6, 15  # five unknowns; three runs for each of them
+MIN_LEVELS = 3  # different N, D and C without which the two terms cannot be told apart
 POWER_LAW_ERROR = 0.05
 PROFILED = 12  # most budgets at which N* is profiled
 SMALL_DELTA = 0.05  # of the scatter: a Huber delta below it is least absolute deviation in effect
@@ -42,7 +42,7 @@ class Parametric:
     scatter: float
     profile: dict[str, profile.Ends]
     sizes: dict[float, profile.Ends]
-    findings: tuple[Finding, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
 
 def fit(points: Points, compute: Compute, settings: Settings) -> Parametric:
@@ -50,17 +50,17 @@ def fit(points: Points, compute: Compute, settings: Settings) -> Parametric:
     replicates = _resample(problem, fitted, points, settings)
     ends, sizes = _profile(problem, fitted, points, compute, settings.level)
     scatter = noise.scatter(problem.residual(fitted.theta_5))
-    findings = [
+    diagnostics = [
         *_fit_findings(points, fitted),
         *_delta_findings(problem, scatter),
         *_bound_findings(problem, fitted, replicates, settings),
         *_profile_findings(ends, sizes, settings.level),
         *_optimum_findings(points, compute, fitted.law),
     ]
-    return Parametric(problem, fitted, replicates, errors, scatter, ends, sizes, tuple(findings))
+    return Parametric(problem, fitted, replicates, errors, scatter, ends, sizes, tuple(diagnostics))
 
 
-def too_few(points: Points) -> Finding | None:
+def too_few(points: Points) -> Diagnostic | None:
     """Why approach 3 is refused, if it is."""
     levels = {
         "size": len(np.unique(points.params)),
@@ -68,12 +68,12 @@ def too_few(points: Points) -> Finding | None:
         "budget": budgets.levels(points.budget, points.flops),
     }
     runs = len(points.loss)
-    if runs < LEAST_RUNS:
-        return refuse("too_few_points", f"{_count(runs, 'run')}; approach 3 needs {LEAST_RUNS}")
+    if runs < MIN_RUNS:
+        return refuse("too_few_points", f"{_count(runs, 'run')}; approach 3 needs {MIN_RUNS}")
     for name, found in levels.items():
-        if found < LEAST_LEVELS:
+        if found < MIN_LEVELS:
             code = "too_few_budgets" if name == "budget" else "too_few_points"
-            return refuse(code, f"{_count(found, name)}; approach 3 needs {LEAST_LEVELS}")
+            return refuse(code, f"{_count(found, name)}; approach 3 needs {MIN_LEVELS}")
     return None
 
 
@@ -127,42 +127,42 @@ def _profile(
     )
 
 
-def _fit_findings(points: Points, fit: approach3.Fit) -> list[Finding]:
-    certificate, findings = fit.certificate, []
+def _fit_findings(points: Points, fit: approach3.Fit) -> list[Diagnostic]:
+    certificate, diagnostics = fit.certificate, []
     runs = len(points.loss)
     if runs < FEW_RUNS:
-        findings.append(
+        diagnostics.append(
             warn("too_few_points", f"{runs} runs for five unknowns; {FEW_RUNS} or more are wanted")
         )
     if certificate.gradient > approach3.STATIONARY:
-        findings.append(
+        diagnostics.append(
             refuse("not_converged", f"the scaled gradient is {certificate.gradient:.1e}")
         )
     elif certificate.smallest_eigenvalue <= approach3.FLAT:
-        findings.append(
+        diagnostics.append(
             warn(
                 "negative_curvature",
                 "the fit is no proper minimum: its Hessian has a direction without curvature",
             )
         )
-    if certificate.agreeing < approach3.MOST:
-        findings.append(
+    if certificate.agreeing < approach3.MIN_AGREEING:
+        diagnostics.append(
             warn(
                 "starts_disagree",
                 f"{certificate.agreeing:.0%} of {certificate.starts} starts reach the best objective",
             )
         )
     if points.loss.min() < fit.law.E:
-        findings.append(
+        diagnostics.append(
             warn(
                 "e_above_lowest_loss",
                 f"E = {fit.law.E:.4g} is above the lowest loss, {points.loss.min():.4g}",
             )
         )
-    return findings
+    return diagnostics
 
 
-def _delta_findings(problem: approach3.Problem, scatter: float) -> list[Finding]:
+def _delta_findings(problem: approach3.Problem, scatter: float) -> list[Diagnostic]:
     if problem.objective != "huber" or problem.delta >= SMALL_DELTA * scatter:
         return []
     return [
@@ -175,7 +175,7 @@ def _delta_findings(problem: approach3.Problem, scatter: float) -> list[Finding]
 
 def _bound_findings(
     problem: approach3.Problem, fit: approach3.Fit, replicates: Law, settings: Settings
-) -> list[Finding]:
+) -> list[Diagnostic]:
     if fit.certificate.bounds:
         names = ", ".join(fit.certificate.bounds)
         return [
@@ -183,10 +183,14 @@ def _bound_findings(
                 "bound_hit", f"{names} ended at a bound of the search: the data do not determine it"
             )
         ]
-    shares = bootstrap.at_bound(problem, replicates)
-    often = {name: share for name, share in shares.items() if share > (1 - settings.level) / 2}
+    fractions = bootstrap.at_bound(problem, replicates)
+    often = {
+        name: fraction
+        for name, fraction in fractions.items()
+        if fraction > (1 - settings.level) / 2
+    }
     if often:
-        shown = ", ".join(f"{name} in {share:.0%}" for name, share in often.items())
+        shown = ", ".join(f"{name} in {fraction:.0%}" for name, fraction in often.items())
         return [
             warn(
                 "bound_hit",
@@ -198,7 +202,7 @@ def _bound_findings(
 
 def _profile_findings(
     ends: dict[str, profile.Ends], sizes: dict[float, profile.Ends], level: float
-) -> list[Finding]:
+) -> list[Diagnostic]:
     named = ends | {f"N* at {labels.flops(flops)} FLOPs": pair for flops, pair in sizes.items()}
     sides = {(True, True): "neither end", (True, False): "no lower end", (False, True): "no upper end"}  # fmt: skip
     open_ends = [
@@ -212,25 +216,25 @@ def _profile_findings(
     return [warn("not_identified", f"{level:.0%} profile intervals do not close: {shown}")]
 
 
-def _optimum_findings(points: Points, compute: Compute, law: Law) -> list[Finding]:
-    findings, outside = [], []
+def _optimum_findings(points: Points, compute: Compute, law: Law) -> list[Diagnostic]:
+    diagnostics, outside = [], []
     for budget in points.budgets:
         params = points.params[points.budget == budget]
         best = optimum(law, compute, budget).params
-        if len(np.unique(params)) >= LEAST_LEVELS and not params.min() <= best <= params.max():
+        if len(np.unique(params)) >= MIN_LEVELS and not params.min() <= best <= params.max():
             outside.append(f"{labels.count(best)} at {labels.flops(budget)} FLOPs")
     if outside:
-        findings.append(
+        diagnostics.append(
             warn(
                 "extrapolation",
                 f"approach 3 puts the optimum outside the sampled sizes: {', '.join(outside)}",
             )
         )
     if compute.error > POWER_LAW_ERROR:
-        findings.append(
+        diagnostics.append(
             warn(
                 "flops_not_a_power_law",
                 f"FLOPs per token deviate from a power law of N by up to {compute.error:.0%}",
             )
         )
-    return findings
+    return diagnostics

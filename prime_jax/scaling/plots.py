@@ -25,11 +25,11 @@ NAMES = (
 )  # of a fit
 
 
-def draw_all(fit: ScalingFit, say: Say | None = None) -> dict[str, Figure]:
+def draw_all(fit: ScalingFit, log: Say | None = None) -> dict[str, Figure]:
     """Every figure that the fit has something for, by its file name.
 
     Args:
-        say: told in one line about each figure that cannot be drawn; without it that is raised.
+        log: told in one line about each figure that cannot be drawn; without it that is raised.
     """
     makers = {
         "isoflop": figures_isoflop.isoflop,
@@ -41,35 +41,35 @@ def draw_all(fit: ScalingFit, say: Say | None = None) -> dict[str, Figure]:
         makers |= {"isoloss": figures_checks.isoloss, "residuals": figures_checks.residuals}
     if figures_checks.predicted(fit):
         makers["rollout"] = figures_checks.rollout
-    drawn = {name: _attempt(name, partial(make, fit), say) for name, make in makers.items()}
+    drawn = {name: _attempt(name, partial(make, fit), log) for name, make in makers.items()}
     return {name: figure for name, figure in drawn.items() if figure}
 
 
 def draw_comparison(
-    record: dict[str, Any], families: Iterable[str], say: Say | None = None
+    record: dict[str, Any], families: Iterable[str], log: Say | None = None
 ) -> dict[str, Figure]:
     """The figure of a compare.json; none where all of it was refused.
 
     `families` are all those of the data, which have the colours that they have in their fit.
     """
     make = partial(figures_compare.multiplier, record, list(families))
-    figure = _attempt("multiplier", make, say)
+    figure = _attempt("multiplier", make, log)
     return {"multiplier": figure} if figure else {}
 
 
 def save(
-    figures: dict[str, Figure], directory: Path, say: Say | None = None
+    figures: dict[str, Figure], directory: Path, log: Say | None = None
 ) -> dict[tuple[str, str], Path]:
     """Write every figure in every format; returns the paths by figure name and format."""
     paths = {}
     for name, figure in figures.items():
-        paths |= _attempt(name, partial(_save, name, figure, directory), say) or {}
+        paths |= _attempt(name, partial(_save, name, figure, directory), log) or {}
     return paths
 
 
-def publish(figures: dict[str, Figure], names: Iterable[str], directory: Path, say: Say) -> dict:
+def publish(figures: dict[str, Figure], names: Iterable[str], directory: Path, log: Say) -> dict:
     """`save`; figures of these names that an earlier call left and this one has not, go."""
-    paths = save(figures, directory, say)
+    paths = save(figures, directory, log)
     forget(set(names) - {name for name, _ in paths}, directory)
     return paths
 
@@ -84,7 +84,7 @@ def _save(name: str, figure: Figure, directory: Path) -> dict[tuple[str, str], P
     return paths
 
 
-def _attempt(name: str, act: Callable[[], Any], say: Say | None) -> Any:
+def _attempt(name: str, act: Callable[[], Any], log: Say | None) -> Any:
     """What `act` returns, or None where it cannot draw: numbers never wait for a picture."""
     try:
         with matplotlib.rc_context(STYLE):
@@ -92,10 +92,10 @@ def _attempt(name: str, act: Callable[[], Any], say: Say | None) -> Any:
     except OSError:
         raise
     except Exception as error:  # whatever matplotlib makes of unusual numbers
-        if say is None:
+        if log is None:
             raise
         why = (str(error).splitlines() or [""])[0]
-        say(f"the figure {name} cannot be drawn ({type(error).__name__}: {why})")
+        log(f"the figure {name} cannot be drawn ({type(error).__name__}: {why})")
         return None
 
 

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from prime_jax.errors import UserError
 from prime_jax.scaling import budgets, conventions, labels, repeats
 from prime_jax.scaling.columns import Choice, Columns, choose
-from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.table import Table, number, require, text
 
 Array = NDArray[np.float64]
 
 KINDS = ("nll", "nelbo", "train_loss")
-LEAST_COUNT = 1000  # fewer parameters or tokens than this are counted in another unit
+MIN_COUNT = 1000  # fewer parameters or tokens than this are counted in another unit
 UNIT_RATIO = 100  # no convention moves C / (6 N D) this far from one; a wrong unit does
 
 
@@ -52,7 +52,7 @@ class Points:
     loss: Array
     loss_se: Array  # NaN where not known
     budget: Array
-    findings: tuple[Finding, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
     run: NDArray[np.intp] | None = None  # the run of each point, where some are of one run
     lr: Array | None = None  # peak learning rate, NaN where not known
 
@@ -139,7 +139,7 @@ def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
     for quantity in ("flops", "params", "tokens"):
         column = getattr(columns, quantity)
         if column:
-            least = LEAST_COUNT
+            least = MIN_COUNT
             rule = f"{column} must be a number in units of one, at least {least}"
             out[quantity] = _positive(table, column, least, rule)
     if not columns.flops:
@@ -207,11 +207,11 @@ def _family(
     choice: Choice,
     lost: list[Excluded],
 ) -> Points:
-    measure, findings = _measure(table, columns, choice)
+    measure, diagnostics = _measure(table, columns, choice)
     budget = budgets.assign(arrays["flops"], arrays.get("budget"))
-    findings += _data_findings(table, arrays, lost)
+    diagnostics += _data_findings(table, arrays, lost)
     counts = (arrays[name] for name in ("flops", "params", "tokens"))
-    findings += conventions.findings(*counts, table.names)
+    diagnostics += conventions.diagnostics(*counts, table.names)
     names = ("flops", "params", "tokens", "loss", "loss_se")
     columns_n = (arrays[n] for n in names)
     lr = np.where(arrays["lr"] > 0, arrays["lr"], np.nan)
@@ -220,7 +220,7 @@ def _family(
         measure,
         *columns_n,
         budget,
-        tuple(findings),
+        tuple(diagnostics),
         run=_shared_runs(table),
         lr=None if np.isnan(lr).all() else lr,
     )
@@ -233,7 +233,7 @@ def _shared_runs(table: Table) -> NDArray[np.intp] | None:
     return run_n if run_n.max() + 1 < len(runs) else None
 
 
-def _measure(table: Table, columns: Columns, choice: Choice) -> tuple[Measure, list[Finding]]:
+def _measure(table: Table, columns: Columns, choice: Choice) -> tuple[Measure, list[Diagnostic]]:
     kinds = [text(row, columns.kind) for row in table.rows]
     known = f"kind must be one of {', '.join(KINDS)}"
     require(table, columns.kind, [kind in ("", *KINDS) for kind in kinds], known)
@@ -241,46 +241,48 @@ def _measure(table: Table, columns: Columns, choice: Choice) -> tuple[Measure, l
     joined = {name: "+".join(sorted(values)) for name, values in sides.items()}
     measure = Measure("+".join(k for k in (*KINDS, "") if k in kinds), **joined)
     report = warn if choice.allow_mixed_kinds else refuse
-    findings = []
+    diagnostics = []
     if len({Measure(kind).group for kind in kinds}) > 1:
         counts = ", ".join(f"{n} {kind or 'not stated'}" for kind, n in Counter(kinds).items())
-        findings.append(
+        diagnostics.append(
             report("mixed_kinds", f"its losses are different kinds of number: {counts}")
         )
     for name, values in sides.items():
         if len(values) > 1:
             shown = ", ".join(value or "nothing" for value in sorted(values))
-            findings.append(report("mixed_evaluations", f"its runs differ in {name}: {shown}"))
+            diagnostics.append(report("mixed_evaluations", f"its runs differ in {name}: {shown}"))
     if set(kinds) == {""}:
-        findings.append(warn("kind_unstated", "the file does not say what kind of loss this is"))
-    return measure, findings
+        diagnostics.append(warn("kind_unstated", "the file does not say what kind of loss this is"))
+    return measure, diagnostics
 
 
 def _values(table: Table, column: str) -> set[str]:
     return {text(row, column) for row in table.rows}
 
 
-def _data_findings(table: Table, arrays: dict[str, Array], lost: list[Excluded]) -> list[Finding]:
-    findings = []
+def _data_findings(
+    table: Table, arrays: dict[str, Array], lost: list[Excluded]
+) -> list[Diagnostic]:
+    diagnostics = []
     if lost:
         states = ", ".join(
             f"{n} {status}" for status, n in Counter(run.status for run in lost).items()
         )
         total = len(lost) + len(table.rows)
-        findings.append(
+        diagnostics.append(
             warn("survivors_only", f"{len(lost)} of {total} runs are left out ({states})")
         )
     repeated = int(np.sum(arrays["epochs"] > 1))
     if repeated:
         most = np.nanmax(arrays["epochs"])
-        findings.append(
+        diagnostics.append(
             warn(
                 "data_repeated",
                 f"{repeated} runs saw their data more than once (up to {most:.3g} times)",
             )
         )
     if not repeats.repeats(arrays["params"], arrays["tokens"], arrays["lr"]):
-        findings.append(
+        diagnostics.append(
             warn(
                 "no_seed_repeats",
                 f"no run is repeated with another seed: a noise floor of {repeats.SEED:.2%} of the loss is assumed",
@@ -288,10 +290,10 @@ def _data_findings(table: Table, arrays: dict[str, Array], lost: list[Excluded])
         )
     run_n = _shared_runs(table)
     if run_n is not None:
-        findings.append(
+        diagnostics.append(
             warn(
                 "checkpoints_of_one_run",
                 f"{len(run_n)} points come from {run_n.max() + 1} runs, which intervals take as the units",
             )
         )
-    return findings
+    return diagnostics

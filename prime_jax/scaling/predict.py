@@ -6,7 +6,7 @@ import numpy as np
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, bootstrap, debias, labels, launchable, validate
-from prime_jax.scaling.findings import Finding, refuse, warn
+from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.fit import FamilyFit, optima
 from prime_jax.scaling.launchable import Template
 from prime_jax.scaling.laws import optimum
@@ -84,7 +84,7 @@ class Prediction:
     unique_tokens: float | None
     epochs: float | None
     launch: Launch | None
-    findings: tuple[Finding, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
 
 def predict(
@@ -111,7 +111,7 @@ def predict(
             f"which begin at {labels.flops(lowest)}; train that size rather than predict it"
         )
     if family.parametric is None and _no_line(family):
-        why = family.findings[0].message if family.findings else "nothing was fitted"
+        why = family.diagnostics[0].message if family.diagnostics else "nothing was fitted"
         raise UserError(f"{points.family}: there is nothing to predict from; {why}")
     error = validate.model_error(family.rollout) if family.rollout else None
     three = _approach3(family, settings, flops, error)
@@ -120,7 +120,7 @@ def predict(
     launch, refused = _launch(family, template, flops, best.params.value)
     decades = float(validate.distance(points, flops))
     epochs = best.tokens.value / unique_tokens if unique_tokens else None
-    findings = [
+    diagnostics = [
         *_range_findings(family, flops, decades, error),
         *_disagreement(three, two),
         *_data_findings(best, epochs),
@@ -138,7 +138,7 @@ def predict(
         unique_tokens,
         epochs,
         launch,
-        tuple(findings),
+        tuple(diagnostics),
     )
 
 
@@ -176,7 +176,7 @@ def _approach2(family: FamilyFit, settings: Settings, flops: float) -> Best | No
     if found:
         optima, a, log_params, a_R = found.optima, found.a, found.log_params_RxK, found.a_R
     else:
-        optima, a = [valley.optimum for valley in family.isoflop.inside], family.isoflop.a
+        optima, a = [curve.optimum for curve in family.isoflop.inside], family.isoflop.a
         log_params = None if family.draws is None else np.log(family.draws.params)
         a_R = None if family.draws is None else family.draws.a
     x = np.log([best.flops for best in optima])
@@ -196,7 +196,7 @@ def _approach2(family: FamilyFit, settings: Settings, flops: float) -> Best | No
 
 def _launch(
     family: FamilyFit, template: Template, flops: float, params: float
-) -> tuple[Launch | None, list[Finding]]:
+) -> tuple[Launch | None, list[Diagnostic]]:
     try:
         shape = launchable.shape_near(template, params)
         row = launchable.rows(template, flops, shape, [0])[0]
@@ -225,10 +225,10 @@ def _launch(
 
 def _range_findings(
     family: FamilyFit, flops: float, decades: float, error: ModelError | None
-) -> list[Finding]:
-    findings = []
+) -> list[Diagnostic]:
+    diagnostics = []
     if decades > 0:
-        findings.append(
+        diagnostics.append(
             warn(
                 "extrapolation",
                 f"{labels.flops(flops)} FLOPs lie {decades:.2g} decades beyond the largest "
@@ -236,23 +236,23 @@ def _range_findings(
             )
         )
     if family.parametric is None:
-        findings.append(
+        diagnostics.append(
             refuse(
                 "loss_not_predicted",
                 "approach 3 was refused, and approach 2 has no law of the loss",
             )
         )
     elif error is None:
-        findings.append(
+        diagnostics.append(
             warn(
                 "model_error_unknown",
                 "too few budgets for a rollout: intervals of the loss leave out the error of the law itself",
             )
         )
-    return findings
+    return diagnostics
 
 
-def _disagreement(three: Best | None, two: Best | None) -> list[Finding]:
+def _disagreement(three: Best | None, two: Best | None) -> list[Diagnostic]:
     ends = [best.params.interval for best in (three, two) if best and best.params.interval]
     if len(ends) < 2 or max(e[0] for e in ends) <= min(e[1] for e in ends):
         return []
@@ -265,7 +265,7 @@ def _disagreement(three: Best | None, two: Best | None) -> list[Finding]:
     ]
 
 
-def _data_findings(best: Best, epochs: float | None) -> list[Finding]:
+def _data_findings(best: Best, epochs: float | None) -> list[Diagnostic]:
     if epochs is None or epochs <= 1:
         return []
     return [

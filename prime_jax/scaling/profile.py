@@ -32,8 +32,8 @@ Array = NDArray[np.float64]
 Ends = tuple[float | None, float | None]
 
 UNKNOWNS = 5
-STIFF = 100.0  # the penalty's curvature over that of the objective along the quantity
-CLOSE = 1e-3  # an end is found when the root of the rise is within this share of its limit
+PENALTY = 100.0  # the penalty's curvature over that of the objective along the quantity
+CLOSE = 1e-3  # an end is found when the root of the rise is within this fraction of its limit
 ROUNDS, DOUBLINGS = 25, 10
 STEPS = 100  # of Newton's method for one point of a profile
 FAR = 50.0  # an end this far from the fit, a factor of e**50, is none
@@ -133,9 +133,9 @@ def scale(p: Problem, residual: Array, runs: NDArray[np.int_] | None = None) -> 
     count = len(residual)
     independent = count if runs is None else len(np.unique(runs))
     freedom = max(independent - UNKNOWNS, 1)
-    pull = np.clip(residual, -p.delta, p.delta)
-    squares = np.sum((p.weight_n * pull) ** 2) / freedom
-    return float(squares / (np.mean(p.weight_n) * p.bend(residual))), freedom
+    score = np.clip(residual, -p.delta, p.delta)
+    squares = np.sum((p.weight_n * score) ** 2) / freedom
+    return float(squares / (np.mean(p.weight_n) * p.curvature(residual))), freedom
 
 
 def _quantity(
@@ -196,7 +196,7 @@ def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, A
     """Minima of the objective with each quantity near its aim, the values at the fit, and first
     steps: downward and upward by turns."""
     count = len(g.constant)
-    theta, lag = np.tile(theta_5, (count, 1)), np.zeros(count)
+    theta, deficit = np.tile(theta_5, (count, 1)), np.zeros(count)
     weight = np.broadcast_to(p.weight_n, (count, len(p.x_n)))
     lowest, _, hessian = p.derivatives(theta_5[None], p.weight_n[None])
     best, slope, _ = _values(g, theta)
@@ -204,10 +204,10 @@ def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, A
     curvature = np.abs(1 / spread)
 
     def push(which: NDArray[np.intp], aim: Array) -> tuple[Array, Array]:
-        target, stiff = aim + lag[which], STIFF * curvature[which]
-        theta[which] = _held(p, g.at(which), theta[which], weight[which], target, stiff)
+        target, penalty = aim + deficit[which], PENALTY * curvature[which]
+        theta[which] = _held(p, g.at(which), theta[which], weight[which], target, penalty)
         value = _values(g.at(which), theta[which])[0]
-        lag[which] = target - value  # what the penalty gives way by, made up for next time
+        deficit[which] = target - value  # what the penalty gives way by, made up for next time
         objective = p.derivatives(theta[which], weight[which])[0]
         return value, np.sqrt(np.maximum(objective - lowest, 0) / rise)
 
@@ -243,8 +243,8 @@ def _search(push: Push, best_P: Array, step_P: Array, far: float = np.inf) -> li
             elif not bounded:
                 continue  # at the edge of what a law can be
             if bounded:
-                share = (1 - inner_root[k]) / (outer_root[k] - inner_root[k])
-                aim[k] = inner[k] + np.clip(share, 0.05, 0.95) * (outer[k] - inner[k])
+                fraction = (1 - inner_root[k]) / (outer_root[k] - inner_root[k])
+                aim[k] = inner[k] + np.clip(fraction, 0.05, 0.95) * (outer[k] - inner[k])
             elif doubled[k] < DOUBLINGS and abs(inner[k] - best_P[k]) < far:
                 doubled[k] += 1
                 step[k] *= 2
@@ -266,14 +266,14 @@ def _held(
 
     def derivatives(theta: Array, which: NDArray[np.intp]) -> tuple[Array, Array, Array]:
         value, gradient, hessian = p.derivatives(theta, weight_Pxn[which])
-        held, slope, bend = _values(g.at(which), theta)
-        stiff, off = stiff_P[which], held - target_P[which]
-        pull = (stiff * off)[:, None]
+        held, slope, second = _values(g.at(which), theta)
+        penalty, off = stiff_P[which], held - target_P[which]
+        score = (penalty * off)[:, None]
         outer = slope[:, :, None] * slope[:, None, :]
         return (
-            value + 0.5 * stiff * off**2,
-            gradient + pull * slope,
-            hessian + stiff[:, None, None] * outer + pull[:, :, None] * bend,
+            value + 0.5 * penalty * off**2,
+            gradient + score * slope,
+            hessian + penalty[:, None, None] * outer + score[:, :, None] * second,
         )
 
     return newton.minimise(derivatives, start_Px5, *p.box(), p.floor, steps=STEPS)[0]

@@ -32,9 +32,9 @@
 
 N and D are in units of one, losses in that of the data. `"censored": "above"` (or "below"): the
 optimum lies above `params`, which is the edge of the sampled sizes and no value. `shift` is by how
-much the vertex of a parabola lies above the optimum, relative to it. `b` is the exponent of D*(C).
+much the minimum of a parabola lies above the optimum, relative to it. `b` is the exponent of D*(C).
 Warnings of an approach 1 that nobody asked for (--curves) and that was refused are only there. A warning is
-{"code", "message", "cure", "refusal"}.
+{"code", "message", "hint", "refusal"}.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def as_dict(fit: ScalingFit) -> dict[str, Any]:
         "comparable": [list(group) for group in fit.groups],
         "families": {name: _family(family, settings) for name, family in fit.families.items()},
         "excluded": [dataclasses.asdict(run) for run in fit.runs.excluded],
-        "warnings": [finding.as_dict() for finding in fit.findings],
+        "warnings": [diagnostic.as_dict() for diagnostic in fit.diagnostics],
     }
 
 
@@ -112,14 +112,17 @@ def _family(family: FamilyFit, settings: Settings) -> dict[str, Any]:
         "approach1": _approach1(family, settings),
         "error_budget": _error_budget(family),
         "rollout": family.rollout and validate.as_dict(family.rollout),
-        "warnings": [finding.as_dict() for finding in family.findings],
+        "warnings": [diagnostic.as_dict() for diagnostic in family.diagnostics],
     }
 
 
 def _approach3(family: FamilyFit, settings: Settings) -> dict[str, Any]:
     part = family.parametric
     if part is None:
-        return {"params": None, "warnings": [finding.as_dict() for finding in family.refusals]}
+        return {
+            "params": None,
+            "warnings": [diagnostic.as_dict() for diagnostic in family.refusals],
+        }
     law, draws, compute = part.fit.law, part.replicates, family.compute
     budgets = family.points.budgets
     best = optimum(law, compute, budgets)
@@ -156,7 +159,7 @@ def _approach3(family: FamilyFit, settings: Settings) -> dict[str, Any]:
             "intervals": band,
             "intervals_with_model": wider_band and {"loss": wider_band},
         },
-        "warnings": [finding.as_dict() for finding in part.findings],
+        "warnings": [diagnostic.as_dict() for diagnostic in part.diagnostics],
     }
 
 
@@ -186,11 +189,11 @@ def _approach2(family: FamilyFit, settings: Settings) -> dict[str, Any]:
         return {"method": settings.approach2, **none, "warnings": []}
     inside = 0
     rows = []
-    for valley in isoflop.valleys:
-        row = {name: float(getattr(valley.optimum, name)) for name in ("flops", *QUANTITIES)}
+    for curve in isoflop.curves:
+        row = {name: float(getattr(curve.optimum, name)) for name in ("flops", *QUANTITIES)}
         row["interval"] = None
-        if valley.censored:
-            row["censored"] = valley.censored
+        if curve.censored:
+            row["censored"] = curve.censored
         else:
             if draws is not None:
                 row["interval"] = approach2.interval(draws.params[:, inside], settings.level)
@@ -203,7 +206,7 @@ def _approach2(family: FamilyFit, settings: Settings) -> dict[str, Any]:
         "intervals": {"a": approach2.interval(draws.a, settings.level) if known else None},
         "optima": rows,
         "debiased": _debiased(family, settings),
-        "warnings": [finding.as_dict() for finding in isoflop.findings],
+        "warnings": [diagnostic.as_dict() for diagnostic in isoflop.diagnostics],
     }
 
 
@@ -225,7 +228,7 @@ def _approach1(family: FamilyFit, settings: Settings) -> dict[str, Any]:
     part = family.envelope
     line = part.line if part else None
     if part is None or line is None:
-        warnings = [finding.as_dict() for finding in part.findings] if part else []
+        warnings = [diagnostic.as_dict() for diagnostic in part.diagnostics] if part else []
         none = {"a": None, "b": None, "intervals": {"a": None, "b": None}}
         empty = {"optima": [], "envelope": {"flops": [], "loss": []}}
         return {**none, "kind": part.kind if part else "", **empty, "warnings": warnings}
@@ -243,7 +246,7 @@ def _approach1(family: FamilyFit, settings: Settings) -> dict[str, Any]:
             "flops": part.flops_g[::every].tolist(),
             "loss": part.loss_g[::every].tolist(),
         },
-        "warnings": [finding.as_dict() for finding in part.findings],
+        "warnings": [diagnostic.as_dict() for diagnostic in part.diagnostics],
     }
 
 

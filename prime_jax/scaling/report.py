@@ -16,7 +16,7 @@ from prime_jax.scaling.report_page import figure, inline, notes, page
 
 CAPTIONS = {
     "isoflop": "Loss against size at each budget. Solid: a parabola through the runs of one budget "
-    "(approach 2); its vertex, the star, is the best size. Dashed: the law fitted to all runs of the "
+    "(approach 2); its minimum, the star, is the best size. Dashed: the law fitted to all runs of the "
     "family at once (approach 3). An open arrow means that the best size lies beyond the sampled ones.",
     "frontier": "The lowest loss that each budget can reach. Families share an axis only where their "
     "losses are numbers of one kind.",
@@ -127,7 +127,7 @@ def _sure(families: dict[str, Any], refused: int) -> str:
     others = sum(len(family["warnings"]) for family in families.values()) - refused
     start = "What is refused, the data cannot give." if refused else "Nothing is refused."
     count = "1 warning" if others == 1 else f"{others} warnings"
-    return f"{start} Below the figures: {count}, each with its cure." if others else start
+    return f"{start} Below the figures: {count}, each with a hint." if others else start
 
 
 def _laws(record: dict[str, Any], figures: Pictures) -> Iterable[str]:
@@ -143,7 +143,7 @@ def _laws(record: dict[str, Any], figures: Pictures) -> Iterable[str]:
     yield "<h3>The exponent a by each approach</h3>"
     yield (
         "<p>Approach 1 follows training curves, approach 2 fits a parabola to each budget, approach 3 "
-        "one law to all runs. A parabola misses the vertex of a lopsided valley; the de-biased "
+        "one law to all runs. A parabola misses the minimum of a lopsided curve; the de-biased "
         "approach 2 has that shift removed.</p>"
     )
     yield report_tables.exponents(families)
@@ -219,7 +219,7 @@ def _trust(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
     yield from _figures(figures, "residuals")
     yield "<h3>Error budget</h3>"
     yield (
-        "<p>How far a loss is off for other reasons than N and D, as a share of it. Runs that are known "
+        "<p>How far a loss is off for other reasons than N and D, as a fraction of it. Runs that are known "
         "less well weigh less.</p>"
     )
     yield report_tables.error_budget(families)

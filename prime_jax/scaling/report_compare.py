@@ -35,7 +35,9 @@ def section(record: dict[str, Any], picture: str | None) -> Iterable[str]:
 
 
 def _multipliers(family: dict[str, Any], name: str, base: str, replicates: int) -> str:
-    lower = {row["flops"]: labels.share(row["probability"], replicates) for row in family["lower"]}
+    lower = {
+        row["flops"]: labels.fraction(row["probability"], replicates) for row in family["lower"]
+    }
     rows = []
     for side, who, never in (("at_family", name, base), ("at_baseline", base, name)):
         for row in family["multiplier"][side]["budgets"]:
@@ -65,7 +67,9 @@ def _tests(family: dict[str, Any]) -> str:
         if found:
             ends = found["interval"]
             shown = f" ({ends[0]:+.3f} to {ends[1]:+.3f})" if ends else " (no interval)"
-            verdict = "told apart" if found["told_apart"] else "cannot be told apart"
+            verdict = (
+                "differ significantly" if found["significant"] else "do not differ significantly"
+            )
             rows.append(
                 (f"difference of a, {label}", f"{found['difference']:+.3f}{shown}", verdict)
             )

@@ -65,7 +65,7 @@ def notes(warnings: Sequence[dict[str, Any]], where: str = "") -> Iterable[str]:
         sentence = f"{what}{where and f' ({where})'}: {item['message']}"
         yield (
             f'<div class="{style}">{html.escape(sentence)}. '
-            f"<b>Cure:</b> {html.escape(item['cure'])}. <code>{item['code']}</code></div>"
+            f"<b>Hint:</b> {html.escape(item['hint'])}. <code>{item['code']}</code></div>"
         )
 
 
@@ -93,7 +93,11 @@ def between(ends: Sequence[float | None] | None, show: Any) -> str:
     return f"{low} – {high}"
 
 
-def signed(share: float | None, digits: int = 1) -> str:
-    if share is None:
+def signed(fraction: float | None, digits: int = 1) -> str:
+    if fraction is None:
         return "–"
-    return f"{share:+.{digits}%}" if abs(share) >= 0.5 * 10 ** -(digits + 2) else f"{0:.{digits}%}"
+    return (
+        f"{fraction:+.{digits}%}"
+        if abs(fraction) >= 0.5 * 10 ** -(digits + 2)
+        else f"{0:.{digits}%}"
+    )

@@ -136,17 +136,17 @@ def optima(families: dict[str, Any]) -> str:
     for name, family in families.items():
         two = family["approach2"]
         law = {row["flops"]: row for row in family["approach3"].get("optima", [])}
-        valleys = {row["flops"]: row for row in two["optima"]}
+        curves = {row["flops"]: row for row in two["optima"]}
         shifts = {row["flops"]: row for row in (two["debiased"] or {"optima": []})["optima"]}
-        if len(law) > len(valleys) and not valleys:
+        if len(law) > len(curves) and not curves:
             law = {key: law[key] for key in _edges(sorted(law))}
-        for budget in sorted({*law, *valleys}):
+        for budget in sorted({*law, *curves}):
             rows.append(
                 (
                     html.escape(name),
                     labels.flops(budget),
                     *_law_cells(law.get(budget)),
-                    *_valley_cells(valleys.get(budget)),
+                    *_valley_cells(curves.get(budget)),
                     _shift_cell(shifts.get(budget)),
                 )
             )

@@ -12,8 +12,8 @@ from typing import Any
 
 from prime_jax.errors import UserError
 
-MOST_ROWS = 100_000  # one row is one run; more than this is a training log
-MOST_CURVE_ROWS = 500_000
+MAX_ROWS = 100_000  # one row is one run; more than this is a training log
+MAX_CURVE_ROWS = 500_000
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
 
 
@@ -39,7 +39,7 @@ def read(source: Path) -> Table:
     return read_csv(source)
 
 
-def read_csv(path: Path, most: int = MOST_ROWS) -> Table:
+def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -63,7 +63,7 @@ def read_csv(path: Path, most: int = MOST_ROWS) -> Table:
             names.append(f"row {lines.line_num}")
             if len(rows) > most:
                 raise UserError(
-                    f"{path}: more than {most:,} rows; a fit wants one row for each run, not a training log (--curves takes {MOST_CURVE_ROWS:,})"
+                    f"{path}: more than {most:,} rows; a fit wants one row for each run, not a training log (--curves takes {MAX_CURVE_ROWS:,})"
                 )
     except csv.Error as error:
         raise UserError(f"{path}, row {lines.line_num}: not a CSV ({error})") from error

@@ -17,9 +17,9 @@ from prime_jax.errors import UserError
 from prime_jax.runtime.records import best_valid
 from prime_jax.scaling.columns import DEFAULT_METRIC
 from prime_jax.scaling.points import KINDS
-from prime_jax.scaling.table import MOST_CURVE_ROWS, Table, number, read_csv, require, text
+from prime_jax.scaling.table import MAX_CURVE_ROWS, Table, number, read_csv, require, text
 
-LEAST_EVALUATIONS = 3  # that make a curve
+MIN_EVALUATIONS = 3  # that make a curve
 WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
 CLOCKS = ("tokens", "step", "_step", "global_step", "trainer/global_step")
 RUNS = ("run", "name", "run_name")
@@ -51,7 +51,7 @@ def load(source: Path, metric: str) -> Logs:
     """Raises UserError: nothing there, or no training curves (with the rows that are wrong)."""
     if source.is_dir():
         return _of_sweep(source, metric)
-    return of_table(read_csv(source, MOST_CURVE_ROWS))
+    return of_table(read_csv(source, MAX_CURVE_ROWS))
 
 
 def of_table(table: Table) -> Logs:
@@ -190,7 +190,7 @@ def _of_sweep(root: Path, metric: str) -> Logs:
         values = [loss["value"] for loss in evals.values()]
         kind = "+".join(sorted({loss["kind"] for loss in evals.values()}))
         evaluated[run.id] = Log(list(evals), values, **rates, kind=kind)
-    enough = all(len(log.clock) >= LEAST_EVALUATIONS for log in evaluated.values())
+    enough = all(len(log.clock) >= MIN_EVALUATIONS for log in evaluated.values())
     return Logs(decaying | (evaluated if enough else training), False, root.name)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
 from prime_jax.scaling import approach2, approach3, noise
-from prime_jax.scaling.findings import Finding, warn
+from prime_jax.scaling.diagnostics import Diagnostic, warn
 from prime_jax.scaling.laws import Compute, Law, Optimum, fit_compute, optimum
 from prime_jax.scaling.points import Points
 from prime_jax.scaling.settings import Settings
@@ -23,10 +23,10 @@ from prime_jax.scaling.settings import Settings
 Array = NDArray[np.float64]
 
 SCHEMA = 1  # of validate.json: {"schema", the origin as in fit.json, "families": {NAME: report}}
-LEAST_FITTED = 3  # budgets, sizes and numbers of tokens of the smallest fit
-LEAST_RUNS = 6
-LEAST_SPAN = 0.25  # of the range of log C; a fit over less says little about the rest
-MOST_STEPS = 8  # where there are many budgets, steps are spread over them
+MIN_FITTED = 3  # budgets, sizes and numbers of tokens of the smallest fit
+MIN_RUNS = 6
+MIN_SPAN = 0.25  # of the range of log C; a fit over less says little about the rest
+MAX_STEPS = 8  # where there are many budgets, steps are spread over them
 START_STRIDE = 11  # every 11th start: five, besides the law of all runs
 LARGE_BIAS = 0.01  # of the loss; about a fifth of the compute that reaches it
 BINS = (0.0, 0.25, 0.5, 1.0, 2.0, np.inf)  # decades of C beyond the fitted budgets
@@ -40,9 +40,9 @@ class Prediction:
         decades: log10 of its FLOPs over those of the largest fitted budget.
         params_n, errors_n: sizes of its runs, and approach 3's loss over the measured one, less 1.
         parametric: the optimum that approach 3 predicts.
-        power: that of approach 2's power laws of N* and of the loss through the fitted vertices;
-            None with fewer than three vertices.
-        measured: the vertex of the parabola through the held-out runs; None without one.
+        power: that of approach 2's power laws of N* and of the loss through the fitted minima;
+            None with fewer than three minima.
+        measured: the minimum of the parabola through the held-out runs; None without one.
     """
 
     flops: float
@@ -82,7 +82,7 @@ class Rollout:
 
     steps: tuple[Step, ...]
     residuals_n: Array
-    findings: tuple[Finding, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
 
     @property
     def predictions(self) -> tuple[Prediction, ...]:
@@ -91,7 +91,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ModelError:
-    """How wrong predicted losses are, as a share of the loss.
+    """How wrong predicted losses are, as a fraction of the loss.
 
     Attributes:
         bias, rms: of the held-out runs; a positive bias is a prediction that is too high.
@@ -137,15 +137,15 @@ def rollout(
         law: that of all runs, if it is known already; only saves time.
         envelope: optima of approach 1.
     """
-    cuts = [k for k in range(LEAST_FITTED, len(points.budgets)) if _enough(points, k)]
+    cuts = [k for k in range(MIN_FITTED, len(points.budgets)) if _enough(points, k)]
     if not cuts:
         few = warn(
             "too_few_budgets",
-            f"a rollout needs {LEAST_FITTED + 1} budgets, so the error of predictions is not known",
+            f"a rollout needs {MIN_FITTED + 1} budgets, so the error of predictions is not known",
         )
         return Rollout((), np.array([]), (few,))
-    if len(cuts) > MOST_STEPS:
-        cuts = [cuts[k] for k in np.linspace(0, len(cuts) - 1, MOST_STEPS).round().astype(int)]
+    if len(cuts) > MAX_STEPS:
+        cuts = [cuts[k] for k in np.linspace(0, len(cuts) - 1, MAX_STEPS).round().astype(int)]
     compute = fit_compute(points.flops, points.params, points.tokens)
     if law is None:
         everything = np.ones(len(points.loss), dtype=bool)
@@ -159,7 +159,7 @@ def rollout(
         problem = replace(_problem(points, fitted, settings), weight_n=weight_n[fitted])
         steps.append(_step(points, k, _law(problem, law), isoflop, envelope, compute))
     found = Rollout(tuple(steps), residuals)
-    return replace(found, findings=_findings(model_error(found)))
+    return replace(found, diagnostics=_findings(model_error(found)))
 
 
 def model_error(rollout: Rollout) -> ModelError | None:
@@ -193,8 +193,8 @@ def report(points: Points, settings: Settings) -> dict[str, Any]:
 
     {..., "kind", "runs": [{"fitted_up_to", "flops", "params": [N], "errors": [...]}], "warnings"}
     """
-    if any(finding.refusal for finding in points.findings):
-        found = Rollout((), np.array([]), points.findings)
+    if any(diagnostic.refusal for diagnostic in points.diagnostics):
+        found = Rollout((), np.array([]), points.diagnostics)
     else:
         found = rollout(points, settings)
     runs = [
@@ -207,7 +207,7 @@ def report(points: Points, settings: Settings) -> dict[str, Any]:
         for step in found.steps
         for prediction in step.predictions
     ]
-    warnings = [finding.as_dict() for finding in found.findings]
+    warnings = [diagnostic.as_dict() for diagnostic in found.diagnostics]
     return {**as_dict(found), "kind": points.measure.kind, "runs": runs, "warnings": warnings}
 
 
@@ -218,7 +218,7 @@ def as_dict(rollout: Rollout) -> dict[str, Any]:
      "by_distance": [{"from", "to" (decades; null: no end), "runs", "mean", "rms"}],
      "steps": [{"fitted": [FLOPs], "mean", "rms",
        "budgets": [{"flops", "decades", "in_range": false, "runs", "mean", "rms",
-         "measured": {"params", "loss"} | null (the vertex of the held-out budget),
+         "measured": {"params", "loss"} | null (the minimum of the held-out budget),
          "approach3" and "approach2": {"params", "loss", "params_error", "loss_error"} | null}],
        "approach1": [alike, with "flops" and "measured"]}]}
 
@@ -284,11 +284,11 @@ def _against(foreseen: Optimum, measured: Optimum | None) -> dict[str, float | N
 
 def _enough(points: Points, k: int) -> bool:
     log_flops = np.log(points.budgets)
-    if log_flops[k - 1] - log_flops[0] < LEAST_SPAN * np.ptp(log_flops):
+    if log_flops[k - 1] - log_flops[0] < MIN_SPAN * np.ptp(log_flops):
         return False
     fitted = points.budget <= points.budgets[k - 1]
     levels = min(len(np.unique(v[fitted])) for v in (points.params, points.tokens))
-    return fitted.sum() >= LEAST_RUNS and levels >= LEAST_FITTED
+    return fitted.sum() >= MIN_RUNS and levels >= MIN_FITTED
 
 
 def _problem(points: Points, fitted: NDArray[np.bool_], settings: Settings) -> approach3.Problem:
@@ -323,8 +323,8 @@ def _step(
     compute: Compute,
 ) -> Step:
     fitted, held_out = points.budgets[:k], points.budgets[k:]
-    vertices = {valley.optimum.flops: valley.optimum for valley in isoflop.inside}
-    known = [best for flops, best in vertices.items() if flops <= fitted[-1]]
+    minima = {curve.optimum.flops: curve.optimum for curve in isoflop.inside}
+    known = [best for flops, best in minima.items() if flops <= fitted[-1]]
     predictions = []
     for flops in held_out.tolist():
         mine = points.budget == flops
@@ -337,7 +337,7 @@ def _step(
                 law.loss(params, tokens) / loss - 1,
                 optimum(law, compute, flops),
                 _power(known, compute, flops),
-                vertices.get(flops),
+                minima.get(flops),
             )
         )
     winners = [best for best in envelope if best.flops <= fitted[-1]]
@@ -348,7 +348,7 @@ def _step(
 
 def _power(known: list[Optimum], compute: Compute, flops: float) -> Optimum | None:
     """Straight lines through log N* and log loss against log C, read off at `flops`."""
-    if len(known) < LEAST_FITTED:
+    if len(known) < MIN_FITTED:
         return None
     x = np.log([best.flops for best in known])
     lines = (np.polyfit(x, np.log([getattr(b, n) for b in known]), 1) for n in ("params", "loss"))
@@ -356,7 +356,7 @@ def _power(known: list[Optimum], compute: Compute, flops: float) -> Optimum | No
     return Optimum(flops, params, compute.tokens(flops, params), loss)
 
 
-def _findings(error: ModelError | None) -> tuple[Finding, ...]:
+def _findings(error: ModelError | None) -> tuple[Diagnostic, ...]:
     if error is None or abs(error.bias) < LARGE_BIAS:
         return ()
     side = "high" if error.bias > 0 else "low"

@@ -10,7 +10,7 @@ from pathlib import Path
 from prime_jax.errors import UserError
 
 
-def shares(
+def partition(
     workers: int, environment: Mapping[str, str] = os.environ, system: Path = Path("/")
 ) -> list[dict[str, str]]:
     """Environment variables of each worker; none on a machine without accelerators.

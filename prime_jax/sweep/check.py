@@ -30,7 +30,7 @@ class Options:
 
 def check(
     listed: Sequence[Candidate],
-    where: Slice,
+    slice_: Slice,
     options: Options,
     compile: aot.Compile | None = None,
     progress: aot.Progress = aot.SILENT,
@@ -46,13 +46,13 @@ def check(
         UserError: no compiler here, or a mesh that does not fit the slice.
     """
     out, verdicts = list(listed), []
-    families = _shapes(listed, where)
+    families = _shapes(listed, slice_)
     total = sum(len(shapes) if options.every else 1 for shapes in families.values())
     progress.expect(total)
     one = partial(aot.autofit if options.autofit else aot.check, progress=progress)
     for shapes in families.values():
         for number, (config, members) in enumerate(shapes):
-            verdict = one(config, where, options.cache, compile)
+            verdict = one(config, slice_, options.cache, compile)
             verdicts.append(verdict)
             for i in members:
                 out[i] = _judged(out[i], verdict)
@@ -68,14 +68,14 @@ def check(
 
 
 def _shapes(
-    listed: Sequence[Candidate], where: Slice
+    listed: Sequence[Candidate], slice_: Slice
 ) -> dict[str, list[tuple[RunConfig, list[int]]]]:
     """By family: different compiled programs and the candidates that share each, largest first."""
     groups: dict[tuple[str, str], tuple[RunConfig, list[int]]] = {}
     for i, candidate in enumerate(listed):
         if candidate.config is None or candidate.drop:
             continue
-        shape = (candidate.row.family, aot.key(candidate.config, where))
+        shape = (candidate.row.family, aot.key(candidate.config, slice_))
         groups.setdefault(shape, (candidate.config, []))[1].append(i)
     out: dict[str, list[tuple[RunConfig, list[int]]]] = {}
     for (family, _), group in sorted(groups.items(), key=lambda item: _size(item[1][0])):
@@ -93,7 +93,7 @@ def _judged(candidate: Candidate, verdict: Verdict) -> Candidate:
     if verdict.fits:
         return _with_mesh(candidate, verdict.config.mesh)
     over = human_bytes(verdict.total - verdict.limit)
-    reason = f"{over} too much for {verdict.where.name}: {aot.fixes(verdict)[0]}"
+    reason = f"{over} too much for {verdict.slice_.name}: {aot.fixes(verdict)[0]}"
     return replace(candidate, drop=reason)
 
 

@@ -81,8 +81,8 @@ def write(root: Path, out: Path) -> int:
 def _row(run: Run) -> dict[str, Any]:
     row = _planned(run) | {"run": run.id, "status": status_of(run), "reason": run.reason}
     if run.result is None:
-        beat = run.attempts[-1].beat if run.attempts else None
-        return row | {"step": (beat or {}).get("step", 0)}
+        heartbeat = run.attempts[-1].heartbeat if run.attempts else None
+        return row | {"step": (heartbeat or {}).get("step", 0)}
     row |= {name: run.result["hashes"].get(name, "") for name in HASHES}
     row |= {"step": run.result["steps"], "epochs": run.result["epochs"]}
     row |= {"reason": run.result.get("reason", "")}

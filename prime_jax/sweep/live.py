@@ -28,13 +28,13 @@ class Totals:
     """What a whole sweep has done and has before it.
 
     Attributes:
-        share: of all planned FLOPs, done.
+        fraction: of all planned FLOPs, done.
         speed: FLOP/s of all running runs together.
         seconds: until the end at that speed; None while nothing runs.
         cost: money so far; None without prices or without slices.
     """
 
-    share: float
+    fraction: float
     speed: float
     seconds: float | None
     cost: float | None
@@ -45,14 +45,14 @@ def totals(runs: Sequence[Run], prices: Prices | None = None) -> Totals:
     done = sum(run.spec["flops"]["matmul"] * progress(run) for run in runs)
     speed = 0.0
     for run in runs:
-        rate = _beat(run).get("tokens_per_second")
+        rate = _heartbeat(run).get("tokens_per_second")
         if run.state == "running" and rate:
             speed += rate * run.spec["flops"]["matmul"] / run.spec["tokens"]
     left = [run for run in runs if run.state != "done" and not _given_up(run)]
     rest = sum(run.spec["flops"]["matmul"] * (1 - progress(run)) for run in left)
     seconds = rest / speed if speed else None
-    share = done / planned if planned else 0.0
-    return Totals(share, speed, seconds, cost(runs, prices) if prices else None)
+    fraction = done / planned if planned else 0.0
+    return Totals(fraction, speed, seconds, cost(runs, prices) if prices else None)
 
 
 def cost(runs: Sequence[Run], prices: Prices) -> float | None:
@@ -69,20 +69,20 @@ def machine_seconds(run: Run) -> float:
     """Of all attempts, as their owners' clocks told."""
     if run.result:
         return run.result.get("machine_seconds", run.result["seconds"]["total"])
-    return max(((a.beat or {}).get("seconds", 0.0) for a in run.attempts), default=0.0)
+    return max(((a.heartbeat or {}).get("seconds", 0.0) for a in run.attempts), default=0.0)
 
 
 def progress(run: Run) -> float:
-    """Share of the steps that are made."""
+    """Fraction of the steps that are made."""
     if run.result:
         return 1.0
-    return _beat(run).get("step", 0) / run.spec["config"]["steps"]
+    return _heartbeat(run).get("step", 0) / run.spec["config"]["steps"]
 
 
 def summary(runs: Sequence[Run], prices: Prices | None = None) -> str:
-    """One line: counts, share of the work, time left, money so far."""
+    """One line: counts, fraction of the work, time left, money so far."""
     now = totals(runs, prices)
-    words = [status.counts(runs), f"{now.share:.0%} of the FLOPs"]
+    words = [status.counts(runs), f"{now.fraction:.0%} of the FLOPs"]
     if now.seconds is not None:
         words.append(f"ETA {status.duration(now.seconds)} at {now.speed:.3g} FLOP/s")
     if now.cost is not None:
@@ -111,7 +111,7 @@ def watch(root: Path, console: Console, prices: Prices | None = None) -> None:
     memory, told = state.Watch(), set()
     with Live(console=console, auto_refresh=False, transient=False) as screen:
         while True:
-            runs = storage.insist(lambda: state.list_runs(root, memory), console.print)
+            runs = storage.retry(lambda: state.list_runs(root, memory), console.print)
             for run in runs:
                 if run.state == "failed" and (run.id, run.k) not in told:
                     told.add((run.id, run.k))
@@ -127,13 +127,17 @@ def _given_up(run: Run) -> bool:
     return run.state != "running" and run.opens_in() is None
 
 
-def _beat(run: Run) -> dict:
-    return (run.attempts[-1].beat if run.attempts else None) or {}
+def _heartbeat(run: Run) -> dict:
+    return (run.attempts[-1].heartbeat if run.attempts else None) or {}
 
 
 def _cells(run: Run) -> list:
-    beat, steps = _beat(run), run.spec["config"]["steps"]
-    loss, mfu, rest = beat.get("loss"), beat.get("mfu"), status.seconds_left(run, beat)
+    heartbeat, steps = _heartbeat(run), run.spec["config"]["steps"]
+    loss, mfu, rest = (
+        heartbeat.get("loss"),
+        heartbeat.get("mfu"),
+        status.seconds_left(run, heartbeat),
+    )
     colour = "red" if run.state in TROUBLE else "green"
     return [
         run.id,
@@ -143,7 +147,7 @@ def _cells(run: Run) -> list:
         run.slice,
         Text(status.status_of(run), colour),
         ProgressBar(total=1.0, completed=progress(run), width=20),
-        f"{beat.get('step', 0)}/{steps}",
+        f"{heartbeat.get('step', 0)}/{steps}",
         "" if loss is None else f"{loss:.3f}",
         f"{mfu:.2f}" if mfu else "",
         "" if rest is None else status.duration(rest),

@@ -15,9 +15,9 @@ from rich.console import Console
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.sweep import accelerators, state, status
-from prime_jax.sweep.screen import Screen
 from prime_jax.sweep.state import Run
-from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, share, signals
+from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, signals, step_fraction
+from prime_jax.sweep.worker_progress import WorkerProgress
 
 POLL = 0.5
 LOOK_REMOTE = 10.0  # seconds between listings of a bucket
@@ -58,7 +58,7 @@ def supervise(
     command: Sequence[str] = (),
     console: Console | None = None,
 ) -> int:
-    """Run the sweep `root` with several processes, each on its share of the cores.
+    """Run the sweep `root` with several processes, each on its part of the cores.
 
     Args:
         root: the sweep directory.
@@ -77,13 +77,13 @@ def supervise(
     command = command or (*COMMAND, "sweep", "work", str(root))
     told = {_event(run) for run in state.list_runs(root)}
     results, look = [], 0.0
-    with signals() as stopping, Screen.open(console or Console()) as screen:
+    with signals() as stopping, WorkerProgress.open(console or Console()) as progress:
         team = _start(root, workers, command)
         try:
-            while _any_alive(team, stopping.is_set(), screen):
+            while _any_alive(team, stopping.is_set(), progress):
                 if time.monotonic() >= look:
                     with contextlib.suppress(storage.Unreachable):
-                        results += _news(root, watch, screen, told)
+                        results += _news(root, watch, progress, told)
                     look = time.monotonic() + (LOOK_REMOTE if storage.is_remote(root) else 0.0)
                 if stopping.is_set():
                     _stop(team)
@@ -94,14 +94,16 @@ def supervise(
             return PREEMPTED
         finally:
             _stop(team)
-        results += _news(root, watch, screen, told)
-        screen.say(share([run.result for run in results], (time.monotonic() - began) * workers))
-        return _exit_code(root, team, stopping.is_set(), screen)
+        results += _news(root, watch, progress, told)
+        progress.log(
+            step_fraction([run.result for run in results], (time.monotonic() - began) * workers)
+        )
+        return _exit_code(root, team, stopping.is_set(), progress)
 
 
 def _start(root: storage.Path, workers: int, command: Sequence[str]) -> list[Member]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    mine = accelerators.shares(workers)
+    mine = accelerators.partition(workers)
     remote = storage.is_remote(root)  # each attempt's log is there; what else a worker prints, here
     logs = Path(tempfile.mkdtemp(prefix="prime_jax-")) if remote else root / "logs"
     try:
@@ -116,12 +118,12 @@ def _start(root: storage.Path, workers: int, command: Sequence[str]) -> list[Mem
         raise UserError(f"cannot start workers of {root}: {error.strerror}") from error
 
 
-def _any_alive(team: Sequence[Member], stopping: bool, screen: Screen) -> bool:
+def _any_alive(team: Sequence[Member], stopping: bool, progress: WorkerProgress) -> bool:
     """Whether a worker is at work, once those that were killed have been started again."""
     codes = [member.process.poll() for member in team]
     for member, code in zip(team, codes, strict=True):
         if code is not None and code < 0 and member.restarts < RESTARTS and not stopping:
-            screen.say(f"a worker was killed (signal {-code}): started again")
+            progress.log(f"a worker was killed (signal {-code}): started again")
             member.restarts += 1
             member.start()
     return any(member.process.poll() is None for member in team) or None in codes
@@ -139,28 +141,30 @@ def _event(run: Run) -> tuple[str, int, str]:
     return run.id, run.k, run.state
 
 
-def _news(root: storage.Path, watch: state.Watch, screen: Screen, told: set) -> list[Run]:
+def _news(root: storage.Path, watch: state.Watch, progress: WorkerProgress, told: set) -> list[Run]:
     """Show where the sweep stands; the runs that ended since the last look."""
     runs = state.list_runs(root, watch)
-    screen.sweep(runs)
+    progress.sweep(runs)
     fresh = [run for run in runs if _event(run) not in told]
     told.update(map(_event, fresh))
     ended = [run for run in fresh if run.state not in ("pending", "running")]
     for run in ended:
-        screen.say(status.line(run), "red" if run.state == "failed" else "")
+        progress.log(status.line(run), "red" if run.state == "failed" else "")
         if run.state == "failed":
-            screen.say(status.failure(run), "red")
+            progress.log(status.failure(run), "red")
     return [run for run in ended if run.result]
 
 
-def _exit_code(root: storage.Path, team: Sequence[Member], stopped: bool, screen: Screen) -> int:
+def _exit_code(
+    root: storage.Path, team: Sequence[Member], stopped: bool, progress: WorkerProgress
+) -> int:
     if stopped:
         return PREEMPTED
     runs = state.list_runs(root)
     left = [run for run in runs if run.opens_in() is not None]
     if left:
-        screen.say(f"{len(left)} runs are still open, but every worker has ended", "red")
+        progress.log(f"{len(left)} runs are still open, but every worker has ended", "red")
         for member in team:
             tail = member.log.read_text(errors="replace").splitlines()[-status.TAIL :]
-            screen.say("\n".join([f"{member.log}:", *tail]), "red")
+            progress.log("\n".join([f"{member.log}:", *tail]), "red")
     return FAILED if left or any(run.state == "failed" for run in runs) else DONE

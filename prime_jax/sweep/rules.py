@@ -167,7 +167,7 @@ def lr_deepseek(cell: Cell) -> float:
 def warmup_capped(cell: Cell) -> int:
     """The base configuration's warm-up, at most a tenth of the steps.
 
-    A warm-up longer than the run's share bends fits: arXiv 2406.19146 traces part of the
+    A warm-up longer than the run's fraction bends fits: arXiv 2406.19146 traces part of the
     difference between the Kaplan and the Chinchilla exponents to it.
     """
     return min(cell.warmup_steps, cell.steps // 10)

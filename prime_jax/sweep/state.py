@@ -2,7 +2,7 @@
 
 The one primitive is exclusive creation. Attempt k of a run belongs to whoever creates
 `<id>.<k>.claim`; taking over, `kill` and `retry` all create attempt k+1, which the owner of
-attempt k sees at its next beat. Nothing is ever rewritten but a beat, by its owner.
+attempt k sees at its next heartbeat. Nothing is ever rewritten but a heartbeat, by its owner.
 """
 
 import functools
@@ -31,11 +31,11 @@ NAME = re.compile(r"([0-9a-f]+)\.(?:(\d+)\.)?(spec|claim|beat|end|result)")
 
 @dataclass(frozen=True)
 class Attempt:
-    """Attempt k; `claim` and `beat` are empty (None) where nobody needs them: see `_wanted`."""
+    """Attempt k; `claim` and `heartbeat` are empty (None) where nobody needs them: see `_wanted`."""
 
     k: int
     claim: dict[str, Any]
-    beat: dict[str, Any] | None
+    heartbeat: dict[str, Any] | None
     end: dict[str, Any] | None
 
 
@@ -45,7 +45,7 @@ class Run:
 
     Attributes:
         state: pending, running, stalled, lost, failed, preempted, killed or done.
-        certain: a running owner was seen alive, by its process or by a beat that changed.
+        certain: a running owner was seen alive, by its process or by a heartbeat that changed.
         ended_for: seconds since this reader first saw the newest attempt's end, on its own clock.
     """
 
@@ -110,11 +110,11 @@ class Run:
 
 @dataclass
 class Watch:
-    """The memory of one reader: how long each beat has stayed the same, on its own clock.
+    """The memory of one reader: how long each heartbeat has stayed the same, on its own clock.
 
     Attributes:
-        timeout: seconds after which an unchanged beat means that the owner is lost.
-        stall: the same for an owner whose beat lives, but whose training makes no step.
+        timeout: seconds after which an unchanged heartbeat means that the owner is lost.
+        stall: the same for an owner whose heartbeat lives, but whose training makes no step.
         kept: contents of the files that never change, by name.
     """
 
@@ -136,13 +136,13 @@ class Watch:
         if alive is False:
             return "lost", True
         key, now = (run, attempt.k), self.clock()
-        first, since = self._seen.setdefault(key, (attempt.beat, now))
-        if first != attempt.beat:
-            self._seen[key], since = (attempt.beat, now), now
+        first, since = self._seen.setdefault(key, (attempt.heartbeat, now))
+        if first != attempt.heartbeat:
+            self._seen[key], since = (attempt.heartbeat, now), now
             self._moved.add(key)
         if now - since > self.timeout:
             return "lost", True
-        if (attempt.beat or {}).get("quiet", 0.0) > self.stall:
+        if (attempt.heartbeat or {}).get("quiet", 0.0) > self.stall:
             return "stalled", True
         return "running", alive is True or key in self._moved
 
@@ -200,7 +200,7 @@ def read_run(root: Path, run: str) -> Run:
 
 
 def _wanted(files: dict[tuple[int, str], str], kept: dict[str, Any]) -> list[str]:
-    """The files of one run that must be read: no beats once there is a result, and of claims only
+    """The files of one run that must be read: no heartbeats once there is a result, and of claims only
     the newest attempt's, whose owner may be alive."""
     done, last = (0, "result") in files, max((k for k, _ in files), default=0)
     return [
@@ -228,14 +228,14 @@ def claim(
     run: str,
     k: int,
     by: str = "worker",
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> bool:
     """Try to become the owner of attempt k, with one and the same claim through any outage."""
     mine = {**identity(), "by": by, "time": time.time(), "claim": uuid.uuid4().hex}
-    return storage.insist(lambda: create(root / "state" / f"{run}.{k}.claim", mine), say)
+    return storage.retry(lambda: create(root / "state" / f"{run}.{k}.claim", mine), log)
 
 
-def beat(root: Path, run: str, k: int, values: dict[str, Any]) -> None:
+def heartbeat(root: Path, run: str, k: int, values: dict[str, Any]) -> None:
     write_json_atomic(root / "state" / f"{run}.{k}.beat", values)
 
 
@@ -268,7 +268,7 @@ def publish(root: Path, run: str, result: dict[str, Any]) -> bool:
 
 
 def kill(root: Path, run: Run) -> None:
-    """Stop a run for good: its owner leaves at its next beat and nobody takes it."""
+    """Stop a run for good: its owner leaves at its next heartbeat and nobody takes it."""
     _close_next(root, run, "killed", "by hand")
 
 

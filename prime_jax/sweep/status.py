@@ -35,24 +35,24 @@ def counts(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs: {', '.join(parts)}"
 
 
-def line(run: Run, beat: dict[str, Any] | None = None) -> str:
-    """One line for a run; `beat` replaces the one on disk with a fresher one."""
+def line(run: Run, heartbeat: dict[str, Any] | None = None) -> str:
+    """One line for a run; `heartbeat` replaces the one on disk with a fresher one."""
     spec, state = run.spec, status_of(run)
     attempt = run.attempts[-1] if run.attempts else None
-    beat = beat or (attempt.beat if attempt else None) or {}
+    heartbeat = heartbeat or (attempt.heartbeat if attempt else None) or {}
     words = [run.id, f"{spec['budget']:.3g}", f"N={size(run)}"]
     words += [spec["family"], f"seed {spec['config']['seed']}"]
     words += [run.slice] if run.slice else []
     words.append(state)
-    steps, step = spec["config"]["steps"], beat.get("step", 0)
+    steps, step = spec["config"]["steps"], heartbeat.get("step", 0)
     if run.result:
         words += [f"{loss['estimator']} {loss['value']:.4f}" for loss in run.result["losses"]]
     elif step:
         words.append(f"{step / steps:.0%} step {step}/{steps}")
-        words += [beat["phase"]] if beat.get("phase", "train") != "train" else []
-        words += [f"loss {beat['loss']:.3f}"] if beat.get("loss") is not None else []
-        words += [f"MFU {beat['mfu']:.2f}"] if beat.get("mfu") else []
-    rest = seconds_left(run, beat)
+        words += [heartbeat["phase"]] if heartbeat.get("phase", "train") != "train" else []
+        words += [f"loss {heartbeat['loss']:.3f}"] if heartbeat.get("loss") is not None else []
+        words += [f"MFU {heartbeat['mfu']:.2f}"] if heartbeat.get("mfu") else []
+    rest = seconds_left(run, heartbeat)
     words += [] if rest is None else [f"ETA {duration(rest)}"]
     if run.k > 1:
         words.append(f"attempt {run.k}")
@@ -66,12 +66,12 @@ def size(run: Run) -> str:
     return human(run.spec["params"][PARAMS[run.spec["convention"]]])
 
 
-def seconds_left(run: Run, beat: dict[str, Any]) -> float | None:
+def seconds_left(run: Run, heartbeat: dict[str, Any]) -> float | None:
     """At the speed that was measured last; None where the run does not run."""
-    rate, steps = beat.get("tokens_per_second"), run.spec["config"]["steps"]
+    rate, steps = heartbeat.get("tokens_per_second"), run.spec["config"]["steps"]
     if status_of(run) != "running" or not rate:
         return None
-    return run.spec["tokens"] * (1 - beat.get("step", 0) / steps) / rate
+    return run.spec["tokens"] * (1 - heartbeat.get("step", 0) / steps) / rate
 
 
 def failure(run: Run) -> str:
@@ -94,7 +94,7 @@ def show(runs: Sequence[Run], console: Console, head: str) -> None:
 
 
 def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What `--json` prints: per run its id, state, attempts, last beat, and reason if it stopped."""
+    """What `--json` prints: per run its id, state, attempts, last heartbeat, and reason if it stopped."""
     return [
         {
             "run": run.id,
@@ -108,7 +108,7 @@ def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "interruptions": run.interruptions,
             "opens_in": run.opens_in(),
             "steps": run.spec["config"]["steps"],
-            "beat": run.attempts[-1].beat if run.attempts else None,
+            "heartbeat": run.attempts[-1].heartbeat if run.attempts else None,
             "host": run.attempts[-1].claim.get("host") if run.attempts else None,
             "reason": run.reason,
         }

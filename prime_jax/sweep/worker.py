@@ -1,8 +1,8 @@
 """The worker: claims the largest open run, trains it, publishes its result, until nothing is open.
 
 Every engine starts this same loop; `pool.py` starts several of it here. A worker that dies loses
-at most the steps since its checkpoint: another sees its process gone, or its beat stand still,
-and takes attempt k+1 from there. In a gang of several processes process 0 decides, and tells the
+at most the steps since its checkpoint: another sees its process gone, or its heartbeat stand still,
+and takes attempt k+1 from there. In a process group of several processes process 0 decides, and tells the
 others before every step of the loop what to do.
 """
 
@@ -25,8 +25,8 @@ from prime_jax.runtime import distributed, storage
 from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
 from prime_jax.sweep.attempt import Apart, Trainer, Worker, run_attempt
-from prime_jax.sweep.screen import Screen
 from prime_jax.sweep.state import Run
+from prime_jax.sweep.worker_progress import WorkerProgress
 
 DONE, FAILED, PREEMPTED = 0, 1, 85  # exit codes, the same on every engine
 POLL, POLL_REMOTE = 1.0, 15.0  # seconds between looks while only other workers' runs are left
@@ -41,7 +41,7 @@ def work(
     minutes: float | None = None,
     trainer: Trainer | None = None,
     console: Console | None = None,
-    beat_seconds: float = 30.0,
+    heartbeat_seconds: float = 30.0,
     timeout: float = 300.0,
     backoff: float = state.BACKOFF,
 ) -> int:
@@ -53,8 +53,8 @@ def work(
         minutes: when this machine is taken away, counted from now.
         trainer: `prime_jax.train` unless a test brings its own.
         console: where progress goes.
-        beat_seconds: between two beats.
-        timeout: an attempt whose beat stands still for so long (seconds) is lost.
+        heartbeat_seconds: between two heartbeats.
+        timeout: an attempt whose heartbeat stands still for so long (seconds) is lost.
         backoff: seconds before a failed run is tried again.
 
     Returns:
@@ -63,22 +63,22 @@ def work(
     Raises:
         NoData: the data of every run that is left is not on this machine; they stay open.
         UserError: `root` is no sweep of this version, has nothing for this slice, or cannot be
-            written to; or not all processes of the gang came.
+            written to; or not all processes of the process group came.
     """
     limit, console = Limit(minutes), console or Console()
     state.check_root(root)
-    gang = distributed.start(lambda text: console.print(text, highlight=False, soft_wrap=True))
-    leads = gang is None or gang.process == 0
-    with signals(gang) as stopping, Screen.open(console) as screen:
+    group = distributed.start(lambda text: console.print(text, highlight=False, soft_wrap=True))
+    leads = group is None or group.process == 0
+    with signals(group) as stopping, WorkerProgress.open(console) as progress:
         trainer = trainer or _jax_trainer(root)
-        worker = Worker(root, trainer, screen, gang, stopping, limit.late, beat_seconds)
+        worker = Worker(root, trainer, progress, group, stopping, limit.late, heartbeat_seconds)
         watch = state.Watch(timeout)
         leader = Leader(worker, slice, limit, watch, backoff)
         with contextlib.suppress(Apart):
             while True:
                 order = leader.order() if leads else None
-                if gang:
-                    order = distributed.share(order)
+                if group:
+                    order = distributed.broadcast(order)
                     if distributed.notified():
                         stopping.set()
                         order = {"leave": PREEMPTED}
@@ -90,9 +90,9 @@ def work(
                 run = leader.chosen if leads else state.read_run(root, order["run"])
                 leader.note(run_attempt(worker, run, order["k"], order["earlier"]))
             if leads:
-                leader.say_share()
+                leader.log_step_fraction()
             return order["leave"]
-    return PREEMPTED  # the gang has come apart
+    return PREEMPTED  # the process group has come apart
 
 
 @dataclass
@@ -138,24 +138,24 @@ class Leader:
     def order(self) -> dict[str, Any]:
         """What every process does next: run an attempt, wait ({}), or leave with a code."""
         root, stopping = self.worker.root, self.worker.stopping
-        runs = storage.insist(lambda: state.list_runs(root, self.watch), self.worker.screen.say)
+        runs = storage.retry(lambda: state.list_runs(root, self.watch), self.worker.progress.log)
         planned = {run.slice for run in runs}
         runs = [run for run in runs if run.fits(self.slice)]
         if planned and not runs:
             names = ", ".join(sorted(planned))
             raise UserError(f"{root}: no run is planned for {self.slice}; there are: {names}")
-        self.worker.screen.sweep(runs)
+        self.worker.progress.sweep(runs)
         if stopping.is_set():
             return {"leave": PREEMPTED}
         ready = [run for run in runs if run.opens_in(backoff=self.backoff) == 0.0]
         first = max((r["seconds"].get("first_step") or 0.0 for r in self.results), default=0.0)
         if ready and not self.limit.allows(first):
-            self.worker.screen.say("time is nearly up: no other run is begun", "yellow")
+            self.worker.progress.log("time is nearly up: no other run is begun", "yellow")
             return {"leave": PREEMPTED}
         ready = with_data(ready, getattr(self.worker.trainer, "look", None))
         for run in sorted(ready, key=self._rank, reverse=True):
             k = run.k + 1
-            if state.claim(root, run.id, k, say=self.worker.screen.say):
+            if state.claim(root, run.id, k, log=self.worker.progress.log):
                 self.chosen, self.last = run, _compiled_shape(run)
                 return {"run": run.id, "k": k, "earlier": [a.k for a in reversed(run.attempts)]}
         if ready or worth_waiting(runs, self.backoff):
@@ -170,11 +170,11 @@ class Leader:
     def note(self, result: dict[str, Any] | None) -> None:
         self.results += [result] if result else []
 
-    def say_share(self) -> None:
-        self.worker.screen.say(share(self.results, time.monotonic() - self.began))
+    def log_step_fraction(self) -> None:
+        self.worker.progress.log(step_fraction(self.results, time.monotonic() - self.began))
 
 
-def share(results: Sequence[dict[str, Any]], life: float) -> str:
+def step_fraction(results: Sequence[dict[str, Any]], life: float) -> str:
     """How much of `life` seconds went into training steps, compilation left out."""
     train, compile_ = (sum(r["seconds"][what] for r in results) for what in ("train", "compile"))
     rest = max(life - compile_, 1e-9)
@@ -234,10 +234,10 @@ def _jax_trainer(root: Path) -> Trainer:
 
 
 @contextlib.contextmanager
-def signals(gang: distributed.Gang | None = None) -> Iterator[threading.Event]:
+def signals(group: distributed.ProcessGroup | None = None) -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set; another one, a second or more later, acts at once.
 
-    (The first may come twice, from a launcher and from the machine.) In a gang SIGTERM is JAX's own, which tells the other processes; SIGINT becomes one.
+    (The first may come twice, from a launcher and from the machine.) In a process group SIGTERM is JAX's own, which tells the other processes; SIGINT becomes one.
     """
     stopping, first = threading.Event(), float("inf")
 
@@ -255,7 +255,9 @@ def signals(gang: distributed.Gang | None = None) -> Iterator[threading.Event]:
     def pass_on(number: int, _: FrameType | None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    handlers = {signal.SIGINT: pass_on} if gang else {signal.SIGINT: handle, signal.SIGTERM: handle}
+    handlers = (
+        {signal.SIGINT: pass_on} if group else {signal.SIGINT: handle, signal.SIGTERM: handle}
+    )
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield stopping

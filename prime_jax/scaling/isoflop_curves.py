@@ -17,12 +17,12 @@ Array = NDArray[np.float64]
 Side = Literal["below", "above"]
 Method = Literal["parabola", "akima"]
 
-LEAST_SIZES = {"parabola": 3, "akima": 5}  # Akima's slopes come from five neighbours
+MIN_SIZES = {"parabola": 3, "akima": 5}  # Akima's slopes come from five neighbours
 FINE = 401  # sizes at which an interpolant is searched
 
 
 @dataclass(frozen=True)
-class Valley:
+class IsoflopCurve:
     """One budget, and its parabola in u = log N - centre: loss = c_0 + c_1 u + c_2 u**2.
 
     Attributes:
@@ -64,7 +64,7 @@ class Valley:
         return float(self.weight_n @ residual**2)
 
     @property
-    def vertex(self) -> float:
+    def minimum(self) -> float:
         """log N at the lowest point of the parabola, wherever that is."""
         return float(self.centre - self.c_3[1] / (2 * self.c_3[2]))
 
@@ -78,8 +78,8 @@ class Valley:
 
 def fit(
     budget: float, params: Array, loss: Array, weight: Array, compute: Compute, method: Method
-) -> Valley | None:
-    """The valley of the runs [n] of one budget; None if its curve has no minimum."""
+) -> IsoflopCurve | None:
+    """The IsoFLOP curve of the runs [n] of one budget; None if its curve has no minimum."""
     x = np.log(params)
     centre = float(weight @ x / weight.sum())
     design = np.stack([np.ones_like(x), x - centre, (x - centre) ** 2], 1)
@@ -97,30 +97,30 @@ def fit(
     if censored:
         size, value = (params.min() if censored == "below" else params.max()), loss.min()
     optimum = Optimum(budget, float(size), compute.tokens(budget, size), float(value))
-    return Valley(
+    return IsoflopCurve(
         budget, params, loss, weight, centre, c, covariance, optimum, censored, method == "akima"
     )
 
 
-def redraw(valley: Valley, sigma_R: Array, rng: np.random.Generator) -> Array:
-    """log N* of the valley under noise of variance sigma**2 / weight, [R].
+def redraw(curve: IsoflopCurve, sigma_R: Array, rng: np.random.Generator) -> Array:
+    """log N* of the curve under noise of variance sigma**2 / weight, [R].
 
     NaN where it has no minimum then (or, interpolated, none between the sampled sizes).
     Resampling runs would leave four-point parabolas undetermined in a third of the replicates;
     the posterior of the coefficients under a flat prior does not.
     """
     replicates = len(sigma_R)
-    if valley.interpolated:
-        noise = rng.standard_normal((len(valley.loss_n), replicates)) * sigma_R
-        loss_nxR = valley.loss_n[:, None] + noise / np.sqrt(valley.weight_n)[:, None]
-        best, _ = _lowest(valley.log_params_n, loss_nxR)
-        inside = (best > valley.log_params_n.min()) & (best < valley.log_params_n.max())
+    if curve.interpolated:
+        noise = rng.standard_normal((len(curve.loss_n), replicates)) * sigma_R
+        loss_nxR = curve.loss_n[:, None] + noise / np.sqrt(curve.weight_n)[:, None]
+        best, _ = _lowest(curve.log_params_n, loss_nxR)
+        inside = (best > curve.log_params_n.min()) & (best < curve.log_params_n.max())
         return np.where(inside, best, np.nan)
-    root = np.linalg.cholesky(valley.covariance_3x3)
-    c_Rx3 = valley.c_3 + sigma_R[:, None] * (rng.standard_normal((replicates, 3)) @ root.T)
+    root = np.linalg.cholesky(curve.covariance_3x3)
+    c_Rx3 = curve.c_3 + sigma_R[:, None] * (rng.standard_normal((replicates, 3)) @ root.T)
     convex = c_Rx3[:, 2] > 0
-    vertex = -c_Rx3[:, 1] / (2 * np.where(convex, c_Rx3[:, 2], 1.0))
-    return np.where(convex, valley.centre + vertex, np.nan)
+    minimum = -c_Rx3[:, 1] / (2 * np.where(convex, c_Rx3[:, 2], 1.0))
+    return np.where(convex, curve.centre + minimum, np.nan)
 
 
 def _akima(x_n: Array, loss_n: Array) -> Akima1DInterpolator:
@@ -142,8 +142,10 @@ def _lowest(x_n: Array, loss_nxR: Array) -> tuple[Array, Array]:
     edge = (k == 0) | (k == FINE - 1)
     k = np.clip(k, 1, FINE - 2)
     before, here, after = (values[k + step, column] for step in (-1, 0, 1))
-    bend = before - 2 * here + after
-    shift = np.where(bend > 0, (before - after) / (2 * np.where(bend > 0, bend, 1.0)), 0.0)
+    curvature = before - 2 * here + after
+    shift = np.where(
+        curvature > 0, (before - after) / (2 * np.where(curvature > 0, curvature, 1.0)), 0.0
+    )
     best = np.clip(fine[k] + shift * (fine[1] - fine[0]), fine[0], fine[-1])
     at = np.where(values[0] < values[-1], fine[0], fine[-1])
     value = here - (before - after) * shift / 4

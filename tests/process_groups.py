@@ -38,7 +38,7 @@ def start(words: list[str], processes: int, devices: int, **more: str) -> list[s
     ]
 
 
-def ended(gang: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+def ended(group: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     """Exit codes and what each process said, when all have ended."""
-    texts = [process.communicate(timeout=300)[0] for process in gang]
-    return [process.returncode for process in gang], texts
+    texts = [process.communicate(timeout=300)[0] for process in group]
+    return [process.returncode for process in group], texts

@@ -14,14 +14,14 @@ from prime_jax.sweep.state import Run
 
 
 @dataclass
-class Screen:
+class WorkerProgress:
     progress: Progress
     overall: TaskID
     current: TaskID
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, console: Console) -> Iterator["Screen"]:
+    def open(cls, console: Console) -> Iterator["WorkerProgress"]:
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             yield cls(progress, progress.add_task(""), progress.add_task("", visible=False))
@@ -32,11 +32,15 @@ class Screen:
             self.overall, description=status.counts(runs), total=len(runs), completed=done
         )
 
-    def run(self, run: Run, beat: dict[str, Any]) -> None:
-        text, total = escape(status.line(run, beat)), run.spec["config"]["steps"]
+    def run(self, run: Run, heartbeat: dict[str, Any]) -> None:
+        text, total = escape(status.line(run, heartbeat)), run.spec["config"]["steps"]
         self.progress.update(
-            self.current, description=text, total=total, completed=beat.get("step", 0), visible=True
+            self.current,
+            description=text,
+            total=total,
+            completed=heartbeat.get("step", 0),
+            visible=True,
         )
 
-    def say(self, text: str, style: str = "") -> None:
+    def log(self, text: str, style: str = "") -> None:
         self.progress.console.print(escape(text), style=style, highlight=False, soft_wrap=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-# What would cure each, by code. A code is stable: scripts may look for it in fit.json.
-CURES = {
+# A hint for each, by code. A code is stable: scripts may look for it in fit.json.
+HINTS = {
     "starts_disagree": "trust neither minimum: add runs, above all at sizes and budgets far apart",
     "not_converged": "report this data set as a bug of the solver",
     "negative_curvature": "add sizes on both sides of the best one, or repeat runs to lower the noise",
@@ -18,7 +18,7 @@ CURES = {
     "mixed_evaluations": "evaluate all runs on one evaluation set with one tokenizer, or say --allow-mixed-kinds",
     "kind_unstated": "add a `kind` column: nll, nelbo or train_loss",
     "survivors_only": "finish or explain the missing runs: where large or fast ones fail, the fit is biased",
-    "loss_not_predicted": "cure what approach 3 was refused for",
+    "loss_not_predicted": "see what approach 3 was refused for",
     "model_error_unknown": "add budgets: a rollout predicts the largest ones from three or more smaller ones",
     "no_launchable_shape": "give the settings of the runs: --sweep ROOT, --model.vocab-size, --data.seq-len",
     "held_out_bias": "expect the same of predictions beyond the data; add budgets close to the target",
@@ -48,7 +48,7 @@ CURES = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One warning, or a refusal: something asked for that the data cannot give.
 
     Attributes:
@@ -62,21 +62,21 @@ class Finding:
     refusal: bool = False
 
     @property
-    def cure(self) -> str:
-        return CURES[self.code]
+    def hint(self) -> str:
+        return HINTS[self.code]
 
     def as_dict(self) -> dict[str, str | bool]:
         return {
             "code": self.code,
             "message": self.message,
-            "cure": self.cure,
+            "hint": self.hint,
             "refusal": self.refusal,
         }
 
 
-def warn(code: str, message: str) -> Finding:
-    return Finding(code, message)
+def warn(code: str, message: str) -> Diagnostic:
+    return Diagnostic(code, message)
 
 
-def refuse(code: str, message: str) -> Finding:
-    return Finding(code, message, refusal=True)
+def refuse(code: str, message: str) -> Diagnostic:
+    return Diagnostic(code, message, refusal=True)

@@ -6,9 +6,9 @@ import textwrap
 import time
 
 import fake_store
-import gangs
+import process_groups
 import pytest
-from gangs import ended
+from process_groups import ended
 
 from prime_jax.config import (
     CheckpointConfig,
@@ -43,7 +43,7 @@ def planned(root, data, steps: int, **settings) -> list[str]:
         log=LogConfig(every=1),
     )
     small = grid.Sweep(
-        name="gang",
+        name="process group",
         base=base,
         families={"arm": {}},
         budgets=(2e7,),
@@ -60,9 +60,9 @@ def planned(root, data, steps: int, **settings) -> list[str]:
     return [candidate.id for candidate in listed]
 
 
-def gang(url: str, processes: int, *options: str) -> list[subprocess.Popen]:
+def group(url: str, processes: int, *options: str) -> list[subprocess.Popen]:
     words = ["-m", "prime_jax.cli", "sweep", "work", url, *options]
-    return gangs.start(words, processes, devices=4, **KEEP)
+    return process_groups.start(words, processes, devices=4, **KEEP)
 
 
 def test_a_gang_trains_its_slice_in_a_bucket_and_another_finishes(markov_data, tmp_path):
@@ -70,7 +70,7 @@ def test_a_gang_trains_its_slice_in_a_bucket_and_another_finishes(markov_data, t
     with fake_store.bucket("gs") as made:
         root = storage.path(made.url)
         mine, other = planned(root, markov_data, 12)
-        codes, texts = ended(gang(made.url, 2, "--slice", "v5e-8"))
+        codes, texts = ended(group(made.url, 2, "--slice", "v5e-8"))
         assert codes == [0, 0], texts
         assert all("waiting for 2 processes" in text for text in texts)
         runs = {run.id: run for run in state.list_runs(root)}
@@ -101,7 +101,7 @@ def test_a_worker_that_begins_anew_compiles_no_step_again(markov_data, tmp_path)
     hits = []
     for name in ("v5e-8", "v5e-16"):
         words = ["-c", textwrap.dedent(code), "sweep", "work", str(root), "--slice", name]
-        codes, (text,) = ended(gangs.start(words, 1, devices=4, **KEEP))
+        codes, (text,) = ended(process_groups.start(words, 1, devices=4, **KEEP))
         assert codes == [0], text
         hits.append(int(text.rpartition("hits: ")[2]))
     assert [run.state for run in state.list_runs(root)] == ["done", "done"]
@@ -111,7 +111,7 @@ def test_a_worker_that_begins_anew_compiles_no_step_again(markov_data, tmp_path)
 @pytest.mark.slow
 def test_a_gang_that_is_told_to_stop_saves_and_its_run_is_finished_elsewhere(markov_data, tmp_path):
     planned(tmp_path, markov_data, 2000)
-    workers = gang(str(tmp_path), 2)
+    workers = group(str(tmp_path), 2)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         if any(state.list_runs(tmp_path)[i].k for i in range(2)) and list(
@@ -123,7 +123,7 @@ def test_a_gang_that_is_told_to_stop_saves_and_its_run_is_finished_elsewhere(mar
     codes, texts = ended(workers)
     assert codes == [85, 85], texts
     assert sorted(run.state for run in state.list_runs(tmp_path)) == ["pending", "preempted"]
-    codes, texts = ended(gang(str(tmp_path), 1))
+    codes, texts = ended(group(str(tmp_path), 1))
     assert codes == [0], texts
     assert [run.state for run in state.list_runs(tmp_path)] == ["done", "done"]
     assert any("continues at step" in text for text in texts)
