@@ -126,7 +126,12 @@ def _embedding_table(width: int, dtype: Any, tokens=8192, length=16) -> Table:
 
     def ours(implementation):
         return lambda table_Tx3xE, digits_NxS: subtoken_embedding(
-            "cat_shared", table_Tx3xE, digits_NxS, width, implementation, dtype
+            "cat_shared",
+            table_TxRxE=table_Tx3xE,
+            digits_NxS=digits_NxS,
+            width=width,
+            implementation=implementation,
+            dtype=dtype,
         )
 
     def both(embed):

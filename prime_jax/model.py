@@ -214,7 +214,12 @@ class Transformer(nn.Module):
         digits_NxS = digits_BxLxS.reshape(-1, self.slots)
         implementation = self.embedding.implementation
         x_NxD = subtoken_embedding(
-            c.embedding, table_TxRxE, digits_NxS, c.width, implementation, c.dtype
+            c.embedding,
+            table_TxRxE=table_TxRxE,
+            digits_NxS=digits_NxS,
+            width=c.width,
+            implementation=implementation,
+            dtype=c.dtype,
         )
         block = Block
         if self.remat != "none":

@@ -53,12 +53,12 @@ def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = Non
     o = config.objective
     choice = selection.head(config, selection.target_kind())
     return Head(
-        codebook,
-        o.carry_over,
-        o.loss,
-        choice.implementation,
-        choice.blocks,
-        axis_name,
+        codebook=codebook,
+        carry_over=o.carry_over,
+        loss=o.loss,
+        implementation=choice.implementation,
+        blocks=choice.blocks,
+        axis_name=axis_name,
     )
 
 
@@ -127,8 +127,22 @@ def training_inputs(
     if config.family == "arm":
         return autoregressive_inputs(config, book, token_BxL, eos_id)
     target_BxL = targets(config, token_BxL, eos_id)
-    hidden = corrupt(config.objective, key, row_B, config.batch_size, target_BxL, book.length)
-    inputs = masked_inputs(config, book, token_BxL, hidden.masked_BxLxS, hidden.weight_BxL, eos_id)
+    hidden = corrupt(
+        config.objective,
+        key=key,
+        row_B=row_B,
+        count=config.batch_size,
+        target_BxL=target_BxL,
+        length=book.length,
+    )
+    inputs = masked_inputs(
+        config,
+        book=book,
+        token_BxL=token_BxL,
+        masked_BxLxS=hidden.masked_BxLxS,
+        weight_BxL=hidden.weight_BxL,
+        eos_id=eos_id,
+    )
     if config.objective.token_mask_rho > 0 and book.length > 1:
         inputs = inputs._replace(
             whole_BxL=jnp.broadcast_to(hidden.whole_B[:, None], token_BxL.shape)

@@ -158,7 +158,14 @@ def make_program(
     tx = optim.optimizer(config.optim)
     init, abstract = _make_init(config, codebook, tx, mesh)
     shardings = Shardings.of(mesh)
-    parts = Parts(config, codebook, mesh, shardings, shardings.specs(abstract.params), eos_id)
+    parts = Parts(
+        config=config,
+        codebook=codebook,
+        mesh=mesh,
+        shardings=shardings,
+        specs=shardings.specs(abstract.params),
+        eos_id=eos_id,
+    )
 
     def train(config: RunConfig) -> Any:
         return _train_function(parts._replace(config=config), tx)
@@ -228,7 +235,9 @@ def _train_function(p: Parts, tx) -> Any:
 
     def sums(params, tokens_BxL, row_B, key):
         """(gradient, loss sums, target tokens) of some rows, in float32."""
-        inputs = training_inputs(config, codebook, tokens_BxL, row_B, key, eos_id)
+        inputs = training_inputs(
+            config, book=codebook, token_BxL=tokens_BxL, row_B=row_B, key=key, eos_id=eos_id
+        )
         dropout_key = jax.random.fold_in(key, 1) if config.model.dropout else None
 
         def objective(params):

@@ -317,13 +317,13 @@ class Run:
         with self.clock.measure("eval"):
             losses, nats, n_tokens = likelihood.evaluate(
                 self.config,
-                self.program.codebook,
-                lambda name, row: draw(
+                codebook=self.program.codebook,
+                run_batch=lambda name, row: draw(
                     self.clock, name, params, self.blocks.tokens[row.example], row
                 ),
-                self.blocks.tokens,
-                self.blocks.doc,
-                self.data.eos_id,
+                token_ExL=self.blocks.tokens,
+                doc_E=self.blocks.doc,
+                eos_id=self.data.eos_id,
                 tick=lambda: self._poll(step, state, "evaluate"),
                 devices=self.program.mesh_choice.replica * self.program.mesh_choice.data,
             )

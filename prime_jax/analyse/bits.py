@@ -33,7 +33,9 @@ def hide(subject: Subject, token_BxL, key_B, uniform_B) -> tuple[Inputs, jax.Arr
     k_B = jnp.clip(jnp.ceil(uniform_B * n_B), 1, n_B).astype(n_B.dtype)
     masked = ((rank < k_B[:, None]) & may).reshape(shape)
     ones_BxL = jnp.ones(token_BxL.shape, jnp.float32)
-    inputs = masked_inputs(c, book, token_BxL, masked, ones_BxL, eos_id)
+    inputs = masked_inputs(
+        c, book=book, token_BxL=token_BxL, masked_BxLxS=masked, weight_BxL=ones_BxL, eos_id=eos_id
+    )
     return inputs, n_B / jnp.maximum(k_B, 1)
 
 

@@ -30,8 +30,22 @@ def measure(
     """A row for each noise level, and the two bounds that they add up to."""
     blocks = subject.blocks(examples)
     about = (subject.target_counts(blocks.tokens), blocks.doc, subject.given)
-    density = draws(subject, BOUND, blocks.tokens, levels, replicates, tick)
-    steps = draws(subject, f"{STEPS}:{levels}", blocks.tokens, levels, replicates, tick)
+    density = draws(
+        subject,
+        estimator=BOUND,
+        token_ExL=blocks.tokens,
+        levels=levels,
+        replicates=replicates,
+        tick=tick,
+    )
+    steps = draws(
+        subject,
+        estimator=f"{STEPS}:{levels}",
+        token_ExL=blocks.tokens,
+        levels=levels,
+        replicates=replicates,
+        tick=tick,
+    )
     rows = []
     for level in range(levels):
         cost = likelihood.summarise(BOUND, density[level], *about)

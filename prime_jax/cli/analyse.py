@@ -105,7 +105,7 @@ def run_spectra(args: argparse.Namespace) -> None:
         "interval": spectra.LEVEL,
         "singular_values": {name: values[name].tolist() for name in values},
     }
-    _write(out, "spectra", found, rows, about, drawn)
+    _write(out, name="spectra", found=found, rows=rows, about=about, drawn=drawn)
     medians = ["stable_rank", "effective_rank", "tail_exponent"]
     _show(rows, ["run", "matrix"], medians, "medians over layers")
 
@@ -131,7 +131,7 @@ def run_attention(args: argparse.Namespace) -> None:
             shown = maps[f"{subject.name}/{ratio:g}"]
             drawn[f"attention-maps-{k}"] = figures.maps(subject.name, ratio, shown, length)
     about = {"method": attention.__doc__, "band": attention.BAND, "measured": abouts}
-    _write(out, "attention", found, rows, about, drawn)
+    _write(out, name="attention", found=found, rows=rows, about=about, drawn=drawn)
     np.savez(out / "attention.npz", **maps)
     _show(rows, ["run", "hidden"], list(attention.STATISTICS), "medians over layers and heads")
 
@@ -149,7 +149,14 @@ def run_noise(args: argparse.Namespace) -> None:
             rows, abouts = rows + part, [*abouts, about]
     with figures.styled():
         drawn = {"noise": figures.noise(rows, [subject.name for subject in found])}
-    _write(out, "noise", found, rows, {"method": noise.__doc__, "measured": abouts}, drawn)
+    _write(
+        out,
+        name="noise",
+        found=found,
+        rows=rows,
+        about={"method": noise.__doc__, "measured": abouts},
+        drawn=drawn,
+    )
     _show_losses(abouts)
 
 
@@ -169,7 +176,14 @@ def run_bits(args: argparse.Namespace) -> None:
             rows, abouts = rows + part, [*abouts, about]
     with figures.styled():
         drawn = {"bits": figures.bits(rows, [subject.name for subject in found])}
-    _write(out, "bits", found, rows, {"method": bits.__doc__, "measured": abouts}, drawn)
+    _write(
+        out,
+        name="bits",
+        found=found,
+        rows=rows,
+        about={"method": bits.__doc__, "measured": abouts},
+        drawn=drawn,
+    )
     _show(rows, ["run", "slot"], ["nats", "nats_se_data", "error", "error_se_data"])
     _show_losses(abouts)
 

@@ -235,7 +235,12 @@ def _texts(args, found, out: Path, tick, records: list) -> None:
     for each in sets:
         named = lambda name, total, done, of=each.name: tick(f"{of} {name}", total, done)  # noqa: E731
         losses = report.evaluate(
-            scorer, each, names, args.replicates, out.parent / report.WORK, named
+            scorer,
+            texts=each,
+            names=names,
+            replicates=args.replicates,
+            work=out.parent / report.WORK,
+            tick=named,
         )
         records.append(report.as_record(each, losses))
         if distributed.is_writer():
@@ -250,7 +255,14 @@ def _samples(args, found, out: Path, tick, records: list) -> None:
 
     by = runs.load(args.scorer) if args.scorer else found
     names = report.names_of(by, args.estimators)
-    record = samples.score(args.samples, found, _scorer(args, by), names, args.replicates, tick)
+    record = samples.score(
+        args.samples,
+        of=found,
+        scorer=_scorer(args, by),
+        names=names,
+        replicates=args.replicates,
+        tick=tick,
+    )
     records.append(record)
     if distributed.is_writer():
         report.store(found, out, "samples", record, ("data", "hash", "scorer"))

@@ -201,7 +201,9 @@ def _draw(args: argparse.Namespace, run: Any, sampler: Any, canvas: Any, options
     console, done, began = Console(), [], time.monotonic()
     hidden = (canvas == run.codebook.base).any(axis=1)
     try:
-        for samples in _batches(args, run, sampler, canvas, options, console):
+        for samples in _batches(
+            args, run=run, sampler=sampler, canvas=canvas, options=options, console=console
+        ):
             done.append(samples)
     except KeyboardInterrupt:
         kept = f" are in {args.out}" if args.out else ""

@@ -268,7 +268,9 @@ def autofit(
         else:
             chosen = waiting[sizes.index(min(sizes))]
         text = f"try {len(seen) + 1} of at most {TRIES}, {describe(chosen.mesh)}"
-        verdict = check(chosen, slice_, cache, compile, progress, text)
+        verdict = check(
+            chosen, slice_=slice_, cache=cache, compile=compile, progress=progress, text=text
+        )
         if verdict.fits:
             return verdict
         seen.append(verdict)

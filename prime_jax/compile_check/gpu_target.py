@@ -26,16 +26,16 @@ class Spec(NamedTuple):
 
 SPECS = {
     "a100": Spec(
-        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 167936, 166912, 2_039_000_000_000, 40 << 20, 1.41,
-        85_100_068_864, 64,
+        name="NVIDIA A100-SXM4-80GB", capability=(8, 0), cores=108, shared_core=167936, shared_block=166912, bandwidth=2_039_000_000_000, cache=40 << 20, gigahertz=1.41,
+        memory=85_100_068_864, units=64,
     ),
     "h100": Spec(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, 233472, 232448, 3_352_000_000_000, 50 << 20, 1.98,
-        84_942_979_072, 128,
+        name="NVIDIA H100 80GB HBM3", capability=(9, 0), cores=132, shared_core=233472, shared_block=232448, bandwidth=3_352_000_000_000, cache=50 << 20, gigahertz=1.98,
+        memory=84_942_979_072, units=128,
     ),
     "h200": Spec(
-        "NVIDIA H200", (9, 0), 132, 233472, 232448, 4_800_000_000_000, 50 << 20, 1.98,
-        150_754_820_096, 128,
+        name="NVIDIA H200", capability=(9, 0), cores=132, shared_core=233472, shared_block=232448, bandwidth=4_800_000_000_000, cache=50 << 20, gigahertz=1.98,
+        memory=150_754_820_096, units=128,
     ),
 }  # fmt: skip
 

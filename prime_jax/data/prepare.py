@@ -143,7 +143,12 @@ def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
         task
         for split, stream in enumerate(pieces)
         for task in assemble.shard_tasks(
-            split, stream, request.seq_len, dtype, tokenizer.vocab_size, directory
+            split,
+            pieces=stream,
+            seq_len=request.seq_len,
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            out=directory,
         )
     ]
     todo = [t for t in tasks if not (Path(f"{t.stem}.json").exists() and t.shard.exists())]
@@ -250,7 +255,12 @@ def _encode_all(
                     break
                 if not _done(stem):
                     yield encode.Encode(
-                        part, stem, directory, tokenizer_hash, request, source.endless
+                        part=part,
+                        stem=stem,
+                        dataset=directory,
+                        tokenizer_hash=tokenizer_hash,
+                        request=request,
+                        endless=source.endless,
                     )
 
     sizes = [part.size for source in corpus for part in source.parts]

@@ -78,7 +78,12 @@ def hidden(task: Task, text: Text, masked_BxLxS, weight_BxL=None) -> Inputs:
     if weight_BxL is None:
         weight_BxL = jnp.ones(text.token_BxL.shape, jnp.float32)
     inputs = masked_inputs(
-        task.config, task.book, text.token_BxL, masked_BxLxS, weight_BxL, task.eos_id
+        task.config,
+        book=task.book,
+        token_BxL=text.token_BxL,
+        masked_BxLxS=masked_BxLxS,
+        weight_BxL=weight_BxL,
+        eos_id=task.eos_id,
     )
     return inputs if text.stop_B is None else cut(inputs, text.stop_B)
 
@@ -177,7 +182,12 @@ def finite(steps: int, task: Task, network: Network, text: Text, key_B, uniform_
     key_3xB = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(key_B)
     hide_BxLxS, reveal_BxLxS = (_scores(key_3xB[k], shape) for k in range(2))
     masked, later, weight = one_step(
-        steps, step_B, _scores(key_3xB[2], ()), hide_BxLxS, reveal_BxLxS, candidate_BxLxS
+        steps,
+        step_B=step_B,
+        pick_B=_scores(key_3xB[2], ()),
+        hide_BxLxS=hide_BxLxS,
+        reveal_BxLxS=reveal_BxLxS,
+        candidate_BxLxS=candidate_BxLxS,
     )
     nats_B = row_nats(task.head, network, hidden(task, text, masked, weight), later)[1]
     return {f"finite:{steps}": nats_B}

@@ -174,7 +174,16 @@ def summarise(
     cluster_C = np.bincount(cluster_E, weights=residual_E)
     n = len(cluster_C)
     se_data = float((n / max(n - 1, 1) * (cluster_C**2).sum()) ** 0.5 / total)
-    return Loss(kind(name), name, value, se_mc, se_data, total, replicates, given)
+    return Loss(
+        kind=kind(name),
+        estimator=name,
+        value=value,
+        se_mc=se_mc,
+        se_data=se_data,
+        n_tokens=total,
+        n_mc=replicates,
+        given=given,
+    )
 
 
 class Evaluation(NamedTuple):

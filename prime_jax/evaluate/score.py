@@ -181,12 +181,12 @@ class Scorer:
         if (length, whole, batch) not in self._draws:
             data = dataclasses.replace(self.config.data, seq_len=length)
             parts = Parts(
-                dataclasses.replace(self.config, data=data),
-                self.run.codebook,
-                self.mesh,
-                self.shardings,
-                self.specs,
-                self.run.eos_id,
+                config=dataclasses.replace(self.config, data=data),
+                codebook=self.run.codebook,
+                mesh=self.mesh,
+                shardings=self.shardings,
+                specs=self.specs,
+                eos_id=self.run.eos_id,
             )
             self._draws[length, whole, batch] = draws.make(parts, self.guidance)
         return self._draws[length, whole, batch]

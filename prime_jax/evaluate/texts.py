@@ -146,7 +146,16 @@ def _tokenised(
         ids = [np.append(i, np.array(end, i.dtype)) for i in ids]
         number = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
         ids = [np.concatenate(ids)]
-    return _windows(name, rules, ids, number, run, cutting, texts=len(texts), n_bytes=n_bytes)
+    return _windows(
+        name,
+        rules=rules,
+        ids=ids,
+        number=number,
+        run=run,
+        cutting=cutting,
+        texts=len(texts),
+        n_bytes=n_bytes,
+    )
 
 
 def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
@@ -167,7 +176,17 @@ def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
     if (data.seq_len, cutting.stride, cutting.context) == (size, size, 0):
         windows = Windows(list(blocks.tokens), np.zeros(len(blocks.tokens), np.int32))
         texts = len(np.unique(blocks.doc))
-        return TextSet(name, cutting.split, windows, blocks.doc, "texts", texts, n_bytes, size, 0)
+        return TextSet(
+            name=name,
+            rules=cutting.split,
+            windows=windows,
+            cluster=blocks.doc,
+            clusters="texts",
+            texts=texts,
+            n_bytes=n_bytes,
+            stride=size,
+            context=0,
+        )
     if cutting.examples:
         raise UserError(
             f"{name}: blocks of {data.seq_len} tokens, picked with gaps, are not cut anew with "
@@ -177,7 +196,14 @@ def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
     stream, number = blocks.tokens.reshape(-1), np.repeat(blocks.doc, data.seq_len)
     found = len(np.unique(blocks.doc))
     return _windows(
-        name, cutting.split, [stream], number, run, cutting, texts=found, n_bytes=n_bytes
+        name,
+        rules=cutting.split,
+        ids=[stream],
+        number=number,
+        run=run,
+        cutting=cutting,
+        texts=found,
+        n_bytes=n_bytes,
     )
 
 

@@ -119,7 +119,7 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
     if step < config.steps:
         raise UserError(f"{run} is at step {step} of {config.steps}; finish it first")
     params = found.ema if config.optim.ema else found.params
-    return Trained(run, config, made, params, step, data)
+    return Trained(path=run, config=config, program=made, params=params, step=step, data=data)
 
 
 def _load_exported(directory: Path) -> Trained:
@@ -132,4 +132,12 @@ def _load_exported(directory: Path) -> Trained:
     made = program(config, weights.eos_id, weights.codebook)
     tree = folder.to_params(weights.tensors, config, weights.codebook)
     params = folder.place(tree, made.abstract.params)
-    return Trained(directory, config, made, params, weights.step, data, weights.eos_id)
+    return Trained(
+        path=directory,
+        config=config,
+        program=made,
+        params=params,
+        step=weights.step,
+        data=data,
+        separator=weights.eos_id,
+    )

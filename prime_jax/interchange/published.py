@@ -119,7 +119,9 @@ def infer(layout: Layout, where: str, tensors: Tensors, facts: Facts, out: Path)
     vocab = facts.vocab_size or padded
     if not 2 <= vocab <= padded:
         raise UserError(f"{where}: --vocab-size {vocab} is not between 2 and its {padded} rows")
-    family, slots, merge = subtokens(layout, where, tensors, facts, vocab, width)
+    family, slots, merge = subtokens(
+        layout, where=where, tensors=tensors, facts=facts, vocab=vocab, width=width
+    )
     model = ModelConfig(
         vocab_size=vocab,
         layers=sum(number.isdigit() for number in numbers),

@@ -123,13 +123,13 @@ def check(case: Case, chip: str, dump: Path | None = None) -> Report:
     memory = compiled.memory_analysis()
     wrong = f"{len(kernels)} Mosaic calls in the program, expected {case.mosaic_calls}"
     return Report(
-        case,
-        chip,
-        seconds,
-        memory.temp_size_in_bytes,
-        memory.peak_memory_in_bytes,
-        tuple(read_schedules(dump, kernels)) if dump else (),
-        wrong if len(kernels) < case.mosaic_calls else "",
+        case=case,
+        chip=chip,
+        seconds=seconds,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        schedules=tuple(read_schedules(dump, kernels)) if dump else (),
+        error=wrong if len(kernels) < case.mosaic_calls else "",
     )
 
 
@@ -183,5 +183,10 @@ def parse_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
 
     hot = max(pairwise(sorted(starts)), key=lambda block: slots(block, "MXU"))
     return Schedule(
-        kernel, count, hot[1] - hot[0], slots(hot, "MXU"), slots(hot, "XLU"), slots(hot, *FILLS)
+        kernel=kernel,
+        bundles=count,
+        hot_bundles=hot[1] - hot[0],
+        matmuls=slots(hot, "MXU"),
+        shuffles=slots(hot, "XLU"),
+        spills=slots(hot, *FILLS),
     )

@@ -78,13 +78,13 @@ def decode(
         draw_B = jnp.full(batch, count)
         row_N, _ = propose(
             model.head,
-            None,
-            settings.filters,
-            h_Bx1xD[:, 0],
-            head_VxD,
-            last_B[:, None],
-            example_keys(settings.seed, prompts.example_B, draw_B),
-            open_B,
+            score=None,
+            filters=settings.filters,
+            h_NxD=h_Bx1xD[:, 0],
+            head_VxD=head_VxD,
+            digits_NxS=last_B[:, None],
+            key_N=example_keys(settings.seed, prompts.example_B, draw_B),
+            active_N=open_B,
         )
         new_B = jnp.where(open_B, jnp.asarray(book.tokens)[row_N], token_BxL[row_B, at_B])
         token_BxL = token_BxL.at[row_B, at_B].set(new_B)

@@ -77,13 +77,13 @@ def run(
         part = batch._replace(plan=plan, segment_ids_BxL=here(batch.segment_ids_BxL))
         done_BxNxS, count_B = loop.run(
             model._replace(network=network),
-            rule,
-            params,
-            part,
-            settings,
-            here(digits_BxLxS),
-            count,
-            last,
+            rule=rule,
+            params=params,
+            batch=part,
+            settings=settings,
+            digits_BxLxS=here(digits_BxLxS),
+            first=count,
+            last=last,
         )
         cache = read(done_BxNxS, cache=cache)[2]
         update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * block, axis=1)

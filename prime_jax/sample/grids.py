@@ -90,7 +90,14 @@ def _costs(model: Model, config: RunConfig, params, token_BxL, fraction, index) 
     level_BxLxS = jax.random.uniform(jax.random.fold_in(jax.random.key(MEASURE_SEED), index), shape)
     hidden_BxLxS = level_BxLxS < fraction
     ones_BxL = jnp.ones(token_BxL.shape, jnp.float32)
-    inputs = masked_inputs(config, book, token_BxL, hidden_BxLxS, ones_BxL, -1)
+    inputs = masked_inputs(
+        config,
+        book=book,
+        token_BxL=token_BxL,
+        masked_BxLxS=hidden_BxLxS,
+        weight_BxL=ones_BxL,
+        eos_id=-1,
+    )
     h_BxLxD, head_VxD = model.network(params)(inputs.digits_BxLxS, None, None)
     parts = (h_BxLxD, hidden_BxLxS, level_BxLxS)
     h_NxD, hidden_NxS, level_NxS = (x.reshape(-1, *x.shape[2:]) for x in parts)
@@ -99,7 +106,14 @@ def _costs(model: Model, config: RunConfig, params, token_BxL, fraction, index) 
 
     def saved(part):
         later_NxS = hidden_NxS & (level_NxS < part * fraction)
-        _, joint_N = subtoken_log_masses(head, h_NxD, head_VxD, row_N, hidden_NxS, later_NxS)
+        _, joint_N = subtoken_log_masses(
+            head,
+            h_NxD=h_NxD,
+            head_VxD=head_VxD,
+            row_N=row_N,
+            masked_NxS=hidden_NxS,
+            later_NxS=later_NxS,
+        )
         alone = jnp.where(hidden_NxS & ~later_NxS, single_NxS, 0).sum()
         return (alone + joint_N.sum()) / (fraction * (1 - part))
 

@@ -85,14 +85,14 @@ def settings_of(options: Options) -> Settings:
     elif options.order == "entropy":  # its score is the negative entropy
         threshold = -threshold
     return Settings(
-        Filters(
+        filters=Filters(
             np.float32(options.temperature), np.int32(options.top_k), np.float32(options.top_p)
         ),
-        np.float32(threshold),
-        np.float32(options.cfg_scale),
-        rates,
-        np.int32(steps),
-        np.uint32(options.seed),
+        threshold=np.float32(threshold),
+        cfg_scale=np.float32(options.cfg_scale),
+        rates_Px2=rates,
+        steps=np.int32(steps),
+        seed=np.uint32(options.seed),
     )
 
 

@@ -139,22 +139,32 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
         )
     loss_g = race.loss_nxG[winner, np.arange(len(flops_g))]
     return Envelope(
-        line,
-        _optima(flops_g, race, winner, inside),
-        flops_g[inside],
-        loss_g[inside],
-        a_R,
-        b_R,
-        curves.kind,
-        curves.asked,
-        tuple(diagnostics),
+        line=line,
+        optima=_optima(flops_g, race, winner, inside),
+        flops_g=flops_g[inside],
+        loss_g=loss_g[inside],
+        a_R=a_R,
+        b_R=b_R,
+        kind=curves.kind,
+        asked=curves.asked,
+        diagnostics=tuple(diagnostics),
     )
 
 
 def _refused(curves: Curves | None, *diagnostics: Diagnostic) -> Envelope:
     none = np.empty(0)
     kind, asked = ("", False) if curves is None else (curves.kind, curves.asked)
-    return Envelope(None, (), none, none, none, none, kind, asked, diagnostics)
+    return Envelope(
+        line=None,
+        optima=(),
+        flops_g=none,
+        loss_g=none,
+        a_R=none,
+        b_R=none,
+        kind=kind,
+        asked=asked,
+        diagnostics=diagnostics,
+    )
 
 
 def _schedules(curves: Curves) -> tuple[list[Diagnostic], list[Curve]]:

@@ -75,7 +75,12 @@ def fit(
             few.append(budget)
         else:
             curve = isoflop_curves.fit(
-                budget, params, points.loss[mine], weight_n[mine], compute, method
+                budget,
+                params=params,
+                loss=points.loss[mine],
+                weight=weight_n[mine],
+                compute=compute,
+                method=method,
             )
             (no_minimum if curve is None else found).append(curve or budget)
     diagnostics = _left_out(spread, few, no_minimum, method) + _censored(found)
@@ -130,7 +135,14 @@ def correct(
     if isoflop.a is None:
         return None
     minima = None if draws is None else draws.minima_RxV
-    return debias.correct(isoflop.curves, minima, law, replicates, compute, seed)
+    return debias.correct(
+        isoflop.curves,
+        minima_RxV=minima,
+        law=law,
+        replicates=replicates,
+        compute=compute,
+        seed=seed,
+    )
 
 
 def check(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Diagnostic, ...]:

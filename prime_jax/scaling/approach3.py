@@ -195,7 +195,16 @@ def problem(
     x, y = (log_n - centre[0]) / scale[0], (log_d - centre[1]) / scale[1]
     delta = math.inf if objective == "ls" else delta
     weight = np.ones(len(x)) if weight is None else weight
-    return Problem(x, y, np.log(loss), weight, centre, scale, objective, delta)
+    return Problem(
+        x_n=x,
+        y_n=y,
+        log_loss_n=np.log(loss),
+        weight_n=weight,
+        centre=centre,
+        scale=scale,
+        objective=objective,
+        delta=delta,
+    )
 
 
 def starts(p: Problem) -> Array:
@@ -271,7 +280,7 @@ def solve(p: Problem, start_Px5: Array, weight_Pxn: Array) -> tuple[Array, Array
     for stage in p.stages():
         theta, value = newton.minimise(
             lambda t, i, stage=stage: stage.at(i).derivatives(t, weight_Pxn[i]),
-            theta, lower, upper, stage.floor, LOGS,
+            start_PxK=theta, lower_K=lower, upper_K=upper, floor=stage.floor, logs=LOGS,
         )  # fmt: skip
     return theta, value
 

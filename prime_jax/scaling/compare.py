@@ -222,14 +222,16 @@ def _prepare(fits: dict[str, _Fitted], settings: Settings) -> dict[str, _Prepare
         points, law = family.points, family.fit.law
         inside = family.isoflop.inside
         side = Side(
-            law,
-            Law(*(np.asarray(v)[:, None] for v in _values(replicates[k]))),
-            family.compute,
-            np.log([curve.flops for curve in inside]),
-            np.log([curve.optimum.loss for curve in inside]),
-            multiplier.minimum_losses(inside, settings.replicates, settings.seed + 1 + k),
-            float(points.budgets[0]),
-            float(points.budgets[-1]),
+            law=law,
+            replicates=Law(*(np.asarray(v)[:, None] for v in _values(replicates[k]))),
+            compute=family.compute,
+            knots_K=np.log([curve.flops for curve in inside]),
+            log_loss_K=np.log([curve.optimum.loss for curve in inside]),
+            log_loss_RxK=multiplier.minimum_losses(
+                inside, settings.replicates, settings.seed + 1 + k
+            ),
+            low=float(points.budgets[0]),
+            high=float(points.budgets[-1]),
         )
         slopes = None
         if family.isoflop.a is not None:
@@ -276,24 +278,28 @@ def _contrast(family: _Prepared, base: _Prepared, settings: Settings) -> Contras
     tests = tuple(
         joint.likelihood_ratio(
             (base.family.problem, family.family.problem),
-            (base.family.fit, family.family.fit),
-            names,
-            (base.cell_n, family.cell_n),
-            min(SIMULATIONS, settings.replicates),
-            settings.seed,
+            fits=(base.family.fit, family.family.fit),
+            names=names,
+            cells=(base.cell_n, family.cell_n),
+            replicates=min(SIMULATIONS, settings.replicates),
+            seed=settings.seed,
         )
         for names in (joint.EXPONENTS, joint.IRREDUCIBLE)
     )
     return Contrast(
-        multiplier.at_family(side, other, mine, level),
-        multiplier.at_baseline(side, other, yours, level),
-        multiplier.at_family(side, other, np.geomspace(mine[0], mine[-1], CURVE), level),
-        multiplier.at_baseline(side, other, np.geomspace(yours[0], yours[-1], CURVE), level),
-        both,
-        multiplier.lower(side, other, both),
-        side.holds(both) & other.holds(both),
-        (_difference3(family, base, level), _difference2(family, base, level)),
-        tests,
+        at_family=multiplier.at_family(side, other, mine, level),
+        at_baseline=multiplier.at_baseline(side, other, yours, level),
+        family_curve=multiplier.at_family(
+            side, other, np.geomspace(mine[0], mine[-1], CURVE), level
+        ),
+        baseline_curve=multiplier.at_baseline(
+            side, other, np.geomspace(yours[0], yours[-1], CURVE), level
+        ),
+        lower_flops=both,
+        lower=multiplier.lower(side, other, both),
+        lower_in_range=side.holds(both) & other.holds(both),
+        exponents=(_difference3(family, base, level), _difference2(family, base, level)),
+        tests=tests,
     )
 
 

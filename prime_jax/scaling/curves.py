@@ -172,7 +172,14 @@ def _curve(name: str, log: Log, row: dict[str, Any], columns: Columns, logs: Log
     if schedule == "constant":
         keep &= (clock >= low) & (clock <= high)
     d, loss = _average(clock[keep] * unit, loss[keep])
-    return Curve(name, params, d, flops * d / tokens, loss, schedule)
+    return Curve(
+        run=name,
+        params=params,
+        tokens_n=d,
+        flops_n=flops * d / tokens,
+        loss_n=loss,
+        schedule=schedule,
+    )
 
 
 def _size(row: dict[str, Any], columns: Columns) -> tuple[float, float, float]:

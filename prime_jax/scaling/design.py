@@ -120,7 +120,17 @@ def choose(
     cells = candidates(points, linear, target, flops_budget)
     policies: tuple[Policy, ...] = ("per FLOP", "per run")
     plans = [
-        _greedy(family, linear, target, flops_budget, cells, policy, least_gain, model_sd, snap)
+        _greedy(
+            family,
+            linear=linear,
+            target=target,
+            flops_budget=flops_budget,
+            cells=cells,
+            policy=policy,
+            least_gain=least_gain,
+            model_sd=model_sd,
+            snap=snap,
+        )
         for policy in policies
     ]
     # Greedy per FLOP may be left with change that buys nothing good; greedy per run spends it.
@@ -130,23 +140,23 @@ def choose(
     draws = optima(family.parametric.replicates, family.compute, np.array([target])).params
     added = _added(picks)
     return Design(
-        points.family,
-        target,
-        flops_budget,
-        tuple(picks),
-        before,
-        picks[-1].sd if picks else before,
-        float(np.std(np.log(draws))),
-        model_sd,
-        noise_sd(family),
-        approach2_bias(linear, target, points.budget, points.params),
-        approach2_bias(
+        family=points.family,
+        target=target,
+        flops_budget=flops_budget,
+        picks=tuple(picks),
+        sd_before=before,
+        sd_after=picks[-1].sd if picks else before,
+        sd_bootstrap=float(np.std(np.log(draws))),
+        model_sd=model_sd,
+        noise=noise_sd(family),
+        bias_before=approach2_bias(linear, target, points.budget, points.params),
+        bias_after=approach2_bias(
             linear,
             target,
             np.concatenate([points.budget, added[:, 0]]),
             np.concatenate([points.params, added[:, 1]]),
         ),
-        stop,
+        stop=stop,
     )
 
 

@@ -113,7 +113,9 @@ def fit_family(
     compute = fit_compute(points.flops, points.params, points.tokens)
     refusals = tuple(f for f in points.diagnostics if f.refusal)
     if refusals:
-        return FamilyFit(points, compute, None, None, None, ())
+        return FamilyFit(
+            points=points, compute=compute, parametric=None, isoflop=None, draws=None, refusals=()
+        )
     isoflop = approach2.fit(points, compute, settings.approach2)
     draws = approach2.redraw(isoflop, settings.replicates, settings.seed)
     disagreements = approach2.check(isoflop, draws, settings.level)
@@ -122,12 +124,12 @@ def fit_family(
     refusal = parametric.too_few(points)
     three = None if refusal else parametric.fit(points, compute, settings)
     family = FamilyFit(
-        points,
-        compute,
-        three,
-        isoflop,
-        draws,
-        (refusal,) if refusal else (),
+        points=points,
+        compute=compute,
+        parametric=three,
+        isoflop=isoflop,
+        draws=draws,
+        refusals=(refusal,) if refusal else (),
         envelope=envelope,
     )
     family = replace(
@@ -172,11 +174,11 @@ def _debiased(family: FamilyFit, settings: Settings) -> Debiased | None:
         return None
     return approach2.correct(
         family.isoflop,
-        family.draws,
-        part.fit.law,
-        part.replicates,
-        family.compute,
-        settings.seed,
+        draws=family.draws,
+        law=part.fit.law,
+        replicates=part.replicates,
+        compute=family.compute,
+        seed=settings.seed,
     )
 
 

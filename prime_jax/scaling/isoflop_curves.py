@@ -98,7 +98,16 @@ def fit(
         size, value = (params.min() if censored == "below" else params.max()), loss.min()
     optimum = Optimum(budget, float(size), compute.tokens(budget, size), float(value))
     return IsoflopCurve(
-        budget, params, loss, weight, centre, c, covariance, optimum, censored, method == "akima"
+        flops=budget,
+        params_n=params,
+        loss_n=loss,
+        weight_n=weight,
+        centre=centre,
+        c_3=c,
+        covariance_3x3=covariance,
+        optimum=optimum,
+        censored=censored,
+        interpolated=method == "akima",
     )
 
 

@@ -149,7 +149,12 @@ def likelihood_ratio(
     p = (1 + np.sum(simulated >= statistic - SILENT)) / (1 + replicates)
     gradient = _gradient(both, theta_1xK, weight_Fx1)
     return SharedFit(
-        names, both.laws(theta_1xK[0]), gradient, float(statistic), float(p), replicates
+        names=names,
+        laws=both.laws(theta_1xK[0]),
+        gradient=gradient,
+        statistic=float(statistic),
+        p=float(p),
+        replicates=replicates,
     )
 
 

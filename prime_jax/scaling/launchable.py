@@ -95,7 +95,15 @@ def template(
     if missing:
         used = ", ".join(f"{kind} {chosen[kind]}" for kind in missing)
         notes.append(f"rules not stated by the fit: {used}")
-    return Template(label, config, convention, count, bool(known), chosen, tuple(notes))
+    return Template(
+        label=label,
+        config=config,
+        convention=convention,
+        count=count,
+        known=bool(known),
+        rules=chosen,
+        notes=tuple(notes),
+    )
 
 
 def shape_near(template: Template, params: float) -> rules.Shape:

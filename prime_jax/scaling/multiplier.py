@@ -158,15 +158,17 @@ def _multiplier(here: Side, there: Side, flops: Array, level: float, ratio: Rati
         intervals = [approach2.interval(drawn_R, level) for drawn_R in drawn_RxK.T]
     known = np.isfinite(reached)
     return Multiplier(
-        flops,
-        equal,
-        ratio(flops, equal),
-        ends_3xK[1],
-        ends_3xK[[0, 2]],
-        np.mean(np.isinf(equal_RxK), axis=0),
-        here.holds(flops) & there.holds(equal),
-        ratio(flops, reached),
-        [ends if sure else None for ends, sure in zip(intervals, known, strict=True)],
+        flops=flops,
+        equal=equal,
+        value=ratio(flops, equal),
+        median=ends_3xK[1],
+        interval_2xK=ends_3xK[[0, 2]],
+        never=np.mean(np.isinf(equal_RxK), axis=0),
+        in_range=here.holds(flops) & there.holds(equal),
+        interpolated=ratio(flops, reached),
+        interpolated_interval=[
+            ends if sure else None for ends, sure in zip(intervals, known, strict=True)
+        ],
     )
 
 

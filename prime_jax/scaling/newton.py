@@ -57,7 +57,13 @@ def minimise(
             break
         here = theta[active]
         step, slope, promise = _step(
-            here, gradient[active], hessian[active], damping[active], lower_K, upper_K, logs
+            here,
+            gradient=gradient[active],
+            hessian=hessian[active],
+            damping=damping[active],
+            lower_K=lower_K,
+            upper_K=upper_K,
+            logs=logs,
         )
         last = promise <= ROUNDING * value[active] + floor
         trial = np.clip(here + step, lower_K, upper_K)

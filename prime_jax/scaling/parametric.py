@@ -57,7 +57,16 @@ def fit(points: Points, compute: Compute, settings: Settings) -> Parametric:
         *_profile_findings(ends, sizes, settings.level),
         *_optimum_findings(points, compute, fitted.law),
     ]
-    return Parametric(problem, fitted, replicates, errors, scatter, ends, sizes, tuple(diagnostics))
+    return Parametric(
+        problem=problem,
+        fit=fitted,
+        replicates=replicates,
+        errors=errors,
+        scatter=scatter,
+        profile=ends,
+        sizes=sizes,
+        diagnostics=tuple(diagnostics),
+    )
 
 
 def too_few(points: Points) -> Diagnostic | None:

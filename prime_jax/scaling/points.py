@@ -114,8 +114,17 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
         mine = np.array([other == label for other in labels])
         lost = [run for run in excluded if run.family == label]
         part = {name: values[mine] for name, values in arrays.items()}
-        families[label] = _family(label, _subset(used, mine), part, columns, choice, lost)
-    return Runs(families, excluded, choice, columns, table.source, table.sha256)
+        families[label] = _family(
+            label, table=_subset(used, mine), arrays=part, columns=columns, choice=choice, lost=lost
+        )
+    return Runs(
+        families=families,
+        excluded=excluded,
+        choice=choice,
+        columns=columns,
+        source=table.source,
+        sha256=table.sha256,
+    )
 
 
 def _subset(table: Table, keep: Any) -> Table:

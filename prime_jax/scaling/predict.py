@@ -127,18 +127,18 @@ def predict(
         *refused,
     ]
     return Prediction(
-        points.family,
-        points.measure.kind,
-        flops,
-        bool(flops <= largest),
-        decades,
-        three,
-        two,
-        error,
-        unique_tokens,
-        epochs,
-        launch,
-        tuple(diagnostics),
+        family=points.family,
+        kind=points.measure.kind,
+        flops=flops,
+        in_range=bool(flops <= largest),
+        decades=decades,
+        approach3=three,
+        approach2=two,
+        rollout=error,
+        unique_tokens=unique_tokens,
+        epochs=epochs,
+        launch=launch,
+        diagnostics=tuple(diagnostics),
     )
 
 

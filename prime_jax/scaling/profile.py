@@ -148,7 +148,14 @@ def _quantity(
 ) -> Quantity:
     rows = (np.array(row, dtype=np.float64) for row in (linear, logs, divide))
     linear_5, logs_5, divide_5 = rows
-    return Quantity(constant, linear_5, logs_5, plain, divide_5, natural)
+    return Quantity(
+        constant=constant,
+        linear_5=linear_5,
+        logs_5=logs_5,
+        plain=plain,
+        divide_5=divide_5,
+        natural=natural,
+    )
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,14 @@ def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, A
 
     def push(which: NDArray[np.intp], aim: Array) -> tuple[Array, Array]:
         target, penalty = aim + deficit[which], PENALTY * curvature[which]
-        theta[which] = _held(p, g.at(which), theta[which], weight[which], target, penalty)
+        theta[which] = _held(
+            p,
+            g=g.at(which),
+            start_Px5=theta[which],
+            weight_Pxn=weight[which],
+            target_P=target,
+            stiff_P=penalty,
+        )
         value = _values(g.at(which), theta[which])[0]
         deficit[which] = target - value  # what the penalty gives way by, made up for next time
         objective = p.derivatives(theta[which], weight[which])[0]

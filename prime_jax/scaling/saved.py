@@ -126,7 +126,14 @@ def read(path: Path) -> Saved:
     runs = dataclasses.replace(
         runs, choice=choice, columns=columns, source=source["name"], sha256=source["sha256"]
     )
-    return Saved(path, result, runs, settings, _unique_tokens(data), _seeds(data))
+    return Saved(
+        path=path,
+        result=result,
+        runs=runs,
+        settings=settings,
+        unique_tokens=_unique_tokens(data),
+        seeds=_seeds(data),
+    )
 
 
 def _unique_tokens(data: Table) -> dict[str, float]:

@@ -157,7 +157,16 @@ def rollout(
     for k in cuts:
         fitted = points.budget <= points.budgets[k - 1]
         problem = replace(_problem(points, fitted, settings), weight_n=weight_n[fitted])
-        steps.append(_step(points, k, _law(problem, law), isoflop, envelope, compute))
+        steps.append(
+            _step(
+                points,
+                k=k,
+                law=_law(problem, law),
+                isoflop=isoflop,
+                envelope=envelope,
+                compute=compute,
+            )
+        )
     found = Rollout(tuple(steps), residuals)
     return replace(found, diagnostics=_findings(model_error(found)))
 
@@ -331,13 +340,13 @@ def _step(
         params, tokens, loss = points.params[mine], points.tokens[mine], points.loss[mine]
         predictions.append(
             Prediction(
-                flops,
-                float(np.log10(flops / fitted[-1])),
-                params,
-                law.loss(params, tokens) / loss - 1,
-                optimum(law, compute, flops),
-                _power(known, compute, flops),
-                minima.get(flops),
+                flops=flops,
+                decades=float(np.log10(flops / fitted[-1])),
+                params_n=params,
+                errors_n=law.loss(params, tokens) / loss - 1,
+                parametric=optimum(law, compute, flops),
+                power=_power(known, compute, flops),
+                measured=minima.get(flops),
             )
         )
     winners = [best for best in envelope if best.flops <= fitted[-1]]

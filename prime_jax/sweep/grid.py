@@ -154,7 +154,9 @@ def rows(sweep: Sweep) -> list[Row]:
             sizes, sizes_rule = _sizes(sweep, base, budget)
             seeds = [*sweep.seeds, *sweep.extra_seeds.get(budget, ())]
             for size in sizes:
-                cell = _row(label, base, budget, size, named, sweep.flops)
+                cell = _row(
+                    label, base=base, budget=budget, size=size, named=named, convention=sweep.flops
+                )
                 cell = replace(cell, rules={"sizes": sizes_rule, **cell.rules})
                 out += [replace(cell, seed=seed) for seed in seeds]
     return sorted(out, key=lambda row: row.budget)

@@ -196,7 +196,14 @@ def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
 
 def read_run(root: Path, run: str) -> Run:
     """A run as its spec alone tells it, for those who are told the rest."""
-    return Run(run, read_json(root / "state" / f"{run}.spec"), (), None, "running", True)
+    return Run(
+        id=run,
+        spec=read_json(root / "state" / f"{run}.spec"),
+        attempts=(),
+        result=None,
+        state="running",
+        certain=True,
+    )
 
 
 def _wanted(files: dict[tuple[int, str], str], kept: dict[str, Any]) -> list[str]:
@@ -363,4 +370,12 @@ def _run(
         ended_for = watch.ended_for(name, attempts[-1])
     elif attempts:
         state, certain = watch.judge(name, attempts[-1])
-    return Run(name, value(0, "spec"), attempts, result, state, certain, ended_for)
+    return Run(
+        id=name,
+        spec=value(0, "spec"),
+        attempts=attempts,
+        result=result,
+        state=state,
+        certain=certain,
+        ended_for=ended_for,
+    )

@@ -71,7 +71,15 @@ def work(
     leads = group is None or group.process == 0
     with signals(group) as stopping, WorkerProgress.open(console) as progress:
         trainer = trainer or _jax_trainer(root)
-        worker = Worker(root, trainer, progress, group, stopping, limit.late, heartbeat_seconds)
+        worker = Worker(
+            root=root,
+            trainer=trainer,
+            progress=progress,
+            group=group,
+            stopping=stopping,
+            late=limit.late,
+            heartbeat_seconds=heartbeat_seconds,
+        )
         watch = state.Watch(timeout)
         leader = Leader(worker, slice, limit, watch, backoff)
         with contextlib.suppress(Apart):
