@@ -56,7 +56,7 @@ def test_published_multipliers(mdm):
     assert not outside.in_range[-1]
     assert outside.interval_2xK[0, -1] < 120
     assert outside.interval_2xK[1, -1] > 1000
-    assert {"multiplier_extrapolated", "exponents_not_told_apart"} <= {
+    assert {"multiplier_extrapolated", "exponents_do_not_differ"} <= {
         diagnostic.code for diagnostic in mdm.diagnostics
     }
 
@@ -141,7 +141,7 @@ def test_exponents_that_differ_are_told_apart():
         assert difference.significant
     assert pair.contrast.exponents[0].value == pytest.approx(truth, abs=0.01)
     assert pair.contrast.tests[0].p == pytest.approx(1 / 41)  # none of 40 simulations
-    assert "exponents_not_told_apart" not in {diagnostic.code for diagnostic in pair.diagnostics}
+    assert "exponents_do_not_differ" not in {diagnostic.code for diagnostic in pair.diagnostics}
 
 
 def test_cells_are_shared_by_size_and_budget():
@@ -284,7 +284,7 @@ def test_the_command(tmp_path, capsys):
     assert "mixed kinds" in printed
     assert "extrapolated" in printed
     found = json.loads((tmp_path / "runs-fit" / "compare.json").read_text())
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert found["baseline"] == {"family": "base", "kind": "nelbo"}
     assert found["method"]["bootstrap"] == 100
     assert found["allow_mixed_kinds"] is True

@@ -230,7 +230,7 @@ def test_small_budgets_are_called_an_illustration():
 
 def test_the_record_is_json_with_the_promised_places(three):
     found = json.loads(json.dumps(record.as_dict(three), allow_nan=False))
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     arm = found["families"]["arm"]
     law = arm["approach3"]
     assert law["params"] == pytest.approx(vars(three.families["arm"].parametric.fit.law))

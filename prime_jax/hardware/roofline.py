@@ -189,7 +189,7 @@ def of_run(config: RunConfig, mesh: Mesh, device_kind: str, slices: int = 1) -> 
 
 @dataclass(frozen=True)
 class Prices:
-    """A price list that its reader owns: money per chip and hour by generation."""
+    """A price list that its reader owns: currency units per chip and hour by generation."""
 
     date: str
     currency: str

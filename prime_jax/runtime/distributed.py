@@ -165,7 +165,7 @@ def start(
             group.processes,
             group.process,
             initialization_timeout=2 * wait + 60,  # `give_up` speaks first
-            heartbeat_timeout_seconds=2 * heartbeat,  # and later `peers`
+            heartbeat_timeout_seconds=2 * heartbeat,  # and later the watchdog
         )
     except Exception as error:  # the client raises several types, all with the reason inside
         reason = str(error).splitlines()[0][:160]

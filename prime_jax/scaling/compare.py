@@ -327,7 +327,7 @@ def _findings(name: str, base: str, contrast: Contrast, settings: Settings) -> l
         ends = " to ".join(f"{end:+.3f}" for end in three.interval)
         diagnostics.append(
             warn(
-                "exponents_not_told_apart",
+                "exponents_do_not_differ",
                 f"{name} and {base} do not differ significantly in their exponents: a differs by {three.value:+.3f}, "
                 f"{settings.level:.0%} interval {ends}",
             )

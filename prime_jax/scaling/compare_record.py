@@ -1,6 +1,6 @@
 """compare.json: what a comparison found, for other programs.
 
-{"schema": 1, "source": {"name", "sha256"}, "metric", "conventions": {"flops", "params"},
+{"schema": 2, "source": {"name", "sha256"}, "metric", "conventions": {"flops", "params"},
  "method": {"objective", "delta", "bootstrap", "seed", "level"}, "versions": {...},
  "allow_mixed_kinds", "baseline": {"family", "kind"},
  "families": {NAME: {
@@ -39,7 +39,7 @@ from prime_jax.scaling.joint import SharedFit
 from prime_jax.scaling.multiplier import Multiplier
 from prime_jax.scaling.record import origin
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:

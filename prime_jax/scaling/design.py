@@ -103,7 +103,7 @@ def choose(
         snap: the nearest cell that can be run, None if there is none.
 
     Raises:
-        UserError: no law was fitted, the target lies below the data, or the money does not
+        UserError: no law was fitted, the target lies below the data, or the budget does not
             buy one cell.
     """
     points = family.points

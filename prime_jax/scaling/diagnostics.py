@@ -22,7 +22,7 @@ HINTS = {
     "model_error_unknown": "add budgets: a rollout predicts the largest ones from three or more smaller ones",
     "no_launchable_shape": "give the settings of the runs: --sweep ROOT, --model.vocab-size, --data.seq-len",
     "held_out_bias": "expect the same of predictions beyond the data; add budgets close to the target",
-    "exponents_not_told_apart": "do not claim that one scales better; add larger budgets and repeats",
+    "exponents_do_not_differ": "do not claim that one scales better; add larger budgets and repeats",
     "multiplier_extrapolated": "add runs of the baseline or the family where their losses overlap",
     "multipliers_disagree": "report both; add runs where they differ",
     "extrapolation": "add runs around the predicted optimum before using it",

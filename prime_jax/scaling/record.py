@@ -1,6 +1,6 @@
 """fit.json: what a fit found, for other programs.
 
-{"schema": 1, "source": {"name", "sha256", "points": SHA-256 of points.csv beside it}, "metric", "conventions": {"flops", "params"},
+{"schema": 2, "source": {"name", "sha256", "points": SHA-256 of points.csv beside it}, "metric", "conventions": {"flops", "params"},
  "method": {"objective", "delta", "bootstrap", "seed", "level", "allow_mixed_kinds",
    "settings": all that a refit of points.csv needs}, "versions": {...},
  "comparable": [[families whose losses may be compared], ...],
@@ -52,7 +52,7 @@ from prime_jax.scaling.points import Runs
 from prime_jax.scaling.profile import Ends
 from prime_jax.scaling.settings import Settings
 
-SCHEMA = 1
+SCHEMA = 2
 QUANTITIES = ("params", "tokens", "loss")
 OBJECTIVES = {
     "huber": "sum of Huber(log residual)",

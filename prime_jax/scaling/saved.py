@@ -102,8 +102,12 @@ def read(path: Path) -> Saved:
     if not (path / "fit.json").is_file():
         raise UserError(f"{path}: no fit.json there; make it with: prime-jax fit RUNS --out {path}")
     result = read_json(path / "fit.json")
-    if not isinstance(result, dict) or result.get("schema") != record.SCHEMA:
-        raise UserError(f"{path / 'fit.json'}: not of this version (schema {record.SCHEMA})")
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema != record.SCHEMA:
+        raise UserError(
+            f"{path / 'fit.json'}: schema {schema}, this version reads {record.SCHEMA}; run "
+            "`prime-jax fit` on the runs again"
+        )
     try:
         method, source, conventions = result["method"], result["source"], result["conventions"]
         settings = from_dict(Settings, method["settings"], f"{path / 'fit.json'}: settings")

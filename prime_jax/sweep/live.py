@@ -31,7 +31,7 @@ class Totals:
         fraction: of all planned FLOPs, done.
         speed: FLOP/s of all running runs together.
         seconds: until the end at that speed; None while nothing runs.
-        cost: money so far; None without prices or without slices.
+        cost: spent so far; None without prices or without slices.
     """
 
     fraction: float
@@ -80,7 +80,7 @@ def progress(run: Run) -> float:
 
 
 def summary(runs: Sequence[Run], prices: Prices | None = None) -> str:
-    """One line: counts, fraction of the work, time left, money so far."""
+    """One line: counts, fraction of the work, time left, cost so far."""
     now = totals(runs, prices)
     words = [status.counts(runs), f"{now.fraction:.0%} of the FLOPs"]
     if now.seconds is not None:
