@@ -261,7 +261,9 @@ class Run:
     def _restore(self) -> State:
         with self.clock.measure("checkpoint"):
             directories = [d / "checkpoints" for d in (self.run_dir, *self.earlier)]
-            state = checkpoint.restore(directories, self.program.abstract, self._about(), self.log)
+            know = lambda place, *found: place or self.checkpoints.know(*found)  # noqa: E731
+            args = (directories, self.program.abstract, self._about(), self.log, know)
+            state = checkpoint.restore(*args)
             if state is None:
                 return self.program.init(self.clock, self.config.seed)
         self.log(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")

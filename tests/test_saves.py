@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,60 @@ def test_it_is_said_when_no_whole_save_is_left(tmp_path):
     assert checkpoint.restore([tmp_path], None, {}, said.append) is None
     assert ["trying the one before" in line for line in said] == [True, False]
     assert "beginning at step 0" in said[1]
+
+
+def saved(folder, steps, **config):
+    """Steps that a new process saves there, one after the other."""
+    with checkpoint.Writer(folder, {}, CheckpointConfig(**config), SILENT) as writer:
+        for step in steps:
+            writer.save(step, {"x": np.arange(8.0) + step})
+
+
+def restored(folder, said=SILENT):
+    found = checkpoint.restore([folder], {"x": np.zeros(8)}, {}, said)
+    return found and int(found["x"][0])
+
+
+def without_data(folder, *steps):
+    """What a copy that was cut short leaves: seals whose steps are not there."""
+    for step in steps:
+        shutil.rmtree(folder / f"{step:09d}")
+
+
+def test_later_steps_that_are_damaged_prune_nothing(tmp_path):
+    saved(tmp_path, (1960, 2000))
+    without_data(tmp_path, 1960, 2000)
+    assert restored(tmp_path) is None
+    saved(tmp_path, (40, 80, 120), keep=2)
+    assert checkpoint.steps(tmp_path) == [80, 120, 1960, 2000]
+    assert restored(tmp_path) == 120
+    saved(tmp_path, (160,), keep=1)
+    assert checkpoint.steps(tmp_path) == [160, 1960, 2000]
+    assert restored(tmp_path) == 160
+    saved(tmp_path, (1960, 2000), keep=2)  # the run has come by
+    assert checkpoint.steps(tmp_path) == [1960, 2000]
+    assert restored(tmp_path) == 2000
+
+
+def test_an_earlier_step_that_is_damaged_keeps_no_other_from_its_place(tmp_path):
+    saved(tmp_path, (3, 6, 7), keep=3)
+    without_data(tmp_path, 6)
+    saved(tmp_path, (9,), keep=3)
+    assert checkpoint.steps(tmp_path) == [3, 6, 7, 9]
+    saved(tmp_path, (12,), keep=3)
+    assert checkpoint.steps(tmp_path) == [7, 9, 12]
+
+
+def test_a_step_that_is_known_to_be_damaged_is_not_saved(tmp_path):
+    """A run that is asked to leave at such a step saves it again."""
+    saved(tmp_path, (5,))
+    without_data(tmp_path, 5)
+    writer = checkpoint.Writer(tmp_path, {}, CheckpointConfig(), SILENT)
+    note = lambda place, *found: writer.know(*found)  # noqa: E731
+    assert checkpoint.restore([tmp_path], None, {}, SILENT, note) is None
+    assert writer.steps() == []
+    writer.save_with_retries(5, {"x": np.arange(8.0)}, 1.0)
+    assert writer.steps() == [5]
 
 
 GANG = """

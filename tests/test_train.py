@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tiny, t
     assert any("000000007 is damaged" in line and "has changed" in line for line in said)
     assert any("continues at step 6" in line for line in said)
     assert values(result) == values(whole[0])
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_for_ever(quick, tmp_path):
+    saving = dataclasses.replace(quick, checkpoint=CheckpointConfig(every=1, keep=2))
+    with pytest.raises(Stopped):
+        train(saving, tmp_path, heartbeat=stop_at(9), log=SILENT)
+    saves, log = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"
+    old = log.read_text().splitlines()
+    for step in (8, 9):
+        shutil.rmtree(saves / f"{step:09d}")
+    said = []
+    with pytest.raises(Stopped):
+        train(saving, tmp_path, heartbeat=stop_at(5), log=said.append)
+    assert "beginning at step 0" in said[-1]
+    assert checkpoint.steps(saves) == [4, 5, 8, 9]
+    aside = tmp_path / "metrics.superseded.jsonl"
+    assert aside.read_text().splitlines() == old
+    assert len(log.read_text().splitlines()) < len(old)
+    # Asked to leave at a step that has a seal and no data.
+    with pytest.raises(Stopped):
+        train(saving, tmp_path, heartbeat=stop_at(8), log=said.append)
+    assert any("continues at step 5" in line for line in said)
+    assert checkpoint.steps(saves) == [7, 8, 9]
+    said.clear()
+    assert train(saving, tmp_path, log=said.append)["status"] == "done"
+    assert any("continues at step 8" in line for line in said)
+    assert checkpoint.steps(saves) == [11, 12]
+    assert aside.read_text().splitlines() == old
+    steps = [json.loads(row)["step"] for row in log.read_text().splitlines()]
+    assert steps == sorted(steps)
 
 
 def test_an_unfinished_save_is_no_checkpoint(tiny, tmp_path):

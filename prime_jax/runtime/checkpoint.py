@@ -73,6 +73,9 @@ class Writer:
         self.directory = directory
         self.about, self.config, self.log, self.origin = about, config, log, origin or {}
         self.seconds = 0.0
+        self._whole: dict[
+            int, bool
+        ] = {}  # steps whose files were compared with their seal, or made
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -86,7 +89,12 @@ class Writer:
             self._thread.join()
 
     def steps(self) -> list[int]:
-        return steps(self.directory)
+        """Finished steps, oldest first, less those that are known to be damaged."""
+        return [step for step in steps(self.directory) if self._whole.get(step, True)]
+
+    def know(self, step: int, whole: bool) -> None:
+        """What `restore` has found of a step in this writer's directory."""
+        self._whole[step] = whole
 
     def save(self, step: int, state: Any) -> None:
         """Begin to save; returns when `state` may change again.
@@ -166,12 +174,14 @@ class Writer:
                 response.result()
             if distributed.is_writer():
                 storage.retry(lambda: self._publish(step, target), lambda _: None, PATIENCE)
-                self._prune()
         except Exception as error:
             self._error = self._failed(step, error)
         if target != self._data(step):
             storage.remove(target.parent)
         self.seconds = time.monotonic() - began
+        if self._error is None and distributed.is_writer():
+            with contextlib.suppress(UserError):  # what cannot be looked at now stays for now
+                self._prune()
 
     def _publish(self, step: int, target: Path) -> None:
         if target != self._data(step):
@@ -180,6 +190,7 @@ class Writer:
         files = storage.checksums(self._data(step))
         what = {"layout": LAYOUT, "step": step, "about": self.about, "origin": self.origin}
         write_json_atomic(_seal(self.directory, step), {**what, "files": files})
+        self._whole[step] = True
 
     def _data(self, step: int) -> Path:
         return _data(self.directory, step)
@@ -196,13 +207,21 @@ class Writer:
         return kind(f"cannot save step {step} in {self.directory} ({reason}){rest}")
 
     def _prune(self) -> None:
-        every = self.config.keep_every
-        for old in self.steps()[: -self.config.keep]:
-            if not every or old % every:
-                with contextlib.suppress(UserError):
-                    # The seal goes first: a step without one is no step.
-                    storage.remove(_seal(self.directory, old))
-                    storage.remove(self._data(old))
+        """Remove what lies behind the newest `keep` steps that can be restored.
+
+        A damaged step counts for none, wherever it is: its seal may well be later than all that
+        this run has made. One that is later stays until the run comes by and replaces it.
+        """
+        kept = 0
+        for step in reversed(steps(self.directory)):
+            if kept < self.config.keep:
+                if step not in self._whole:
+                    self._whole[step] = _damage(self.directory, step) is None
+                kept += self._whole[step]
+            elif not self.config.keep_every or step % self.config.keep_every:
+                # The seal goes first: a step without one is no step.
+                storage.remove(_seal(self.directory, step))
+                storage.remove(self._data(step))
 
 
 class Schedule:
@@ -248,6 +267,7 @@ def restore(
     abstract: Any,
     about: dict[str, Any],
     log: Callable[[str], None],
+    note: Callable[[int, int, bool], None] = lambda *_: None,
 ) -> Any | None:
     """The newest undamaged state in any of several checkpoint directories, or None.
 
@@ -256,22 +276,31 @@ def restore(
     Args:
         abstract: shapes, dtypes and shardings of the state.
         log: told in one line about each damaged checkpoint that was skipped.
+        note: told about each that was looked at: its place in `directories`, its step, whether it
+            is whole.
     Raises:
         UserError: an undamaged checkpoint belongs to another run.
     """
-    found = distributed.broadcast(_newest(directories, log) if distributed.is_writer() else None)
+    found = distributed.broadcast(
+        _newest(directories, log, note) if distributed.is_writer() else None
+    )
     if found is None:
         return None
     step, place = found
     return _load(directories[place], step, abstract, about)
 
 
-def _newest(directories: Sequence[Path], log: Callable[[str], None]) -> tuple[int, int] | None:
+def _newest(
+    directories: Sequence[Path],
+    log: Callable[[str], None],
+    note: Callable[[int, int, bool], None],
+) -> tuple[int, int] | None:
     """(step, place in `directories`) of the newest undamaged checkpoint."""
     found = [(step, place) for place, d in enumerate(directories) for step in steps(d)]
     found.sort(key=lambda pair: (-pair[0], pair[1]))
     for step, place in found:
         damage = _damage(directories[place], step)
+        note(place, step, damage is None)
         if damage is None:
             return step, place
         last = (step, place) == found[-1]

@@ -117,7 +117,9 @@ class Profile:
 class MetricsLog:
     """metrics.jsonl always, TensorBoard and W&B when asked.
 
-    On a resume the rows of metrics.jsonl beyond the restored step are dropped first.
+    On a resume the rows of metrics.jsonl beyond the restored step are first moved to the end of
+    metrics.superseded.jsonl: their steps are done again, and where checkpoints were damaged, which
+    may be all of them, nothing else tells of the first time.
     """
 
     def __init__(self, config: LogConfig, run_dir: Path, run: str, resumed_at: int):
@@ -130,6 +132,11 @@ class MetricsLog:
         if storage.exists(path):
             rows = storage.read(path).decode(errors="replace").splitlines()
             kept = "".join(row + "\n" for row in rows if _step(row) <= resumed_at)
+            over = "".join(row + "\n" for row in rows if _step(row) > resumed_at)
+            if over:
+                aside = run_dir / "metrics.superseded.jsonl"
+                before = storage.read(aside) if storage.exists(aside) else b""
+                storage.write(aside, before + over.encode())
         self._log = Log(path, kept)
 
     def write(self, row: dict[str, Any]) -> None:
