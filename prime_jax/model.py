@@ -221,17 +221,8 @@ class Transformer(nn.Module):
             implementation=implementation,
             dtype=c.dtype,
         )
-        block = Block
-        if self.remat != "none":
-            policies = jax.checkpoint_policies
-            dots = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable,
-                policies.save_only_these_names(SAVED),
-            )
-            policy = dots if self.remat == "dots" else None
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
-            block,
+            _recomputed(Block, self.remat),
             variable_axes={"params": 0, "attention": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -262,6 +253,17 @@ class Transformer(nn.Module):
         if cache is None:
             return h_BxLxD, head_VxD
         return h_BxLxD, head_VxD, Cache(*kept, start_B + length)
+
+
+def _recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """`block`, whose backward pass recomputes what `remat` does not keep."""
+    if remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    )
+    return nn.remat(block, prevent_cse=False, policy=dots if remat == "dots" else None)
 
 
 def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -> Transformer:
