@@ -1,1 +1,1 @@
-"""Engines: where the workers of a sweep run. They never see runs; workers claim runs from ROOT."""
+"""Engines: start the workers of a sweep. Engines do not handle runs; workers claim them from ROOT."""
