@@ -200,7 +200,9 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     """(clock, seed) -> State, and the shapes and shardings of that state."""
     digits = jnp.zeros((1, config.data.seq_len, codebook.length), jnp.int32)
 
-    plain = dataclasses.replace(config, kernels=selection.PLAIN)  # parameters do not depend on kernels
+    plain = dataclasses.replace(
+        config, kernels=selection.PLAIN
+    )  # parameters do not depend on kernels
 
     def values(seed):
         network = build(plain, codebook)

@@ -119,7 +119,9 @@ class Run:
         self.heartbeat, self.log = heartbeat, log
         self.id = run_id(self.config)
         self.program: Program = program(self.config, self.data.eos_id)
-        likelihood.estimators_of(self.config, self.program.codebook)  # validates the names before training
+        likelihood.estimators_of(
+            self.config, self.program.codebook
+        )  # validates the names before training
         origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
         self.checkpoints = checkpoint.Writer(
             self.run_dir / "checkpoints", self._about(), config.checkpoint, log, origin

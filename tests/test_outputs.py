@@ -24,7 +24,9 @@ def test_an_input_is_spared_under_every_name(tmp_path):
             outputs.refuse_overwrite([data], [other, tmp_path / name])
         with pytest.raises(UserError):
             outputs.refuse_overwrite([tmp_path / name], [data])
-    outputs.refuse_overwrite([data, tmp_path / "nothing"], [other, tmp_path / "gone.csv", tmp_path / "new"])
+    outputs.refuse_overwrite(
+        [data, tmp_path / "nothing"], [other, tmp_path / "gone.csv", tmp_path / "new"]
+    )
 
 
 def test_what_lies_in_a_folder_that_is_read_is_spared(tmp_path):
@@ -34,7 +36,9 @@ def test_what_lies_in_a_folder_that_is_read_is_spared(tmp_path):
     for name in ("runs/a/spec", "short"):
         with pytest.raises(UserError):
             outputs.refuse_overwrite(outputs.of_sweep(tmp_path), [tmp_path / name])
-    outputs.refuse_overwrite(outputs.of_sweep(tmp_path), [tmp_path / "runs" / "new", tmp_path / "runs.csv"])
+    outputs.refuse_overwrite(
+        outputs.of_sweep(tmp_path), [tmp_path / "runs" / "new", tmp_path / "runs.csv"]
+    )
 
 
 def test_names_in_a_bucket_are_compared():

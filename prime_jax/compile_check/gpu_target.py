@@ -49,7 +49,9 @@ def devices(slice_: Slice) -> list[Any]:
     from jax.experimental import topologies
 
     if not any(_installed(plugin) for plugin in PLUGINS):
-        raise UserError("no CUDA compiler on this machine; install it with: pip install 'prime_jax[cuda]'")
+        raise UserError(
+            "no CUDA compiler on this machine; install it with: pip install 'prime_jax[cuda]'"
+        )
     each = slice_.devices // slice_.slices
     found = topologies.get_topology_desc(
         platform="cuda",

@@ -68,7 +68,9 @@ class Markov:
         full = np.zeros((self.V + 1, self.V + 1))
         full[: self.V, : self.V] = (1 - stop) * table
         full[: self.V, self.V] = stop
-        full[self.V, : self.V] = _stationary(table)  # a document starts from the stationary distribution
+        full[self.V, : self.V] = _stationary(
+            table
+        )  # a document starts from the stationary distribution
         return full
 
     @cached_property

@@ -144,7 +144,9 @@ class Scorer:
         self, run: Trained, *, devices: int = 0, batch_size: int = 0, guidance: float = 0.0
     ):
         if guidance and run.config.family == "arm":
-            raise UserError(f"{run.path}: guidance (cfg) needs a diffusion run, this run is of family arm")
+            raise UserError(
+                f"{run.path}: guidance (cfg) needs a diffusion run, this run is of family arm"
+            )
         available = jax.devices()
         if not 0 <= devices <= len(available):
             raise UserError(f"--devices {devices}: this machine has {len(available)}")

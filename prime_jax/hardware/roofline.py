@@ -107,7 +107,9 @@ def predict(config: RunConfig, mesh: Mesh, chip: Chip, slices: int = 1) -> Predi
     s, parts, remat = sizes(config, mesh), config.mesh.accumulate, config.mesh.remat
     devices = mesh.replica * mesh.data * mesh.model
     step_tokens = config.batch_size * config.data.seq_len
-    passes = 4 / 3 if remat == "full" else 1.0  # forward, backward (two forwards), recomputed forward
+    passes = (
+        4 / 3 if remat == "full" else 1.0
+    )  # forward, backward (two forwards), recomputed forward
     arithmetic = flops.flops_per_token(config, "matmul") * step_tokens * passes / devices
     speed = chip.peak * MATMUL.get(chip.kind, EFFICIENCY["matmul"])
     overlapped, not_overlapped = _collective_seconds(config, mesh, s, chip, slices)

@@ -146,7 +146,9 @@ def _about(directory: Path) -> dict[str, Any]:
     about = read_json(directory / CONFIG)
     wanted = ("run", "step", "eos_id", "permutation_hash")
     if not isinstance(about, dict) or about.get("schema") != SCHEMA:
-        raise UserError(f"{directory / CONFIG}: not the config of a folder exported by this version")
+        raise UserError(
+            f"{directory / CONFIG}: not the config of a folder exported by this version"
+        )
     if missing := [key for key in wanted if key not in about]:
         raise UserError(f"{directory / CONFIG}: lacks {', '.join(missing)}")
     return about

@@ -164,7 +164,9 @@ class Dialogue:
         if self.yes:
             return True
         if not sys.stdin.isatty():
-            raise UserError("stdin is not a terminal, so nobody can confirm; --yes skips the question")
+            raise UserError(
+                "stdin is not a terminal, so nobody can confirm; --yes skips the question"
+            )
         return self.console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
     def cost(self, slice_: Slice | None, workers: int) -> str:

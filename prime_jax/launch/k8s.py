@@ -36,7 +36,9 @@ class Options:
     queue: str = option("", "Kueue's local queue (default: none, start at once)")
     spot: bool = option(False, "use spot machines: cheaper, but can be preempted at any time")
     service_account: str = option("default", "Kubernetes service account that may write to ROOT")
-    data: str = option("", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR")
+    data: str = option(
+        "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
+    )
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:

@@ -14,7 +14,9 @@ GPUS = {"a100": "A100-80GB", "h100": "H100", "h200": "H200"}
 @dataclass(frozen=True)
 class Options:
     spot: bool = option(False, "use spot machines: cheaper, but can be preempted at any time")
-    data: str = option("", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR")
+    data: str = option(
+        "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
+    )
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:

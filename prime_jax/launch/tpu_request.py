@@ -33,7 +33,9 @@ class Options:
     service_account: str = option(
         "", "identity of the machines (default: the project's)", metavar="EMAIL"
     )
-    data: str = option("", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR")
+    data: str = option(
+        "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
+    )
     mount: bool = option(False, "mount the data with gcsfuse instead of copying it")
     setup: tuple[str, ...] = option(
         (), "shell line to run before the worker; may be repeated", metavar="LINE"

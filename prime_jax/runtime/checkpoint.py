@@ -69,7 +69,9 @@ class Writer:
         if not storage.is_remote(directory):
             directory = LocalPath(directory).absolute()  # required by orbax
         elif _is_uploaded(directory) and not distributed.is_alone():
-            raise UserError(f"{directory}: several processes can save only to a shared folder or gs://")
+            raise UserError(
+                f"{directory}: several processes can save only to a shared folder or gs://"
+            )
         self.directory = directory
         self.about, self.config, self.log, self.origin = about, config, log, origin or {}
         self.seconds = 0.0

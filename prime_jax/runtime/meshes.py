@@ -58,7 +58,9 @@ def choose(config: RunConfig, devices: int, slices: int = 1) -> Choice:
     groups = devices // model
     given = (m.replica or 1) * (m.data or 1)
     if given > groups or rows % given:
-        limit = f"there are {groups}" if given > groups else f"{rows} sequences do not divide evenly"
+        limit = (
+            f"there are {groups}" if given > groups else f"{rows} sequences do not divide evenly"
+        )
         raise UserError(
             f"mesh.replica x mesh.data = {given} groups of {model} devices, but {limit}"
         )

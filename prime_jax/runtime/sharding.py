@@ -107,7 +107,9 @@ class Shardings:
             over = [REPLICA] if DATA in spec else [REPLICA, DATA]
             if self.model > 1 and _names(path)[-1] in PARTIAL:
                 over.append(MODEL)
-            over = [axis for axis in over if getattr(self, axis) > 1]  # XLA copies even for a sum of one
+            over = [
+                axis for axis in over if getattr(self, axis) > 1
+            ]  # XLA copies even for a sum of one
             return jax.lax.psum(gradient, tuple(over)) if over else gradient
 
         return jax.tree_util.tree_map_with_path(total, gradients, specs)

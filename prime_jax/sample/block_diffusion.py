@@ -36,7 +36,9 @@ def options_of(config: RunConfig, options: Options) -> Options:
         )
     for name in ("cfg_scale", "remasking"):
         if getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')}: not supported for a run trained in blocks")
+            raise UserError(
+                f"--{name.replace('_', '-')}: not supported for a run trained in blocks"
+            )
     # Steps are counted per example, which requires that idle steps are skipped.
     return dataclasses.replace(options, block_length=block, cached=True)
 

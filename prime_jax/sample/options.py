@@ -90,7 +90,10 @@ def validate(options: Options, family: str) -> Options:
         for name in DIFFUSION_ONLY:
             changed = getattr(o, name) != getattr(Options, name)
             _require(
-                not changed, name, getattr(o, name), "an autoregressive model generates left to right"
+                not changed,
+                name,
+                getattr(o, name),
+                "an autoregressive model generates left to right",
             )
         return o
     for name, valid in (("order", FIXED + ADAPTIVE), ("grid", GRIDS)):
@@ -102,12 +105,19 @@ def validate(options: Options, family: str) -> Options:
         )
     if o.remasking:
         _require(o.order == "ancestral", "remasking", o.remasking, "needs --order ancestral")
-        _require(not o.block_length, "remasking", o.remasking, "cannot be combined with --block-length")
+        _require(
+            not o.block_length, "remasking", o.remasking, "cannot be combined with --block-length"
+        )
     if o.time_grid:
         falls = all(a > b for a, b in zip(o.time_grid, o.time_grid[1:], strict=False))
         ends = o.time_grid[0] == 1 and o.time_grid[-1] == 0
         _require(falls and ends, "time_grid", o.time_grid, "must fall from 1 to 0")
-        _require(not o.block_length, "block_length", o.block_length, "cannot be combined with a time grid")
+        _require(
+            not o.block_length,
+            "block_length",
+            o.block_length,
+            "cannot be combined with a time grid",
+        )
     return o
 
 

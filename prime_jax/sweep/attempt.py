@@ -222,7 +222,9 @@ class _Attempt:
     def resynchronise(self) -> None:
         """After a failure, wait until all processes of the group are here."""
         name = f"after attempt {self.k} of run {self.run.id}"
-        if self.worker.group and not distributed.barrier_with_timeout(name, GROUP_SECONDS, self.log):
+        if self.worker.group and not distributed.barrier_with_timeout(
+            name, GROUP_SECONDS, self.log
+        ):
             raise GroupOutOfSync
 
     def publish(self, result: dict[str, Any]) -> dict[str, Any] | None:

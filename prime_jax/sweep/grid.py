@@ -133,7 +133,9 @@ def load_experiment(path: str | Path) -> Experiment:
         made = [_numbered(value, f"{path}, row {i}") for i, value in enumerate(values, 1)]
         return Experiment(path.stem, tuple(made), _hash(path))
     sweep = strict(experiment.call(path, "sweep", Sweep), f"{path}: sweep")
-    made = experiment.guarded(path, lambda: tuple(rows(sweep)))  # rules may be functions of the file
+    made = experiment.guarded(
+        path, lambda: tuple(rows(sweep))
+    )  # rules may be functions of the file
     return Experiment(sweep.name, made, _hash(path), sweep.epochs_limit)
 
 
@@ -219,8 +221,7 @@ def _has_no_default(f: dataclasses.Field) -> bool:
 def _of_family(base: RunConfig, label: str, changes: Mapping[str, Any]) -> RunConfig:
     if label not in FAMILIES and "family" not in changes:
         raise UserError(
-            f"family {label!r}: no such family{nearest(label, FAMILIES)}; or set one under "
-            "'family'"
+            f"family {label!r}: no such family{nearest(label, FAMILIES)}; or set one under 'family'"
         )
     config = set_path(base, "family", changes.get("family", label))
     for setting, value in changes.items():
@@ -254,7 +255,9 @@ def _row(
         else:
             shape, names["shape"] = tuple(size), "given"
         config = rules.with_shape(base, shape)
-        validate(replace(config, batch_size=config.mesh.accumulate))  # the batch size is not chosen yet
+        validate(
+            replace(config, batch_size=config.mesh.accumulate)
+        )  # the batch size is not chosen yet
         cell = _cell(config, budget, convention)
         batch = named["batch"][1](cell)
         if batch < 1:

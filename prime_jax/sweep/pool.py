@@ -84,7 +84,9 @@ def supervise(
                 if time.monotonic() >= next_listing:
                     with contextlib.suppress(storage.Unreachable):
                         results += _report_changes(root, watch, progress, reported)
-                    next_listing = time.monotonic() + (POLL_REMOTE if storage.is_remote(root) else 0.0)
+                    next_listing = time.monotonic() + (
+                        POLL_REMOTE if storage.is_remote(root) else 0.0
+                    )
                 if stopping.is_set():
                     _stop(team)
                 time.sleep(POLL)
@@ -141,7 +143,9 @@ def _event(run: Run) -> tuple[str, int, str]:
     return run.id, run.k, run.state
 
 
-def _report_changes(root: storage.Path, watch: state.Watch, progress: WorkerProgress, reported: set) -> list[Run]:
+def _report_changes(
+    root: storage.Path, watch: state.Watch, progress: WorkerProgress, reported: set
+) -> list[Run]:
     """Show the state of the sweep; the runs that ended since the last call."""
     runs = state.list_runs(root, watch)
     progress.sweep(runs)

@@ -90,7 +90,9 @@ def shape_aspect(params: float, config: RunConfig) -> Shape:
 
     def distance(shape: Shape) -> float:
         layers, width, _ = shape
-        return 10 * _log_distance(_count(config, shape), params) + _log_distance(width / layers, ASPECT)
+        return 10 * _log_distance(_count(config, shape), params) + _log_distance(
+            width / layers, ASPECT
+        )
 
     return _within(25, min(shapes, key=distance), params, config)
 
