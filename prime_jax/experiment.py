@@ -79,7 +79,7 @@ def guarded(path: Path, run: Callable[[], T]) -> T:
 
 
 def _what(error: Exception, known: Mapping[str, Any]) -> str:
-    """The message for an exception; for an unknown keyword of a class in `known`, the nearest one."""
+    """Message for an exception; for an unknown keyword of a class in `known`, the nearest one."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     cls = known.get(found[1]) if found else None
     if not dataclasses.is_dataclass(cls):

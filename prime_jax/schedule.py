@@ -1,7 +1,7 @@
 """Masking schedules: alpha_t, the NELBO weight w(t), and stratified training times.
 
-`alpha` is the probability that a sub-token is still visible at time t. Every schedule gives the same
-bound if 1 - alpha covers [0, 1] (theory.md, "Forward process"); `check` rejects others.
+`alpha` is the probability that a sub-token is visible at time t. Every schedule gives the same bound
+if 1 - alpha covers [0, 1] (theory.md, "Forward process"); `check` rejects others.
 """
 
 import jax

@@ -105,7 +105,7 @@ class Codebook:
         return self.digits[tokens]
 
     def decode(self, digits: np.ndarray) -> np.ndarray:
-        """Exact inverse of `encode`: digits [..., l] to tokens [...]; -1 where no token has them."""
+        """Inverse of `encode`: digits [..., l] to tokens [...]; -1 where no token has them."""
         powers = np.array([self.base**j for j in reversed(range(self.length))], np.int64)
         codes = (np.asarray(digits, np.int64) * powers).sum(-1)
         order = self.tokens

@@ -221,7 +221,7 @@ class Run:
         return state
 
     def _read_pending(self) -> None:
-        """Log the metrics of the pending step (steps count from 1); raise if they are not finite."""
+        """Log the metrics of the pending step (counted from 1); raise if they are not finite."""
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None

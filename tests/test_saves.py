@@ -83,7 +83,7 @@ def test_steps_and_minutes_together(monkeypatch):
     machine = Machine(monkeypatch)
     times = machine.saves(checkpoint.Schedule(config, 0), [1.0] * 200)
     assert times == [60, 70, 130, 140, 200]
-    assert not checkpoint.Schedule(CheckpointConfig(minutes=0), 0\).should_save(10**6)
+    assert not checkpoint.Schedule(CheckpointConfig(minutes=0), 0).should_save(10**6)
 
 
 def test_every_nth_save_is_kept(tmp_path):
@@ -211,7 +211,9 @@ def test_a_save_that_takes_longer_than_the_grace_is_not_begun(quick, tmp_path, m
     monkeypatch.setattr(
         checkpoint.Writer, "seconds", property(seconds, lambda *_: None), raising=False
     )
-    with pytest.raises(Exception, match=r"longer than the grace period of 5 s: the last saved step is 4"):
+    with pytest.raises(
+        Exception, match=r"longer than the grace period of 5 s: the last saved step is 4"
+    ):
         train(config, tmp_path, heartbeat=lambda now: now["step"] < 6, log=SILENT)
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
 

@@ -1,7 +1,7 @@
 """Difficulty of each sub-token of a token: its part of the bound, and its error rate.
 
 For the masked sub-token of slot j (0 = most significant), averaged over noise levels as in the
-bound: `nats`, its -log P_j (the sum over slots is the sub-token NELBO, nats per token), and `error`,
+bound: `nats`, its -log P_j (summed over slots: the sub-token NELBO, nats per token), and `error`,
 the rate at which the most likely digit is wrong. For comparison, both for the unigram distribution
 of the corpus.
 """

@@ -104,6 +104,6 @@ def diffusion_only(subjects: list[Subject], what: str) -> None:
             )
         if subject.run.config.objective.block_length:
             raise UserError(
-                f"{subject.name}: {what} does not support block diffusion (objective.block_length); "
-                "`prime-jax eval` gives its bound"
+                f"{subject.name}: {what} does not support block diffusion "
+                "(objective.block_length); `prime-jax eval` gives its bound"
             )

@@ -1,7 +1,7 @@
 """Analysis of HLO text: collectives between devices, large arrays.
 
-Loop bodies count once per iteration: a scan over layers has its collectives once per layer. The text
-is that of a compiled program or, if compilation fails, of the lowered program.
+Loop bodies count once per iteration: a scan over layers has its collectives once per layer. The
+text is that of a compiled program or, if compilation fails, of the lowered program.
 """
 
 import math

@@ -37,7 +37,8 @@ def devices_of(slice_: Slice) -> list[Any]:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "no TPU compiler (libtpu) on this machine; install it with: pip install 'prime_jax[tpu-compile]'"
+            "no TPU compiler (libtpu) on this machine; install it with: "
+            "pip install 'prime_jax[tpu-compile]'"
         ) from None
     options: dict[str, Any] = {}
     if slice_.generation == "v4":

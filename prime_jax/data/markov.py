@@ -2,8 +2,8 @@
 
 `markov:V=16,order=1,seed=0,tokens=2000000,concentration=0.3,doc_mean=0`. Rows of the transition
 table are Dirichlet draws; order 0 is the uniform i.i.d. source. By default it is one stream
-without documents. With `doc_mean`, documents have geometric lengths of that mean (EOS not counted) and EOS is
-the symbol V, so that the concatenated stream is again a chain with exactly known entropies.
+without documents. With `doc_mean`, documents have geometric lengths of that mean (EOS not counted)
+and EOS is the symbol V, so that the concatenated stream is again a chain with exactly known entropies.
 """
 
 import dataclasses

@@ -242,7 +242,7 @@ def _encode_all(
     tokenizer_hash: str,
     workers: int,
 ) -> tuple[list[list[assemble.PartPrefix]], int]:
-    """First pass: the parts of each source, within the limits, and the tokens encoded by this call."""
+    """First pass: the parts of each source, within the limits, and tokens encoded by this call."""
     stems = [
         [directory / "parts" / f"{i:02d}-{k:06d}" for k in range(len(source.parts))]
         for i, source in enumerate(corpus)

@@ -3,7 +3,7 @@
 Specs:
     pysource                 the sources of the Python standard library, one document per file
     text:GLOB                one document per file
-    stream:GLOB              files joined into one stream without documents, split by position (text8)
+    stream:GLOB              files joined into one text, without documents, split by position (text8)
     jsonl:GLOB               one document per line, key `text`
     parquet:GLOB             one document per row, column `text`
     tfds:NAME                a prepared TensorFlow dataset, feature `text`, its own splits if any

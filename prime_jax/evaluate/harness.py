@@ -168,7 +168,7 @@ class PrimeJax(LM):
         return Windows(tokens, np.array(starts, np.int32)), np.array(owner, np.int64)
 
     def _scored(self, windows: Windows, name: str, what: str) -> np.ndarray:
-        """Mean draw of each window, nats [W]; keys and strata depend on the window's tokens only."""
+        """Mean draw of each window, nats [W]; keys and strata depend on its tokens only."""
         count = len(windows.tokens)
         if not count:
             return np.zeros(0)

@@ -190,8 +190,8 @@ def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
         )
     if cutting.examples:
         raise UserError(
-            f"{name}: blocks of {data.seq_len} tokens, picked with gaps, cannot be cut again with stride "
-            f"{cutting.stride} and context {cutting.context}; add --examples 0 for the whole split"
+            f"{name}: blocks of {data.seq_len} tokens, picked with gaps, cannot be cut again with "
+            f"stride {cutting.stride} and context {cutting.context}; add --examples 0 for the whole split"
         )
     stream, number = blocks.tokens.reshape(-1), np.repeat(blocks.doc, data.seq_len)
     found = len(np.unique(blocks.doc))

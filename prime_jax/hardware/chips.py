@@ -44,8 +44,8 @@ def compiler_options(device_kind: str) -> dict[str, int]:
 
 
 def keep_heap() -> None:
-    """Let glibc keep freed buffers: by default every step returns them to the kernel and page faults
-    take a third of a small step on a CPU. Does nothing on other systems."""
+    """Let glibc keep freed buffers: by default every step returns them to the kernel, and page
+    faults take a third of a small step on a CPU. Does nothing on other systems."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)

@@ -1,9 +1,9 @@
 """Estimates of step time, memory and cost of a run. Imports no JAX.
 
-A roofline model: matrix products, HBM traffic and collectives of one step, each divided by the speed
-of the chip (slices.py) times an assumed efficiency. All-gathers of parameters overlap with compute.
-Collectives of tensor parallelism do not, nor do sums of gradients on TPUs, according to the compiled
-programs (`--check`):
+A roofline model: matrix products, HBM traffic and collectives of one step, each divided by the
+speed of the chip (slices.py) times an assumed efficiency. All-gathers of parameters overlap with
+compute. Collectives of tensor parallelism do not, nor do sums of gradients on TPUs, according to
+the compiled programs (`--check`):
 
     step = max(matmul, hbm, overlapped collectives) + other collectives
 
@@ -22,7 +22,7 @@ from prime_jax.hardware.slices import Chip, Slice, of_device
 
 # Chips whose compiler implements reduce-scatter as all-reduce and slice (v5e: from 16 chips on).
 SUMMED_WHOLE = ("TPU v4", "TPU v5", "TPU v5 lite")
-# Fractions of the peak that optimised programs reach. Matrix products: published dense training runs
+# Fractions of the peak that optimised programs reach. Matrix products: published dense trainings
 # (MaxText: 65 % on v5p, 44-50 % on v6e for 8B to 70B parameters); narrow models reach less.
 MATMUL = {"TPU v6 lite": 0.5, "TPU7x": 0.45}
 EFFICIENCY = {"matmul": 0.6, "hbm": 0.8, "link": 0.8, "network": 0.7}
@@ -79,7 +79,7 @@ class Sizes:
 
 
 def sizes(config: RunConfig, mesh: Mesh) -> Sizes:
-    """By `sharding.SPLIT`, except that vectors of norms, which are never split, count as matrices."""
+    """By `sharding.SPLIT`, except that norm vectors, which are never split, count as matrices."""
     counts, m = flops.param_counts(config), config.model
     layers = counts["nonembedding"] / mesh.model
     head = 0 if m.tied_head else m.vocab_size * m.width

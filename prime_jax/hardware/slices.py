@@ -173,7 +173,7 @@ class Slice:
 
     @property
     def chips_per_host(self) -> int:
-        """All GPUs of one machine; 4 TPUs, but up to 8 for 2-D generations if these are the slice."""
+        """All GPUs of one machine; 4 TPUs, but up to 8 (2-D) if these are the whole slice."""
         chips = self.chips // self.slices
         single_host = 8 if self.chip.dimensions in (0, 2) else 4
         return chips if chips <= single_host else 4

@@ -1,7 +1,7 @@
 """Files of named tensors: safetensors, and PyTorch's zip files read without PyTorch.
 
-A pickle can execute code. Only tensors, storages and plain containers are allowed in the pickle of a
-PyTorch file; any other name raises an error before it is imported.
+A pickle can execute code. Only tensors, storages and plain containers are allowed in the pickle of
+a PyTorch file; any other name raises an error before it is imported.
 """
 
 import collections
@@ -113,8 +113,8 @@ class _TensorsOnly(pickle.Unpickler):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         raise UserError(
-            f"{self.path}: its pickle contains {module}.{name}, but only tensors are read; save the "
-            "weights alone: torch.save(model.state_dict(), FILE), or as safetensors"
+            f"{self.path}: its pickle contains {module}.{name}, but only tensors are read; save "
+            "the weights alone: torch.save(model.state_dict(), FILE), or as safetensors"
         )
 
     def persistent_load(self, pid: Any) -> Any:

@@ -8,8 +8,8 @@ recomputed in the backward pass, so that they stay in cache and are never stored
 A document is a run of equal segment ids; a negative id is padding. Attention is restricted to a
 document; outputs of padding are zero.
 
-Block diffusion reads a noisy and a clean sequence, concatenated. A noisy block attends to itself and
-to the clean blocks before it; a clean block to the clean blocks up to itself (BD3-LM, section 3.2).
+Block diffusion reads a noisy and a clean sequence, concatenated. A noisy block attends to itself
+and to the clean blocks before it; a clean block to the clean blocks up to itself (BD3-LM, section 3.2).
 """
 
 import math

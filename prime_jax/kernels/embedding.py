@@ -1,7 +1,7 @@
 """Sub-token embedding: the digits of each token in, one vector per token out, for every family.
 
-Lookup in a small table is a product with a multi-hot matrix: digits as [N, K] zeros and ones, tables
-as [K, D] rows (concatenation is a block-diagonal table). Forward and backward are matmuls, so
+Lookup in a small table is a product with a multi-hot matrix: digits as [N, K] zeros and ones,
+tables as [K, D] rows (concatenation is a block-diagonal table). Forward and backward are matmuls, so
 gradients are float32 sums in a fixed order, without a scatter. Implementations:
 
     multi_hot   plain XLA, any base

@@ -1,6 +1,6 @@
 """Mosaic (TPU) kernels of the sub-token embedding: a multi-hot matmul without the multi-hot matrix.
 
-Tokens are on lanes (codes [W, N]): a [N, 1] operand would be padded to 128 lanes in HBM. Each block of
+Tokens are on lanes (codes [W, N]): a [N, 1] operand would take 128 times the HBM. Each block of
 tokens builds its [K, n] zeros and ones in registers; forward multiplies them with the [K, D] table,
 backward adds their product with the cotangent into one float32 [K, D] block that stays in VMEM.
 Matrices here have their rows in the order in which the kernel numbers them:

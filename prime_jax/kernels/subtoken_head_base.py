@@ -20,8 +20,8 @@ import numpy as np
 from prime_jax.subtokens import Codebook
 
 NEG = -1e30  # finite stand-in for -inf: no NaN from inf - inf
-# Mass, relative to the most likely token, below which a digit's sum has underflowed. The loss of the
-# true digit is then -log p_x, computed in log space: since P_j >= p_x it is still a bound, and finite.
+# Mass, relative to the most likely token, below which a digit's sum has underflowed. The loss of
+# the true digit is then -log p_x, computed in log space: a bound, since P_j >= p_x, and finite.
 TINY = 1e-30
 PADDING = np.int32(-(2**31))  # the word of a padding row
 WORD_BITS = 31

@@ -28,8 +28,8 @@ from prime_jax.kernels.subtoken_head_base import (
     summed,
 )
 
-# On a CPU the logits of a chunk fit into the cache, unless this gives fewer than MIN_ROWS: then passes
-# over the head and its gradient dominate.
+# On a CPU the logits of a chunk fit into the cache, unless this gives fewer than MIN_ROWS: then
+# passes over the head and its gradient would dominate.
 CHUNK_ELEMENTS = 1 << 20
 MIN_ROWS = 128
 ACCELERATOR_ROWS = 1024  # without such a cache: few passes and little memory

@@ -1,1 +1,1 @@
-"""Engines: start the workers of a sweep. Engines do not handle runs; workers claim them from ROOT."""
+"""Engines: they start the workers of a sweep; the workers then claim runs from ROOT."""

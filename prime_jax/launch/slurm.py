@@ -1,8 +1,8 @@
 """Slurm: an array of identical workers per pool, submitted by submitit.
 
-There are more array tasks than workers, so that a preempted or timed-out one has a successor even if
-the site does not requeue jobs; tasks that find no open run end immediately. The accounting database
-is not queried.
+There are more array tasks than workers, so that a preempted or timed-out one has a successor even
+if the site does not requeue jobs; tasks that find no open run end immediately. The accounting
+database is not queried.
 """
 
 import contextlib

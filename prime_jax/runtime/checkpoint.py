@@ -302,8 +302,8 @@ def _load(directory: Path, step: int, abstract: Any, about: dict[str, Any]) -> A
     seal = json.loads(storage.read(_seal(directory, step)))
     if seal.get("layout") != LAYOUT:
         raise UserError(
-            f"{_data(directory, step)}: the parameters have layout {seal.get('layout')}, this version "
-            f"reads layout {LAYOUT}; train again, or use the version that saved it"
+            f"{_data(directory, step)}: the parameters have layout {seal.get('layout')}, this "
+            f"version reads layout {LAYOUT}; train again, or use the version that saved it"
         )
     saved = seal["about"]
     for key, value in about.items():

@@ -60,8 +60,8 @@ class Rates(NamedTuple):
 def measure(
     model: Model, params: Any, config: RunConfig, token_ExL: np.ndarray, batch: int = 32
 ) -> Rates:
-    """Measure the rates on some sequences, with common random numbers so that the surface is smooth.
-    One network call per batch and fraction."""
+    """Measure the rates on some sequences, with common random numbers for a smooth surface. One
+    network call per batch and fraction."""
     from scipy.optimize import isotonic_regression
 
     costs = jax.jit(partial(_costs, model, config))

@@ -3,7 +3,7 @@
 An order is either fixed, i.e. random numbers determine the step at which every sub-token is
 revealed, or adaptive: the plan determines only how many tokens each step reveals, and a score of
 the model's prediction determines which. Fixed plans are made on the host, example by example, so
-they depend on (seed, example) only. Steps that reveal nothing are known in advance and cost nothing.
+they depend on (seed, example) only. Steps that reveal nothing are known in advance and skipped.
 
 With u_0 = 1 > u_1 > .. > u_T = 0 the fraction masked before each step, a sub-token of level v
 in [0, 1) is revealed at the step i with u_{i+1} <= v < u_i.

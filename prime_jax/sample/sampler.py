@@ -253,7 +253,7 @@ class Sampler:
     # --- devices
 
     def _place(self, size: int) -> tuple[Mesh, Any]:
-        """A mesh of as many devices as divide a batch of that size, and the replicated parameters."""
+        """A mesh of as many devices as divide a batch of that size, and replicated parameters."""
         count = max(n for n in range(1, len(self.devices) + 1) if size % n == 0)
         if count not in self._placed:
             grid = np.array(self.devices[:count]).reshape(1, count, 1)

@@ -188,7 +188,7 @@ def optimum_chinchilla(family: str, budget: float) -> float:
 def optimum_published(family: str, budget: float) -> float:
     """N*(C) of our converged fits to the published runs (theory.md, "The published grid").
 
-    The published N counts `12 d^2 layers`, three quarters of ours. Prime's fit is to the joint loss.
+    The published N counts `12 d^2 layers`, 3/4 of ours. Prime's fit is to the joint loss.
     """
     a, b, alpha, beta = {
         "arm": (197.5, 1096, 0.303, 0.334),

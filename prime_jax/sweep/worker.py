@@ -244,7 +244,7 @@ def _jax_trainer(root: Path) -> Trainer:
 
 @contextlib.contextmanager
 def signals(group: distributed.ProcessGroup | None = None) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; another signal, a second or more later, ends the process.
+    """An event that SIGINT and SIGTERM set; another signal, 1 s or more later, ends the process.
 
     (A launcher and the machine may both send the first one.) In a process group JAX handles
     SIGTERM and notifies the other processes; SIGINT is converted to SIGTERM.
