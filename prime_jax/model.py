@@ -236,15 +236,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
-        )(
-            c,
-            self.causal,
-            length,
-            self.attention,
-            self.block_length,
-            self.shardings,
-            name="layers",
-        )
+        )(c, self.causal, length, self.attention, self.block_length, self.shardings, name="layers")
         kv, start_B = (None, None) if cache is None else (cache[:2], cache.length_B)
         x_NxD, kv = layers(
             x_NxD, jnp.arange(c.layers), kv, segment_ids_BxL, dropout_keys_B, start_B

@@ -150,7 +150,7 @@ def test_autofit_without_success_gives_the_closest():
     assert not verdict.fits
     assert len(compiler.asked) == 1  # no setting makes room for the state
     (said,) = aot.fixes(verdict)
-    assert "--autofit compiled fits" in said
+    assert "--autofit tried fits" in said
     assert "try --autofit" not in said
 
 

@@ -304,6 +304,6 @@ def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path
         line for line in text.splitlines() if line.startswith(f"process {1 - dies}: process")
     ]
     assert f"process {dies}" in line
-    assert "the same command on every host continues" in line
+    assert "run the same command on every host" in line
     assert dies == 0 or "stack trace" not in text  # JAX itself sees the end of its coordinator
     group[dies].communicate()
