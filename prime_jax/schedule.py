@@ -1,7 +1,7 @@
 """Masking schedules: alpha_t, the NELBO weight w(t), and stratified training times.
 
-`alpha` is the probability that a sub-token is still visible at time t. Any schedule gives the same
-bound if 1 - alpha covers [0, 1] (theory.md, "Forward process"); `check` refuses those that do not.
+`alpha` is the probability that a sub-token is visible at time t. Every schedule gives the same bound
+if 1 - alpha covers [0, 1] (theory.md, "Forward process"); `check` rejects others.
 """
 
 import math
@@ -75,7 +75,7 @@ def weight(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
 
 
 def check(config: ObjectiveConfig) -> None:
-    """Refuse a schedule whose mask probability does not cover [0, 1].
+    """Reject a schedule whose mask probability does not cover [0, 1].
 
     Raises:
         UserError: alpha_0 below 1 - 1e-3 or alpha_1 above 1e-3, with the values.
@@ -91,8 +91,8 @@ def check(config: ObjectiveConfig) -> None:
 
 def stratum(index: jax.Array, count: int) -> jax.Array:
     """Interleaved strata: a permutation of range(count) in which every contiguous run of indices
-    spreads over the whole range, so that each device and micro-batch sees all noise levels."""
-    # As far apart as the golden ratio says, if that many products fit into int32.
+    covers the whole range evenly, so that each device and micro-batch sees all noise levels."""
+    # The stride is count times the golden ratio, but small enough for int32 products.
     stride = max(1, min(round(count * 0.6180339887), (2**31 - 1) // count - 64))
     while np.gcd(stride, count) != 1:
         stride += 1
@@ -104,7 +104,7 @@ def times(config: ObjectiveConfig, offset: jax.Array, row: jax.Array, count: int
 
     Args:
         offset: [] in [0, 1), shared by all hosts (drawn from seed and step).
-        row: int, any shape: the blocks of the global batch that live here (without block
+        row: int, any shape: the blocks of the global batch on this device (without block
             diffusion a sequence is one block).
         count: blocks in the global batch.
     """

@@ -85,7 +85,7 @@ def test_without_a_data_sheet_nothing_is_predicted(whole):
 @pytest.fixture
 def every_step(monkeypatch):
     """Call `heartbeat` at every step."""
-    monkeypatch.setattr("prime_jax.train.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("prime_jax.train.HEARTBEAT_SECONDS", 0.0)
 
 
 def test_the_record_is_complete(whole, tiny):

@@ -1,7 +1,7 @@
-"""Compiles one training step for devices that are not here; `aot` runs it as a process of its own.
+"""Compiles one training step for absent devices; `aot` runs it as a separate process.
 
-The process computes on the CPU, whatever it compiles for. Reads a JSON object {config, slice} from
-the file named first and writes its answer to the file named second.
+The process itself uses the CPU. It reads a JSON object {config, slice} from the file in the first
+argument and writes its result to the file in the second.
 """
 
 import importlib.metadata
@@ -24,10 +24,10 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")
 
 
 def devices_of(slice_: Slice) -> list[Any]:
-    """The devices of a slice, described to the compiler.
+    """The devices of a slice, from a topology description.
 
     Raises:
-        UserError: no compiler for them on this machine, with how to get it.
+        UserError: no compiler for them on this machine; with how to install it.
     """
     from jax.experimental import topologies
 
@@ -37,7 +37,8 @@ def devices_of(slice_: Slice) -> list[Any]:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "no TPU compiler here (libtpu); get it with: pip install 'prime_jax[tpu-compile]'"
+            "no TPU compiler (libtpu) on this machine; install it with: "
+            "pip install 'prime_jax[tpu-compile]'"
         ) from None
     options: dict[str, Any] = {}
     if slice_.generation == "v4":
@@ -53,7 +54,7 @@ def devices_of(slice_: Slice) -> list[Any]:
 
 
 def arguments(program: step.Program) -> tuple:
-    """Shapes, types and shardings of what the training step is called with."""
+    """Shapes, types and shardings of the arguments of the training step."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
@@ -86,7 +87,7 @@ def check(config: RunConfig, slice_: Slice) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         lowered = program.train.lower(*arguments(program))
         text = lowered.as_text(dialect="hlo", debug_info=True)
-        found = _found(hlo.largest(text, hlo.KEPT), hlo.collectives(text))
+        found = _found(hlo.largest(text, hlo.NOT_FUSED), hlo.collectives(text))
         return out | _refused(str(error)) | found | {"as_written": True, "compile_seconds": seconds}
     stats, text = compiled.memory_analysis(), compiled.as_text()
     memory = {
@@ -112,10 +113,10 @@ def _found(largest: hlo.Array | None, collectives: list[hlo.Collective]) -> dict
 
 
 def _refused(message: str) -> dict[str, Any]:
-    """What can be learnt from the compiler's refusal: the total, and its own limit.
+    """The total and the limit from the compiler's out-of-memory message.
 
-    It speaks of temporaries and counts the donated state among them: of programs that grow past
-    the limit, the number is the sum of what it says of the last that fits.
+    The message reports temporaries, but includes the donated state: for programs that grow past the
+    limit, the number continues the total of the last program that fits.
     """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     sizes = [float(n) * units[u] for n, u in re.findall(r"\((\d+\.?\d*)([KMGT])\)", message)]

@@ -1,6 +1,6 @@
-"""Slices of accelerators by name, and what their chips can do. No JAX.
+"""Slices of accelerators by name, and the properties of their chips. Imports no JAX.
 
-`v5e-16` is the name that Google's Cloud uses: v4, v5p and tpu7x count cores (two per chip), v5e and
+`v5e-16` is the name in Google Cloud: v4, v5p and tpu7x count cores (two per chip), v5e and
 v6e count chips. `2xv6e-256` is two such slices on the data-centre network, `h100-8` eight GPUs of
 one host.
 """
@@ -16,17 +16,17 @@ from prime_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts it: a chip, but on TPU7x one of its two cores.
+    """One JAX device: a chip, but on TPU7x one of its two cores.
 
     Attributes:
-        kind: `device_kind` of JAX, from its beginning.
+        kind: prefix of JAX's `device_kind`.
         peak: dense bfloat16 FLOP/s.
         memory: bytes of HBM that a program may use.
         memory_speed: bytes/s of HBM.
-        link_speed: bytes/s out of a device inside its slice, all links together, one way.
-        network_speed: bytes/s per device between slices or hosts of GPUs, one way.
+        link_speed: bytes/s sent by a device within its slice, all links together.
+        network_speed: bytes/s sent per device between slices or GPU hosts.
         dimensions: of the torus; 0 for a switch.
-        counted: units of the name per device.
+        counted: units in the slice name per device.
         per_chip: devices per chip.
     """
 
@@ -45,7 +45,7 @@ class Chip:
 MIB, GIB = 2**20, 2**30
 # Peaks, HBM and links: Cloud TPU's page of each version ("ICI bandwidth", in bits, counts one way)
 # and NVIDIA's data sheets. `memory` of TPUs: the limit in the compiler's own out-of-memory
-# message (libtpu 0.0.42). Network: the hosts' cards divided by their chips.
+# message (libtpu 0.0.42). Network: bandwidth of the host divided by its chips.
 CHIPS = {
     "v4": Chip(
         kind="TPU v4",
@@ -143,7 +143,7 @@ LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8192, "v6e": 256, "tpu7x": 8192}  # ch
 
 @dataclass(frozen=True)
 class Slice:
-    """What a run is given.
+    """The accelerators of a run.
 
     Attributes:
         name: canonical, e.g. `2xv6e-256`.
@@ -163,24 +163,24 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """What is rented."""
+        """Number of chips."""
         return self.devices // self.chip.per_chip
 
     @property
     def hosts(self) -> int:
-        """Machines, each with a process of its own."""
+        """Number of machines, each with one process."""
         return self.chips // self.chips_per_host
 
     @property
     def chips_per_host(self) -> int:
-        """All GPUs of one machine; 4 TPUs, but up to 8 of the flat kinds where they are all."""
+        """All GPUs of one machine; 4 TPUs, but up to 8 (2-D) if these are the whole slice."""
         chips = self.chips // self.slices
-        alone = 8 if self.chip.dimensions in (0, 2) else 4
-        return chips if chips <= alone else 4
+        single_host = 8 if self.chip.dimensions in (0, 2) else 4
+        return chips if chips <= single_host else 4
 
     @property
     def sides(self) -> str:
-        """Of one slice, e.g. `4x4`."""
+        """Topology of one slice, e.g. `4x4`."""
         return "x".join(map(str, torus(self.chips // self.slices, self.chip.dimensions)))
 
     @property
@@ -193,7 +193,7 @@ def parse(name: str) -> Slice:
     """The slice of a canonical or cloud name.
 
     Raises:
-        UserError: another form, an unknown chip, or a size that is not rented.
+        UserError: another form, an unknown chip, or an unavailable size.
     """
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name.strip().lower())
     if not match:
@@ -212,7 +212,7 @@ def parse(name: str) -> Slice:
     if chip.platform == "cuda":
         if chips > 8:
             raise UserError(
-                f"slice {name!r}: at most 8 GPUs a host; write {chips // 8}x{generation}-8"
+                f"slice {name!r}: at most 8 GPUs per host; write {chips // 8}x{generation}-8"
             )
     elif chips & (chips - 1) or chips == 2 or chips > LARGEST[generation]:
         limit = LARGEST[generation] * unit
@@ -223,7 +223,7 @@ def parse(name: str) -> Slice:
 
 
 def torus(chips: int, dimensions: int) -> tuple[int, ...]:
-    """The usual sides of a slice, smallest first, except that 4 chips of a cube lie flat."""
+    """The default topology of a slice, smallest side first, except 2x2x1 for 4 chips in 3-D."""
     if dimensions == 3 and chips == 4:
         return (2, 2, 1)
     exponent = round(math.log2(chips))
@@ -232,11 +232,11 @@ def torus(chips: int, dimensions: int) -> tuple[int, ...]:
 
 
 def of_device(kind: str) -> Chip | None:
-    """The chip of a `device_kind`; None for CPUs and whatever is not in the table."""
+    """The chip of a `device_kind`; None for CPUs and other devices not in the table."""
     found = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
     return max(found, key=lambda chip: len(chip.kind)) if found else None
 
 
 def human_bytes(n: float) -> str:
-    """`12.89 GiB`, below one `16.3 MiB`."""
+    """E.g. `12.89 GiB`, or `16.3 MiB` below 1 GiB."""
     return f"{n / GIB:.2f} GiB" if abs(n) >= GIB else f"{n / MIB:.1f} MiB"

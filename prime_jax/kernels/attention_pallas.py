@@ -1,4 +1,4 @@
-"""Flash attention for TPUs: padding, documents and gradients around the kernels of Mosaic."""
+"""Flash attention for TPUs: padding, documents and gradients around the Mosaic kernels."""
 
 import functools
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ def masked_attention(
     seen = visits(padded, causal, segment_ids_BxL, segment_ids_BxL < 0, fit)
 
     def heads_first(x_BxLxHxK):
-        spare = (0, 0), (0, padded - length), (0, 0), (0, head_lanes(size) - size)
-        return jnp.swapaxes(jnp.pad(x_BxLxHxK, spare), 1, 2)
+        padding = (0, 0), (0, padded - length), (0, 0), (0, head_lanes(size) - size)
+        return jnp.swapaxes(jnp.pad(x_BxLxHxK, padding), 1, 2)
 
     plan = Plan(fit, masked, size**-0.5, interpret)
     qkv = [heads_first(x) for x in (q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)]

@@ -1,7 +1,7 @@
 """One program of `prime-jax kernels check`: a kernel's forward or backward pass at given shapes.
 
-Each Pallas module lists its own: `cases(chip, width, vocab_size) -> list[Case]`, forward and
-backward apart, in bfloat16, at the block sizes that it would take on `chip` (one of `CHIPS`).
+Each Pallas module has `cases(chip, width, vocab_size) -> list[Case]`, forward and backward
+separately, in bfloat16, with the block sizes for `chip` (one of `CHIPS`).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,14 @@ CHIPS = tuple(DEVICE_KINDS)
 
 @dataclass(frozen=True)
 class Case:
-    """A function to compile for one chip, on its own.
+    """A function to compile for one chip.
 
     Attributes:
         name: kernel, direction and shape, e.g. `head backward D=1024 V=51200`.
         function: takes `arguments`; must not choose its implementation by the default backend.
         arguments: `jax.ShapeDtypeStruct`s (any tree).
-        options: what the report says about the choice, e.g. {"blocks": (512, 1024)}.
-        mosaic_calls: Mosaic kernels that the compiled program must hold, at least.
+        options: shown in the report, e.g. {"blocks": (512, 1024)}.
+        mosaic_calls: minimum number of Mosaic kernels in the compiled program.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""Which implementation computes each heavy part on which chip, and why.
+"""Selection of the implementation of head, attention and embedding for each chip, with reasons.
 
-The first row of `TABLE` that fits decides. A plain XLA twin is the default wherever no measurement
-on that chip favours a kernel: compiler estimates are upper bounds, real kernels reached 0.65 to 1.0
-of theirs. A config (`kernels.*`) overrides the table; `prime-jax doctor` prints it for the device
-it finds. A row that a measurement justifies names the measurement in `why`.
+The first row of `TABLE` that fits is used. Plain XLA is the default unless a measurement on that
+chip favours a kernel: compiler estimates are upper bounds, of which real kernels reached 0.65 to
+1.0. A config (`kernels.*`) overrides the table; `prime-jax doctor` prints it for its device. If a
+measurement justifies a row, `why` cites it.
 """
 
 import re
@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table: what it fits, and the choice. Empty bounds fit everything."""
+    """One row of the table: conditions and the choice. Empty bounds fit everything."""
 
     kernel: Kernel
     device: str  # start of the device kind, as JAX names it
@@ -56,17 +56,22 @@ class Row(NamedTuple):
 
 TABLE = (
     Row(
-        "attention", "TPU", Choice("xla", (), "the scores of short rows are small"), max_length=511
+        "attention",
+        "TPU",
+        Choice("xla", (), "the scores of short sequences are small"),
+        max_length=511,
     ),
     Row(
         "attention",
         "TPU v4",
-        Choice("splash", (), "stores no scores; our kernels keep a head in VMEM, here 16 MiB"),
+        Choice(
+            "splash", (), "stores no scores; our kernels need a whole head in VMEM, here 16 MiB"
+        ),
     ),
     Row(
         "attention",
         "TPU",
-        Choice("splash", (), "skips what the rule hides; our kernels know one run of keys a query"),
+        Choice("splash", (), "skips masked tiles; our kernels support one range of keys per query"),
         block_diffusion=True,
     ),
     Row(
@@ -85,17 +90,17 @@ TABLE = (
         "attention",
         "NVIDIA",
         Choice(
-            "scan", (), "stores no scores; cuDNN wants the rule as a bias [B, H, L, L]; not timed"
+            "scan", (), "stores no scores; cuDNN needs the mask as a bias [B, H, L, L]; not timed"
         ),
         block_diffusion=True,
     ),
-    Row("attention", "NVIDIA", Choice("cudnn", (), "the vendor's; XLA where it has no kernel")),
+    Row("attention", "NVIDIA", Choice("cudnn", (), "the vendor's kernel; XLA where it has none")),
     Row("attention", "cpu", Choice("scan", (), "one head's scores stay in cache: measured")),
     Row("attention", "", Choice("xla", (), "runs everywhere")),
     Row(
         "embedding",
         "TPU",
-        Choice("xla", (), "two selects: at the memory bound, like the kernel (estimate)"),
+        Choice("xla", (), "two selects: memory-bound, like the kernel (estimate)"),
     ),
     Row("embedding", "", Choice("xla", (), "a matmul with a multi-hot matrix, no scatter")),
     Row("head", "TPU", Choice("xla", (), "never stores [N, V]; the kernel was not timed here yet")),
@@ -104,7 +109,7 @@ TABLE = (
 
 
 def rows(device_kind: str) -> list[Row]:
-    """The rows that can decide on this device, in order: of each kernel, the last always fits."""
+    """The rows that can apply on this device, in order; the last one of each kernel always fits."""
     out: list[Row] = []
     for row in TABLE:
         decided = any(r.kernel == row.kernel and not r.condition for r in out)
@@ -133,40 +138,42 @@ def embedding(config: RunConfig, device_kind: str) -> Choice:
     return _choose("embedding", config, device_kind)
 
 
-PLAIN = KernelConfig(head="xla", attention="xla", embedding="xla")  # what a failure falls back to
+PLAIN = KernelConfig(
+    head="xla", attention="xla", embedding="xla"
+)  # fallback if a kernel does not compile
 
 
 def target_kind() -> str:
-    """Device kind that the surrounding program is traced for: its mesh's, or this machine's."""
+    """Device kind for which the program is traced: that of its mesh, or of this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind
 
 
 def cause(error: Exception) -> str:
-    """One line of a compiler's message: what is wrong, and in which kernel."""
+    """One line of a compiler's message, with the error and the kernel."""
     text = str(error)
     memory = re.search(r"for %(\S+) = .*?(Scoped allocation with size \S+ and limit \S+)", text)
     if memory:
         return f"out of VMEM in {memory[1]}: {memory[2]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if _names_kernel(line)]
-    return (telling or lines or [type(error).__name__])[0][:300]
+    relevant = [line for line in lines if _mentions_kernel(line)]
+    return (relevant or lines or [type(error).__name__])[0][:300]
 
 
-def _names_kernel(text: str) -> bool:
+def _mentions_kernel(text: str) -> bool:
     return any(word in text.lower() for word in ("vmem", "mosaic", "pallas", "cudnn"))
 
 
-def fallback(call: Callable[[], T], twin: Callable[[], T], name: str) -> T:
-    """`call()`, or `twin()` with a warning if a kernel of `call` cannot be compiled.
+def fallback(call: Callable[[], T], plain: Callable[[], T], name: str) -> T:
+    """`call()`, or `plain()` with a warning if a kernel of `call` cannot be compiled.
 
-    Anything else that goes wrong is raised: too little HBM, for one, is no kernel's fault.
+    Other errors are raised, e.g. too little HBM, which is not due to a kernel.
     """
     try:
         return call()
     except Exception as error:
         hbm = re.search("memory (on|in memory space) hbm", str(error), re.IGNORECASE)
-        if hbm or not _names_kernel(str(error)):
+        if hbm or not _mentions_kernel(str(error)):
             raise
         warnings.warn(f"{name} falls back to plain XLA: {cause(error)}", stacklevel=2)
-    return twin()
+    return plain()

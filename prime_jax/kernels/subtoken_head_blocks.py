@@ -1,4 +1,4 @@
-"""Tiles of the head's TPU kernels, as large as the VMEM of the chip allows."""
+"""Tile sizes of the head's TPU kernels, as large as the chip's VMEM allows."""
 
 from typing import NamedTuple
 
@@ -25,22 +25,24 @@ def ceil_to(number: int, multiple: int) -> int:
 
 
 def vmem_bytes(width: int, itemsize: int, blocks: Blocks) -> int:
-    """An upper estimate of the VMEM that the larger kernel, the backward one, needs."""
+    """An upper bound on the VMEM of the larger kernel, the backward pass."""
     tokens, rows, part = blocks
-    by_tokens = tokens * width * (2 * 2 * itemsize + 3 * 4)  # h twice, double; dh, double, and sum
-    by_rows = rows * width * (2 * itemsize + 2 * 4)  # head and dhead, double
+    by_tokens = (
+        tokens * width * (2 * 2 * itemsize + 3 * 4)
+    )  # two of h and dh, double-buffered, and a sum
+    by_rows = rows * width * (2 * itemsize + 2 * 4)  # head and dhead, double-buffered
     return by_tokens + by_rows + 8 * part * tokens * 4 + 4 * MIB
 
 
 def vmem_capacity() -> int:
-    """VMEM of the chip that the program is traced for, less what the compiler keeps."""
+    """VMEM of the chip for which the program is traced, less the compiler's reserve."""
     if not target_kind().startswith("TPU"):
         return 60 * MIB
     return pltpu.get_tpu_info().vmem_capacity_bytes * 15 // 16
 
 
 def core_count() -> int:
-    """Cores of the chip that JAX sees as one device."""
+    """Cores of one JAX device."""
     return pltpu.get_tpu_info().num_cores if target_kind().startswith("TPU") else 1
 
 
@@ -50,7 +52,7 @@ def matrix_unit() -> int:
 
 
 def fitted(head: Head, width: int, itemsize: int) -> Blocks:
-    """The blocks asked for, or the largest of the usual ones that fit into VMEM.
+    """The configured blocks, or the largest default ones that fit into VMEM.
 
     Raises:
         UserError: `head.blocks` is neither empty nor three positive numbers, the last of which
@@ -63,7 +65,7 @@ def fitted(head: Head, width: int, itemsize: int) -> Blocks:
                 f"head blocks {head.blocks}: give tokens, head rows and a part of the head rows"
             )
         return Blocks(*head.blocks)
-    # Shorter rows, and larger matrix units, leave a part's softmax less time to hide in.
+    # With smaller widths or larger matrix units a matmul hides less of the softmax.
     large = 1024 if width <= (1024 if matrix_unit() > LANES else 512) else 512
     usual = [Blocks(large), Blocks(), Blocks(512, 512), Blocks(256, 512)]
     fit = [x for x in usual if vmem_bytes(width, itemsize, x) <= vmem_capacity()]

@@ -1,15 +1,15 @@
 """The two TPU kernels (Mosaic) of the head: online masses, and one fused backward pass.
 
-Tokens lie on lanes: logits are made transposed, [head rows, tokens], so that the statistics of the
-softmax are sublane reductions and no lane is ever shuffled. Head rows are taken a part at a time,
-the next product issued before the softmax of the last. Digit masses are a product with the
-indicator of every digit; its row of ones gives the mass the same rounding.
+Tokens are on lanes: logits are computed transposed, [head rows, tokens], so that softmax statistics
+are sublane reductions without lane shuffles. Head rows are processed in parts; the next product is
+issued before the softmax of the previous part. Digit masses are a product with the indicator of
+every digit; a row of ones in it gives the total mass the same rounding.
 
-The backward pass makes the logits once more and both gradients from them: dhead waits in VMEM while
-the tokens pass by, dh is read, added to and written back by copies that overlap the products.
+The backward pass recomputes the logits, and both gradients from them: dhead is accumulated in VMEM
+over the tokens; dh is read, updated and written back by copies that overlap with the products.
 
 Letters besides the usual: T tokens and U head rows of a tile, R head rows of a part, K columns of
-digits (C of them, the ones, padding).
+digits (C digits, a column of ones, padding).
 """
 
 from functools import partial
@@ -35,15 +35,14 @@ TILE = 16  # sublanes of a bfloat16 tile
 
 
 class Operands(NamedTuple):
-    """What both kernels read, padded to whole tiles.
+    """Inputs of both kernels, padded to whole tiles.
 
     Attributes:
         hs_NxD: hidden states times log2(e), so that logits are exponents of 2.
-        head_VxD: the only one that is not padded: what the last block reads beyond its end is
-            anything, and excluded by its words.
-        codes_1xV: words of the head rows; hot_VxK: their digits and a one, None where l = 1.
-        bits_2xN: word of the true token, and the bits that head rows must share with it.
-        cores: that share the backward pass, each with blocks of head rows of its own.
+        head_VxD: not padded: reads beyond its end are undefined, and excluded by `codes_1xV`.
+        codes_1xV: words of the head rows; hot_VxK: their one-hot digits and a one, None if l = 1.
+        bits_2xN: word of the true token, and the bits that consistent head rows share with it.
+        cores: number of cores of the backward pass, each with its own blocks of head rows.
     """
 
     blocks: Blocks
@@ -105,12 +104,12 @@ def _forward_kernel(blocks: Blocks, terms, hs_ref, head_ref, codes_ref, *refs):
     top_1xT, sums_KxT = top_ref[...], sums_ref[...]
     for start in range(0, blocks.rows, blocks.part):
         z_RxT = next_RxT
-        if start + blocks.part < blocks.rows:  # asked for early: overlaps the softmax
+        if start + blocks.part < blocks.rows:  # issued early to overlap with the softmax
             next_RxT = logits(start + blocks.part)
         _, excluded_RxT = _mismatch(codes_ref, start, blocks.part, bits_2xT)
         z_RxT = jnp.where(excluded_RxT, NEG, z_RxT)
         higher_1xT = jnp.maximum(top_1xT, z_RxT.max(0, keepdims=True))
-        # What a token gathers before its first consistent row is wiped out by the factor 0.
+        # Sums before the first consistent row are later multiplied by 0.
         p_RxT = jnp.exp2(z_RxT - higher_1xT)
         sums_KxT = sums_KxT * jnp.exp2(top_1xT - higher_1xT) + sums(start, p_RxT)
         top_1xT = higher_1xT
@@ -121,7 +120,7 @@ def forward(operands: Operands, terms: int, interpret: Any) -> tuple[jax.Array, 
     """(largest exponent [1, N], sums of powers of 2 relative to it [K, N]), float32.
 
     Args:
-        terms: 2 for digit sums in twice the precision of bfloat16 powers.
+        terms: 2 for digit sums with twice the precision of bfloat16.
     """
     (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
     n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype
@@ -163,9 +162,7 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
     core, place, tile = (pl.program_id(axis) for axis in range(3))
     block, step = core * places + place, place * tiles + tile
     last = step == jnp.minimum(places, n_blocks - core * places) * tiles - 1
-    moves = (
-        tiles > 1
-    )  # at every step one tile of dh leaves and the next arrives; a single one stays
+    moves = tiles > 1  # every step writes one tile of dh and reads the next; a single one stays
     slot = jax.lax.rem(step, 2) if moves else 0
 
     def copy(tile, slot, out):
@@ -176,7 +173,7 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
             return pltpu.make_async_copy(here, there, write_sem.at[slot])
         return pltpu.make_async_copy(there, here, read_sem.at[slot])
 
-    @pl.when(block < n_blocks)  # the last core may have fewer
+    @pl.when(block < n_blocks)  # the last core may have fewer blocks
     def _():
         @pl.when(step == 0)
         def _():
@@ -184,7 +181,7 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
 
         if moves:
 
-            @pl.when(step > 0)  # the tile before this one must be written by now
+            @pl.when(step > 0)  # wait until the previous tile is written
             def _():
                 copy(tile, 1 - slot, out=True).wait()
 
@@ -238,7 +235,7 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
 
 
 def _clear(head_ref, count: int) -> None:
-    """Zeros beyond the first `count` rows: a gradient of zero times anything must be zero."""
+    """Set rows from `count` on to zero: undefined values times a zero gradient could be NaN."""
     edge = count // TILE * TILE
     after = min(edge + TILE, head_ref.shape[0])
     tile = head_ref[edge:after, :].astype(jnp.float32)
@@ -249,7 +246,7 @@ def _clear(head_ref, count: int) -> None:
 
 
 def _split(x_KxN: jax.Array, dtype) -> list[jax.Array]:
-    """Pieces of `dtype` that sum to float32 x: one product with all of them keeps its precision."""
+    """Terms of `dtype` that sum to float32 x, so that a product with all of them is precise."""
     if dtype == jnp.float32:
         return [x_KxN]
     pieces = []
@@ -265,8 +262,8 @@ def backward(
     """(dhead [V, D], dh [N, D]), float32.
 
     Args:
-        columns_KxN: what each digit, and the one, adds to dz / p; None where l = 1.
-        numbers_3xN: log2-sum-exp2; dz / p without `columns_KxN`; what the true token's dz adds.
+        columns_KxN: contribution of each digit, and of the one, to dz / p; None if l = 1.
+        numbers_3xN: log2-sum-exp2; dz / p if `columns_KxN` is None; added to the true token's dz.
     """
     (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
     n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype

@@ -1,4 +1,4 @@
-"""The head for TPUs: operands of the Mosaic kernels, and what their results mean.
+"""The head for TPUs: operands and results of the Mosaic kernels.
 
 The same three functions as in `subtoken_head_xla`. Rows, and codes, are padded to whole tiles.
 """
@@ -33,7 +33,7 @@ LOG2E = math.log2(math.e)
 
 
 def supports(head: Head) -> bool:
-    """One word per code, and digits that fit the lanes of one register beside the ones."""
+    """One word per code, and columns of digits and ones that fit the lanes of one register."""
     return head.fields_SxW.shape[1] == 1 and head.columns < LANES
 
 
@@ -51,7 +51,7 @@ def _operands(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Operands:
     blocks = Blocks(tokens, rows, math.gcd(rows, blocks.part))
     padded_tokens, padded_rows = ceil_to(n_tokens, tokens), ceil_to(n_rows, rows)
 
-    # The barrier keeps the compiler from unfolding indicators of the whole vocabulary.
+    # The barrier prevents constant folding of indicators of the whole vocabulary.
     words_VxW = jax.lax.optimization_barrier(jnp.asarray(shard(head, row_N, n_rows).words_VxW))
     words_VxW = _padded(words_VxW, padded_rows, PADDING)
     hot_VxK = None
@@ -65,7 +65,9 @@ def _operands(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Operands:
         blocks=blocks,
         cores=min(core_count(), padded_rows // rows),
         hs_NxD=_padded(hs_NxD, padded_tokens),
-        head_VxD=_padded(head_VxD, max(n_rows, rows)),  # a copy of it only where it is one block
+        head_VxD=_padded(
+            head_VxD, max(n_rows, rows)
+        ),  # copied only if it is smaller than one block
         codes_1xV=words_VxW.T,
         hot_VxK=hot_VxK,
         bits_2xN=_padded(jnp.stack([true_N, visible_N], axis=1), padded_tokens).T,
@@ -73,7 +75,7 @@ def _operands(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Operands:
 
 
 def masses(head: Head, h_NxD, head_VxD, row_N, visible_NxW, interpret: Any = None) -> Masses:
-    """As in `subtoken_head_xla`; digit masses from the exponentials in twice the precision."""
+    """As in `subtoken_head_xla`; digit masses from exponentials in twice bfloat16's precision."""
     operands = _operands(head, h_NxD, head_VxD, row_N, visible_NxW)
     return _masses(head, operands, row_N, head_VxD, 2, interpret)
 
@@ -144,7 +146,7 @@ def loss_and_gradients(
 
 
 def cases(chip: str, width: int, vocab_size: int) -> list[Case]:
-    """Forward and backward of the marginal loss at the granularity of bits, 4096 tokens."""
+    """Forward and backward of the marginal loss for binary sub-tokens, 4096 tokens."""
     length = (vocab_size - 1).bit_length()
     head = Head(Codebook.create(vocab_size, SubtokenConfig(length=length)))
     device = AbstractDevice(device_kind=DEVICE_KINDS[chip], num_cores=1, platform="tpu")

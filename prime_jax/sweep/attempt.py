@@ -1,6 +1,6 @@
 """One attempt at one run: its heartbeat, its log, and what is recorded when it ends.
 
-All processes of a process group call `run_attempt`; process 0 keeps the state, the others only train.
+All processes of a group call `run_attempt`; process 0 writes the state, the others only train.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from prime_jax.sweep.state import Run
 from prime_jax.sweep.worker_progress import WorkerProgress
 
 TRACEBACK_LINES = 30
-GROUP_SECONDS = 60.0  # that processes wait for each other after a failure
+GROUP_SECONDS = 60.0  # for which processes wait for each other after a failure
 
 
 class Trainer(Protocol):
-    """What a worker needs of `prime_jax.train`, which is one.
+    """The interface of `prime_jax.train` that a worker needs.
 
-    One that reads data also has `look(config)`, which raises NoData where that is not here.
+    A trainer that reads data also has `check_data(config)`, which raises NoData if it is missing.
     """
 
     Preempted: type[Exception]
@@ -47,13 +47,13 @@ class Trainer(Protocol):
 
 
 class Heartbeat(threading.Thread):
-    """Rewrites the heartbeat of one attempt and notices when somebody else has taken the run.
+    """Writes the heartbeat of one attempt and checks whether another attempt has superseded it.
 
-    As a context manager it has stopped when the block is left; a heartbeat never follows an end.
+    As a context manager it has stopped when the block ends: no heartbeat follows an end.
 
     Attributes:
-        before: machine seconds that earlier attempts took.
-        fenced: somebody else has taken the run.
+        before: machine seconds that earlier attempts used.
+        fenced: another attempt has superseded this one.
     """
 
     def __init__(self, root: Path, run: str, k: int, seconds: float, before: float = 0.0):
@@ -61,7 +61,7 @@ class Heartbeat(threading.Thread):
         self.root, self.run_id, self.k, self.seconds = root, run, k, seconds
         self.before, self._began = before, time.monotonic()
         self._latest: dict[str, Any] = {}
-        self._heard = self._began
+        self._updated = self._began
         self.fenced = threading.Event()
         self._over = threading.Event()
 
@@ -74,11 +74,11 @@ class Heartbeat(threading.Thread):
         self.join()
 
     def update(self, values: dict[str, Any]) -> None:
-        """What the training has to tell."""
-        self._latest, self._heard = values, time.monotonic()
+        """Record the latest values from the training."""
+        self._latest, self._updated = values, time.monotonic()
 
-    def taken(self) -> float:
-        """Machine seconds of this attempt and of those before."""
+    def machine_seconds(self) -> float:
+        """Machine seconds of this attempt and the earlier ones."""
         return self.before + time.monotonic() - self._began
 
     def run(self) -> None:
@@ -86,8 +86,8 @@ class Heartbeat(threading.Thread):
         while not self._over.is_set():
             count += 1
             with contextlib.suppress(UserError):  # a store hiccup never stops training
-                quiet = round(time.monotonic() - self._heard, 1)
-                own = {"count": count, "quiet": quiet, "seconds": round(self.taken(), 1)}
+                quiet = round(time.monotonic() - self._updated, 1)
+                own = {"count": count, "quiet": quiet, "seconds": round(self.machine_seconds(), 1)}
                 state.heartbeat(self.root, self.run_id, self.k, {**self._latest, **own})
                 if state.superseded(self.root, self.run_id, self.k):
                     self.fenced.set()
@@ -96,12 +96,12 @@ class Heartbeat(threading.Thread):
 
 @dataclass(frozen=True)
 class Worker:
-    """What stays the same from run to run.
+    """Settings that are the same for all runs of a worker.
 
     Attributes:
         group: processes that train together, None for one.
-        stopping: set when this worker must leave.
-        late: whether its time is nearly up, given the seconds that a save takes.
+        stopping: set when this worker must stop.
+        out_of_time: whether to save and stop now, given the seconds that a save takes.
     """
 
     root: Path
@@ -109,11 +109,11 @@ class Worker:
     progress: WorkerProgress
     group: distributed.ProcessGroup | None
     stopping: threading.Event
-    late: Callable[[float], bool]
+    out_of_time: Callable[[float], bool]
     heartbeat_seconds: float
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.group is None or self.group.process == 0
 
     @property
@@ -121,16 +121,19 @@ class Worker:
         return self.group.process if self.group else 0
 
 
-class Apart(Exception):
-    """The processes of a process group no longer do the same: all must start again."""
+class GroupOutOfSync(Exception):
+    """The processes of a group no longer run the same attempt: all must be restarted."""
 
 
 def run_attempt(worker: Worker, run: Run, k: int, earlier: Sequence[int]) -> dict[str, Any] | None:
-    """Train attempt k of a run, which is ours; its result, or None once its end is recorded.
+    """Train attempt k of a run, which this worker has claimed.
+
+    Returns:
+        The result, or None if the attempt ended without one; its end is then recorded.
 
     Raises:
-        Apart: after a failure not every process of the process group has come back.
-        NoData: what the run trains on is not on this machine; the run stays open.
+        GroupOutOfSync: after a failure not every process of the group arrived in time.
+        NoData: the data of the run is not on this machine; the run stays open.
     """
     folder = worker.root / "runs" / run.id
     storage.make_folder(folder / str(k))
@@ -157,15 +160,15 @@ class _Attempt:
         self.log(f"attempt {self.k} of run {self.run.id} on {state.identity()['host']}")
         worker.progress.run(self.mine, {})
         try:
-            with self.heartbeat if worker.leads else contextlib.nullcontext():
+            with self.heartbeat if worker.is_leader else contextlib.nullcontext():
                 config = from_dict(RunConfig, self.run.spec["config"])
                 result = trainer.train(
                     config, self.folder, earlier=earlier, heartbeat=self.on_heartbeat, log=self.log
                 )
         except (trainer.Preempted, trainer.Stopped, KeyboardInterrupt) as error:
             if fenced.is_set():
-                self.log("left: another attempt has begun, or the run was killed", "yellow")
-                if worker.group:  # its processes can be stopped together only once
+                self.log("stopped: another attempt has started, or the run was killed", "yellow")
+                if worker.group:  # JAX can stop its processes together only once
                     worker.stopping.set()
                 return None
             worker.stopping.set()
@@ -175,26 +178,26 @@ class _Attempt:
             )
         except storage.Unreachable as error:
             self.ended("preempted", str(error))
-            self.regroup()
-        except NoData as error:  # the same for every run here, and the run's fault for none
+            self.resynchronise()
+        except NoData as error:  # a fault of this machine, not of the run
             self.ended("preempted", str(error))
-            self.regroup()
+            self.resynchronise()
             raise
-        except UserError as error:  # the same again until a person acts
+        except UserError as error:  # a retry would fail in the same way
             self.ended("failed", str(error), retry=False)
-            self.regroup()
+            self.resynchronise()
         except Exception as error:
             self.log_file.write(traceback.format_exc())
             tail = "\n".join(traceback.format_exc().splitlines()[-TRACEBACK_LINES:])
             self.ended("failed", f"{type(error).__name__}: {error}", tail)
-            self.regroup()
+            self.resynchronise()
         else:
-            return self.publish(result) if worker.leads else result
+            return self.publish(result) if worker.is_leader else result
         return None
 
     def log(self, text: str, style: str = "") -> None:
         self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        if self.worker.leads:
+        if self.worker.is_leader:
             self.worker.progress.log(f"{self.run.id} {text}", style)
 
     def on_heartbeat(self, values: dict[str, Any]) -> bool:
@@ -203,35 +206,37 @@ class _Attempt:
         values = values | dict.fromkeys(odd)
         self.heartbeat.update(values)
         self.worker.progress.run(self.mine, values)
-        if self.worker.late(values.get("save_seconds", 0.0)):
+        if self.worker.out_of_time(values.get("save_seconds", 0.0)):
             self.worker.stopping.set()
         return not (self.heartbeat.fenced.is_set() or self.worker.stopping.is_set())
 
     def ended(self, how: str, reason: str, tail: str = "", *, retry: bool = True) -> None:
         self.log(f"{how}: {reason}", "red" if how == "failed" else "yellow")
-        if not self.worker.leads:
+        if not self.worker.is_leader:
             return
         if tail:
             self.worker.progress.log(tail, "red")
-        where = (self.worker.root, self.run.id, self.k)
-        self.retry(lambda: state.end(*where, how, reason, tail=tail, retry=retry))
+        attempt = (self.worker.root, self.run.id, self.k)
+        self.retry(lambda: state.end(*attempt, how, reason, tail=tail, retry=retry))
 
-    def regroup(self) -> None:
-        """After a failure: go on together, or not at all."""
+    def resynchronise(self) -> None:
+        """After a failure, wait until all processes of the group are here."""
         name = f"after attempt {self.k} of run {self.run.id}"
-        if self.worker.group and not distributed.meet(name, GROUP_SECONDS, self.log):
-            raise Apart
+        if self.worker.group and not distributed.barrier_with_timeout(
+            name, GROUP_SECONDS, self.log
+        ):
+            raise GroupOutOfSync
 
     def publish(self, result: dict[str, Any]) -> dict[str, Any] | None:
-        where = (self.worker.root, self.run.id)
+        run = (self.worker.root, self.run.id)
         result |= {name: self.run.spec[name] for name in ("budget", "rules")}
         result |= {"attempt": self.k, "preemptions": self.run.interruptions}
-        result |= {"machine_seconds": round(self.heartbeat.taken(), 1)}
+        result |= {"machine_seconds": round(self.heartbeat.machine_seconds(), 1)}
         self.retry(lambda: write_json_atomic(self.folder / "result.json", result))
-        if self.retry(lambda: state.superseded(*where, self.k)):
-            self.log("finished, but another attempt has begun: left to it", "yellow")
+        if self.retry(lambda: state.superseded(*run, self.k)):
+            self.log("finished, but another attempt has started: result not published", "yellow")
             return None
-        if not self.retry(lambda: state.publish(*where, result)):
+        if not self.retry(lambda: state.publish(*run, result)):
             self.log("finished, but another attempt had published its result", "yellow")
             return None
         self.log_file.write("done\n")

@@ -1,4 +1,4 @@
-"""A sweep while it runs: totals, a table that renews itself, failures as they happen."""
+"""Live display of a sweep: totals, a table that is refreshed, failures as they happen."""
 
 import time
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state, status
 from prime_jax.sweep.state import Run
 
-ROWS = 30  # runs shown at once: those that run, then those in trouble
-LOOK, LOOK_REMOTE = 2.0, 15.0  # seconds between two looks
+ROWS = 30  # runs shown: running ones first, then those in TROUBLE
+POLL, POLL_REMOTE = 2.0, 15.0  # seconds between two refreshes
 TROUBLE = ("failed", "lost", "stalled", "killed")
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a whole sweep has done and has before it.
+    """Progress of a whole sweep.
 
     Attributes:
-        fraction: of all planned FLOPs, done.
+        fraction: of all planned FLOPs, done so far.
         speed: FLOP/s of all running runs together.
-        seconds: until the end at that speed; None while nothing runs.
-        cost: spent so far; None without prices or without slices.
+        seconds: remaining at that speed; None while nothing runs.
+        cost: so far; None without prices or without slices.
     """
 
     fraction: float
@@ -56,7 +56,7 @@ def totals(runs: Sequence[Run], prices: Prices | None = None) -> Totals:
 
 
 def cost(runs: Sequence[Run], prices: Prices) -> float | None:
-    """Of the machine time that all attempts took, by the price list; None where it says nothing."""
+    """Cost of the machine time of all attempts, by the price list; None where it has no price."""
     known = [
         prices.of(slices.parse(run.slice), machine_seconds(run) / 3600)
         for run in runs
@@ -66,14 +66,14 @@ def cost(runs: Sequence[Run], prices: Prices) -> float | None:
 
 
 def machine_seconds(run: Run) -> float:
-    """Of all attempts, as their owners' clocks told."""
+    """Machine time of all attempts, as measured by their workers."""
     if run.result:
         return run.result.get("machine_seconds", run.result["seconds"]["total"])
     return max(((a.heartbeat or {}).get("seconds", 0.0) for a in run.attempts), default=0.0)
 
 
 def progress(run: Run) -> float:
-    """Fraction of the steps that are made."""
+    """Fraction of the steps that are done."""
     if run.result:
         return 1.0
     return _heartbeat(run).get("step", 0) / run.spec["config"]["steps"]
@@ -91,7 +91,7 @@ def summary(runs: Sequence[Run], prices: Prices | None = None) -> str:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """Runs at work and in trouble, largest first."""
+    """Running runs, then those in TROUBLE; largest first."""
     out = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("run", "C", "N", "family", "slice", "state", "", "step", "loss", "MFU", "ETA"):
         right = name in ("C", "N", "step", "loss", "MFU", "ETA")
@@ -107,20 +107,20 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def watch(root: Path, console: Console, prices: Prices | None = None) -> None:
-    """Show the sweep until nothing is open and nothing runs; Ctrl-C stops looking, nothing else."""
-    memory, told = state.Watch(), set()
+    """Show the sweep until no run is open or running; Ctrl-C ends only the display."""
+    history, reported = state.Watch(), set()
     with Live(console=console, auto_refresh=False, transient=False) as screen:
         while True:
-            runs = storage.retry(lambda: state.list_runs(root, memory), console.print)
+            runs = storage.retry(lambda: state.list_runs(root, history), console.print)
             for run in runs:
-                if run.state == "failed" and (run.id, run.k) not in told:
-                    told.add((run.id, run.k))
+                if run.state == "failed" and (run.id, run.k) not in reported:
+                    reported.add((run.id, run.k))
                     console.print(Text(f"{status.line(run)}\n{status.failure(run)}", "red"))
             line = Text(f"{time.strftime('%H:%M:%S')}  {summary(runs, prices)}")
             screen.update(Group(table(runs), line), refresh=True)
             if not any(run.state == "running" or run.opens_in() is not None for run in runs):
                 return
-            time.sleep(LOOK_REMOTE if storage.is_remote(root) else LOOK)
+            time.sleep(POLL_REMOTE if storage.is_remote(root) else POLL)
 
 
 def _given_up(run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""A sweep as people read it: one line per run, counts, and the last words of what failed."""
+"""Text about a sweep: one line per run, counts, and the last lines of failures."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ STATES = (
     "failed",
     "killed",
 )
-TAIL = 8  # lines of a traceback worth showing
+TAIL = 8  # lines of a traceback that are shown
 
 
 def status_of(run: Run) -> str:
-    """The run's state, with a diverged result told apart from a good one."""
+    """The run's state; `diverged` or `done` for a run with a result."""
     return run.result["status"] if run.result else run.state
 
 
@@ -36,7 +36,7 @@ def counts(runs: Sequence[Run]) -> str:
 
 
 def line(run: Run, heartbeat: dict[str, Any] | None = None) -> str:
-    """One line for a run; `heartbeat` replaces the one on disk with a fresher one."""
+    """One line for a run; `heartbeat` replaces the one on disk."""
     spec, state = run.spec, status_of(run)
     attempt = run.attempts[-1] if run.attempts else None
     heartbeat = heartbeat or (attempt.heartbeat if attempt else None) or {}
@@ -67,7 +67,7 @@ def size(run: Run) -> str:
 
 
 def seconds_left(run: Run, heartbeat: dict[str, Any]) -> float | None:
-    """At the speed that was measured last; None where the run does not run."""
+    """Remaining time at the last measured speed; None if the run is not running."""
     rate, steps = heartbeat.get("tokens_per_second"), run.spec["config"]["steps"]
     if status_of(run) != "running" or not rate:
         return None
@@ -75,7 +75,7 @@ def seconds_left(run: Run, heartbeat: dict[str, Any]) -> float | None:
 
 
 def failure(run: Run) -> str:
-    """The last lines of what made a run fail, indented."""
+    """The last lines of a failed run's traceback, indented."""
     tail = (run.attempts[-1].end or {}).get("traceback", "") if run.attempts else ""
     lines = tail.splitlines()[-TAIL:] or [run.reason]
     return "\n".join(f"    {text}" for text in lines)
@@ -94,7 +94,7 @@ def show(runs: Sequence[Run], console: Console, head: str) -> None:
 
 
 def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What `--json` prints: per run its id, state, attempts, last heartbeat, and reason if it stopped."""
+    """The output of `--json`: per run its id, state, attempts, last heartbeat and reason."""
     return [
         {
             "run": run.id,

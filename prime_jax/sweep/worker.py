@@ -1,9 +1,9 @@
 """The worker: claims the largest open run, trains it, publishes its result, until nothing is open.
 
-Every engine starts this same loop; `pool.py` starts several of it here. A worker that dies loses
-at most the steps since its checkpoint: another sees its process gone, or its heartbeat stand still,
-and takes attempt k+1 from there. In a process group of several processes process 0 decides, and tells the
-others before every step of the loop what to do.
+Every engine starts this loop; `pool.py` starts several on one machine. A worker that dies loses at
+most the steps since its last checkpoint: another one detects that its process is gone, or that its
+heartbeat has stopped, and continues as attempt k+1. In a process group, process 0 decides and
+broadcasts, before every iteration of the loop, what all processes do.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from prime_jax.errors import NoData, UserError
 from prime_jax.runtime import distributed, storage
 from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
-from prime_jax.sweep.attempt import Apart, Trainer, Worker, run_attempt
+from prime_jax.sweep.attempt import GroupOutOfSync, Trainer, Worker, run_attempt
 from prime_jax.sweep.state import Run
 from prime_jax.sweep.worker_progress import WorkerProgress
 
 DONE, FAILED, PREEMPTED = 0, 1, 85  # exit codes, the same on every engine
-POLL, POLL_REMOTE = 1.0, 15.0  # seconds between looks while only other workers' runs are left
-LEAVE, START = 60.0, 180.0  # seconds before a time limit: to leave, and to begin another run
-TRACED = ("seed", "steps", "optim", "checkpoint", "log")  # settings that need no new compilation
+POLL, POLL_REMOTE = 1.0, 15.0  # seconds between listings while no run can be taken
+LEAVE, START = 60.0, 180.0  # seconds reserved before a time limit: to stop; to start a run
+TRACED = ("seed", "steps", "optim", "checkpoint", "log")  # changes need no new compilation
 
 
 def work(
@@ -45,30 +45,30 @@ def work(
     timeout: float = 300.0,
     backoff: float = state.BACKOFF,
 ) -> int:
-    """Run what is open in the sweep `root`, one run after the other.
+    """Run the open runs of the sweep `root`, one after the other.
 
     Args:
         root: the sweep.
-        slice: canonical name of this machine; runs planned for another one are left alone.
-        minutes: when this machine is taken away, counted from now.
-        trainer: `prime_jax.train` unless a test brings its own.
-        console: where progress goes.
+        slice: canonical name of this machine's slice; runs planned for another one are ignored.
+        minutes: time limit of this machine, from now.
+        trainer: `prime_jax.train` by default; tests replace it.
+        console: for progress.
         heartbeat_seconds: between two heartbeats.
-        timeout: an attempt whose heartbeat stands still for so long (seconds) is lost.
-        backoff: seconds before a failed run is tried again.
+        timeout: seconds after which an attempt with an unchanged heartbeat is lost.
+        backoff: seconds before a failed run is retried.
 
     Returns:
         0 if nothing is left to do, 1 if runs have failed, 85 if interrupted (and saved).
 
     Raises:
-        NoData: the data of every run that is left is not on this machine; they stay open.
-        UserError: `root` is no sweep of this version, has nothing for this slice, or cannot be
-            written to; or not all processes of the process group came.
+        NoData: no remaining run has its data on this machine; they stay open.
+        UserError: `root` is not a sweep of this version, has no run for this slice, or cannot be
+            written to; or not all processes of the group connected.
     """
     limit, console = Limit(minutes), console or Console()
     state.check_root(root)
     group = distributed.start(lambda text: console.print(text, highlight=False, soft_wrap=True))
-    leads = group is None or group.process == 0
+    is_leader = group is None or group.process == 0
     with signals(group) as stopping, WorkerProgress.open(console) as progress:
         trainer = trainer or _jax_trainer(root)
         worker = Worker(
@@ -77,17 +77,17 @@ def work(
             progress=progress,
             group=group,
             stopping=stopping,
-            late=limit.late,
+            out_of_time=limit.out_of_time,
             heartbeat_seconds=heartbeat_seconds,
         )
         watch = state.Watch(timeout)
         leader = Leader(worker, slice, limit, watch, backoff)
-        with contextlib.suppress(Apart):
+        with contextlib.suppress(GroupOutOfSync):
             while True:
-                order = leader.order() if leads else None
+                order = leader.order() if is_leader else None
                 if group:
                     order = distributed.broadcast(order)
-                    if distributed.notified():
+                    if distributed.stop_requested():
                         stopping.set()
                         order = {"leave": PREEMPTED}
                 if "leave" in order:
@@ -95,43 +95,43 @@ def work(
                 if "run" not in order:
                     stopping.wait(POLL_REMOTE if storage.is_remote(root) else POLL)
                     continue
-                run = leader.chosen if leads else state.read_run(root, order["run"])
+                run = leader.chosen if is_leader else state.read_run(root, order["run"])
                 leader.note(run_attempt(worker, run, order["k"], order["earlier"]))
-            if leads:
+            if is_leader:
                 leader.log_step_fraction()
             return order["leave"]
-    return PREEMPTED  # the process group has come apart
+    return PREEMPTED  # the process group is out of sync
 
 
 @dataclass
 class Limit:
-    """The time that a machine is ours, and what must fit into the rest of it."""
+    """The time limit of a machine, and what fits into the remaining time."""
 
     minutes: float | None
     began: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        """Seconds."""
+        """Remaining seconds."""
         if self.minutes is None:
             return float("inf")
         return 60 * self.minutes - (time.monotonic() - self.began)
 
-    def late(self, save_seconds: float) -> bool:
-        """Whether to save and leave now; a short limit keeps a smaller reserve."""
+    def out_of_time(self, save_seconds: float) -> bool:
+        """Whether to save and stop now; the reserve is at most a tenth of the limit."""
         return self.left() < max(self._at_most(LEAVE), 2 * save_seconds)
 
     def allows(self, first_step_seconds: float) -> bool:
-        """Whether a run begun now could still be saved, as far as the last one tells."""
+        """Whether a run started now could still be saved, judging by earlier runs."""
         reserve = self._at_most(LEAVE) + max(self._at_most(START), 2 * first_step_seconds)
         return self.left() > reserve
 
     def _at_most(self, seconds: float) -> float:
-        return min(seconds, 6 * self.minutes) if self.minutes else 0.0  # a tenth
+        return min(seconds, 6 * self.minutes) if self.minutes else 0.0  # a tenth of the limit
 
 
 @dataclass
 class Leader:
-    """What process 0 decides with."""
+    """The decisions of process 0."""
 
     worker: Worker
     slice: str
@@ -141,10 +141,10 @@ class Leader:
     chosen: Run | None = None
     began: float = field(default_factory=time.monotonic)
     results: list[dict[str, Any]] = field(default_factory=list)
-    last: str = ""  # what the last compilation fits
+    last: str = ""  # compiled shape of the last run
 
     def order(self) -> dict[str, Any]:
-        """What every process does next: run an attempt, wait ({}), or leave with a code."""
+        """What every process does next: run an attempt, wait ({}), or end with an exit code."""
         root, stopping = self.worker.root, self.worker.stopping
         runs = storage.retry(lambda: state.list_runs(root, self.watch), self.worker.progress.log)
         planned = {run.slice for run in runs}
@@ -158,9 +158,9 @@ class Leader:
         ready = [run for run in runs if run.opens_in(backoff=self.backoff) == 0.0]
         first = max((r["seconds"].get("first_step") or 0.0 for r in self.results), default=0.0)
         if ready and not self.limit.allows(first):
-            self.worker.progress.log("time is nearly up: no other run is begun", "yellow")
+            self.worker.progress.log("the time limit is near: no other run is started", "yellow")
             return {"leave": PREEMPTED}
-        ready = with_data(ready, getattr(self.worker.trainer, "look", None))
+        ready = with_data(ready, getattr(self.worker.trainer, "check_data", None))
         for run in sorted(ready, key=self._rank, reverse=True):
             k = run.k + 1
             if state.claim(root, run.id, k, log=self.worker.progress.log):
@@ -171,7 +171,7 @@ class Leader:
         return {"leave": FAILED if any(run.state == "failed" for run in runs) else DONE}
 
     def _rank(self, run: Run) -> tuple[bool, float]:
-        """The largest, but first those that the last compilation fits."""
+        """Largest run first, but runs with the compiled shape of the last one before all others."""
         fits = bool(self.last) and _compiled_shape(run) == self.last
         return fits, run.spec["flops"]["matmul"]
 
@@ -183,29 +183,30 @@ class Leader:
 
 
 def step_fraction(results: Sequence[dict[str, Any]], life: float) -> str:
-    """How much of `life` seconds went into training steps, compilation left out."""
+    """The fraction of `life` seconds spent in training steps, without compilation."""
     train, compile_ = (sum(r["seconds"][what] for r in results) for what in ("train", "compile"))
     rest = max(life - compile_, 1e-9)
-    return f"training steps: {train / rest:.0%} of {rest:.0f} s (without {compile_:.0f} s of compilation)"
+    without = f"(without {compile_:.0f} s of compilation)"
+    return f"training steps: {train / rest:.0%} of {rest:.0f} s {without}"
 
 
 def worth_waiting(runs: Sequence[Run], backoff: float) -> bool:
-    """Whether a run may open soon: one that backs off, or whose owner may be dead."""
+    """Whether a run may open soon: it is in backoff, or its owner may be dead."""
     return any(
         run.opens_in(backoff=backoff) is not None or (run.state == "running" and not run.certain)
         for run in runs
     )
 
 
-def with_data(runs: list[Run], look: Callable[[RunConfig], object] | None) -> list[Run]:
+def with_data(runs: list[Run], check_data: Callable[[RunConfig], object] | None) -> list[Run]:
     """Those of the runs whose data is on this machine.
 
     Args:
-        look: of a trainer that reads data; raises NoData where a run's is not here.
+        check_data: raises NoData if the data of a run is not here; None: no run needs data.
     Raises:
         NoData: there are runs, and none has its data here.
     """
-    if look is None:
+    if check_data is None:
         return runs
     missing: dict[tuple[str, str], NoData] = {}
     known, able = set(), []
@@ -215,7 +216,7 @@ def with_data(runs: list[Run], look: Callable[[RunConfig], object] | None) -> li
         try:
             if which not in known:
                 known.add(which)
-                look(config)
+                check_data(config)
         except NoData as error:
             missing[which] = error
         able += [run] if which not in missing else []
@@ -243,9 +244,10 @@ def _jax_trainer(root: Path) -> Trainer:
 
 @contextlib.contextmanager
 def signals(group: distributed.ProcessGroup | None = None) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; another one, a second or more later, acts at once.
+    """An event that SIGINT and SIGTERM set; another signal, 1 s or more later, ends the process.
 
-    (The first may come twice, from a launcher and from the machine.) In a process group SIGTERM is JAX's own, which tells the other processes; SIGINT becomes one.
+    (A launcher and the machine may both send the first one.) In a process group JAX handles
+    SIGTERM and notifies the other processes; SIGINT is converted to SIGTERM.
     """
     stopping, first = threading.Event(), float("inf")
 

@@ -1,4 +1,4 @@
-"""What a worker shows: one bar over the sweep, one line for its run, events above them."""
+"""Progress display of a worker: one bar for the sweep, one for its run, log lines above them."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
