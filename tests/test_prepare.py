@@ -190,7 +190,7 @@ def test_unfinished_work_of_another_request_is_kept(text, tmp_path, small_parts,
 def test_two_at_once_are_refused(text, tmp_path):
     out = tmp_path / "set"
     (out / "parts").mkdir(parents=True)
-    with prepare._alone(out), pytest.raises(UserError, match="another process"):
+    with prepare._exclusive(out), pytest.raises(UserError, match="another process"):
         make(text, out)
 
 
