@@ -71,17 +71,22 @@ def train_flops(config: RunConfig, convention: Convention) -> float:
 
 
 def evaluation_flops(config: RunConfig, convention: Convention) -> float:
-    """FLOPs of one evaluation: R forward passes over its blocks for each estimator, one for ARM.
-
-    `finite:T` is counted as T passes. 0 if `eval.examples` is 0 (all blocks).
-    """
+    """FLOPs of one evaluation over its blocks; 0 if `eval.examples` is 0 (all blocks)."""
     e, names = config.eval, set(config.eval.estimators) - {"ar"}
     if config.subtokens.length == 1 and "subtoken" in names:
         names -= {"token"}  # the same number
-    times = sum(int(name.partition("finite:")[2] or 1) for name in names)
-    passes = 1 if config.family == "arm" else e.replicates * times
+    passes = 1 if config.family == "arm" else sum(_passes(config, name) for name in names)
     tokens = e.examples * config.data.seq_len
     return flops_per_token(config, convention) / BACKWARD * tokens * passes
+
+
+def _passes(config: RunConfig, name: str) -> int:
+    """Forward passes of an estimator: one a replicate; a chain's one a unit, once if it is exact."""
+    head, _, order = name.partition(":")
+    if head != "chain":
+        return config.eval.replicates
+    units = config.data.seq_len * (config.subtokens.length if order == "subtokens" else 1)
+    return units * (config.eval.replicates if order in ("random", "subtokens") else 1)
 
 
 def _layer_matrices(m: ModelConfig) -> int:

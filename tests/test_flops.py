@@ -184,5 +184,17 @@ def test_an_evaluation_is_forward_passes():
         return flops.evaluation_flops(config, "matmul") / (forward * 10 * config.data.seq_len)
 
     assert passes("arm", 1) == pytest.approx(1)
-    assert passes("prime", 5) == pytest.approx(8 * (1 + 1 + 4))
-    assert passes("mdm", 1) == pytest.approx(8 * (1 + 4))
+    assert passes("prime", 5) == pytest.approx(8 * 3)
+    assert passes("mdm", 1) == pytest.approx(8 * 2)
+
+
+def test_a_chain_is_one_pass_a_unit():
+    def passes(*names):
+        config = run("prime", 5, eval=EvalConfig(examples=10, replicates=8, estimators=names))
+        forward = flops.flops_per_token(config, "matmul") / 3
+        tokens = 10 * config.data.seq_len**2
+        return flops.evaluation_flops(config, "matmul") / (forward * tokens)
+
+    assert passes("chain:l2r") == pytest.approx(1)  # exact: one replicate
+    assert passes("chain:random") == pytest.approx(8)
+    assert passes("chain:subtokens", "chain:confidence") == pytest.approx(5 * 8 + 1)
