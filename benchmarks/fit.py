@@ -36,7 +36,7 @@ from scipy.optimize import minimize  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prime_jax.scaling import approach3, bootstrap  # noqa: E402
+from prime_jax.scaling import approach3, intervals  # noqa: E402
 from prime_jax.scaling.laws import Law  # noqa: E402
 
 Array = np.ndarray
@@ -119,7 +119,7 @@ def ours(runs: Runs, weight_Rxn: Array) -> tuple[float, float, approach3.Fit, La
     problem = approach3.problem(runs.params, runs.tokens, runs.loss)
     fit = approach3.fit(problem)
     middle = time.process_time()
-    laws = bootstrap.laws(problem, fit, weight_Rxn)
+    laws = intervals.resample(problem, fit, weight_Rxn)
     return middle - begin, time.process_time() - middle, fit, laws
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     kept = np.argsort(runs.loss, kind="stable")[: len(runs.loss) - args.drop]
     runs = Runs(runs.params[kept], runs.tokens[kept], runs.loss[kept])
     count = len(runs.loss)
-    weight_Rxn = bootstrap.weights(np.zeros(count), args.bootstraps, seed=0)
+    weight_Rxn = intervals.bootstrap_weights(np.zeros(count), args.bootstraps, seed=0)
     print(f"{count} runs; {STARTS} starts or 54 of ours; {args.bootstraps} bootstraps; CPU seconds")
     print(
         f"{'':30}{'starts':>9}{'bootstraps':>11}{'all':>9}{'ratio':>7}  objective       starts at best"

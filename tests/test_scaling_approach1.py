@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scaling_cases import LAW, csv_rows, surface
 
-from prime_jax.scaling import agreement, approach1, record
+from prime_jax.scaling import approach1, fit, record
+from prime_jax.scaling.approach1 import Curve, Curves
 from prime_jax.scaling.approach2 import interval
-from prime_jax.scaling.curves import Curve, Curves
 from prime_jax.scaling.fit import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, exponent
 from prime_jax.scaling.points import select
@@ -151,14 +151,14 @@ def test_the_record_has_the_three_approaches(fitted):
 
 def test_approaches_that_disagree_are_flagged():
     def apart(b, half):
-        return agreement.diagnostics(
+        return fit.disagreements(
             {"approach 2": (0.5, [0.45, 0.55]), "approach 3": (b, [b - half, b + half])}
         )
 
     assert [diagnostic.code for diagnostic in apart(0.6, 0.05)] == ["approaches_disagree"]
     assert [diagnostic.code for diagnostic in apart(0.4, 0.05)] == ["approaches_disagree"]
     assert apart(0.55, 0.05) == []
-    assert agreement.diagnostics({"approach 1": (0.1, None), "approach 3": (0.5, [0.4, 0.6])}) == []
+    assert fit.disagreements({"approach 1": (0.1, None), "approach 3": (0.5, [0.4, 0.6])}) == []
 
 
 def test_curves_of_another_law_disagree_with_the_runs():

@@ -9,13 +9,12 @@ from scipy.stats import kstest
 
 from prime_jax.cli import compare as compare_command
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach3, compare, grid, joint, multiplier
-from prime_jax.scaling.columns import Choice
+from prime_jax.scaling import approach3, compare, joint
 from prime_jax.scaling.compare_record import as_dict
 from prime_jax.scaling.laws import Compute, Law, optimum
 from prime_jax.scaling.points import select
 from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Table
+from prime_jax.scaling.table import Choice, Table
 
 QUICK = Settings(replicates=40)
 # Published points (arXiv 2603.16077): C of mdm -> m, 95 % interval. In range from 6e19 on.
@@ -75,9 +74,9 @@ def test_frontier_flops_is_the_inverse_of_the_optimum():
     compute = Compute(11.0, 0.92)
     flops = np.array([1e15, 1e20, 1e26])
     loss = optimum(LAW, compute, flops).loss
-    np.testing.assert_allclose(multiplier.frontier_flops(LAW, compute, loss), flops, rtol=1e-8)
+    np.testing.assert_allclose(compare.frontier_flops(LAW, compute, loss), flops, rtol=1e-8)
     np.testing.assert_array_equal(
-        multiplier.frontier_flops(LAW, compute, [LAW.E, LAW.E - 0.1]), np.inf
+        compare.frontier_flops(LAW, compute, [LAW.E, LAW.E - 0.1]), np.inf
     )
 
 
@@ -98,7 +97,7 @@ def test_a_constant_multiplier_is_found_by_both_ways():
 def side_of(part, law):
     one = Law(*(np.atleast_2d(value) for value in vars(law).values()))
     low, high = part.budgets[[0, -1]]
-    return multiplier.Side(law, one, Compute(), np.array([]), np.array([]), None, low, high)
+    return compare.Side(law, one, Compute(), np.array([]), np.array([]), None, low, high)
 
 
 def test_a_loss_below_e_is_never_reached():
@@ -117,7 +116,7 @@ def test_a_loss_below_e_is_never_reached():
     assert rows[-1]["interval"] == [None, None]
     # The other way about it is the baseline that never reaches the loss.
     family, other = (side_of(part, law) for part, law in ((base, LAW), (surface(high), high)))
-    turned = multiplier.at_family(family, other, m.flops, 0.95)
+    turned = compare.at_family(family, other, m.flops, 0.95)
     np.testing.assert_array_equal(turned.value == 0, never)
 
 
@@ -148,7 +147,7 @@ def test_cells_are_shared_by_size_and_budget():
     flops = np.array([1e18, 1e18, 1e18, 3e18])
     a = points("a", flops, np.array([1e7, 1e7, 2e7, 4e7]), np.ones(4))
     b = points("b", 1.02 * flops[1:], np.array([1.03e7, 3e7, 3.9e7]), np.ones(3))
-    (of_a, of_b), budget = grid.cells([a, b])
+    (of_a, of_b), budget = compare.grid_cells([a, b])
     assert len(set(of_a.tolist())) == 4  # a repeat is a cell of its own
     assert of_b[0] == of_a[0]
     assert of_b[1] not in of_a
@@ -162,13 +161,13 @@ def test_families_are_drawn_together_and_budgets_keep_their_weight():
     keep = np.arange(20) % 5 != 3
     names = ("flops", "params", "tokens", "loss", "loss_se", "budget")
     b = replace(a, **{name: getattr(a, name)[keep] for name in names})
-    of_a, of_b = grid.weights([a, b], 200, seed=3)
+    of_a, of_b = compare.grid_weights([a, b], 200, seed=3)
     for part, drawn in ((a, of_a), (b, of_b)):
         for budget in part.budgets:
             mine = part.budget == budget
             np.testing.assert_allclose(drawn[:, mine].sum(axis=1), mine.sum())
     np.testing.assert_array_equal(of_b == 0, of_a[:, keep] == 0)
-    same = grid.weights([a, a], 50, seed=3)
+    same = compare.grid_weights([a, a], 50, seed=3)
     np.testing.assert_array_equal(*same)
 
 

@@ -11,7 +11,6 @@ from scaling_cases import LAW
 
 from prime_jax import cli, flops
 from prime_jax.scaling import design, fit, launchable
-from prime_jax.scaling import linear as linear_law
 from prime_jax.scaling.design import Cell
 from prime_jax.scaling.laws import Compute, Law, optimum
 from prime_jax.scaling.settings import Settings
@@ -117,14 +116,14 @@ def test_stop_rules(family, monkeypatch):
 
 
 def test_model_error_is_seen_beyond_noise(family):
-    linear = linear_law.linearise(family, SQUARES)
+    linear = design.linearise(family, SQUARES)
     exact = design._model_sd(family, linear, TARGET)
     assert exact == 0
     points = scaling_cases.surface(budgets=np.geomspace(1e18, 1e21, 7), noise=1e-4)
     moved = np.exp(0.05 * np.log(points.flops / 1e18) ** 2)  # N* is no power law of C
     bent = dataclasses.replace(points, params=points.params * moved, tokens=points.tokens / moved)
     wrong = fit.fit_family(bent, SQUARES)
-    linear = linear_law.linearise(wrong, SQUARES)
+    linear = design.linearise(wrong, SQUARES)
     assert design._model_sd(wrong, linear, 1e22) > 0.2
     assert design._model_sd(wrong, linear, 1e20) == 0
 
@@ -132,7 +131,7 @@ def test_model_error_is_seen_beyond_noise(family):
 def test_approach2_bias_of_a_grid(family):
     """Minimum off by +1.3 % for sizes of +-4x at alpha .34, beta .28 (Epoch's exponents)."""
     law = dataclasses.replace(LAW, alpha=0.34, beta=0.28)
-    linear = dataclasses.replace(linear_law.linearise(family, SQUARES), law=law)
+    linear = dataclasses.replace(design.linearise(family, SQUARES), law=law)
     budgets = np.repeat([1e18, 1e19, 1e20], 9)
     sizes = optimum(law, Compute(), budgets).params * np.tile(np.geomspace(0.25, 4, 9), 3)
     assert design.approach2_bias(linear, 1e20, budgets, sizes) == pytest.approx(0.013, abs=0.003)

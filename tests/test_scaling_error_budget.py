@@ -47,8 +47,8 @@ def test_what_the_evaluation_explains_of_repeats_is_not_counted_twice():
 
 def test_runs_of_another_learning_rate_are_no_repeats():
     runs = grid(repeats=1, lrs=(0.5, 1.0, 2.0), curvature=0.05)
-    assert noise.repeats(runs.params, runs.tokens, runs.lr) == []
-    assert len(noise.repeats(runs.params, runs.tokens, None)) == 20
+    assert noise.repeated(runs.params, runs.tokens, runs.lr) == []
+    assert len(noise.repeated(runs.params, runs.tokens, None)) == 20
     assert noise.of(runs).seed.basis == "assumed"
 
 

@@ -7,12 +7,11 @@ from scaling_cases import LAW, csv_rows, points, published, surface
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import record
-from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.fit import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, Law, exponent, optimum
 from prime_jax.scaling.points import select
 from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Table
+from prime_jax.scaling.table import Choice, Table
 
 QUICK = Settings(replicates=100)
 

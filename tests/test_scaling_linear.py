@@ -8,8 +8,8 @@ import scaling_cases
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import fit
+from prime_jax.scaling.design import linearise, loss_of_efficiency
 from prime_jax.scaling.laws import Compute, Law, optimum
-from prime_jax.scaling.linear import linearise, loss_of_efficiency
 from prime_jax.scaling.settings import Settings
 
 TARGET = 1e21

@@ -12,8 +12,8 @@ from prime_jax import cli
 from prime_jax.cli import fit as commands
 from prime_jax.errors import UserError
 from prime_jax.scaling import fit, record, saved, table
-from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.settings import Settings
+from prime_jax.scaling.table import Choice
 
 SETTINGS = Settings(replicates=100, seed=3)
 

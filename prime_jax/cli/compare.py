@@ -81,11 +81,11 @@ def compare(args: argparse.Namespace) -> int:
 
 def _draw(result: dict[str, Any], families: list[str], out: Path) -> list[Path]:
     """The figure, and the report of the fit if one lies there; returns what was written."""
-    from prime_jax.scaling import plots, report
+    from prime_jax.scaling import figures, report
 
     try:
-        figures = plots.draw_comparison(result, families, fit_commands.complain)
-        paths = plots.publish(figures, ("multiplier",), out, fit_commands.complain)
+        drawn = figures.draw_comparison(result, families, fit_commands.complain)
+        paths = figures.publish(drawn, ("multiplier",), out, fit_commands.complain)
         reports = [out / "report.html"] if report.refresh(out) else []
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error

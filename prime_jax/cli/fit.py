@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from prime_jax.scaling.columns import Choice
     from prime_jax.scaling.settings import Settings
+    from prime_jax.scaling.table import Choice
 
 DESCRIPTION = """\
 Fit scaling laws to finished runs: approach 1 (envelope of training curves), approach 2
@@ -95,7 +95,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def choice_of(args: argparse.Namespace) -> "Choice":
-    from prime_jax.scaling.columns import Choice
+    from prime_jax.scaling.table import Choice
 
     return Choice(args.metric, args.flops, args.params, args.allow_mixed_kinds)
 
@@ -115,17 +115,17 @@ def settings_of(args: argparse.Namespace) -> "Settings":
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prime_jax.scaling import curves, fit, plots, points, record, saved
+    from prime_jax.scaling import approach1, figures, fit, points, record, saved, table
 
     console = Console()
     choice = choice_of(args)
     out = args.out or default_out(args.runs)
-    spare(args, out, ("fit.json", saved.POINTS), plots.NAMES)
-    data, logs = curves.read(args.runs, args.curves, args.metric)
+    spare(args, out, ("fit.json", saved.POINTS), figures.NAMES)
+    data, logs = table.read_with_curves(args.runs, args.curves, args.metric)
     if args.note:
         data = dataclasses.replace(data, source=f"{data.source} ({args.note})")
     runs = points.select(data, choice)
-    lines = curves.join(logs, data, runs, asked=bool(args.curves)) if logs else None
+    lines = approach1.join_curves(logs, data, runs, asked=bool(args.curves)) if logs else None
     settings = settings_of(args)
     with console.status("fitting") as status:
         fitted = fit.fit_runs(runs, settings, lambda name: status.update(f"fitting {name}"), lines)
@@ -156,10 +156,10 @@ def default_out(source: Path) -> Path:
 
 def _draw(fitted: Any, out: Path) -> list[Path]:
     """Write figures and report; returns the PNG files."""
-    from prime_jax.scaling import plots, report
+    from prime_jax.scaling import figures, report
 
     try:
-        paths = plots.publish(plots.draw_all(fitted, complain), plots.NAMES, out, complain)
+        paths = figures.publish(figures.draw_all(fitted, complain), figures.NAMES, out, complain)
         report.write(out)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
@@ -171,19 +171,17 @@ def complain(text: str) -> None:
     print(f"prime-jax: {text}", file=sys.stderr)
 
 
-def spare(
-    args: argparse.Namespace, out: Path, files: Iterable[str], figures: Iterable[str]
-) -> None:
+def spare(args: argparse.Namespace, out: Path, files: Iterable[str], names: Iterable[str]) -> None:
     """Refuse a directory in which the runs or the curves would be overwritten.
 
     Raises:
         UserError: names the file.
     """
-    from prime_jax.scaling import plots
+    from prime_jax.scaling import figures
 
     given = [source for source in (args.runs, getattr(args, "curves", None)) if source]
     read = [part for g in given for part in (outputs.of_sweep(g) if g.is_dir() else [g])]
-    pictures = [f"{name}.{suffix}" for name in figures for suffix in plots.FORMATS]
+    pictures = [f"{name}.{suffix}" for name in names for suffix in figures.FORMATS]
     outputs.spare(read, [out / name for name in (*files, "report.html", *pictures)])
 
 

@@ -34,9 +34,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prime_jax.scaling.compare import Comparison, Contrast, Difference, Pair
+from prime_jax.scaling.compare import Comparison, Contrast, Difference, Multiplier, Pair
 from prime_jax.scaling.joint import SharedFit
-from prime_jax.scaling.multiplier import Multiplier
 from prime_jax.scaling.record import origin
 
 SCHEMA = 2

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prime_jax.scaling.points import Points
-from prime_jax.scaling.repeats import SEED, cells, groups, repeats
+from prime_jax.scaling.points import SEED, Points, cells, groups, repeated
 
 Array = NDArray[np.float64]
 
@@ -78,16 +77,16 @@ def scatter(residual_n: Array) -> float:
 
 def _seed(points: Points, evaluation_n: Array) -> Source:
     """Scatter within repeats less what the evaluation explains of it."""
-    repeated = repeats(points.params, points.tokens, points.lr)
-    if not repeated:
+    repeats = repeated(points.params, points.tokens, points.lr)
+    if not repeats:
         return Source(SEED, "assumed", 0)
     log_loss, squares, freedom = np.log(points.loss), 0.0, 0
-    for members in repeated:
+    for members in repeats:
         squares += np.sum((log_loss[members] - log_loss[members].mean()) ** 2)
         squares -= (len(members) - 1) * np.mean(evaluation_n[members] ** 2)
         freedom += len(members) - 1
     variance = max(float(squares) / freedom, 0.0)
-    return Source(float(np.sqrt(variance)), "repeated runs", sum(map(len, repeated)))
+    return Source(float(np.sqrt(variance)), "repeated runs", sum(map(len, repeats)))
 
 
 def _evaluation(points: Points) -> tuple[Source | None, Array]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach2, bootstrap, debias, labels, launchable, validate
+from prime_jax.scaling import approach2, labels, launchable, validate
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.fit import FamilyFit, optima
+from prime_jax.scaling.intervals import percentiles
 from prime_jax.scaling.launchable import Template
 from prime_jax.scaling.laws import optimum
 from prime_jax.scaling.settings import Settings
@@ -156,7 +157,7 @@ def _approach3(
     params, tokens, loss = (
         Estimate(
             float(getattr(best, name)),
-            bootstrap.interval(getattr(draws, name)[:, 0], settings.level),
+            percentiles(getattr(draws, name)[:, 0], settings.level),
         )
         for name in ("params", "tokens", "loss")
     )
@@ -185,7 +186,9 @@ def _approach2(family: FamilyFit, settings: Settings, flops: float) -> Best | No
     value = float(np.exp(y.mean() + a * away))
     ends = None
     if log_params is not None:
-        scatter = debias.scatter(x, y, debias.errors(log_params)) / np.sqrt(len(x))
+        scatter = approach2.line_scatter(x, y, approach2.percentile_sd(log_params)) / np.sqrt(
+            len(x)
+        )
         noise = scatter * np.random.default_rng(settings.seed).standard_normal(len(a_R))
         draws = np.exp(log_params.mean(axis=1) + noise + a_R * away)
         ends = approach2.interval(draws, settings.level)

@@ -45,11 +45,11 @@ from typing import Any
 import numpy as np
 
 from prime_jax import __version__
-from prime_jax.scaling import approach2, bootstrap, noise, validate
+from prime_jax.scaling import approach2, noise, validate
 from prime_jax.scaling.fit import CURVE, FamilyFit, ScalingFit, curve_budgets, optima
+from prime_jax.scaling.intervals import Ends, percentiles
 from prime_jax.scaling.laws import Optimum, exponent, optimum
 from prime_jax.scaling.points import Runs
-from prime_jax.scaling.profile import Ends
 from prime_jax.scaling.settings import Settings
 
 SCHEMA = 2
@@ -133,8 +133,8 @@ def _approach3(family: FamilyFit, settings: Settings) -> dict[str, Any]:
     band = _intervals(optima(draws, compute, curve), settings.level)
     wider_band = _with_model(family, frontier, band["loss"], settings)
     params = dataclasses.asdict(law)
-    intervals = {name: bootstrap.interval(getattr(draws, name), settings.level) for name in params}
-    intervals["a"] = bootstrap.interval(exponent(draws, compute), settings.level)
+    intervals = {name: percentiles(getattr(draws, name), settings.level) for name in params}
+    intervals["a"] = percentiles(exponent(draws, compute), settings.level)
     certificate = part.fit.certificate
     return {
         "params": params,
@@ -251,7 +251,7 @@ def _approach1(family: FamilyFit, settings: Settings) -> dict[str, Any]:
 
 
 def _intervals(draws: Optimum, level: float) -> dict[str, list[list[float]]]:
-    return {name: bootstrap.interval(getattr(draws, name), level) for name in QUANTITIES}
+    return {name: percentiles(getattr(draws, name), level) for name in QUANTITIES}
 
 
 def _with_model(

@@ -17,10 +17,9 @@ from prime_jax.config import from_dict, nearest
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.scaling import fit, points, record, table
-from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.points import Points, Runs
 from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Table, number, text
+from prime_jax.scaling.table import Choice, Table, number, text
 
 POINTS = "points.csv"
 MEASURE = ("given", "tokenizer", "eval_set")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from prime_jax.scaling import approach3
-from prime_jax.scaling.isoflop_curves import Method
+from prime_jax.scaling.approach2 import Method
 
 
 @dataclass(frozen=True)

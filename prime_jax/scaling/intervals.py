@@ -1,7 +1,17 @@
-"""Profile intervals: how far a quantity can be pushed before the runs object.
+"""Intervals of everything that is computed from a fitted law: by resampling, and by profiles.
 
-The objective is minimised over everything else with the quantity held at c. Twice its rise above
-the minimum, over kappa, is compared with F(1, n - 5), where
+Resampling. Runs are drawn with replacement within each budget, as multinomial weights rather than
+copies, so thousands of replicates share one set of arrays and go through the same Newton solver
+together. Checkpoints of one run share its luck: where they enter, the errors of each run are kept
+together and multiplied by one random factor (the wild cluster bootstrap; Cameron, Gelbach and
+Miller 2008, Review of Economics and Statistics 90, with the six factors of Webb 2014). An error is
+a residual for least squares; for a robust objective it is psi(residual) / mean(psi'), by least
+squares of which the fit moves as it does by its own objective, and which has no kink for residuals
+to stay at.
+
+Profiles: how far a quantity can be pushed before the runs object. The objective is minimised over
+everything else with the quantity held at c. Twice its rise above the minimum, over kappa, is
+compared with F(1, n - 5), where
 
     kappa = mean(psi**2) n / (n - 5) / mean(psi'),    psi = rho'
 
@@ -12,23 +22,83 @@ counted. Runs of several checkpoints count once. An end is None where the object
 enough: the runs do not bound the quantity on that side.
 
 A quantity is any function of the unknowns of the form
-(constant + linear . theta + logs . log theta) / (plain + divide . theta), see `parameters` and
+(constant + linear . theta + logs . log theta) / (plain + divide . theta), see `quantities` and
 `best_size`. It is held by a penalty instead of a constraint: the minimum of
 objective + weight (g - c)**2 lies exactly on the profile, at the g that it ends with.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import f as f_distribution
 
 from prime_jax.scaling import newton
-from prime_jax.scaling.approach3 import Fit, Problem
-from prime_jax.scaling.laws import Compute
+from prime_jax.scaling.approach3 import NAMES, Fit, Problem, solve
+from prime_jax.scaling.laws import Compute, Law
 
 Array = NDArray[np.float64]
+
+BLOCK = 20_000  # runs x replicates per numpy call: arrays of this size stay in the cache
+WEBB = np.sqrt([0.5, 1.0, 1.5]).repeat(2) * np.tile([-1.0, 1.0], 3)  # mean 0, variance 1
+
+
+def bootstrap_weights(strata_n: ArrayLike, replicates: int, seed: int) -> Array:
+    """Weights_Rxn: how often each run is drawn; every stratum keeps its number of runs."""
+    rng = np.random.default_rng(seed)
+    strata = np.asarray(strata_n)
+    out = np.empty((replicates, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        out[:, members] = rng.multinomial(
+            len(members), np.full(len(members), 1 / len(members)), size=replicates
+        )
+    return out
+
+
+def resample(p: Problem, fitted: Fit, weight_Rxn: Array) -> Law:
+    """The law refitted to each replicate, started at the fit: a `Law` of arrays [R]."""
+    return _refit(p, fitted, p.weight_n * weight_Rxn)
+
+
+def wild_resample(p: Problem, fitted: Fit, run_n: ArrayLike, replicates: int, seed: int) -> Law:
+    """The law refitted to its own losses and the errors of the runs, each times a random factor."""
+    labels, run = np.unique(run_n, return_inverse=True)
+    factor_RxG = np.random.default_rng(seed).choice(WEBB, (replicates, len(labels)))
+    spread = np.sqrt(len(labels) / max(len(labels) - len(NAMES), 1))  # a fit hugs its data
+    residual = p.residual(fitted.theta_5)
+    error = -spread * np.clip(residual, -p.delta, p.delta) / p.curvature(residual)
+    drawn = p.log_loss_n + residual + factor_RxG[:, run] * error
+    squares = replace(p, log_loss_n=drawn, objective="ls", delta=np.inf)
+    return _refit(squares, fitted, np.broadcast_to(p.weight_n, drawn.shape))
+
+
+def _refit(p: Problem, fitted: Fit, weight_Rxn: Array) -> Law:
+    size = max(1, BLOCK // weight_Rxn.shape[1])
+    ends = []
+    for first in range(0, len(weight_Rxn), size):
+        block = np.arange(first, min(first + size, len(weight_Rxn)))
+        start = np.tile(fitted.theta_5, (len(block), 1))
+        ends.append(solve(p.at(block), start, weight_Rxn[block])[0])
+    return p.law(np.concatenate(ends))
+
+
+def at_bound(p: Problem, replicates: Law) -> dict[str, float]:
+    """The fraction of replicates that end at a bound of the search, by parameter."""
+    theta_Rx5 = p.theta(replicates)
+    lower, upper = p.box()
+    slack = 1e-9 * (upper - lower)
+    held = (theta_Rx5 <= lower + slack) | (theta_Rx5 >= upper - slack)
+    return dict(zip(NAMES, held.mean(axis=0).tolist(), strict=True))
+
+
+def percentiles(values_R: Array, level: float = 0.95) -> list[float]:
+    """Percentile interval along the first axis, ends [lower, upper]."""
+    tail = 50 * (1 - level)
+    return np.percentile(values_R, [tail, 100 - tail], axis=0).tolist()
+
+
 Ends = tuple[float | None, float | None]
 
 UNKNOWNS = 5
@@ -52,7 +122,7 @@ class Quantity:
     natural: Callable[[Array], Array]  # increasing
 
 
-def parameters(p: Problem, compute: Compute) -> dict[str, Quantity]:
+def quantities(p: Problem, compute: Compute) -> dict[str, Quantity]:
     """E, A, B, alpha, beta and the exponent a of N*(C)."""
     n, d = p.centre[0] / p.scale[0], p.centre[1] / p.scale[1]
     log_alpha, log_beta = -np.log(p.scale[0]), -np.log(p.scale[1])
@@ -79,7 +149,7 @@ def best_size(p: Problem, compute: Compute, flops: float) -> Quantity:
     return _quantity(constant, (0, 1, n, -1, work - d), (0, 0, 1, 0, -1), 0.0, divide)
 
 
-def intervals(
+def profiles(
     p: Problem,
     fit: Fit,
     quantities: Sequence[Quantity],
@@ -97,7 +167,7 @@ def intervals(
     if np.abs(p.residual(fit.theta_5)).max() < SILENT:
         exact = [float(q.natural(values([q], fit.theta_5[None])[0])[0]) for q in quantities]
         return [(value, value) for value in exact]
-    kappa, freedom = scale(p, p.residual(fit.theta_5), runs)
+    kappa, freedom = robust_scale(p, p.residual(fit.theta_5), runs)
     rise = 0.5 * kappa * f_distribution.ppf(level, 1, freedom)
     both = _stack([q for q in quantities for _ in range(2)])
     ends = _search(*_pushed(p, fit.theta_5, both, rise), far=FAR)
@@ -105,7 +175,7 @@ def intervals(
     return [(_natural(q, low), _natural(q, high)) for low, high, q in pairs]
 
 
-def interval_of(
+def profile_of(
     objective: Callable[[float], float],
     best: float,
     rise: float,
@@ -128,7 +198,9 @@ def interval_of(
     return low, high
 
 
-def scale(p: Problem, residual: Array, runs: NDArray[np.int_] | None = None) -> tuple[float, int]:
+def robust_scale(
+    p: Problem, residual: Array, runs: NDArray[np.int_] | None = None
+) -> tuple[float, int]:
     """kappa of the residuals of a fit, and the degrees of freedom of its numerator."""
     count = len(residual)
     independent = count if runs is None else len(np.unique(runs))
