@@ -7,8 +7,8 @@ import pytest
 import scaling_cases
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import fit
-from prime_jax.scaling.design import linearise, loss_of_efficiency
+from prime_jax.scaling import fits
+from prime_jax.scaling.designs import linearise, loss_of_efficiency
 from prime_jax.scaling.laws import Compute, Law, optimum
 from prime_jax.scaling.settings import Settings
 
@@ -18,7 +18,7 @@ SQUARES = Settings(replicates=100, objective="ls")
 
 @pytest.fixture(scope="module")
 def linear():
-    return linearise(fit.fit_family(scaling_cases.surface(noise=3e-3), SQUARES), SQUARES)
+    return linearise(fits.fit_family(scaling_cases.surface(noise=3e-3), SQUARES), SQUARES)
 
 
 def test_gradients_are_those_of_the_law(linear):

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach2
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Optimum
 from prime_jax.scaling.points import Runs
+from prime_jax.scaling.schema import hidden, key
 from prime_jax.scaling.table import Columns, Log, Logs, Table, number, text
 
 Array = NDArray[np.float64]
@@ -165,7 +166,7 @@ def _average(tokens: Array, loss: Array) -> tuple[Array, Array]:
     return np.bincount(group, tokens) / count, np.bincount(group, loss) / count
 
 
-BUDGETS = 400  # at which the envelope is taken
+BUDGETS, SHOWN = 400, 49  # at which the envelope is taken, and stored
 MIN_SIZES, MIN_WINNERS = 3, 4  # that compete, and that win
 DEEP = 64  # best runs of each budget that are kept: a resampling lacks all of them once in e**64
 EDGE_SHARE = 0.25  # of the range of log C that edge sizes may win unmentioned
@@ -183,23 +184,34 @@ class Line:
 
 @dataclass(frozen=True)
 class Envelope:
-    """Approach 1 of one family; `line` is None where it is refused.
+    """The lowest loss at each budget, where a winner has competitors on both sides."""
 
-    Attributes:
-        optima: one for each size that wins, at the middle (in log C) of the budgets it wins.
-        flops_g, loss_g: the envelope, where a winner has competitors on both sides.
-        a_R, b_R: of resampled runs; NaN where too few sizes win.
-    """
+    flops: Array
+    loss: Array
 
-    line: Line | None
-    optima: tuple[Optimum, ...]
-    flops_g: Array
-    loss_g: Array
-    a_R: Array
-    b_R: Array
-    kind: str
-    asked: bool
-    diagnostics: tuple[Diagnostic, ...]
+
+@dataclass(frozen=True)
+class Approach1:
+    """Approach 1 of one family; `a` is None where it is refused."""
+
+    a: float | None = key("exponent of N\\*; null if refused", default=None)
+    b: float | None = key("exponent of D\\*", default=None)
+    intervals: dict[str, list[float] | None] = key(
+        "of a and b, by resampled runs", default_factory=lambda: {"a": None, "b": None}
+    )
+    kind: str = key("of the losses along the curves", default="")
+    optima: tuple[Optimum, ...] = key(
+        "one for each size that wins, in the middle of the budgets it wins", default=()
+    )
+    envelope: Envelope = key(
+        "the lowest loss by `flops`", default_factory=lambda: Envelope(np.empty(0), np.empty(0))
+    )
+    warnings: tuple[Diagnostic, ...] = key(
+        "of this approach; if nobody asked for it (--curves), they are only here", default=()
+    )
+    line: Line | None = hidden(default=None)
+    a_R: Array | None = hidden(default=None)  # of resampled runs; NaN where too few sizes win
+    asked: bool = hidden(default=False)
 
     @property
     def counts(self) -> bool:
@@ -241,7 +253,7 @@ class _Race:
         return first[0], some & (g > low) & (g < high)
 
 
-def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) -> Envelope:
+def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) -> Approach1:
     if curves is None or not curves.curves:
         text = "no training curves" if curves is None else "no run has a training curve"
         return _refused(curves, refuse("no_curves", text))
@@ -278,7 +290,7 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
         found = _line(flops_g, race, redrawn, between)
         if found:
             a_R[r], b_R[r] = found.a, found.b
-    if approach2.interval(a_R, level) is None:
+    if known_percentiles(a_R, level) is None:
         diagnostics.append(
             warn(
                 "interval_unbounded",
@@ -286,33 +298,26 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
             )
         )
     loss_g = race.loss_nxG[winner, np.arange(len(flops_g))]
-    return Envelope(
+    every = max(1, int(inside.sum()) // SHOWN)
+    return Approach1(
+        a=line.a,
+        b=line.b,
+        intervals={
+            name: known_percentiles(draws, level) for name, draws in (("a", a_R), ("b", b_R))
+        },
         line=line,
         optima=_optima(flops_g, race, winner, inside),
-        flops_g=flops_g[inside],
-        loss_g=loss_g[inside],
+        envelope=Envelope(flops_g[inside][::every], loss_g[inside][::every]),
         a_R=a_R,
-        b_R=b_R,
         kind=curves.kind,
         asked=curves.asked,
-        diagnostics=tuple(diagnostics),
+        warnings=tuple(diagnostics),
     )
 
 
-def _refused(curves: Curves | None, *diagnostics: Diagnostic) -> Envelope:
-    none = np.empty(0)
+def _refused(curves: Curves | None, *diagnostics: Diagnostic) -> Approach1:
     kind, asked = ("", False) if curves is None else (curves.kind, curves.asked)
-    return Envelope(
-        line=None,
-        optima=(),
-        flops_g=none,
-        loss_g=none,
-        a_R=none,
-        b_R=none,
-        kind=kind,
-        asked=asked,
-        diagnostics=diagnostics,
-    )
+    return Approach1(kind=kind, asked=asked, warnings=diagnostics)
 
 
 def _schedules(curves: Curves) -> tuple[list[Diagnostic], list[Curve]]:

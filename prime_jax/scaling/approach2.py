@@ -11,7 +11,7 @@ factor and a constant it is exp(-alpha t) / alpha + exp(q beta t) / (q beta) in 
 given minimum follows in closed form from alpha, beta and the sampled sizes; E, A and B drop out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,8 +21,10 @@ from scipy.stats import norm
 
 from prime_jax.scaling import labels, newton
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Compute, Law, Optimum
 from prime_jax.scaling.points import SPREAD, Points, budget_spread
+from prime_jax.scaling.schema import hidden, key
 
 Array = NDArray[np.float64]
 Side = Literal["below", "above"]
@@ -173,22 +175,31 @@ def _lowest(x_n: Array, loss_nxR: Array) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True)
+class Unshifted:
+    """The optimum of a budget without the shift of its parabola, and that shift over it."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    interval: list[float] | None
+    shift: float
+
+
+@dataclass(frozen=True)
 class Debiased:
-    """The optima of the K budgets that have theirs inside the sampled sizes.
+    """The optima of the K budgets that have theirs inside the sampled sizes."""
 
-    Attributes:
-        optima: N* and D*, and the loss of the fitted curve there.
-        shift_K: log N of each minimum above that of its optimum.
-        a: the exponent through them, weighted by their errors; budgets whose optimum lies at an
-            edge of the sizes enter as bounds.
-        log_params_RxK, a_R: redrawn from the errors; None without a degree of freedom.
-    """
-
-    optima: tuple[Optimum, ...]
-    shift_K: Array
-    a: float
-    log_params_RxK: Array | None
-    a_R: Array | None
+    a: float = key(
+        "exponent through them, weighted by their errors; budgets with a bound enter as bounds"
+    )
+    intervals: dict[str, list[float] | None] = key("of a")
+    optima: tuple[Unshifted, ...] = key(
+        "as above, with the `shift` that was removed, relative to N\\*"
+    )
+    shift_K: Array = hidden()  # log N of each minimum above that of its optimum
+    log_params_RxK: Array | None = hidden()  # redrawn from the errors; None without any freedom
+    a_R: Array | None = hidden()
 
 
 def unshifted(curve: IsoflopCurve, minimum: ArrayLike, law: Law, compute: Compute) -> Array:
@@ -247,62 +258,6 @@ def censored_slope(x_V: Array, y_RxV: Array, sd_V: Array, side_V: NDArray[np.int
     return newton.minimise(derivatives, start, -far, far)[0][:, 1]
 
 
-def take_shift_off(
-    curves: tuple[IsoflopCurve, ...],
-    minima_RxV: Array | None,
-    law: Law,
-    replicates: Law,
-    compute: Compute,
-    seed: int,
-) -> Debiased | None:
-    """Take the shift off all curves.
-
-    Args:
-        curves: at least three of them with their optimum inside.
-        minima_RxV: their minima in log N, redrawn from their errors.
-        law, replicates: of approach 3 and its bootstrap, for their exponents alone.
-        compute: what a run costs.
-        seed: of the scatter of the optima about their power law.
-
-    Returns:
-        None where the law cannot have brought forth one of the minima inside.
-    """
-    side_V = np.array([{None: 0, "above": 1, "below": -1}[v.censored] for v in curves])
-    raw_V = np.log([v.optimum.params for v in curves])
-    x_V = np.log([v.flops for v in curves])
-    y_V = np.array([unshifted(v, y, law, compute) for v, y in zip(curves, raw_V, strict=True)])
-    inside = side_V == 0
-    if not np.isfinite(y_V[inside]).all():
-        return None
-    sizes = np.exp(y_V[inside])
-    optima = tuple(
-        Optimum(v.flops, float(n), compute.tokens(v.flops, n), float(v.loss(n)))
-        for v, n in zip((v for v in curves if v.censored is None), sizes, strict=True)
-    )
-    shift = (raw_V - y_V)[inside]
-    if minima_RxV is None:
-        a = censored_slope(x_V[inside], y_V[None, inside], np.ones(inside.sum()), side_V[inside])
-        return Debiased(optima, shift, a.item(), None, None)
-    redrawn = np.stack(
-        [unshifted(v, minima_RxV[:, k], replicates, compute) for k, v in enumerate(curves)], 1
-    )
-    sd_V = percentile_sd(redrawn)
-    known = np.isfinite(y_V) & (inside | np.isfinite(sd_V))
-    worst = np.nanmax(sd_V[inside], initial=0.0) or 1.0
-    sd_V = np.where(np.isfinite(sd_V), sd_V, worst)
-    excess = line_scatter(x_V[inside], y_V[inside], sd_V[inside])
-    sd_V = np.sqrt(sd_V**2 + excess**2 + 1e-18)  # noiseless data: no weight is infinite
-    x, sd, side = x_V[known], sd_V[known], side_V[known]
-    a = censored_slope(x, y_V[None, known], sd, side).item()
-    rng = np.random.default_rng(seed)
-    noisy = redrawn + excess * rng.standard_normal(redrawn.shape)
-    y_RxV = np.where(inside, noisy, y_V)[:, known]
-    whole = np.isfinite(y_RxV).all(axis=1)
-    a_R = np.full(len(y_RxV), np.nan)
-    a_R[whole] = censored_slope(x, y_RxV[whole], sd, side)
-    return Debiased(optima, shift, a, redrawn[:, inside], a_R)
-
-
 def line_scatter(x_K: Array, y_K: Array, noise_K: Array) -> float:
     """Standard deviation of y about its line on x, less what the noise of the points explains."""
     x, y = x_K - x_K.mean(), y_K - y_K.mean()
@@ -337,13 +292,34 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Isoflop:
+class CurveOptimum:
+    """The lowest point of one budget; where `censored`, a bound, on the side that is named."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    interval: list[float] | None
+    censored: Side | None = None
+
+
+@dataclass(frozen=True)
+class Approach2:
     """Approach 2 of one family; `a` is None where it is refused."""
 
-    curves: tuple[IsoflopCurve, ...]
-    a: float | None
-    diagnostics: tuple[Diagnostic, ...]
-    method: Method = "parabola"
+    method: Method = key("`parabola` or `akima`")
+    a: float | None = key("exponent of N\\*; null if refused", default=None)
+    intervals: dict[str, list[float] | None] = key("of a", default_factory=lambda: {"a": None})
+    optima: tuple[CurveOptimum, ...] = key(
+        "`flops, params, tokens, loss, interval`; `censored` (above, below) where only a bound",
+        default=(),
+    )
+    debiased: Debiased | None = key(
+        "the same without the parabola's bias; null if not known", default=None
+    )
+    warnings: tuple[Diagnostic, ...] = key("of this approach", default=())
+    curves: tuple[IsoflopCurve, ...] = hidden(default=())
+    draws: Draws | None = hidden(default=None)
 
     @property
     def inside(self) -> tuple[IsoflopCurve, ...]:
@@ -352,7 +328,7 @@ class Isoflop:
 
 def fit(
     points: Points, compute: Compute, method: Method = "parabola", weight_n: Array | None = None
-) -> Isoflop:
+) -> Approach2:
     """IsoFLOP curves of all budgets, and the exponent through those with their optimum inside.
 
     Args:
@@ -393,10 +369,42 @@ def fit(
     else:
         a = float(_slope(inside) @ np.log([curve.optimum.params for curve in inside]))
     diagnostics += _grid(inside, a)
-    return Isoflop(tuple(found), a, tuple(diagnostics), method)
+    return Approach2(
+        method,
+        a=a,
+        optima=tuple(_optimum(curve, None) for curve in found),
+        warnings=tuple(diagnostics),
+        curves=tuple(found),
+    )
 
 
-def redraw(isoflop: Isoflop, replicates: int, seed: int) -> Draws | None:
+def with_errors(found: Approach2, draws: Draws | None, level: float) -> Approach2:
+    """The same with intervals, and with a warning where there can be none."""
+    if draws is None:
+        return replace(found, warnings=(*found.warnings, *why_no_interval(found, None, level)))
+    ends = {"a": None if found.a is None else known_percentiles(draws.a, level)}
+    columns = iter(draws.params.T)
+    optima = tuple(
+        _optimum(curve, None if curve.censored else known_percentiles(next(columns), level))
+        for curve in found.curves
+    )
+    warnings = (*found.warnings, *why_no_interval(found, draws, level))
+    return replace(found, intervals=ends, optima=optima, warnings=warnings, draws=draws)
+
+
+def _optimum(curve: IsoflopCurve, interval: list[float] | None) -> CurveOptimum:
+    best = curve.optimum
+    return CurveOptimum(
+        flops=float(best.flops),
+        params=float(best.params),
+        tokens=float(best.tokens),
+        loss=float(best.loss),
+        interval=interval,
+        censored=curve.censored,
+    )
+
+
+def redraw(isoflop: Approach2, replicates: int, seed: int) -> Draws | None:
     """IsoFLOP curves redrawn under normal noise of one unknown variance, shared by all budgets.
 
     The exponent also carries the scatter of the minima about their power law that this noise
@@ -420,29 +428,92 @@ def redraw(isoflop: Isoflop, replicates: int, seed: int) -> Draws | None:
     return Draws(np.exp(log_params), (log_params + noise) @ _slope(inside), minima)
 
 
-def correct(
-    isoflop: Isoflop,
+def take_shift_off(
+    found: Approach2,
     draws: Draws | None,
     law: Law,
     replicates: Law,
     compute: Compute,
     seed: int,
+    level: float = 0.95,
 ) -> Debiased | None:
-    """The same optima and exponent without the bias of parabolas; None where `a` is refused."""
-    if isoflop.a is None:
+    """The same optima and exponent without the bias of parabolas.
+
+    Args:
+        found: with at least three curves that have their optimum inside.
+        draws: their minima redrawn from their errors.
+        law, replicates: of approach 3 and its bootstrap, for their exponents alone.
+        compute: what a run costs.
+        seed: of the scatter of the optima about their power law.
+        level: of the intervals.
+
+    Returns:
+        None where `a` is refused, or the law cannot have brought forth one of the minima inside.
+    """
+    curves = found.curves
+    if found.a is None:
         return None
-    minima = None if draws is None else draws.minima_RxV
-    return take_shift_off(
-        isoflop.curves,
-        minima_RxV=minima,
-        law=law,
-        replicates=replicates,
-        compute=compute,
-        seed=seed,
+    side_V = np.array([{None: 0, "above": 1, "below": -1}[v.censored] for v in curves])
+    raw_V = np.log([v.optimum.params for v in curves])
+    x_V = np.log([v.flops for v in curves])
+    y_V = np.array([unshifted(v, y, law, compute) for v, y in zip(curves, raw_V, strict=True)])
+    inside = side_V == 0
+    if not np.isfinite(y_V[inside]).all():
+        return None
+    shift = (raw_V - y_V)[inside]
+    if draws is None:
+        a = censored_slope(x_V[inside], y_V[None, inside], np.ones(inside.sum()), side_V[inside])
+        return _debiased(found, y_V[inside], shift, compute, a.item(), None, None, level)
+    redrawn = np.stack(
+        [unshifted(v, draws.minima_RxV[:, k], replicates, compute) for k, v in enumerate(curves)], 1
     )
+    sd_V = percentile_sd(redrawn)
+    known = np.isfinite(y_V) & (inside | np.isfinite(sd_V))
+    worst = np.nanmax(sd_V[inside], initial=0.0) or 1.0
+    sd_V = np.where(np.isfinite(sd_V), sd_V, worst)
+    excess = line_scatter(x_V[inside], y_V[inside], sd_V[inside])
+    sd_V = np.sqrt(sd_V**2 + excess**2 + 1e-18)  # noiseless data: no weight is infinite
+    x, sd, side = x_V[known], sd_V[known], side_V[known]
+    a = censored_slope(x, y_V[None, known], sd, side).item()
+    rng = np.random.default_rng(seed)
+    noisy = redrawn + excess * rng.standard_normal(redrawn.shape)
+    y_RxV = np.where(inside, noisy, y_V)[:, known]
+    whole = np.isfinite(y_RxV).all(axis=1)
+    a_R = np.full(len(y_RxV), np.nan)
+    a_R[whole] = censored_slope(x, y_RxV[whole], sd, side)
+    return _debiased(found, y_V[inside], shift, compute, a, a_R, redrawn[:, inside], level)
 
 
-def check(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Diagnostic, ...]:
+def _debiased(
+    found: Approach2,
+    y_K: Array,
+    shift_K: Array,
+    compute: Compute,
+    a: float,
+    a_R: Array | None,
+    log_params_RxK: Array | None,
+    level: float,
+) -> Debiased:
+    optima = tuple(
+        Unshifted(
+            flops=curve.flops,
+            params=float(size),
+            tokens=float(compute.tokens(curve.flops, size)),
+            loss=float(curve.loss(size)),
+            interval=None
+            if log_params_RxK is None
+            else known_percentiles(np.exp(log_params_RxK[:, k]), level),
+            shift=float(np.expm1(shift_K[k])),
+        )
+        for k, (curve, size) in enumerate(zip(found.inside, np.exp(y_K), strict=True))
+    )
+    ends = {"a": known_percentiles(a_R, level)}
+    return Debiased(a, ends, optima, shift_K, log_params_RxK, a_R)
+
+
+def why_no_interval(
+    isoflop: Approach2, draws: Draws | None, level: float
+) -> tuple[Diagnostic, ...]:
     """Why the exponent has no interval, if it has none."""
     if isoflop.a is None:
         return ()
@@ -453,7 +524,7 @@ def check(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Diagnost
                 "approach 2 has no run to spare for an error: three sizes fix a parabola",
             ),
         )
-    if interval(draws.a, level) is None:
+    if known_percentiles(draws.a, level) is None:
         return (
             warn(
                 "interval_unbounded",
@@ -461,15 +532,6 @@ def check(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Diagnost
             ),
         )
     return ()
-
-
-def interval(draws_R: Array, level: float = 0.95) -> list[float] | None:
-    """Percentile interval; None where more draws have no minimum than the tails may hold."""
-    tail = (1 - level) / 2
-    missing = np.isnan(draws_R)
-    if missing.mean() > tail:
-        return None
-    return np.quantile(draws_R[~missing], [tail, 1 - tail]).tolist()
 
 
 def _slope(inside: tuple[IsoflopCurve, ...] | list[IsoflopCurve]) -> Array:

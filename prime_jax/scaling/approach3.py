@@ -224,6 +224,7 @@ class Certificate:
     """How far a fit is from a proper minimum.
 
     Attributes:
+        converged: it is a proper minimum, to rounding.
         gradient: largest component of the gradient, as a fraction of what it would be if every
             residual pulled the same way; 0 at a stationary point.
         smallest_eigenvalue: of the Hessian in the standardised unknowns that are not at a bound,
@@ -232,15 +233,12 @@ class Certificate:
         bounds: parameters that ended at a bound of the search.
     """
 
+    converged: bool
     gradient: float
     smallest_eigenvalue: float
     starts: int
     agreeing: float
     bounds: tuple[str, ...]
-
-    @property
-    def converged(self) -> bool:
-        return self.gradient < STATIONARY and self.smallest_eigenvalue > FLAT
 
 
 def certify(p: Problem, theta_5: Array, ends_S: ArrayLike = ()) -> Certificate:
@@ -256,8 +254,10 @@ def certify(p: Problem, theta_5: Array, ends_S: ArrayLike = ()) -> Certificate:
     best = ends_S.min(initial=np.inf)
     exact = p.weight_n.sum() * p.cost(AGREE)  # where relative says nothing
     agree = ends_S <= best + AGREE * best + exact
+    largest = float(scaled[moves].max(initial=0.0))
     return Certificate(
-        gradient=float(scaled[moves].max(initial=0.0)),
+        converged=bool(largest < STATIONARY and curvature > FLAT),
+        gradient=largest,
         smallest_eigenvalue=float(curvature),
         starts=len(ends_S),
         agreeing=float(agree.mean()) if len(ends_S) else 0.0,

@@ -1,11 +1,9 @@
 """The figures of a fit and of a comparison. Families share an axis only where their losses may."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -15,10 +13,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import norm
 
-from prime_jax.scaling import approach2, labels, validate
+from prime_jax.config import nearest
+from prime_jax.errors import UserError
+from prime_jax.scaling import approach2, labels
 from prime_jax.scaling.drawing import (
     GREY,
-    STYLE,
+    Say,
+    attempt,
     colour_of,
     count_axis,
     flops_axis,
@@ -29,9 +30,11 @@ from prime_jax.scaling.drawing import (
     room_for_names,
     shades_of,
 )
-from prime_jax.scaling.fit import FamilyFit, ScalingFit, curve_budgets, exponents, optima
-from prime_jax.scaling.intervals import percentiles
+from prime_jax.scaling.fits import exponents
+from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import optimum
+from prime_jax.scaling.results import FamilyFit, ScalingFit, curve_budgets
+from prime_jax.scaling.rollout import model_error
 
 MAX_LABELS = 10  # budgets named beside their curves; more get a colour bar
 CENSORED = {"below": "<", "above": ">"}
@@ -44,11 +47,11 @@ def isoflop(fit: ScalingFit) -> Figure:
     for panel, (name, family) in zip(panels, fit.families.items(), strict=True):
         _valleys(panel, family, shades)
         panel.set_title(name)
-        panel.set_xlabel(labels.params_axis(fit.runs.columns))
+        panel.set_xlabel(labels.params_axis(fit.data.columns))
         panel.set_ylabel(labels.loss_axis([family.points.measure.kind]))
     if max(len(family.points.budgets) for family in fit.families.values()) > MAX_LABELS:
-        figure.colorbar(shades, ax=panels, label=labels.flops_axis(fit.runs.columns))
-    curves = [v for f in fit.families.values() if f.isoflop for v in f.isoflop.curves]
+        figure.colorbar(shades, ax=panels, label=labels.flops_axis(fit.data.columns))
+    curves = [v for f in fit.families.values() for v in f.approach2.curves]
     handles = [
         mark("o", "run", markersize=4),
         Line2D([], [], color=GREY, label="parabola (approach 2)"),
@@ -61,7 +64,7 @@ def isoflop(fit: ScalingFit) -> Figure:
         handles=handles,
         loc="outside lower center",
         ncols=len(handles) if figure.get_figwidth() > 7 else 3,
-        title=f"colour: {labels.flops_axis(fit.runs.columns)}",
+        title=f"colour: {labels.flops_axis(fit.data.columns)}",
         title_fontsize=8,
     )
     return figure
@@ -69,7 +72,7 @@ def isoflop(fit: ScalingFit) -> Figure:
 
 def _valleys(panel: Axes, family: FamilyFit, shades: ScalarMappable) -> None:
     points = family.points
-    curves = {v.flops: v for v in family.isoflop.curves} if family.isoflop else {}
+    curves = {v.flops: v for v in family.approach2.curves}
     for budget in points.budgets:
         shade = shades.to_rgba(budget)
         mine = points.budget == budget
@@ -79,8 +82,8 @@ def _valleys(panel: Axes, family: FamilyFit, shades: ScalarMappable) -> None:
         )
         grid = np.geomspace(params.min(), params.max(), 60)
         end = loss[np.argmax(params)]
-        if family.parametric:
-            law = family.parametric.fit.law.loss(grid, family.compute.tokens(budget, grid))
+        if family.approach3:
+            law = family.approach3.law.loss(grid, family.compute.tokens(budget, grid))
             panel.plot(grid, law, color=shade, linewidth=0.9, linestyle=(0, (4, 2)))
         if budget in curves:
             panel.plot(grid, curves[budget].loss(grid), color=shade, linewidth=1.2)
@@ -123,10 +126,10 @@ DOUBT = "†"
 
 def frontier(fit: ScalingFit) -> Figure:
     """The lowest loss at each budget; a panel for each group of comparable families."""
-    width = 4.6 if len(fit.groups) > 1 else 6.4
-    figure = Figure(figsize=(width * len(fit.groups), 3.9), layout="constrained")
+    width = 4.6 if len(fit.comparable) > 1 else 6.4
+    figure = Figure(figsize=(width * len(fit.comparable), 3.9), layout="constrained")
     for panel, names in zip(
-        figure.subplots(1, len(fit.groups), squeeze=False)[0], fit.groups, strict=True
+        figure.subplots(1, len(fit.comparable), squeeze=False)[0], fit.comparable, strict=True
     ):
         ends = []
         for name in names:
@@ -136,7 +139,7 @@ def frontier(fit: ScalingFit) -> Figure:
             ends += [(name, colour, *end) for end in (marks + curve)[-1:]]
         room_for_names(panel)
         flops_axis(panel)
-        panel.set_xlabel(labels.flops_axis(fit.runs.columns))
+        panel.set_xlabel(labels.flops_axis(fit.data.columns))
         panel.set_ylabel(
             labels.loss_axis([fit.families[name].points.measure.kind for name in names])
         )
@@ -148,7 +151,7 @@ def frontier(fit: ScalingFit) -> Figure:
 def best_sizes(fit: ScalingFit) -> Figure:
     """N*(C) and D*(C) of all families: sizes may share an axis whatever the loss is."""
     figure = Figure(figsize=(9.2, 3.9), layout="constrained")
-    titles = {"params": labels.params_axis(fit.runs.columns), "tokens": "training tokens D"}
+    titles = {"params": labels.params_axis(fit.data.columns), "tokens": "training tokens D"}
     for panel, quantity in zip(figure.subplots(1, 2), titles, strict=True):
         ends = []
         for name, family in fit.families.items():
@@ -156,13 +159,13 @@ def best_sizes(fit: ScalingFit) -> Figure:
             marks = _vertices(panel, family, quantity, colour, fit.settings.level)
             curve = _curve(panel, family, quantity, colour, fit.settings.level)
             if _wins(family):
-                places = [(best.flops, getattr(best, quantity)) for best in family.envelope.optima]
+                places = [(best.flops, getattr(best, quantity)) for best in family.approach1.optima]
                 panel.plot(*np.transpose(places), "D", color=colour, markersize=4, fillstyle="none")
             ends += [(_marked(family), colour, *end) for end in (marks + curve)[-1:]]
         room_for_names(panel)
         flops_axis(panel)
         count_axis(panel, "y")
-        panel.set_xlabel(labels.flops_axis(fit.runs.columns))
+        panel.set_xlabel(labels.flops_axis(fit.data.columns))
         panel.set_ylabel(f"best {titles[quantity]}")
         name_ends(panel, ends)
     doubtful = any(_marked(family) != name for name, family in fit.families.items())
@@ -178,19 +181,18 @@ def best_sizes(fit: ScalingFit) -> Figure:
 
 def _wins(family: FamilyFit) -> bool:
     """Whether approach 1 found anything."""
-    return family.envelope is not None and family.envelope.line is not None
+    return family.approach1.a is not None
 
 
 def _curve(
     panel: Axes, family: FamilyFit, quantity: str, colour: str, level: float
 ) -> list[tuple[float, float]]:
     """The fitted law's curve with its band, within the data; its points."""
-    if family.parametric is None:
+    if not family.approach3:
         return []
-    grid = curve_budgets(family.points)
-    line = getattr(optimum(family.parametric.fit.law, family.compute, grid), quantity)
-    spread = getattr(optima(family.parametric.replicates, family.compute, grid), quantity)
-    low, high = percentiles(spread, level)
+    curve = family.approach3.frontier
+    grid, line = curve.flops, getattr(curve, quantity)
+    low, high = curve.intervals[quantity]
     panel.fill_between(grid, low, high, color=colour, alpha=0.16, linewidth=0)
     panel.plot(grid, line, color=colour, linewidth=1.6, zorder=2)
     return list(zip(grid.tolist(), line.tolist(), strict=True))
@@ -200,9 +202,8 @@ def _vertices(
     panel: Axes, family: FamilyFit, quantity: str, colour: str, level: float
 ) -> list[tuple[float, float]]:
     """The optima of approach 2, those that are bounds as open arrows; their places."""
-    curves = family.isoflop.curves if family.isoflop else ()
     places, inside = [], 0
-    for curve in curves:
+    for curve in family.approach2.curves:
         x, y = curve.flops, float(getattr(curve.optimum, quantity))
         places.append((x, y))
         if curve.censored:
@@ -220,8 +221,8 @@ def _vertices(
             markeredgewidth=0.5,
             zorder=4,
         )
-        if quantity != "loss" and family.draws is not None:
-            ends = approach2.interval(family.draws.params[:, inside], level)
+        if quantity != "loss" and family.approach2.draws is not None:
+            ends = known_percentiles(family.approach2.draws.params[:, inside], level)
             if ends:
                 ends = ends if quantity == "params" else family.compute.tokens(x, np.array(ends))
                 panel.plot([x, x], ends, color=colour, linewidth=1, zorder=3)
@@ -235,7 +236,7 @@ def _frontier_legend(figure: Figure, fit: ScalingFit, extra: Sequence[Line2D]) -
         mark("o", "approach 2", markersize=5),
         *extra,
     ]
-    curves = [v for f in fit.families.values() if f.isoflop for v in f.isoflop.curves]
+    curves = [v for f in fit.families.values() for v in f.approach2.curves]
     if any(curve.censored for curve in curves):
         handles.append(
             mark(
@@ -266,7 +267,7 @@ def isoloss(fit: ScalingFit) -> Figure:
         _contours(panel, fit.families[name], shades, colour_of(fit.families, name))
         kind = fit.families[name].points.measure.kind
         panel.set_title(f"{name}: {labels.kind(kind)}" if kind else name)
-        panel.set_xlabel(labels.params_axis(fit.runs.columns))
+        panel.set_xlabel(labels.params_axis(fit.data.columns))
         panel.set_ylabel("training tokens D")
     handles = [
         Line2D([], [], color=GREY, linewidth=0.9, label="equal loss, by the law"),
@@ -285,10 +286,10 @@ def residuals(fit: ScalingFit) -> Figure:
     shades = shades_of(fit.families[name].points for name in names)
     for (by_loss, by_flops), name in zip(rows, names, strict=True):
         family = fit.families[name]
-        points, part = family.points, family.parametric
-        predicted = part.fit.law.loss(points.params, points.tokens)
+        points, part = family.points, family.approach3
+        predicted = part.law.loss(points.params, points.tokens)
         above = points.loss / predicted - 1
-        floor = norm.ppf(0.975) * part.errors.seed.relative_sd
+        floor = norm.ppf(0.975) * family.error_budget.seed.relative_sd
         for panel, x in ((by_loss, predicted), (by_flops, points.flops)):
             panel.axhspan(-floor, floor, color=GREY, alpha=0.15, linewidth=0)
             panel.axhline(0, color=GREY, linewidth=0.8)
@@ -300,7 +301,7 @@ def residuals(fit: ScalingFit) -> Figure:
         percent_axis(by_loss)
         by_loss.set_ylabel("measured above fitted")
         by_loss.set_xlabel(f"fitted {labels.loss_axis([points.measure.kind])}")
-        by_flops.set_xlabel(labels.flops_axis(fit.runs.columns))
+        by_flops.set_xlabel(labels.flops_axis(fit.data.columns))
     handles = [
         mark("o", "run, darker: smaller budget", markersize=4),
         Patch(color=GREY, alpha=0.15, label=f"95% of runs, by {_floors(fit, names)}"),
@@ -313,12 +314,13 @@ def exponent_intervals(fit: ScalingFit) -> Figure:
     """The exponent a of every approach, with its interval: sizes may share an axis."""
     rows: list[tuple[str, str, float, list[float | None] | None, str]] = []
     for name, family in fit.families.items():
-        for approach, (a, ends) in exponents(family, fit.settings.level).items():
-            debiased = approach == "approach 2" and family.debiased
+        parts = family.approach3, family.approach2, family.approach1
+        for approach, (a, ends) in exponents(*parts).items():
+            debiased = approach == "approach 2" and family.approach2.debiased
             note = {"approach 2": ", de-biased" if debiased else "", "approach 3": ", bootstrap"}
             rows.append((name, approach + note.get(approach, ""), a, ends, "o"))
-        if family.parametric:
-            a, ends = rows[-1][2], list(family.parametric.profile["a"])
+        if family.approach3:
+            a, ends = rows[-1][2], list(family.approach3.profile["a"])
             rows.append((name, "approach 3, profile", a, ends, "s"))
     figure = Figure(figsize=(7.2, 0.27 * len(rows) + 1.1), layout="constrained")
     panel = figure.subplots()
@@ -346,8 +348,8 @@ def exponent_intervals(fit: ScalingFit) -> Figure:
     panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
     panel.set_xlabel(
-        f"exponent a of N* ∝ C$^a$ (N {labels.convention(fit.runs.columns.params_convention)}, "
-        f"FLOPs {labels.convention(fit.runs.columns.flops_convention)}), "
+        f"exponent a of N* ∝ C$^a$ (N {labels.convention(fit.data.columns.params_convention)}, "
+        f"FLOPs {labels.convention(fit.data.columns.flops_convention)}), "
         f"{fit.settings.level:.0%} intervals"
     )
     return figure
@@ -367,7 +369,7 @@ def rollout(fit: ScalingFit) -> Figure:
             *np.transpose(means), "D", color=colour, markersize=5, markeredgecolor="white", zorder=4
         )
         grid = np.linspace(0, max(decades for decades, _ in runs), 40)
-        spread = norm.ppf((1 + fit.settings.level) / 2) * validate.model_error(found).at(grid)
+        spread = norm.ppf((1 + fit.settings.level) / 2) * model_error(found).at(grid)
         panel.fill_between(grid, -spread, spread, color=colour, alpha=0.12, linewidth=0)
         panel.axhline(0, color=GREY, linewidth=0.8)
         percent_axis(panel)
@@ -387,7 +389,7 @@ def rollout(fit: ScalingFit) -> Figure:
 
 def fitted(fit: ScalingFit) -> list[str]:
     """Families with a law."""
-    return [name for name, family in fit.families.items() if family.parametric]
+    return [name for name, family in fit.families.items() if family.approach3]
 
 
 def predicted(fit: ScalingFit) -> list[str]:
@@ -396,7 +398,7 @@ def predicted(fit: ScalingFit) -> list[str]:
 
 
 def _contours(panel: Axes, family: FamilyFit, shades: ScalarMappable, colour: str) -> None:
-    points, law = family.points, family.parametric.fit.law
+    points, law = family.points, family.approach3.law
     best = optimum(law, family.compute, curve_budgets(points))
     params, tokens = (
         np.geomspace(values.min() / MARGIN, values.max() * MARGIN, 80)
@@ -421,7 +423,7 @@ def _contours(panel: Axes, family: FamilyFit, shades: ScalarMappable, colour: st
 
 def _floors(fit: ScalingFit, names: list[str]) -> str:
     """What the band of the residuals rests on."""
-    bases = {fit.families[name].parametric.errors.seed.basis for name in names}
+    bases = {fit.families[name].error_budget.seed.basis for name in names}
     return " or ".join(sorted(f"the seed floor ({basis})" for basis in bases))
 
 
@@ -436,7 +438,7 @@ FARTHEST = 30.0  # a multiplier is drawn up to this many times beyond those in r
 def multiplier(record: dict[str, Any], families: list[str]) -> Figure | None:
     """m against C, a row for each family; None where every comparison was refused."""
     base, level = record["baseline"]["family"], record["method"]["level"]
-    compared = {n: f for n, f in record["families"].items() if "multiplier" in f}
+    compared = {n: f for n, f in record["families"].items() if f["multiplier"]}
     if not compared:
         return None
     figure = Figure(figsize=(7.8, 3.1 * len(compared) + 0.6), layout="constrained")
@@ -531,17 +533,16 @@ def _limits(
     return float(bottom / 1.3), float(top * 1.3)
 
 
-Say = Callable[[str], None]
-FORMATS = ("svg", "png", "pdf")
-NAMES = (
-    "isoflop",
-    "frontier",
-    "optimum",
-    "isoloss",
-    "residuals",
-    "intervals",
-    "rollout",
-)  # of a fit
+def draw(fit: ScalingFit, name: str) -> Figure | None:
+    """One figure; None where the fit has nothing for it.
+
+    Raises:
+        UserError: there is no such figure.
+    """
+    if name not in MAKERS:
+        raise UserError(f"no figure {name!r}{nearest(name, MAKERS)}; there are {', '.join(MAKERS)}")
+    make, known = MAKERS[name]
+    return attempt(name, partial(make, fit)) if known(fit) else None
 
 
 def draw_all(fit: ScalingFit, log: Say | None = None) -> dict[str, Figure]:
@@ -550,17 +551,8 @@ def draw_all(fit: ScalingFit, log: Say | None = None) -> dict[str, Figure]:
     Args:
         log: told in one line about each figure that cannot be drawn; without it that is raised.
     """
-    makers = {
-        "isoflop": isoflop,
-        "frontier": frontier,
-        "optimum": best_sizes,
-        "intervals": exponent_intervals,
-    }
-    if fitted(fit):
-        makers |= {"isoloss": isoloss, "residuals": residuals}
-    if predicted(fit):
-        makers["rollout"] = rollout
-    drawn = {name: _attempt(name, partial(make, fit), log) for name, make in makers.items()}
+    makers = {name: make for name, (make, known) in MAKERS.items() if known(fit)}
+    drawn = {name: attempt(name, partial(make, fit), log) for name, make in makers.items()}
     return {name: figure for name, figure in drawn.items() if figure}
 
 
@@ -572,54 +564,21 @@ def draw_comparison(
     `families` are all those of the data, which have the colours that they have in their fit.
     """
     make = partial(multiplier, record, list(families))
-    figure = _attempt("multiplier", make, log)
+    figure = attempt("multiplier", make, log)
     return {"multiplier": figure} if figure else {}
 
 
-def save(
-    figures: dict[str, Figure], directory: Path, log: Say | None = None
-) -> dict[tuple[str, str], Path]:
-    """Write every figure in every format; returns the paths by figure name and format."""
-    paths = {}
-    for name, figure in figures.items():
-        paths |= _attempt(name, partial(_save, name, figure, directory), log) or {}
-    return paths
+def _always(fit: ScalingFit) -> bool:
+    return True
 
 
-def publish(figures: dict[str, Figure], names: Iterable[str], directory: Path, log: Say) -> dict:
-    """`save`; figures of these names that an earlier call left and this one has not, go."""
-    paths = save(figures, directory, log)
-    forget(set(names) - {name for name, _ in paths}, directory)
-    return paths
-
-
-def _save(name: str, figure: Figure, directory: Path) -> dict[tuple[str, str], Path]:
-    undated = {"svg": {"Date": None}, "png": {}, "pdf": {"CreationDate": None}}
-    paths = {(name, suffix): directory / f"{name}.{suffix}" for suffix in FORMATS}
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, for all formats
-    for (_, suffix), path in paths.items():
-        figure.savefig(path, dpi=200, metadata=undated[suffix])
-    return paths
-
-
-def _attempt(name: str, act: Callable[[], Any], log: Say | None) -> Any:
-    """What `act` returns, or None where it cannot draw: numbers never wait for a picture."""
-    try:
-        with matplotlib.rc_context(STYLE):
-            return act()
-    except OSError:
-        raise
-    except Exception as error:  # whatever matplotlib makes of unusual numbers
-        if log is None:
-            raise
-        why = (str(error).splitlines() or [""])[0]
-        log(f"the figure {name} cannot be drawn ({type(error).__name__}: {why})")
-        return None
-
-
-def forget(names: set[str], directory: Path) -> None:
-    """Remove figures that an earlier fit drew and this one has nothing for."""
-    for name in names:
-        for suffix in FORMATS:
-            (directory / f"{name}.{suffix}").unlink(missing_ok=True)
+MAKERS = {  # the figures of a fit, and which fits have something for them
+    "isoflop": (isoflop, _always),
+    "frontier": (frontier, _always),
+    "optimum": (best_sizes, _always),
+    "isoloss": (isoloss, fitted),
+    "residuals": (residuals, fitted),
+    "intervals": (exponent_intervals, _always),
+    "rollout": (rollout, predicted),
+}
+NAMES = tuple(MAKERS)

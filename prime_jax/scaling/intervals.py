@@ -99,6 +99,20 @@ def percentiles(values_R: Array, level: float = 0.95) -> list[float]:
     return np.percentile(values_R, [tail, 100 - tail], axis=0).tolist()
 
 
+def known_percentiles(draws_R: Array | None, level: float = 0.95) -> list[float] | None:
+    """Percentile interval of draws that may be NaN (no minimum, too few winners).
+
+    None without draws, or where more of them are missing than the tails may hold.
+    """
+    if draws_R is None:
+        return None
+    tail = (1 - level) / 2
+    missing = np.isnan(draws_R)
+    if missing.mean() > tail:
+        return None
+    return np.quantile(draws_R[~missing], [tail, 1 - tail]).tolist()
+
+
 Ends = tuple[float | None, float | None]
 
 UNKNOWNS = 5

@@ -85,3 +85,9 @@ def optimum(law: Law, compute: Compute, flops: ArrayLike) -> Optimum:
     log_params = (log_ratio + law.beta * log_work) / (law.alpha + compute.q * law.beta)
     params, tokens = np.exp(log_params), np.exp(log_work - compute.q * log_params)
     return Optimum(flops, params, tokens, law.loss(params, tokens))
+
+
+def optima(law: Law, compute: Compute, flops: Array) -> Optimum:
+    """Optima_[R, K] of the R laws of a bootstrap at K budgets."""
+    fields = (np.asarray(v)[:, None] for v in (law.E, law.A, law.B, law.alpha, law.beta))
+    return optimum(Law(*fields), compute, flops)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.scaling.points import SEED, Points, cells, groups, repeated
+from prime_jax.scaling.schema import hidden, key
 
 Array = NDArray[np.float64]
 
@@ -28,10 +29,12 @@ NORMAL = 1.4826  # standard deviation over median size of normal numbers
 
 @dataclass(frozen=True)
 class Source:
-    """Attributes:
-    relative_sd: root mean square over the runs it is known for, as a fraction of the loss.
-    basis: what the number rests on.
-    runs: how many it is known for.
+    """What makes losses differ.
+
+    Attributes:
+        relative_sd: root mean square over the runs it is known for, as a fraction of the loss.
+        basis: what the number rests on.
+        runs: how many it is known for.
     """
 
     relative_sd: float
@@ -40,15 +43,26 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Errors of held-out budgets, relative to the loss."""
+
+    bias: float
+    rms: float
+
+
+@dataclass(frozen=True)
 class ErrorBudget:
-    """A source is None where nothing is known about it."""
+    """A source is None where nothing is known about it; all are relative to the loss."""
 
-    seed: Source
-    tuning: Source | None
-    evaluation: Source | None
-    sd_n: Array  # of each run, all sources together, as a fraction of its loss
+    seed: Source = key("another seed: `relative_sd, basis, runs`")
+    tuning: Source | None = key("a learning rate beside the best one")
+    evaluation: Source | None = key("standard errors of the losses")
+    model: Held | None = key("`bias, rms` of the rollout", default=None)
+    scatter: float | None = key("of the runs about the law", default=None)
+    weights: list[float] | None = key("of the runs: `[smallest, largest]`", default=None)
+    sd_n: Array = hidden(default=None)  # of each run, all sources together
 
-    def weights(self, scatter: float) -> Array:
+    def run_weights(self, scatter: float) -> Array:
         """Weights_n of mean 1; all exactly 1 if nothing tells the runs apart.
 
         `scatter` is the standard deviation of the log residuals of a fit without weights.
@@ -65,7 +79,7 @@ def of(points: Points) -> ErrorBudget:
     tuning, tuning_n = _tuning(points)
     seed = _seed(points, evaluation_n)
     total = np.sqrt(seed.relative_sd**2 + evaluation_n**2 + tuning_n**2)
-    return ErrorBudget(seed, tuning, evaluation, total)
+    return ErrorBudget(seed, tuning, evaluation, sd_n=total)
 
 
 def scatter(residual_n: Array) -> float:

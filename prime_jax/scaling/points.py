@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.scaling import labels
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
@@ -185,6 +186,12 @@ class Runs:
     columns: Columns
     source: str
     sha256: str
+
+    def points(self, family: str) -> Points:
+        """Raises UserError if there is no such family."""
+        if family not in self.families:
+            raise UserError(f"{self.source}: no family {family!r}{nearest(family, self.families)}")
+        return self.families[family]
 
 
 def select(table: Table, choice: Choice | None = None) -> Runs:

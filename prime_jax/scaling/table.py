@@ -50,6 +50,43 @@ def read(source: Path) -> Table:
     return read_csv(source)
 
 
+def of_columns(columns: Any, source: str = "data") -> Table:
+    """A table of columns by name: a dict of sequences, or a data frame as pandas has it.
+
+    Raises:
+        UserError: it is neither, or its columns differ in length.
+    """
+    try:
+        named = {str(name): list(columns[name]) for name in columns.keys()}  # noqa: SIM118
+    except (AttributeError, TypeError):
+        kind = type(columns).__name__
+        raise UserError(
+            f"{kind} is no table of runs; give a path, a data frame or a dict of columns"
+        ) from None
+    lengths = {name: len(cells) for name, cells in named.items()}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise UserError(f"{source}: its columns differ in length: {shown}")
+    rows = [
+        dict(zip(named, map(_cell, cells), strict=True))
+        for cells in zip(*named.values(), strict=True)
+    ]
+    if not rows:
+        raise UserError(f"{source}: no runs in it")
+    hashed = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    names = [f"row {k}" for k in range(len(rows))]
+    return Table(rows, names, list(named), source, hashed)
+
+
+def _cell(value: Any) -> Any:
+    """A number or a text; empty for what stands for no value (None, NaN, NA, NaT)."""
+    if hasattr(value, "item"):  # numpy's scalars
+        value = value.item()
+    if value is None or str(value) in ("nan", "<NA>", "NaT"):
+        return ""
+    return value if isinstance(value, int | float) else str(value).strip()
+
+
 def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
     try:
         data = path.read_bytes()
@@ -446,31 +483,37 @@ def _evaluation(row: dict[str, Any], metric: str) -> dict[str, Any] | None:
     return next((loss for loss in losses if loss["estimator"] == metric), None)
 
 
-def read_with_curves(source: Path, curves: Path | None, metric: str) -> tuple[Table, Logs | None]:
+def read_with_curves(
+    source: Path | Table, curves: Path | Table | None, metric: str
+) -> tuple[Table, Logs | None]:
     """The table of runs, and the logs of their training; a sweep has its own.
 
     Args:
-        source: a sweep directory, or a CSV of runs.
-        curves: a CSV of training curves, or another sweep; the same CSV where its rows are points
-            of curves, the last row of each run being its result.
+        source: a sweep directory, a CSV of runs, or a table.
+        curves: a CSV of training curves, another sweep, or a table; the same CSV where its rows
+            are points of curves, the last row of each run being its result.
         metric: which evaluation makes the curves of a sweep.
 
     Raises:
         UserError: one of them cannot be read, or they do not belong together.
     """
     if curves is None:
-        data = read(source)
-        return data, load_logs(source, metric) if source.is_dir() else None
-    if curves == source and not source.is_dir():
-        data = read_csv(source, MAX_CURVE_ROWS)
+        if isinstance(source, Table):
+            return source, None
+        return read(source), load_logs(source, metric) if source.is_dir() else None
+    if isinstance(curves, Table):
+        logs = logs_of_table(curves)
+    elif curves == source and not curves.is_dir():
+        data = read_csv(curves, MAX_CURVE_ROWS)
         if is_wide(data.columns):
             raise UserError(
                 f"{source}: curves alone; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
             )
         logs = logs_of_table(data)
         return complete(_ends(data), logs), logs
-    logs = load_logs(curves, metric)
-    return complete(read(source), logs), logs
+    else:
+        logs = load_logs(curves, metric)
+    return complete(source if isinstance(source, Table) else read(source), logs), logs
 
 
 def complete(data: Table, logs: Logs) -> Table:

@@ -13,7 +13,7 @@ kinds of number is refused unless the runs were read with `allow_mixed_kinds`, a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,11 +23,18 @@ from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, approach3, joint, labels
 from prime_jax.scaling.approach2 import IsoflopCurve
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
-from prime_jax.scaling.fit import too_few, weighted_fit
-from prime_jax.scaling.intervals import bootstrap_weights, percentiles, resample, wild_resample
-from prime_jax.scaling.joint import SharedFit
+from prime_jax.scaling.fits import too_few, weighted_fit
+from prime_jax.scaling.intervals import (
+    bootstrap_weights,
+    known_percentiles,
+    percentiles,
+    resample,
+    wild_resample,
+)
 from prime_jax.scaling.laws import Compute, Law, exponent, fit_compute, optimum
 from prime_jax.scaling.points import GAP, Points, Runs, assign_budgets, strata
+from prime_jax.scaling.results import Origin, origin
+from prime_jax.scaling.schema import hidden, key
 from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
@@ -211,7 +218,7 @@ def _multiplier(here: Side, there: Side, flops: Array, level: float, ratio: Rati
     intervals: list[list[float] | None] = [None] * len(flops)
     if here.log_loss_RxK is not None and there.log_loss_RxK is not None:
         drawn_RxK = ratio(flops, _equal(here, there, here.log_loss_RxK, there.log_loss_RxK, flops))
-        intervals = [approach2.interval(drawn_R, level) for drawn_R in drawn_RxK.T]
+        intervals = [known_percentiles(drawn_R, level) for drawn_R in drawn_RxK.T]
     known = np.isfinite(reached)
     return Multiplier(
         flops=flops,
@@ -266,62 +273,131 @@ MIXED = "mixed kinds of number: {}; a difference between them is not one between
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The exponent a of the family less that of the baseline, by one approach."""
+class Between:
+    """The multiplier between the optima of approach 2, without a law."""
 
     value: float
     interval: list[float] | None
 
-    @property
-    def significant(self) -> bool:
-        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+@dataclass(frozen=True)
+class AtBudget:
+    """m at one budget; a value or an end that is None is beyond all numbers."""
+
+    flops: float = key("C")
+    other_flops: float | None = key("what the other one needs for the same loss; null: never")
+    value: float | None = key("m by the laws")
+    median: float | None = key("of the replicates")
+    interval: list[float | None] = key("of m")
+    never: float = key("fraction of the replicates in which the loss is never reached")
+    in_range: bool = key("both frontiers are used within their data; else an extrapolation")
+    interpolated: Between | None = key("`value, interval` between the optima of approach 2")
+
+
+@dataclass(frozen=True)
+class Curve:
+    flops: Array
+    value: Array
+    median: Array
+    interval: Array
+    in_range: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """m read off at what one of the two spends."""
+
+    budgets: tuple[AtBudget, ...]
+    curve: Curve = key("the same between the smallest and the largest budget, as lists")
+    arrays: Multiplier = hidden()
+
+
+@dataclass(frozen=True)
+class Sides:
+    at_family: Multipliers = key(
+        "C is what the family spends, m = C / other_flops; null where the baseline never reaches that loss (m is 0)"
+    )
+    at_baseline: Multipliers = key(
+        "C is what the baseline spends, m = other_flops / C; null where the family never does (m is infinite)"
+    )
+
+
+@dataclass(frozen=True)
+class Lower:
+    """How probable it is that the family's best loss is below the baseline's."""
+
+    flops: float
+    probability: float
+    interpolated: float | None
+    in_range: bool
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The exponent a of the family less that of the baseline, by one approach."""
+
+    difference: float
+    interval: list[float] | None
+    significant: bool
+
+
+@dataclass(frozen=True)
+class Differences:
+    approach3: Difference
+    approach2: Difference | None
+
+
+@dataclass(frozen=True)
+class Test:
+    """Whether both may share parameters."""
+
+    shared: tuple[str, ...]
+    p: float
+    statistic: float
+    simulations: int
+    gradient: float
+    params: dict[str, Law]
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A family against the baseline.
+    """A family against the baseline; where it is refused, only its warnings."""
 
-    Attributes:
-        at_family, at_baseline: the multiplier at the budgets of the family (the baseline), where C
-            is what that one spends; the curves between its smallest and largest budget.
-        lower_flops, lower: budgets of either, and the probability that the family's best loss is
-            lower there, from the laws and between the minima (NaN beyond them).
-        lower_in_range: whether a budget lies within the data of both.
-        exponents: differences of a, by approach 3 and approach 2 (None where that is refused).
-        tests: of shared exponents, of a shared E.
-    """
-
-    at_family: Multiplier
-    at_baseline: Multiplier
-    family_curve: Multiplier
-    baseline_curve: Multiplier
-    lower_flops: Array
-    lower: tuple[Array, Array]
-    lower_in_range: NDArray[np.bool_]
-    exponents: tuple[Difference, Difference | None]
-    tests: tuple[SharedFit, ...]
+    kind: str = key("of the family's losses")
+    mixed: str | None = key("what differs between the two kinds of number, or null")
+    multiplier: Sides | None = key(
+        "how many times the compute of the baseline the family needs for one loss", default=None
+    )
+    lower: tuple[Lower, ...] = key(
+        "probability that the family's best loss is the lower one, at budgets of either: `flops, probability, interpolated, in_range`",
+        default=(),
+    )
+    exponents: Differences | None = key(
+        "of a: `difference, interval, significant` by approach", default=None
+    )
+    tests: dict[str, Test] | None = key(
+        "`exponents` and `E`, each `{shared, p, statistic, simulations, gradient, params}`",
+        default=None,
+    )
+    warnings: tuple[Diagnostic, ...] = key("`{code, message, hint, refusal}`", default=())
 
 
 @dataclass(frozen=True)
-class Pair:
-    """`contrast` is None where the comparison is refused; `mixed` is the note, or empty."""
-
-    points: Points
-    contrast: Contrast | None
-    mixed: str
-    diagnostics: tuple[Diagnostic, ...]
+class Baseline:
+    family: str
+    kind: str
 
 
 @dataclass(frozen=True)
-class Comparison:
-    runs: Runs
-    settings: Settings
-    baseline: str
-    pairs: dict[str, Pair]
+class Comparison(Origin):
+    allow_mixed_kinds: bool = key("whether different kinds of number were compared")
+    baseline: Baseline = key("`family` and its `kind`")
+    families: dict[str, Contrast]
+    data: Runs = hidden()
 
     @property
     def refused(self) -> bool:
-        return any(f.refusal for pair in self.pairs.values() for f in pair.diagnostics)
+        return any(w.refusal for family in self.families.values() for w in family.warnings)
 
 
 @dataclass(frozen=True)
@@ -332,7 +408,7 @@ class _Fitted:
     compute: Compute
     problem: approach3.Problem
     fit: approach3.Fit
-    isoflop: approach2.Isoflop
+    isoflop: approach2.Approach2
 
 
 @dataclass(frozen=True)
@@ -382,14 +458,21 @@ def compare(
     pairs = {}
     for name in names:
         progress(f"comparing {name} with {baseline}")
-        points, mixed = runs.families[name], _mixed(base, runs.families[name])
+        points, mixed = runs.families[name], _mixed(base, runs.families[name]) or None
         if refusals[name]:
-            pairs[name] = Pair(points, None, mixed, tuple(refusals[name]))
+            warnings = tuple(refusals[name])
+            pairs[name] = Contrast(points.measure.kind, mixed, warnings=warnings)
             continue
-        contrast = _contrast(ready[name], ready[baseline], settings)
-        diagnostics = [*_notes(base, points), *_findings(name, baseline, contrast, settings)]
-        pairs[name] = Pair(points, contrast, mixed, tuple(diagnostics))
-    return Comparison(runs, settings, baseline, pairs)
+        contrast = _contrast(ready[name], ready[baseline], mixed, settings)
+        warnings = (*_notes(base, points), *_findings(name, baseline, contrast, settings))
+        pairs[name] = replace(contrast, warnings=warnings)
+    return Comparison(
+        **origin(runs, settings),
+        allow_mixed_kinds=runs.choice.allow_mixed_kinds,
+        baseline=Baseline(baseline, base.measure.kind),
+        families=pairs,
+        data=runs,
+    )
 
 
 def _mixed(base: Points, points: Points) -> str:
@@ -495,32 +578,89 @@ def _cells(parts: list[Points]) -> list[NDArray[np.intp]]:
     return out
 
 
-def _contrast(family: _Prepared, base: _Prepared, settings: Settings) -> Contrast:
+def _contrast(
+    family: _Prepared, base: _Prepared, mixed: str | None, settings: Settings
+) -> Contrast:
     mine, yours = family.family.points.budgets, base.family.points.budgets
     level, side, other = settings.level, family.side, base.side
     both = np.unique(np.concatenate([mine, yours]))
-    tests = tuple(
-        joint.likelihood_ratio(
-            (base.family.problem, family.family.problem),
-            fits=(base.family.fit, family.family.fit),
-            names=names,
-            cells=(base.cell_n, family.cell_n),
-            replicates=min(SIMULATIONS, settings.replicates),
-            seed=settings.seed,
-        )
-        for names in (joint.EXPONENTS, joint.IRREDUCIBLE)
-    )
+    inside = side.holds(both) & other.holds(both)
+    lower = zip(both, *lower_probability(side, other, both), inside, strict=True)
     return Contrast(
-        at_family=at_family(side, other, mine, level),
-        at_baseline=at_baseline(side, other, yours, level),
-        family_curve=at_family(side, other, np.geomspace(mine[0], mine[-1], CURVE), level),
-        baseline_curve=at_baseline(side, other, np.geomspace(yours[0], yours[-1], CURVE), level),
-        lower_flops=both,
-        lower=lower_probability(side, other, both),
-        lower_in_range=side.holds(both) & other.holds(both),
-        exponents=(_difference3(family, base, level), _difference2(family, base, level)),
-        tests=tests,
+        kind=family.family.points.measure.kind,
+        mixed=mixed,
+        multiplier=Sides(
+            _multipliers(at_family, side, other, mine, level),
+            _multipliers(at_baseline, side, other, yours, level),
+        ),
+        lower=tuple(
+            Lower(float(c), float(p), _number(q), bool(within)) for c, p, q, within in lower
+        ),
+        exponents=Differences(_difference3(family, base, level), _difference2(family, base, level)),
+        tests={
+            name: _test(family, base, shared, settings)
+            for name, shared in (("exponents", joint.EXPONENTS), ("E", joint.IRREDUCIBLE))
+        },
     )
+
+
+def _multipliers(
+    at: Callable[..., Multiplier], side: Side, other: Side, flops: Array, level: float
+) -> Multipliers:
+    m = at(side, other, flops, level)
+    drawn = at(side, other, np.geomspace(flops[0], flops[-1], CURVE), level)
+    budgets = tuple(
+        AtBudget(
+            flops=float(m.flops[k]),
+            other_flops=_number(m.equal[k]),
+            value=_multiple(m.value[k]),
+            median=_multiple(m.median[k]),
+            interval=[_multiple(end) for end in m.interval_2xK[:, k]],
+            never=float(m.never[k]),
+            in_range=bool(m.in_range[k]),
+            interpolated=Between(float(m.interpolated[k]), ends)
+            if np.isfinite(m.interpolated[k])
+            else None,
+        )
+        for k, ends in enumerate(m.interpolated_interval)
+    )
+    lines = (drawn.value, drawn.median, drawn.interval_2xK)
+    value, median, interval = (np.where(line == 0, np.nan, line) for line in lines)
+    curve = Curve(drawn.flops, value, median, interval, drawn.in_range)
+    return Multipliers(budgets, curve, m)
+
+
+def _test(family: _Prepared, base: _Prepared, shared: tuple[str, ...], settings: Settings) -> Test:
+    found = joint.likelihood_ratio(
+        (base.family.problem, family.family.problem),
+        fits=(base.family.fit, family.family.fit),
+        names=shared,
+        cells=(base.cell_n, family.cell_n),
+        replicates=min(SIMULATIONS, settings.replicates),
+        seed=settings.seed,
+    )
+    return Test(
+        shared=found.names,
+        p=found.p,
+        statistic=found.statistic,
+        simulations=found.replicates,
+        gradient=found.gradient,
+        params=dict(zip(("baseline", "family"), found.laws, strict=True)),
+    )
+
+
+def _multiple(value: float) -> float | None:
+    """None where a loss is never reached."""
+    return None if value == 0 else _number(value)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _difference(value: float, interval: list[float] | None) -> Difference:
+    significant = interval is not None and not interval[0] <= 0 <= interval[1]
+    return Difference(value, interval, significant)
 
 
 def _difference3(family: _Prepared, base: _Prepared, level: float) -> Difference:
@@ -528,7 +668,7 @@ def _difference3(family: _Prepared, base: _Prepared, level: float) -> Difference
         exponent(mine, family.family.compute) - exponent(yours, base.family.compute)
         for mine, yours in ((family.side.law, base.side.law), (family.replicates, base.replicates))
     )
-    return Difference(float(value), percentiles(draws, level))
+    return _difference(float(value), percentiles(draws, level))
 
 
 def _difference2(family: _Prepared, base: _Prepared, level: float) -> Difference | None:
@@ -536,23 +676,25 @@ def _difference2(family: _Prepared, base: _Prepared, level: float) -> Difference
     if a is None or b is None:
         return None
     drawn = family.slopes_R is not None and base.slopes_R is not None
-    interval = approach2.interval(family.slopes_R - base.slopes_R, level) if drawn else None
-    return Difference(a - b, interval)
+    return _difference(
+        a - b, known_percentiles(family.slopes_R - base.slopes_R, level) if drawn else None
+    )
 
 
 def _findings(name: str, base: str, contrast: Contrast, settings: Settings) -> list[Diagnostic]:
-    diagnostics = []
-    three = contrast.exponents[0]
+    diagnostics, sides = [], contrast.multiplier
+    at_family = sides.at_family.arrays
+    three = contrast.exponents.approach3
     if not three.significant:
         ends = " to ".join(f"{end:+.3f}" for end in three.interval)
         diagnostics.append(
             warn(
                 "exponents_do_not_differ",
-                f"{name} and {base} do not differ significantly in their exponents: a differs by {three.value:+.3f}, "
+                f"{name} and {base} do not differ significantly in their exponents: a differs by {three.difference:+.3f}, "
                 f"{settings.level:.0%} interval {ends}",
             )
         )
-    for m, who in ((contrast.at_family, name), (contrast.at_baseline, base)):
+    for m, who in ((at_family, name), (sides.at_baseline.arrays, base)):
         outside = [labels.flops(c) for c in m.flops[~m.in_range]]
         if outside:
             diagnostics.append(
@@ -561,7 +703,7 @@ def _findings(name: str, base: str, contrast: Contrast, settings: Settings) -> l
                     f"multipliers at {', '.join(outside)} FLOPs of {who} need a frontier beyond its data",
                 )
             )
-    apart = [labels.flops(c) for c in contrast.at_family.flops[_disagree(contrast.at_family)]]
+    apart = [labels.flops(c) for c in at_family.flops[_disagree(at_family)]]
     if apart:
         diagnostics.append(
             warn(

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from scipy.stats import chi2, norm
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach2, labels, validate
+from prime_jax.scaling import approach2, labels
 from prime_jax.scaling.approach3 import NAMES
-from prime_jax.scaling.fit import FamilyFit, optima
-from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.laws import Compute, Law, optima, optimum
 from prime_jax.scaling.points import Points
+from prime_jax.scaling.results import FamilyFit
+from prime_jax.scaling.rollout import distance
 from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
@@ -86,12 +87,12 @@ class Linear:
 
 def linearise(family: FamilyFit, settings: Settings) -> Linear:
     """The family has approach 3."""
-    fit, points = family.parametric.fit, family.points
+    three, points = family.approach3, family.points
     centre = float(np.log(points.params).mean()), float(np.log(points.tokens).mean())
-    free = np.array([name not in fit.certificate.bounds for name in NAMES])
+    free = np.array([name not in three.certificate.bounds for name in NAMES])
     noise = noise_sd(family)
     return Linear(
-        fit.law, family.compute, centre, free, noise * loss_of_efficiency(noise, settings)
+        three.law, family.compute, centre, free, noise * loss_of_efficiency(noise, settings)
     )
 
 
@@ -100,8 +101,8 @@ def noise_sd(family: FamilyFit) -> float:
 
     Of a run of weight one; those of the error budget differ between runs.
     """
-    points, part = family.points, family.parametric
-    residual = np.log(points.loss) - np.log(part.fit.law.loss(points.params, points.tokens))
+    points, part = family.points, family.approach3
+    residual = np.log(points.loss) - np.log(part.law.loss(points.params, points.tokens))
     squares = float(part.problem.weight_n @ residual**2)
     return math.sqrt(squares / max(1, len(residual) - len(NAMES)))
 
@@ -203,8 +204,8 @@ def choose(
             buy one cell.
     """
     points = family.points
-    if family.parametric is None:
-        why = family.refusals[0].message if family.refusals else "its data were refused"
+    if not family.approach3:
+        why = next(warning.message for warning in family.warnings if warning.refusal)
         raise UserError(f"{points.family}: a design needs approach 3, which was refused: {why}")
     if not target >= points.budgets[0]:
         raise UserError(
@@ -231,9 +232,9 @@ def choose(
     ]
     # Greedy per FLOP may be left with change that buys nothing good; greedy per run spends it.
     picks, stop = min(plans, key=lambda plan: plan[0][-1].sd if plan[0] else math.inf)
-    weight = family.parametric.problem.weight_n
+    weight = family.approach3.problem.weight_n
     before = linear.sd(target, points.params, points.tokens, weight)
-    draws = optima(family.parametric.replicates, family.compute, np.array([target])).params
+    draws = optima(family.approach3.replicates, family.compute, np.array([target])).params
     added = _added(picks)
     return Design(
         family=points.family,
@@ -330,7 +331,7 @@ def _greedy(
     """The picks and why they end."""
     points = family.points
     gradient = linear.optimum_gradient(target)
-    inverse = linear.covariance(points.params, points.tokens, family.parametric.problem.weight_n)
+    inverse = linear.covariance(points.params, points.tokens, family.approach3.problem.weight_n)
     flops, sizes, tokens = np.array([(c.flops, c.params, c.tokens) for c in cells]).T
     features = linear.features(sizes, tokens)
     left, picks = np.full(len(cells), MAX_PICKS), []
@@ -383,38 +384,38 @@ def _model_sd(family: FamilyFit, linear: Linear, target: float) -> float | None:
     decades of extrapolation, as `validate.ModelError` has it for the loss.
     """
     points = family.points
-    known = points.params, points.tokens, family.parametric.problem.weight_n
-    squares, chance, distance, budgets = [], [], [], set()
+    known = points.params, points.tokens, family.approach3.problem.weight_n
+    squares, chance, decades, budgets = [], [], [], set()
     for step in family.rollout.steps:
         fitted = points.budget <= step.fitted[-1]
-        for prediction in step.predictions:
+        for prediction in step.budgets:
             minimum = _minimum_sd(family, prediction.flops)
             if prediction.measured is None or minimum is None:
                 continue
-            error = np.log(prediction.parametric.params / prediction.measured.params)
+            error = np.log(prediction.approach3.params / prediction.measured.params)
             try:
                 noise = linear.sd(prediction.flops, *(values[fitted] for values in known))
             except UserError:  # so few budgets do not determine the law
                 continue
             squares.append(float(error) ** 2)
             chance.append(noise**2 + minimum**2)
-            distance.append(prediction.decades**2)
+            decades.append(prediction.decades**2)
             budgets.add(prediction.flops)
     if not squares:
         return None
     # Predictions of one budget share its minimum, so they count as one.
     if sum(squares) <= sum(chance) * chi2.ppf(0.975, len(budgets)) / len(budgets):
         return 0.0
-    per_decade = math.sqrt((sum(squares) - sum(chance)) / sum(distance))
-    return per_decade * float(validate.distance(points, target))
+    per_decade = math.sqrt((sum(squares) - sum(chance)) / sum(decades))
+    return per_decade * float(distance(points, target))
 
 
 def _minimum_sd(family: FamilyFit, flops: float) -> float | None:
     """Of log N* of approach 2 at a budget; None where it has none."""
-    inside = [curve.flops for curve in family.isoflop.inside]
-    if family.draws is None or flops not in inside:
+    inside = [curve.flops for curve in family.approach2.inside]
+    if family.approach2.draws is None or flops not in inside:
         return None
-    sd = float(approach2.percentile_sd(np.log(family.draws.params))[inside.index(flops)])
+    sd = float(approach2.percentile_sd(np.log(family.approach2.draws.params))[inside.index(flops)])
     return sd if math.isfinite(sd) else None
 
 

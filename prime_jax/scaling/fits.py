@@ -8,15 +8,15 @@ also from a profile, which shows what the runs do not identify.
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach1, approach2, approach3, labels, noise, validate
-from prime_jax.scaling.approach1 import Curves
-from prime_jax.scaling.approach2 import Debiased
+from prime_jax.scaling import approach1, approach2, approach3, labels, noise
+from prime_jax.scaling.approach1 import Approach1, Curves
+from prime_jax.scaling.approach2 import Approach2, Debiased
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.intervals import (
     Ends,
@@ -29,11 +29,13 @@ from prime_jax.scaling.intervals import (
     resample,
     wild_resample,
 )
-from prime_jax.scaling.laws import Compute, Law, Optimum, exponent, fit_compute, optimum
-from prime_jax.scaling.noise import ErrorBudget
+from prime_jax.scaling.laws import Compute, Law, exponent, fit_compute, optimum
+from prime_jax.scaling.noise import ErrorBudget, Held
 from prime_jax.scaling.points import Points, Runs, budget_levels, strata
+from prime_jax.scaling.results import Approach3, FamilyFit, ScalingFit, curve_budgets, origin
+from prime_jax.scaling.rollout import Rollout, model_error, rollout
 from prime_jax.scaling.settings import DEFAULTS, Settings
-from prime_jax.scaling.validate import Rollout
+from prime_jax.scaling.table import Table
 
 Estimate = tuple[float, list[float] | None]  # a, and its interval if it has one
 
@@ -68,47 +70,35 @@ PROFILED = 12  # most budgets at which N* is profiled
 SMALL_DELTA = 0.05  # of the scatter: a Huber delta below it is least absolute deviation in effect
 
 
-@dataclass(frozen=True)
-class Parametric:
-    """Approach 3 of one family: the law, and the laws of the bootstrap replicates.
-
-    Attributes:
-        errors, scatter: error budget of the runs, and their scatter about the law (relative).
-        profile: profile intervals of the parameters and of a.
-        sizes: those of N*, by budget.
-    """
-
-    problem: approach3.Problem
-    fit: approach3.Fit
-    replicates: Law
-    errors: ErrorBudget
-    scatter: float
-    profile: dict[str, Ends]
-    sizes: dict[float, Ends]
-    diagnostics: tuple[Diagnostic, ...]
-
-
-def fit_law(points: Points, compute: Compute, settings: Settings) -> Parametric:
-    problem, fitted, errors = weighted_fit(points, settings)
+def fit_law(points: Points, compute: Compute, settings: Settings) -> Approach3:
+    """Approach 3, but for its optima, which wait for the error of the rollout."""
+    problem, fitted, _ = weighted_fit(points, settings)
     replicates = _resample(problem, fitted, points, settings)
     ends, sizes = _profile(problem, fitted, points, compute, settings.level)
-    scatter = noise.scatter(problem.residual(fitted.theta_5))
+    law, level = fitted.law, settings.level
     diagnostics = [
         *_fit_findings(points, fitted),
-        *_delta_findings(problem, scatter),
+        *_delta_findings(problem, noise.scatter(problem.residual(fitted.theta_5))),
         *_bound_findings(problem, fitted, replicates, settings),
-        *_profile_findings(ends, sizes, settings.level),
-        *_optimum_findings(points, compute, fitted.law),
+        *_profile_findings(ends, sizes, level),
+        *_optimum_findings(points, compute, law),
     ]
-    return Parametric(
+    spread = {name: percentiles(draws, level) for name, draws in vars(replicates).items()}
+    return Approach3(
+        params=law,
+        a=float(exponent(law, compute)),
+        objective=fitted.objective,
+        certificate=fitted.certificate,
+        intervals=spread | {"a": percentiles(exponent(replicates, compute), level)},
+        profile=ends,
+        warnings=tuple(diagnostics),
         problem=problem,
         fit=fitted,
         replicates=replicates,
-        errors=errors,
-        scatter=scatter,
-        profile=ends,
         sizes=sizes,
-        diagnostics=tuple(diagnostics),
+        data=points,
+        compute=compute,
+        level=level,
     )
 
 
@@ -142,7 +132,7 @@ def weighted_fit(
         points.params, points.tokens, points.loss, settings.delta, settings.objective
     )
     fitted, errors = approach3.fit(problem), noise.of(points)
-    weight = errors.weights(noise.scatter(problem.residual(fitted.theta_5)))
+    weight = errors.run_weights(noise.scatter(problem.residual(fitted.theta_5)))
     if np.ptp(weight) > 0:
         problem = replace(problem, weight_n=weight)
         fitted = approach3.fit(problem)
@@ -292,55 +282,6 @@ def _optimum_findings(points: Points, compute: Compute, law: Law) -> list[Diagno
 
 
 SMALL_SCALE = 1e17  # FLOPs
-CURVE = 49  # budgets at which the frontier is stored and drawn
-
-
-@dataclass(frozen=True)
-class FamilyFit:
-    """What was found for a family; a part that was refused is None and has its refusal."""
-
-    points: Points
-    compute: Compute
-    parametric: Parametric | None
-    isoflop: approach2.Isoflop | None
-    draws: approach2.Draws | None
-    refusals: tuple[Diagnostic, ...]  # of the family as a whole, or of approach 3
-    debiased: Debiased | None = None
-    envelope: approach1.Envelope | None = None
-    disagreements: tuple[Diagnostic, ...] = ()  # about the approaches together
-    rollout: Rollout | None = None  # None without approach 3
-
-    @property
-    def fitted(self) -> bool:
-        exponents = (self.isoflop and self.isoflop.a, self.envelope and self.envelope.line)
-        return bool(self.parametric) or any(found is not None for found in exponents)
-
-    @property
-    def reason(self) -> str:
-        """Why it is not fitted."""
-        return next(diagnostic.message for diagnostic in self.diagnostics if diagnostic.refusal)
-
-    @property
-    def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """All of them, those of the data first; not those of an envelope that nobody asked for."""
-        envelope = self.envelope if self.envelope and self.envelope.counts else None
-        parts = (self.parametric, self.isoflop, envelope, self.rollout)
-        own = [diagnostic for part in parts if part for diagnostic in part.diagnostics]
-        return (*self.points.diagnostics, *self.refusals, *own, *self.disagreements)
-
-
-@dataclass(frozen=True)
-class ScalingFit:
-    runs: Runs
-    settings: Settings
-    families: dict[str, FamilyFit]
-    groups: tuple[tuple[str, ...], ...]  # families whose losses may share an axis
-    diagnostics: tuple[Diagnostic, ...]  # of the runs as a whole
-
-    @property
-    def refused(self) -> bool:
-        families = [f for family in self.families.values() for f in family.diagnostics]
-        return any(diagnostic.refusal for diagnostic in (*self.diagnostics, *families))
 
 
 def fit_runs(
@@ -367,92 +308,117 @@ def fit_runs(
     if not any(family.fitted for family in families.values()):
         reasons = (f"{name}: {family.reason}" for name, family in families.items())
         raise UserError(f"{runs.source}: nothing can be fitted; {'; '.join(reasons)}")
+    return whole(runs, settings, families)
+
+
+def whole(
+    runs: Runs, settings: Settings, families: dict[str, FamilyFit], table: Table | None = None
+) -> ScalingFit:
+    """The fit of all families; `table` is what the runs were read from."""
     groups = _groups(runs)
-    return ScalingFit(runs, settings, families, groups, _findings(runs, groups))
+    return ScalingFit(
+        **origin(runs, settings),
+        comparable=groups,
+        families=families,
+        excluded=runs.excluded,
+        warnings=_findings(runs, groups),
+        data=runs,
+        settings=settings,
+        table=table,
+    )
 
 
 def fit_family(
     points: Points, settings: Settings = DEFAULTS, curves: Curves | None = None
 ) -> FamilyFit:
     compute = fit_compute(points.flops, points.params, points.tokens)
-    refusals = tuple(f for f in points.diagnostics if f.refusal)
-    if refusals:
-        return FamilyFit(
-            points=points, compute=compute, parametric=None, isoflop=None, draws=None, refusals=()
+    if any(warning.refusal for warning in points.diagnostics):
+        return _family(
+            points,
+            compute,
+            Approach3(None),
+            Approach2(settings.approach2),
+            Approach1(),
         )
-    isoflop = approach2.fit(points, compute, settings.approach2)
-    draws = approach2.redraw(isoflop, settings.replicates, settings.seed)
-    without = approach2.check(isoflop, draws, settings.level)
-    isoflop = replace(isoflop, diagnostics=isoflop.diagnostics + without)
-    envelope = approach1.fit(curves, settings.replicates, settings.seed, settings.level)
+    two = approach2.fit(points, compute, settings.approach2)
+    draws = approach2.redraw(two, settings.replicates, settings.seed)
+    two = approach2.with_errors(two, draws, settings.level)
+    one = approach1.fit(curves, settings.replicates, settings.seed, settings.level)
     refusal = too_few(points)
-    three = None if refusal else fit_law(points, compute, settings)
-    family = FamilyFit(
-        points=points,
+    if refusal:
+        return _family(points, compute, Approach3(None, warnings=(refusal,)), two, one)
+    three = fit_law(points, compute, settings)
+    held_out = rollout(points, settings, three.law, one.optima)
+    three = replace(three, error=model_error(held_out))
+    three = replace(
+        three,
+        optima=three.bests(points.budgets),
+        frontier=three.along(curve_budgets(points)),
+    )
+    if not three.certificate.bounds:  # approach 3 knows how steep the curves are
+        two = replace(two, debiased=_debiased(two, three, settings))
+    return _family(points, compute, three, two, one, held_out)
+
+
+def _family(
+    points: Points,
+    compute: Compute,
+    three: Approach3,
+    two: Approach2,
+    one: Approach1,
+    rollout: Rollout | None = None,
+) -> FamilyFit:
+    """The parts put together; of approach 1 nothing is said that nobody asked for."""
+    shown = (three, two, one) if one.counts else (three, two)
+    own = [warning for part in shown for warning in part.warnings]
+    about = [] if rollout is None else rollout.warnings
+    return FamilyFit(
+        kind=points.measure.kind,
+        given=points.measure.given,
+        runs=len(points.loss),
+        budgets=points.budgets,
         compute=compute,
-        parametric=three,
-        isoflop=isoflop,
-        draws=draws,
-        refusals=(refusal,) if refusal else (),
-        envelope=envelope,
+        approach3=three,
+        approach2=two,
+        approach1=one,
+        error_budget=_errors(points, three, rollout),
+        rollout=rollout,
+        warnings=(*points.diagnostics, *own, *about, *disagreements(exponents(three, two, one))),
+        points=points,
     )
-    family = replace(
-        family, debiased=_debiased(family, settings), rollout=_rollout(family, settings)
-    )
-    return replace(family, disagreements=tuple(disagreements(exponents(family, settings.level))))
 
 
-def exponents(family: FamilyFit, level: float) -> dict[str, Estimate]:
+def _errors(points: Points, three: Approach3, rollout: Rollout | None) -> ErrorBudget:
+    errors = noise.of(points)
+    if not three:
+        return errors
+    known, weight_n = model_error(rollout), three.problem.weight_n
+    return replace(
+        errors,
+        model=known and Held(known.bias, known.rms),
+        scatter=noise.scatter(three.problem.residual(three.fit.theta_5)),
+        weights=[float(weight_n.min()), float(weight_n.max())],
+    )
+
+
+def exponents(three: Approach3, two: Approach2, one: Approach1) -> dict[str, Estimate]:
     """The exponent a of each approach that has one, and its interval."""
-    out = {}
-    envelope, isoflop, debiased = family.envelope, family.isoflop, family.debiased
-    if envelope and envelope.line:
-        out["approach 1"] = envelope.line.a, approach2.interval(envelope.a_R, level)
-    if debiased:
-        draws = debiased.a_R
-        out["approach 2"] = debiased.a, None if draws is None else approach2.interval(draws, level)
-    elif isoflop and isoflop.a is not None:
-        draws = family.draws
-        ends = None if draws is None else approach2.interval(draws.a, level)
-        out["approach 2"] = isoflop.a, ends
-    if family.parametric:
-        law, replicates = family.parametric.fit.law, family.parametric.replicates
-        ends = percentiles(exponent(replicates, family.compute), level)
-        out["approach 3"] = float(exponent(law, family.compute)), ends
-    return out
+    parts = {"approach 1": one, "approach 2": two.debiased or two, "approach 3": three}
+    return {
+        name: (part.a, part.intervals["a"]) for name, part in parts.items() if part.a is not None
+    }
 
 
-def _rollout(family: FamilyFit, settings: Settings) -> Rollout | None:
-    if family.parametric is None:
-        return None
-    winners = family.envelope.optima if family.envelope else ()
-    return validate.rollout(family.points, settings, family.parametric.fit.law, winners)
-
-
-def _debiased(family: FamilyFit, settings: Settings) -> Debiased | None:
-    """Approach 2 without the bias of parabolas, if approach 3 knows how steep the curves are."""
-    part = family.parametric
-    if part is None or part.fit.certificate.bounds or family.isoflop is None:
-        return None
-    return approach2.correct(
-        family.isoflop,
-        draws=family.draws,
-        law=part.fit.law,
-        replicates=part.replicates,
-        compute=family.compute,
+def _debiased(two: Approach2, three: Approach3, settings: Settings) -> Debiased | None:
+    return approach2.take_shift_off(
+        two,
+        draws=two.draws,
+        law=three.law,
+        replicates=three.replicates,
+        compute=three.compute,
         seed=settings.seed,
+        level=settings.level,
     )
-
-
-def curve_budgets(points: Points) -> Array:
-    """Budgets from the smallest to the largest of the data, for curves; nothing beyond it."""
-    return np.geomspace(points.budgets[0], points.budgets[-1], CURVE)
-
-
-def optima(law: Law, compute: Compute, flops: Array) -> Optimum:
-    """Optima_[R, K] of the R laws of a bootstrap at K budgets."""
-    fields = (np.asarray(v)[:, None] for v in (law.E, law.A, law.B, law.alpha, law.beta))
-    return optimum(Law(*fields), compute, flops)
 
 
 def _groups(runs: Runs) -> tuple[tuple[str, ...], ...]:
