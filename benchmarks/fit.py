@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from prime_jax.scaling import approach3, intervals  # noqa: E402
-from prime_jax.scaling.laws import Law  # noqa: E402
+from prime_jax.scaling.laws import PowerLaw  # noqa: E402
 
 Array = np.ndarray
 STARTS = 4500
@@ -54,7 +54,7 @@ class Runs:
 def synthetic(count: int = 240) -> Runs:
     rng = np.random.default_rng(0)
     params, ratio = np.exp(rng.uniform(np.log([5e7, 3.0]), np.log([1e10, 300.0]), (count, 2))).T
-    loss = Law(1.8, 480.0, 2100.0, 0.347, 0.367).loss(params, params * ratio)
+    loss = PowerLaw(1.8, 480.0, 2100.0, 0.347, 0.367).loss(params, params * ratio)
     return Runs(params, params * ratio, loss * np.exp(0.005 * rng.standard_normal(count)))
 
 
@@ -113,7 +113,7 @@ def usual_starts() -> Array:
     return np.array(list(grid))
 
 
-def ours(runs: Runs, weight_Rxn: Array) -> tuple[float, float, approach3.Fit, Law]:
+def ours(runs: Runs, weight_Rxn: Array) -> tuple[float, float, approach3.Fit, PowerLaw]:
     """CPU seconds of the starts and of the replicates, the fit, and its replicates."""
     begin = time.process_time()
     problem = approach3.problem(runs.params, runs.tokens, runs.loss)
@@ -123,7 +123,7 @@ def ours(runs: Runs, weight_Rxn: Array) -> tuple[float, float, approach3.Fit, La
     return middle - begin, time.process_time() - middle, fit, laws
 
 
-def unscaled(law: Law, k: int | None = None) -> Array:
+def unscaled(law: PowerLaw, k: int | None = None) -> Array:
     values = (law.A, law.B, law.E, law.alpha, law.beta)
     a, b, e, alpha, beta = values if k is None else (v[k] for v in values)
     return np.array([np.log(a), np.log(b), np.log(e), alpha, beta])

@@ -10,11 +10,11 @@ import pytest
 
 from prime_jax.scaling import record, table
 from prime_jax.scaling.fits import fit_runs
-from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.points import Measure, Points, select
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "mdm_prime_v2_isoflop.json").read_text())
-LAW = Law(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.38)
+LAW = PowerLaw(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.38)
 BUDGETS = (1e18, 3e18, 1e19, 3e19)
 
 

@@ -6,9 +6,9 @@ from scaling_cases import BUDGETS, LAW, ORACLE, published, surface
 
 from prime_jax.scaling import approach2
 from prime_jax.scaling.intervals import known_percentiles
-from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 
-EVEN = Law(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)  # curves symmetric in log N
+EVEN = PowerLaw(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)  # curves symmetric in log N
 
 
 def codes(isoflop):

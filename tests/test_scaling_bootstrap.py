@@ -22,11 +22,11 @@ def test_every_replicate_reaches_what_many_starts_reach():
     fit = approach3.fit(p)
     weights = intervals.bootstrap_weights(points.budget, 5, seed=0)
     laws = intervals.resample(p, fit, weights)
-    values = p.derivatives(p.theta(laws), weights)[0]
+    values = p.derivatives(p.form.theta(laws), weights)[0]
     for k, value in enumerate(values):
         one = weights[k : k + 1]
         ends = newton.minimise(
-            lambda t, _, w=one: p.derivatives(t, w), approach3.starts(p), *p.box()
+            lambda t, _, w=one: p.derivatives(t, w), p.form.starts(p.log_loss_n), *p.box()
         )
         assert value <= ends[1].min() * (1 + 1e-9)
 
@@ -87,9 +87,9 @@ def test_share_of_replicates_at_a_bound():
     points = surface()
     p = approach3.problem(points.params, points.tokens, points.loss)
     lower = p.box()[0]
-    middle = approach3.fit(p).theta_5
+    middle = approach3.fit(p).theta_K
     at_e = np.where(np.arange(5) == 0, lower, middle)
-    fractions = intervals.at_bound(p, p.law(np.stack([middle, middle, middle, at_e])))
+    fractions = intervals.at_bound(p, p.form.law(np.stack([middle, middle, middle, at_e])))
     assert fractions == {"E": 0.25, "A": 0, "alpha": 0, "B": 0, "beta": 0}
 
 
@@ -97,7 +97,7 @@ def test_share_of_replicates_at_a_bound():
 def test_chinchilla_standard_errors():
     p = approach3.problem(*chinchilla())
     laws = intervals.resample(
-        p, approach3.fit(p), intervals.bootstrap_weights(np.zeros(len(p.x_n)), 12_000, seed=0)
+        p, approach3.fit(p), intervals.bootstrap_weights(np.zeros(p.runs), 12_000, seed=0)
     )
     for name, error, within in (
         ("E", 0.025657, 0.05),

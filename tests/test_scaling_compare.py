@@ -10,7 +10,7 @@ from scipy.stats import kstest
 from prime_jax.cli import compare as compare_command
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach3, comparison, joint
-from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.points import select
 from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
@@ -96,7 +96,7 @@ def test_a_constant_multiplier_is_found_by_both_ways():
 
 
 def side_of(part, law):
-    one = Law(*(np.atleast_2d(value) for value in vars(law).values()))
+    one = PowerLaw(*(np.atleast_2d(value) for value in vars(law).values()))
     low, high = part.budgets[[0, -1]]
     return comparison.Side(law, one, Compute(), np.array([]), np.array([]), None, low, high)
 
@@ -190,7 +190,7 @@ def test_shared_laws_share_and_have_the_derivatives_of_their_sum():
         assert found.gradient < approach3.STATIONARY
         assert found.statistic >= 0
     both = joint.tied([replace(problem, delta=10.0) for problem in problems], joint.EXPONENTS)
-    theta = both.join([fit.theta_5[None] + 0.05 for fit in fits])
+    theta = both.join([fit.theta_K[None] + 0.05 for fit in fits])
     weight = np.array([[1.0], [3.0]])
     _, gradient, hessian = both.derivatives(theta, weight)
     for k in range(theta.shape[1]):

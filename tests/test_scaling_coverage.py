@@ -14,7 +14,7 @@ RATIOS = tuple(2.0 ** np.linspace(-2, 2, 9))
 
 
 def by_profile(p, fit, points, seed):
-    return intervals.profiles(p, fit, [intervals.best_size(p, Compute(), TARGET)])[0]
+    return intervals.profiles(p, fit, [p.form.best_size(Compute(), TARGET)])[0]
 
 
 def by_bootstrap(p, fit, points, seed):

@@ -7,15 +7,15 @@ from scaling_cases import BUDGETS, LAW, ORACLE, published, surface
 from prime_jax.scaling import approach2, approach3
 from prime_jax.scaling.fits import fit_family
 from prime_jax.scaling.intervals import known_percentiles
-from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 from prime_jax.scaling.settings import Settings
 
-STEEP = Law(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.28)  # the case of the literature
+STEEP = PowerLaw(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.28)  # the case of the literature
 TRUE = np.log(optimum(STEEP, Compute(), np.array(BUDGETS)).params)
 
 
 def repeated(law, replicates=50):
-    return Law(*(np.full(replicates, value) for value in vars(law).values()))
+    return PowerLaw(*(np.full(replicates, value) for value in vars(law).values()))
 
 
 def fitted_law(points):
@@ -91,7 +91,7 @@ def test_weights_favour_the_runs_that_are_known_best():
 
 
 def test_equal_exponents_have_no_shift_on_centred_grids():
-    even = Law(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)
+    even = PowerLaw(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)
     _, better = corrected(surface(even, ratios=np.geomspace(1 / 16, 16, 9)), even)
     np.testing.assert_allclose(better.shift_K, 0, atol=1e-9)
 

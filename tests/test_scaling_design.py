@@ -12,7 +12,7 @@ from scaling_cases import LAW
 from prime_jax import cli, flops
 from prime_jax.scaling import designs, fits, launchable
 from prime_jax.scaling.designs import Cell
-from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.settings import Settings
 from prime_jax.sweep import collect, grid, plan
 
@@ -49,7 +49,9 @@ def simulated_sd(params, tokens, target=TARGET, draws=500):
         step = np.einsum("rkn,rn->rk", np.linalg.pinv(jacobian), data - np.log(total))
         theta_Rx5 = theta_Rx5 + step
     e, a, alpha, b, beta = theta_Rx5.T
-    law = Law(np.exp(e), np.exp(a) * middle[0] ** alpha, np.exp(b) * middle[1] ** beta, alpha, beta)
+    law = PowerLaw(
+        np.exp(e), np.exp(a) * middle[0] ** alpha, np.exp(b) * middle[1] ** beta, alpha, beta
+    )
     return np.std(np.log(optimum(law, Compute(), target).params))
 
 

@@ -93,4 +93,4 @@ def test_a_precise_run_weighs_more_but_not_than_the_scatter_allows():
 def test_scatter_is_that_of_normal_numbers_and_ignores_odd_ones():
     residual = 0.004 * np.random.default_rng(0).standard_normal(4000)
     residual[:40] = 10.0
-    assert noise.scatter(residual) == pytest.approx(0.004, rel=0.05)
+    assert noise.scatter(residual, 5) == pytest.approx(0.004, rel=0.05)

@@ -7,7 +7,7 @@ from scaling_cases import LAW, csv_rows, points, published, surface
 
 from prime_jax.errors import UserError
 from prime_jax.scaling.fits import fit_family, fit_runs
-from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 from prime_jax.scaling.points import select
 from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
@@ -94,7 +94,7 @@ def test_few_runs_and_bounds_are_warned_about():
     few = fit_family(surface(ratios=(0.5, 1, 2), noise=0.001), QUICK)
     assert "too_few_points" in codes(few)
     assert not refusals(few.warnings)
-    flat = surface(Law(E=1.8, A=1e-20, B=2000.0, alpha=0.34, beta=0.38))
+    flat = surface(PowerLaw(E=1.8, A=1e-20, B=2000.0, alpha=0.34, beta=0.38))
     grid = np.tile([1e6, 3e6, 1e7, 3e7, 1e8], 4)
     tokens = flat.flops / (6 * grid)
     flat = replace(flat, params=grid, tokens=tokens, loss=1.8 + 2000 * tokens**-0.38)
@@ -115,7 +115,7 @@ def test_a_delta_below_the_noise_is_warned_about():
 
 def test_what_the_runs_do_not_identify_is_warned_about():
     # At budgets this small E is a few percent of the losses, within their noise.
-    law = Law(E=0.05, A=40.0, B=60.0, alpha=0.2, beta=0.2)
+    law = PowerLaw(E=0.05, A=40.0, B=60.0, alpha=0.2, beta=0.2)
     family = fit_family(surface(law, budgets=(1e14, 3e14, 1e15), noise=0.02, seed=3), QUICK)
     assert "not_identified" in codes(family)
     assert family.approach3.profile["E"][0] is None

@@ -17,7 +17,7 @@ from prime_jax.cli import scaling
 from prime_jax.errors import UserError
 from prime_jax.scaling import drawing, figures, labels, record, report
 from prime_jax.scaling.fits import fit_runs
-from prime_jax.scaling.laws import Law
+from prime_jax.scaling.laws import PowerLaw
 from prime_jax.scaling.points import select
 from prime_jax.scaling.results import Approach3
 from prime_jax.scaling.schema import as_dict
@@ -298,8 +298,8 @@ def test_a_multiplier_that_is_no_number_is_drawn_as_far_as_it_is_one(three):
 def far_apart(tmp_path):
     """Runs as far apart as the quickstart's: no loss of one family is within the other's data."""
     laws = {
-        "arm": Law(E=1.15, A=30.0, B=2000.0, alpha=0.393, beta=0.887),
-        "mdm": Law(E=2.28, A=1500.0, B=400.0, alpha=0.92, beta=0.567),
+        "arm": PowerLaw(E=1.15, A=30.0, B=2000.0, alpha=0.393, beta=0.887),
+        "mdm": PowerLaw(E=2.28, A=1500.0, B=400.0, alpha=0.92, beta=0.567),
     }
     rows = []
     for seed, (name, law) in enumerate(laws.items()):

@@ -22,7 +22,7 @@ from scipy.stats import norm
 from prime_jax.scaling import labels, newton
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.intervals import known_percentiles
-from prime_jax.scaling.laws import Compute, Law, Optimum
+from prime_jax.scaling.laws import Compute, Optimum, PowerLaw
 from prime_jax.scaling.points import SPREAD, Points, budget_spread
 from prime_jax.scaling.schema import hidden, key
 
@@ -202,7 +202,7 @@ class Debiased:
     a_R: Array | None = hidden()
 
 
-def unshifted(curve: IsoflopCurve, minimum: ArrayLike, law: Law, compute: Compute) -> Array:
+def unshifted(curve: IsoflopCurve, minimum: ArrayLike, law: PowerLaw, compute: Compute) -> Array:
     """log N* for which the parabola through this curve's sizes has its lowest point at `minimum`.
 
     `minimum` and the exponents of `law` broadcast. NaN where no such law exists. An interpolant
@@ -431,8 +431,8 @@ def redraw(isoflop: Approach2, replicates: int, seed: int) -> Draws | None:
 def take_shift_off(
     found: Approach2,
     draws: Draws | None,
-    law: Law,
-    replicates: Law,
+    law: PowerLaw,
+    replicates: PowerLaw,
     compute: Compute,
     seed: int,
     level: float = 0.95,

@@ -31,7 +31,7 @@ from prime_jax.scaling.intervals import (
     resample,
     wild_resample,
 )
-from prime_jax.scaling.laws import Compute, Law, exponent, fit_compute, optimum
+from prime_jax.scaling.laws import POWERS, Compute, PowerLaw, exponent, fit_compute, optimum
 from prime_jax.scaling.points import GAP, Points, Runs, assign_budgets, strata
 from prime_jax.scaling.results import Origin, origin
 from prime_jax.scaling.schema import hidden, key
@@ -95,8 +95,8 @@ class Side:
         low, high: the budgets of the data.
     """
 
-    law: Law
-    replicates: Law
+    law: PowerLaw
+    replicates: PowerLaw
     compute: Compute
     knots_K: Array
     log_loss_K: Array
@@ -136,7 +136,7 @@ class Multiplier:
     interpolated_interval: list[list[float] | None]
 
 
-def frontier_flops(law: Law, compute: Compute, loss: ArrayLike) -> Array:
+def frontier_flops(law: PowerLaw, compute: Compute, loss: ArrayLike) -> Array:
     """C at which the best loss is `loss`; inf where E is not below it.
 
     Both terms of the law fall with the same power of C along the frontier, so that
@@ -356,7 +356,7 @@ class Test:
     statistic: float
     simulations: int
     gradient: float
-    params: dict[str, Law]
+    params: dict[str, PowerLaw]
 
 
 @dataclass(frozen=True)
@@ -416,7 +416,7 @@ class _Prepared:
     """A fitted family, and its replicates drawn together with the others'."""
 
     family: _Fitted
-    replicates: Law
+    replicates: PowerLaw
     cell_n: NDArray[np.intp]
     side: Side
     slopes_R: Array | None  # a of approach 2, redrawn
@@ -438,6 +438,8 @@ def compare(
     Raises:
         UserError: a family is not there, or there is nothing to compare.
     """
+    if settings.law != POWERS:
+        raise UserError(f"families are compared by the law {POWERS!r}, not by {settings.law!r}")
     names = list(dict.fromkeys(against)) or [name for name in runs.families if name != baseline]
     for name in (baseline, *names):
         if name not in runs.families:
@@ -532,7 +534,9 @@ def _prepare(fits: dict[str, _Fitted], settings: Settings) -> dict[str, _Prepare
         inside = family.isoflop.inside
         side = Side(
             law=law,
-            replicates=Law(*(np.asarray(v)[:, None] for v in _values(replicates[k]))),
+            replicates=replace(
+                law, **{name: draws[:, None] for name, draws in vars(replicates[k]).items()}
+            ),
             compute=family.compute,
             knots_K=np.log([curve.flops for curve in inside]),
             log_loss_K=np.log([curve.optimum.loss for curve in inside]),
@@ -548,7 +552,7 @@ def _prepare(fits: dict[str, _Fitted], settings: Settings) -> dict[str, _Prepare
     return out
 
 
-def _replicates(fits: list[_Fitted], settings: Settings) -> list[Law]:
+def _replicates(fits: list[_Fitted], settings: Settings) -> list[PowerLaw]:
     """Laws of all families under runs drawn together.
 
     A family with checkpoints of one run cannot be drawn by cells: it gets the wild cluster
@@ -721,7 +725,3 @@ def _disagree(m: Multiplier) -> NDArray[np.bool_]:
             low, high = m.interval_2xK[:, k]
             out[k] = ends[1] < low or high < ends[0]
     return out
-
-
-def _values(law: Law) -> tuple[Array, ...]:
-    return law.E, law.A, law.B, law.alpha, law.beta

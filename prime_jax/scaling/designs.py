@@ -19,8 +19,7 @@ from scipy.stats import chi2, norm
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, labels
-from prime_jax.scaling.approach3 import NAMES
-from prime_jax.scaling.laws import Compute, Law, optima, optimum
+from prime_jax.scaling.laws import Compute, PowerForm, PowerLaw, optima, optimum
 from prime_jax.scaling.points import Points
 from prime_jax.scaling.results import FamilyFit
 from prime_jax.scaling.rollout import distance
@@ -40,7 +39,7 @@ class Linear:
         sigma: of log loss of one run, times what the objective loses against least squares.
     """
 
-    law: Law
+    law: PowerLaw
     compute: Compute
     centre: tuple[float, float]
     free: NDArray[np.bool_]
@@ -89,7 +88,7 @@ def linearise(family: FamilyFit, settings: Settings) -> Linear:
     """The family has approach 3."""
     three, points = family.approach3, family.points
     centre = float(np.log(points.params).mean()), float(np.log(points.tokens).mean())
-    free = np.array([name not in three.certificate.bounds for name in NAMES])
+    free = np.array([name not in three.certificate.bounds for name in PowerForm.names])
     noise = noise_sd(family)
     return Linear(
         three.law, family.compute, centre, free, noise * loss_of_efficiency(noise, settings)
@@ -104,7 +103,7 @@ def noise_sd(family: FamilyFit) -> float:
     points, part = family.points, family.approach3
     residual = np.log(points.loss) - np.log(part.law.loss(points.params, points.tokens))
     squares = float(part.problem.weight_n @ residual**2)
-    return math.sqrt(squares / max(1, len(residual) - len(NAMES)))
+    return math.sqrt(squares / max(1, len(residual) - len(PowerForm.names)))
 
 
 def loss_of_efficiency(noise: float, settings: Settings) -> float:
@@ -212,6 +211,8 @@ def choose(
             f"target {labels.flops(target)} FLOPs lies below the data of {points.family}, "
             f"which begin at {labels.flops(points.budgets[0])}"
         )
+    if not isinstance(family.approach3.law, PowerLaw):
+        raise UserError(f"{points.family}: a design knows only the law {PowerLaw.formula}")
     linear = linearise(family, settings)
     model_sd = _model_sd(family, linear, target)
     cells = candidates(points, linear, target, flops_budget)

@@ -21,15 +21,13 @@ from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.intervals import (
     Ends,
     at_bound,
-    best_size,
     bootstrap_weights,
     percentiles,
     profiles,
-    quantities,
     resample,
     wild_resample,
 )
-from prime_jax.scaling.laws import Compute, Law, exponent, fit_compute, optimum
+from prime_jax.scaling.laws import Compute, Law, PowerLaw, exponent, fit_compute, optimum
 from prime_jax.scaling.noise import ErrorBudget, Held
 from prime_jax.scaling.points import Points, Runs, budget_levels, strata
 from prime_jax.scaling.results import Approach3, FamilyFit, ScalingFit, curve_budgets, origin
@@ -78,7 +76,9 @@ def fit_law(points: Points, compute: Compute, settings: Settings) -> Approach3:
     law, level = fitted.law, settings.level
     diagnostics = [
         *_fit_findings(points, fitted),
-        *_delta_findings(problem, noise.scatter(problem.residual(fitted.theta_5))),
+        *_delta_findings(
+            problem, noise.scatter(problem.residual(fitted.theta_K), problem.unknowns)
+        ),
         *_bound_findings(problem, fitted, replicates, settings),
         *_profile_findings(ends, sizes, level),
         *_optimum_findings(points, compute, law),
@@ -129,10 +129,15 @@ def weighted_fit(
 ) -> tuple[approach3.Problem, approach3.Fit, ErrorBudget]:
     """The fit under the weights of the error budget, which needs the scatter of an even one."""
     problem = approach3.problem(
-        points.params, points.tokens, points.loss, settings.delta, settings.objective
+        points.params,
+        points.tokens,
+        points.loss,
+        settings.delta,
+        settings.objective,
+        law=settings.law,
     )
     fitted, errors = approach3.fit(problem), noise.of(points)
-    weight = errors.run_weights(noise.scatter(problem.residual(fitted.theta_5)))
+    weight = errors.run_weights(noise.scatter(problem.residual(fitted.theta_K), problem.unknowns))
     if np.ptp(weight) > 0:
         problem = replace(problem, weight_n=weight)
         fitted = approach3.fit(problem)
@@ -155,11 +160,11 @@ def _profile(
     compute: Compute,
     level: float,
 ) -> tuple[dict[str, Ends], dict[float, Ends]]:
-    named = quantities(problem, compute)
+    named = problem.form.quantities(compute)
     every = points.budgets
     shown = np.linspace(0, len(every) - 1, min(len(every), PROFILED)).round().astype(int)
     at = every[shown].tolist()
-    sizes = [best_size(problem, compute, flops) for flops in at]
+    sizes = [problem.form.best_size(compute, flops) for flops in at]
     ends = profiles(problem, fitted, [*named.values(), *sizes], level, points.run)
     count = len(named)
     return (
@@ -173,7 +178,10 @@ def _fit_findings(points: Points, fit: approach3.Fit) -> list[Diagnostic]:
     runs = len(points.loss)
     if runs < FEW_RUNS:
         diagnostics.append(
-            warn("too_few_points", f"{runs} runs for five unknowns; {FEW_RUNS} or more are wanted")
+            warn(
+                "too_few_points",
+                f"{runs} runs for {len(vars(fit.law))} unknowns; {FEW_RUNS} or more are wanted",
+            )
         )
     if certificate.gradient > approach3.STATIONARY:
         diagnostics.append(
@@ -193,11 +201,11 @@ def _fit_findings(points: Points, fit: approach3.Fit) -> list[Diagnostic]:
                 f"{certificate.agreeing:.0%} of {certificate.starts} starts reach the best objective",
             )
         )
-    if points.loss.min() < fit.law.E:
+    if points.loss.min() < fit.law.lowest:
         diagnostics.append(
             warn(
                 "e_above_lowest_loss",
-                f"E = {fit.law.E:.4g} is above the lowest loss, {points.loss.min():.4g}",
+                f"E = {fit.law.lowest:.4g} is above the lowest loss, {points.loss.min():.4g}",
             )
         )
     return diagnostics
@@ -355,7 +363,7 @@ def fit_family(
         optima=three.bests(points.budgets),
         frontier=three.along(curve_budgets(points)),
     )
-    if not three.certificate.bounds:  # approach 3 knows how steep the curves are
+    if isinstance(three.law, PowerLaw) and not three.certificate.bounds:  # it knows the curves
         two = replace(two, debiased=_debiased(two, three, settings))
     return _family(points, compute, three, two, one, held_out)
 
@@ -396,7 +404,7 @@ def _errors(points: Points, three: Approach3, rollout: Rollout | None) -> ErrorB
     return replace(
         errors,
         model=known and Held(known.bias, known.rms),
-        scatter=noise.scatter(three.problem.residual(three.fit.theta_5)),
+        scatter=noise.scatter(three.problem.residual(three.fit.theta_K), three.problem.unknowns),
         weights=[float(weight_n.min()), float(weight_n.max())],
     )
 

@@ -21,9 +21,7 @@ taken over a kernel density of the residuals: of 60 runs too few lie within Hube
 counted. Runs of several checkpoints count once. An end is None where the objective never rises
 enough: the runs do not bound the quantity on that side.
 
-A quantity is any function of the unknowns of the form
-(constant + linear . theta + logs . log theta) / (plain + divide . theta), see `quantities` and
-`best_size`. It is held by a penalty instead of a constraint: the minimum of
+A quantity (`laws.Quantity`) is held by a penalty instead of a constraint: the minimum of
 objective + weight (g - c)**2 lies exactly on the profile, at the g that it ends with.
 """
 
@@ -35,8 +33,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import f as f_distribution
 
 from prime_jax.scaling import newton
-from prime_jax.scaling.approach3 import NAMES, Fit, Problem, solve
-from prime_jax.scaling.laws import Compute, Law
+from prime_jax.scaling.approach3 import Fit, Problem, solve
+from prime_jax.scaling.laws import Law, Quantity
 
 Array = NDArray[np.float64]
 
@@ -66,8 +64,8 @@ def wild_resample(p: Problem, fitted: Fit, run_n: ArrayLike, replicates: int, se
     """The law refitted to its own losses and the errors of the runs, each times a random factor."""
     labels, run = np.unique(run_n, return_inverse=True)
     factor_RxG = np.random.default_rng(seed).choice(WEBB, (replicates, len(labels)))
-    spread = np.sqrt(len(labels) / max(len(labels) - len(NAMES), 1))  # a fit hugs its data
-    residual = p.residual(fitted.theta_5)
+    spread = np.sqrt(len(labels) / max(len(labels) - p.unknowns, 1))  # a fit hugs its data
+    residual = p.residual(fitted.theta_K)
     error = -spread * np.clip(residual, -p.delta, p.delta) / p.curvature(residual)
     drawn = p.log_loss_n + residual + factor_RxG[:, run] * error
     squares = replace(p, log_loss_n=drawn, objective="ls", delta=np.inf)
@@ -79,18 +77,18 @@ def _refit(p: Problem, fitted: Fit, weight_Rxn: Array) -> Law:
     ends = []
     for first in range(0, len(weight_Rxn), size):
         block = np.arange(first, min(first + size, len(weight_Rxn)))
-        start = np.tile(fitted.theta_5, (len(block), 1))
+        start = np.tile(fitted.theta_K, (len(block), 1))
         ends.append(solve(p.at(block), start, weight_Rxn[block])[0])
-    return p.law(np.concatenate(ends))
+    return p.form.law(np.concatenate(ends))
 
 
 def at_bound(p: Problem, replicates: Law) -> dict[str, float]:
     """The fraction of replicates that end at a bound of the search, by parameter."""
-    theta_Rx5 = p.theta(replicates)
+    theta_RxK = p.form.theta(replicates)
     lower, upper = p.box()
     slack = 1e-9 * (upper - lower)
-    held = (theta_Rx5 <= lower + slack) | (theta_Rx5 >= upper - slack)
-    return dict(zip(NAMES, held.mean(axis=0).tolist(), strict=True))
+    held = (theta_RxK <= lower + slack) | (theta_RxK >= upper - slack)
+    return dict(zip(p.form.names, held.mean(axis=0).tolist(), strict=True))
 
 
 def percentiles(values_R: Array, level: float = 0.95) -> list[float]:
@@ -115,52 +113,12 @@ def known_percentiles(draws_R: Array | None, level: float = 0.95) -> list[float]
 
 Ends = tuple[float | None, float | None]
 
-UNKNOWNS = 5
 PENALTY = 100.0  # the penalty's curvature over that of the objective along the quantity
 CLOSE = 1e-3  # an end is found when the root of the rise is within this fraction of its limit
 ROUNDS, DOUBLINGS = 25, 10
 STEPS = 100  # of Newton's method for one point of a profile
 FAR = 50.0  # an end this far from the fit, a factor of e**50, is none
 SILENT = 1e-6  # residuals of runs without noise
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """g(theta_5), and what people call its value."""
-
-    constant: float
-    linear_5: Array
-    logs_5: Array
-    plain: float
-    divide_5: Array
-    natural: Callable[[Array], Array]  # increasing
-
-
-def quantities(p: Problem, compute: Compute) -> dict[str, Quantity]:
-    """E, A, B, alpha, beta and the exponent a of N*(C)."""
-    n, d = p.centre[0] / p.scale[0], p.centre[1] / p.scale[1]
-    log_alpha, log_beta = -np.log(p.scale[0]), -np.log(p.scale[1])
-
-    def exponent(log_ratio: Array) -> Array:
-        return 1 / (np.exp(-log_ratio) + compute.q)
-
-    return {
-        "E": _quantity(linear=(1, 0, 0, 0, 0)),
-        "A": _quantity(linear=(0, 1, n, 0, 0)),
-        "B": _quantity(linear=(0, 0, 0, 1, d)),
-        "alpha": _quantity(log_alpha, logs=(0, 0, 1, 0, 0)),
-        "beta": _quantity(log_beta, logs=(0, 0, 0, 0, 1)),
-        "a": _quantity(log_beta - log_alpha, logs=(0, 0, -1, 0, 1), natural=exponent),
-    }
-
-
-def best_size(p: Problem, compute: Compute, flops: float) -> Quantity:
-    """N*(flops), as in laws.optimum."""
-    n, d = p.centre[0] / p.scale[0], p.centre[1] / p.scale[1]
-    work = (np.log(flops) - np.log(compute.k)) / p.scale[1]
-    constant = np.log(p.scale[1]) - np.log(p.scale[0]) - np.log(compute.q)
-    divide = (0, 0, 1 / p.scale[0], 0, compute.q / p.scale[1])
-    return _quantity(constant, (0, 1, n, -1, work - d), (0, 0, 1, 0, -1), 0.0, divide)
 
 
 def profiles(
@@ -174,17 +132,17 @@ def profiles(
 
     Args:
         p, fit: the objective and its minimum.
-        quantities: of `parameters` and `best_size`.
+        quantities: of the form of the law.
         level: of each interval.
         runs: the run of each point, [n], where several may be checkpoints of one.
     """
-    if np.abs(p.residual(fit.theta_5)).max() < SILENT:
-        exact = [float(q.natural(values([q], fit.theta_5[None])[0])[0]) for q in quantities]
+    if np.abs(p.residual(fit.theta_K)).max() < SILENT:
+        exact = [float(q.natural(values([q], fit.theta_K[None])[0])[0]) for q in quantities]
         return [(value, value) for value in exact]
-    kappa, freedom = robust_scale(p, p.residual(fit.theta_5), runs)
+    kappa, freedom = robust_scale(p, p.residual(fit.theta_K), runs)
     rise = 0.5 * kappa * f_distribution.ppf(level, 1, freedom)
     both = _stack([q for q in quantities for _ in range(2)])
-    ends = _search(*_pushed(p, fit.theta_5, both, rise), far=FAR)
+    ends = _search(*_pushed(p, fit.theta_K, both, rise), far=FAR)
     pairs = zip(ends[::2], ends[1::2], quantities, strict=True)
     return [(_natural(q, low), _natural(q, high)) for low, high, q in pairs]
 
@@ -218,30 +176,10 @@ def robust_scale(
     """kappa of the residuals of a fit, and the degrees of freedom of its numerator."""
     count = len(residual)
     independent = count if runs is None else len(np.unique(runs))
-    freedom = max(independent - UNKNOWNS, 1)
+    freedom = max(independent - p.unknowns, 1)
     score = np.clip(residual, -p.delta, p.delta)
     squares = np.sum((p.weight_n * score) ** 2) / freedom
     return float(squares / (np.mean(p.weight_n) * p.curvature(residual))), freedom
-
-
-def _quantity(
-    constant: float = 0.0,
-    linear: Sequence[float] = (0,) * UNKNOWNS,
-    logs: Sequence[float] = (0,) * UNKNOWNS,
-    plain: float = 1.0,
-    divide: Sequence[float] = (0,) * UNKNOWNS,
-    natural: Callable[[Array], Array] = np.exp,
-) -> Quantity:
-    rows = (np.array(row, dtype=np.float64) for row in (linear, logs, divide))
-    linear_5, logs_5, divide_5 = rows
-    return Quantity(
-        constant=constant,
-        linear_5=linear_5,
-        logs_5=logs_5,
-        plain=plain,
-        divide_5=divide_5,
-        natural=natural,
-    )
 
 
 @dataclass(frozen=True)
@@ -259,23 +197,23 @@ class _Stack:
 
 
 def _stack(quantities: Sequence[Quantity]) -> _Stack:
-    names = ("constant", "linear_5", "logs_5", "plain", "divide_5")
+    names = ("constant", "linear_K", "logs_K", "plain", "divide_K")
     return _Stack(*(np.array([getattr(q, name) for q in quantities]) for name in names))
 
 
-def values(quantities: Sequence[Quantity], theta_Px5: Array) -> tuple[Array, Array, Array]:
-    """The P quantities at P settings: g_P (before `natural`), its gradient_Px5, Hessian_Px5x5."""
-    return _values(_stack(quantities), theta_Px5)
+def values(quantities: Sequence[Quantity], theta_PxK: Array) -> tuple[Array, Array, Array]:
+    """The P quantities at P settings: g_P (before `natural`), its gradient_PxK, Hessian_PxKxK."""
+    return _values(_stack(quantities), theta_PxK)
 
 
-def _values(g: _Stack, theta_Px5: Array) -> tuple[Array, Array, Array]:
-    used = np.where(g.logs != 0, theta_Px5, 1.0)
-    top = g.constant + np.sum(g.linear * theta_Px5 + g.logs * np.log(used), axis=1)
-    below = g.plain + np.sum(g.divide * theta_Px5, axis=1)
+def _values(g: _Stack, theta_PxK: Array) -> tuple[Array, Array, Array]:
+    used = np.where(g.logs != 0, theta_PxK, 1.0)
+    top = g.constant + np.sum(g.linear * theta_PxK + g.logs * np.log(used), axis=1)
+    below = g.plain + np.sum(g.divide * theta_PxK, axis=1)
     value = top / below
     gradient = (g.linear + g.logs / used - value[:, None] * g.divide) / below[:, None]
-    hessian = np.zeros((len(value), UNKNOWNS, UNKNOWNS))
-    diagonal = np.arange(UNKNOWNS)
+    diagonal = np.arange(theta_PxK.shape[1])
+    hessian = np.zeros((len(value), len(diagonal), len(diagonal)))
     hessian[:, diagonal, diagonal] = -g.logs / used**2
     cross = gradient[:, :, None] * g.divide[:, None, :]
     return value, gradient, (hessian - cross - cross.transpose(0, 2, 1)) / below[:, None, None]
@@ -285,13 +223,13 @@ def _values(g: _Stack, theta_Px5: Array) -> tuple[Array, Array, Array]:
 Push = Callable[[NDArray[np.intp], Array], tuple[Array, Array]]
 
 
-def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, Array, Array]:
+def _pushed(p: Problem, theta_K: Array, g: _Stack, rise: float) -> tuple[Push, Array, Array]:
     """Minima of the objective with each quantity near its aim, the values at the fit, and first
     steps: downward and upward by turns."""
     count = len(g.constant)
-    theta, deficit = np.tile(theta_5, (count, 1)), np.zeros(count)
-    weight = np.broadcast_to(p.weight_n, (count, len(p.x_n)))
-    lowest, _, hessian = p.derivatives(theta_5[None], p.weight_n[None])
+    theta, deficit = np.tile(theta_K, (count, 1)), np.zeros(count)
+    weight = np.broadcast_to(p.weight_n, (count, p.runs))
+    lowest, _, hessian = p.derivatives(theta_K[None], p.weight_n[None])
     best, slope, _ = _values(g, theta)
     spread = np.sum(slope * (slope @ np.linalg.pinv(hessian[0], hermitian=True)), axis=1)
     curvature = np.abs(1 / spread)
@@ -301,7 +239,7 @@ def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, A
         theta[which] = _held(
             p,
             g=g.at(which),
-            start_Px5=theta[which],
+            start_PxK=theta[which],
             weight_Pxn=weight[which],
             target_P=target,
             stiff_P=penalty,
@@ -360,7 +298,7 @@ def _search(push: Push, best_P: Array, step_P: Array, far: float = np.inf) -> li
 
 
 def _held(
-    p: Problem, g: _Stack, start_Px5: Array, weight_Pxn: Array, target_P: Array, stiff_P: Array
+    p: Problem, g: _Stack, start_PxK: Array, weight_Pxn: Array, target_P: Array, stiff_P: Array
 ) -> Array:
     """The minimum of objective + stiff / 2 (g - target)**2, [P, 5]."""
 
@@ -376,7 +314,7 @@ def _held(
             hessian + penalty[:, None, None] * outer + score[:, :, None] * second,
         )
 
-    return newton.minimise(derivatives, start_Px5, *p.box(), p.floor, steps=STEPS)[0]
+    return newton.minimise(derivatives, start_PxK, *p.box(), p.floor, steps=STEPS)[0]
 
 
 def _natural(quantity: Quantity, value: float | None) -> float | None:

@@ -23,7 +23,6 @@ from prime_jax.scaling.schema import hidden, key
 Array = NDArray[np.float64]
 
 CURVATURE = 0.03  # nats per squared unit of log lr, as is typical
-UNKNOWNS = 5
 NORMAL = 1.4826  # standard deviation over median size of normal numbers
 
 
@@ -82,10 +81,11 @@ def of(points: Points) -> ErrorBudget:
     return ErrorBudget(seed, tuning, evaluation, sd_n=total)
 
 
-def scatter(residual_n: Array) -> float:
-    """Standard deviation about the law, from the median size: a few odd runs do not move it."""
+def scatter(residual_n: Array, unknowns: int) -> float:
+    """Standard deviation about a law with so many unknowns, from the median size: a few odd runs
+    do not move it."""
     count = len(residual_n)
-    hugged = np.sqrt(count / max(count - UNKNOWNS, 1))
+    hugged = np.sqrt(count / max(count - unknowns, 1))
     return float(NORMAL * np.median(np.abs(residual_n)) * hugged)
 
 

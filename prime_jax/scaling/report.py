@@ -11,6 +11,7 @@ from typing import Any
 
 from prime_jax.runtime.records import read_json
 from prime_jax.scaling import tables
+from prime_jax.scaling.laws import LAWS
 from prime_jax.scaling.results import SCHEMA
 from prime_jax.scaling.tables import Cell, Table
 
@@ -167,11 +168,11 @@ def _sure(families: dict[str, Any], refused: int) -> str:
 
 def _laws(record: dict[str, Any], figures: Pictures) -> Iterable[str]:
     families = record["families"]
+    formula = LAWS[record["method"]["settings"]["law"]][1].formula
     yield "<h2>The fitted laws</h2>"
     yield (
-        "<p>L(N, D) = E + A / N<sup>α</sup> + B / D<sup>β</sup>. E is the loss that no amount of "
-        "compute removes. Small print: the bootstrap interval, and below it the profile interval, "
-        "the range that the data themselves allow; “open” means that they set no end.</p>"
+        f"<p>{html.escape(formula)} Small print: the bootstrap interval, and below it the profile "
+        "interval, the range that the data themselves allow; “open” means that they set no end.</p>"
     )
     yield _table(tables.laws(families))
     yield from _figures(figures, "isoflop", "isoloss")

@@ -308,22 +308,26 @@ def _problem(points: Points, fitted: NDArray[np.bool_], settings: Settings) -> a
         points.params[fitted],
         points.tokens[fitted],
         points.loss[fitted],
-        settings.delta,
-        settings.objective,
+        delta=settings.delta,
+        objective=settings.objective,
+        law=settings.law,
     )
 
 
 def _weights(points: Points, law: Law) -> Array:
     """Of all runs, as in their fit; most of all they tell repeats and tuned runs from others."""
-    scatter = noise.scatter(np.log(law.loss(points.params, points.tokens) / points.loss))
+    residual = np.log(law.loss(points.params, points.tokens) / points.loss)
+    scatter = noise.scatter(residual, len(vars(law)))
     return noise.of(points).run_weights(scatter)
 
 
 def _law(problem: approach3.Problem, near: Law) -> Law:
-    start = np.vstack([problem.theta(near), approach3.starts(problem)[::START_STRIDE]])
-    weight = np.broadcast_to(problem.weight_n, (len(start), len(problem.x_n)))
+    start = np.vstack(
+        [problem.form.theta(near), problem.form.starts(problem.log_loss_n)[::START_STRIDE]]
+    )
+    weight = np.broadcast_to(problem.weight_n, (len(start), problem.runs))
     ends, values = approach3.solve(problem, start, weight)
-    return problem.law(ends[np.argmin(values)])
+    return problem.form.law(ends[np.argmin(values)])
 
 
 def _step(
