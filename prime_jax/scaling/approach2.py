@@ -11,13 +11,13 @@ factor and a constant it is exp(-alpha t) / alpha + exp(q beta t) / (q beta) in 
 given minimum follows in closed form from alpha, beta and the sampled sizes; E, A and B drop out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.interpolate import Akima1DInterpolator
-from scipy.stats import norm
+from scipy.special import log_ndtr
 
 from prime_jax.scaling import labels, newton
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
@@ -31,6 +31,7 @@ Side = Literal["below", "above"]
 Method = Literal["parabola", "akima"]
 
 MIN_SIZES = {"parabola": 3, "akima": 5}  # Akima's slopes come from five neighbours
+HALF_LOG_2PI = np.log(np.sqrt(2 * np.pi))
 FINE = 401  # sizes at which an interpolant is searched
 
 
@@ -145,8 +146,10 @@ def redraw_curve(curve: IsoflopCurve, sigma_R: Array, rng: np.random.Generator) 
     return np.where(convex, curve.centre + minimum, np.nan)
 
 
-def _akima(x_n: Array, loss_n: Array) -> Akima1DInterpolator:
+def _akima(x_n: Array, loss_n: Array) -> Callable[[ArrayLike], Array]:
     """Through the mean loss of every size; `loss_n` may have more axes."""
+    from scipy.interpolate import Akima1DInterpolator  # slow to load, and rarely used
+
     size, where = np.unique(x_n, return_inverse=True)
     total = np.zeros((len(size), *loss_n.shape[1:]))
     np.add.at(total, where, loss_n)
@@ -243,8 +246,8 @@ def censored_slope(x_V: Array, y_RxV: Array, sd_V: Array, side_V: NDArray[np.int
         z = (mean - y_RxV[problems]) / sd_V
         by_value = 0.5 * z**2, z, np.ones_like(z)
         signed = np.where(value, 1, side_V) * z
-        log_mass = norm.logcdf(signed)
-        mills = np.exp(norm.logpdf(signed) - log_mass)
+        log_mass = log_ndtr(signed)
+        mills = np.exp(-(signed**2) / 2 - HALF_LOG_2PI - log_mass)
         by_bound = -log_mass, -side_V * mills, mills * (signed + mills)
         cost, first, second = (
             np.where(value, one, other) for one, other in zip(by_value, by_bound, strict=True)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2, norm
+from scipy.special import gammaincinv, ndtr
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, labels
@@ -116,8 +116,9 @@ def loss_of_efficiency(noise: float, settings: Settings) -> float:
     k = settings.delta / noise if noise > 0 else math.inf
     if k > 8:
         return 1.0
-    inside = 2 * norm.cdf(k) - 1
-    psi2 = inside - 2 * k * norm.pdf(k) + 2 * k**2 * norm.sf(k)
+    density = math.exp(-(k**2) / 2) / math.sqrt(2 * math.pi)
+    inside = 2 * ndtr(k) - 1
+    psi2 = inside - 2 * k * density + 2 * k**2 * ndtr(-k)
     return float(math.sqrt(psi2) / inside)
 
 
@@ -405,7 +406,8 @@ def _model_sd(family: FamilyFit, linear: Linear, target: float) -> float | None:
     if not squares:
         return None
     # Predictions of one budget share its minimum, so they count as one.
-    if sum(squares) <= sum(chance) * chi2.ppf(0.975, len(budgets)) / len(budgets):
+    limit = 2 * gammaincinv(len(budgets) / 2, 0.975)  # of chi-squared
+    if sum(squares) <= sum(chance) * limit / len(budgets):
         return 0.0
     per_decade = math.sqrt((sum(squares) - sum(chance)) / sum(decades))
     return per_decade * float(distance(points, target))

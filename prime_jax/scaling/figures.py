@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from prime_jax.config import nearest
 from prime_jax.errors import UserError
@@ -289,7 +289,7 @@ def residuals(fit: ScalingFit) -> Figure:
         points, part = family.points, family.approach3
         predicted = part.law.loss(points.params, points.tokens)
         above = points.loss / predicted - 1
-        floor = norm.ppf(0.975) * family.error_budget.seed.relative_sd
+        floor = ndtri(0.975) * family.error_budget.seed.relative_sd
         for panel, x in ((by_loss, predicted), (by_flops, points.flops)):
             panel.axhspan(-floor, floor, color=GREY, alpha=0.15, linewidth=0)
             panel.axhline(0, color=GREY, linewidth=0.8)
@@ -369,7 +369,7 @@ def rollout(fit: ScalingFit) -> Figure:
             *np.transpose(means), "D", color=colour, markersize=5, markeredgecolor="white", zorder=4
         )
         grid = np.linspace(0, max(decades for decades, _ in runs), 40)
-        spread = norm.ppf((1 + fit.settings.level) / 2) * model_error(found).at(grid)
+        spread = ndtri((1 + fit.settings.level) / 2) * model_error(found).at(grid)
         panel.fill_between(grid, -spread, spread, color=colour, alpha=0.12, linewidth=0)
         panel.axhline(0, color=GREY, linewidth=0.8)
         percent_axis(panel)

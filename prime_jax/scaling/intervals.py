@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import f as f_distribution
+from scipy.special import fdtri
 
 from prime_jax.scaling import newton
 from prime_jax.scaling.approach3 import Fit, Problem, solve
@@ -140,7 +140,7 @@ def profiles(
         exact = [float(q.natural(values([q], fit.theta_K[None])[0])[0]) for q in quantities]
         return [(value, value) for value in exact]
     kappa, freedom = robust_scale(p, p.residual(fit.theta_K), runs)
-    rise = 0.5 * kappa * f_distribution.ppf(level, 1, freedom)
+    rise = 0.5 * kappa * fdtri(1, freedom, level)
     both = _stack([q for q in quantities for _ in range(2)])
     ends = _search(*_pushed(p, fit.theta_K, both, rise), far=FAR)
     pairs = zip(ends[::2], ends[1::2], quantities, strict=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from prime_jax.scaling import approach3, newton
 from prime_jax.scaling.approach3 import Fit, Problem
@@ -194,7 +194,7 @@ def _redraw(
     out = []
     for f, (problem, to_family) in enumerate(zip(both.problems, both.maps, strict=True)):
         pool = np.sort(np.concatenate([residuals[f], -residuals[f]]))
-        rank = (norm.cdf(z_RxMxF[:, cells[f], f]) * len(pool)).astype(np.intp)
+        rank = (ndtr(z_RxMxF[:, cells[f], f]) * len(pool)).astype(np.intp)
         drawn = pool[np.minimum(rank, len(pool) - 1)] / np.sqrt(problem.weight_n)
         expected = problem.log_loss_n + problem.residual(to_family @ theta_K)
         out.append(replace(problem, log_loss_n=expected + drawn))

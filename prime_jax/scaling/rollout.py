@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from prime_jax.scaling import approach2, approach3, noise
 from prime_jax.scaling.diagnostics import Diagnostic, warn
@@ -126,7 +126,7 @@ class ModelError:
         self, loss: ArrayLike, low: ArrayLike, high: ArrayLike, decades: ArrayLike, level: float
     ) -> tuple[Array, Array]:
         """The ends of a bootstrap interval of the loss, moved apart by the model's error."""
-        extra = norm.ppf((1 + level) / 2) * self.at(decades) * np.asarray(loss)
+        extra = ndtri((1 + level) / 2) * self.at(decades) * np.asarray(loss)
         return loss - np.hypot(loss - low, extra), loss + np.hypot(high - loss, extra)
 
 
