@@ -140,9 +140,9 @@ def test_the_value_is_the_published_objective_with_weights_as_copies():
     copied = approach3.problem(
         *(np.append(v, v[3]) for v in (points.params, points.tokens, points.loss))
     )
-    with_copy = copied.derivatives(copied.form.theta(law)[None], np.ones((1, len(points.loss) + 1)))[0][
-        0
-    ]
+    with_copy = copied.derivatives(
+        copied.form.theta(law)[None], np.ones((1, len(points.loss) + 1))
+    )[0][0]
     assert problem.derivatives(theta, twice)[0][0] == pytest.approx(with_copy, rel=1e-12)
 
 

@@ -9,7 +9,7 @@ from scipy.stats import kstest
 
 from prime_jax.cli import compare as compare_command
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach3, comparison, joint
+from prime_jax.scaling import approach3, comparison, joint, multiplier
 from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.points import select
 from prime_jax.scaling.schema import as_dict
@@ -73,9 +73,9 @@ def test_frontier_flops_is_the_inverse_of_the_optimum():
     compute = Compute(11.0, 0.92)
     flops = np.array([1e15, 1e20, 1e26])
     loss = optimum(LAW, compute, flops).loss
-    np.testing.assert_allclose(comparison.frontier_flops(LAW, compute, loss), flops, rtol=1e-8)
+    np.testing.assert_allclose(multiplier.frontier_flops(LAW, compute, loss), flops, rtol=1e-8)
     np.testing.assert_array_equal(
-        comparison.frontier_flops(LAW, compute, [LAW.E, LAW.E - 0.1]), np.inf
+        multiplier.frontier_flops(LAW, compute, [LAW.E, LAW.E - 0.1]), np.inf
     )
 
 
@@ -98,7 +98,7 @@ def test_a_constant_multiplier_is_found_by_both_ways():
 def side_of(part, law):
     one = PowerLaw(*(np.atleast_2d(value) for value in vars(law).values()))
     low, high = part.budgets[[0, -1]]
-    return comparison.Side(law, one, Compute(), np.array([]), np.array([]), None, low, high)
+    return multiplier.Side(law, one, Compute(), np.array([]), np.array([]), None, low, high)
 
 
 def test_a_loss_below_e_is_never_reached():
@@ -117,7 +117,7 @@ def test_a_loss_below_e_is_never_reached():
     assert rows[-1]["interval"] == [None, None]
     # The other way about it is the baseline that never reaches the loss.
     family, other = (side_of(part, law) for part, law in ((base, LAW), (surface(high), high)))
-    turned = comparison.at_family(family, other, m.flops, 0.95)
+    turned = multiplier.at_family(family, other, m.flops, 0.95)
     np.testing.assert_array_equal(turned.value == 0, never)
 
 

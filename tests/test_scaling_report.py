@@ -378,6 +378,21 @@ def test_refusals_have_their_own_exit_code_and_the_same_data_the_same_files(
     assert any(line.startswith("refused") for line in lines)
 
 
+def test_more_formats_on_request(fit, tmp_path):
+    drawn = {"frontier": figures.draw(fit, "frontier")}
+    drawing.publish(drawn, figures.NAMES, tmp_path, formats=("svg", "pdf"))
+    assert {path.name for path in tmp_path.iterdir()} == {"frontier.svg", "frontier.pdf"}
+    drawing.publish(drawn, figures.NAMES, tmp_path)  # what was not asked for again goes
+    assert {path.name for path in tmp_path.iterdir()} == {"frontier.svg"}
+
+
+@pytest.mark.parametrize("bad", ["gif", "svg,", "svg png"])
+def test_formats_that_are_none(three, bad, capsys):
+    with pytest.raises(SystemExit):
+        command(three, "--formats", bad)
+    assert "some of svg, png, pdf" in capsys.readouterr().err
+
+
 def test_every_format_is_the_same_for_the_same_fit(fit, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

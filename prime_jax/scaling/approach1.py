@@ -28,6 +28,10 @@ Array = NDArray[np.float64]
 BIN = 1.05  # points closer in tokens than this are averaged: single batches are noisy
 STEADY = 0.99  # of the peak learning rate: what counts as constant
 MIN_STEADY = 0.5  # of a run must be at a constant rate, or its schedule decays
+BUDGETS, SHOWN = 400, 49  # at which the envelope is taken, and stored
+MIN_SIZES, MIN_WINNERS = 3, 4  # that compete, and that win
+DEEP = 64  # best runs of each budget that are kept: a resampling lacks all of them once in e**64
+EDGE_SHARE = 0.25  # of the range of log C that edge sizes may win unmentioned
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,6 @@ def _average(tokens: Array, loss: Array) -> tuple[Array, Array]:
     group = np.unique(np.floor(np.log(tokens) / np.log(BIN)), return_inverse=True)[1]
     count = np.bincount(group)
     return np.bincount(group, tokens) / count, np.bincount(group, loss) / count
-
-
-BUDGETS, SHOWN = 400, 49  # at which the envelope is taken, and stored
-MIN_SIZES, MIN_WINNERS = 3, 4  # that compete, and that win
-DEEP = 64  # best runs of each budget that are kept: a resampling lacks all of them once in e**64
-EDGE_SHARE = 0.25  # of the range of log C that edge sizes may win unmentioned
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ Method = Literal["parabola", "akima"]
 MIN_SIZES = {"parabola": 3, "akima": 5}  # Akima's slopes come from five neighbours
 HALF_LOG_2PI = np.log(np.sqrt(2 * np.pi))
 FINE = 401  # sizes at which an interpolant is searched
+MIN_BUDGETS = 3
+OFF_CENTRE = 0.5  # of the half-width of the sizes, in log N, between their middle and the optimum
+DRIFT = 0.1  # in the exponent, between the middles of the sizes and the optima
 
 
 @dataclass(frozen=True)
@@ -273,11 +276,6 @@ def percentile_sd(draws_RxV: Array) -> Array:
     lost = np.isnan(draws_RxV).mean(axis=0) > 0.16
     low, high = np.nanpercentile(np.where(lost, 0.0, draws_RxV), [16, 84], axis=0)
     return np.where(lost, np.nan, (high - low) / 2)
-
-
-MIN_BUDGETS = 3
-OFF_CENTRE = 0.5  # of the half-width of the sizes, in log N, between their middle and the optimum
-DRIFT = 0.1  # in the exponent, between the middles of the sizes and the optima
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,13 @@ from prime_jax.scaling.settings import Settings
 Array = NDArray[np.float64]
 
 WORST_CONDITION = 1e14
+SPAN, SIZES = 8.0, 13  # candidate sizes: from N*/8 to 8 N*
+REPEATS, MAX_PICKS = 2, 2  # runs of a cell each time it is picked, and how often it may be
+MAX_BUDGETS = 12
+MIN_STEP = 2.0  # between budgets beyond the data
+MIN_GAIN = 0.05  # of the sd: what the whole budget would have to gain at the rate of a next cell
+MIN_PICK = 0.01  # of the sd: what two more runs have to gain to be worth the trouble
+MIN_TOKENS_PER_PARAM = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,14 +130,6 @@ def loss_of_efficiency(noise: float, settings: Settings) -> float:
 
 
 Policy = Literal["per FLOP", "per run"]
-
-SPAN, SIZES = 8.0, 13  # candidate sizes: from N*/8 to 8 N*
-REPEATS, MAX_PICKS = 2, 2  # runs of a cell each time it is picked, and how often it may be
-MAX_BUDGETS = 12
-MIN_STEP = 2.0  # between budgets beyond the data
-MIN_GAIN = 0.05  # of the sd: what the whole budget would have to gain at the rate of a next cell
-MIN_PICK = 0.01  # of the sd: what two more runs have to gain to be worth the trouble
-MIN_TOKENS_PER_PARAM = 1.0
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ from prime_jax.scaling.rollout import model_error
 
 MAX_LABELS = 10  # budgets named beside their curves; more get a colour bar
 CENSORED = {"below": "<", "above": ">"}
+DOUBT = "†"
+MARGIN = 1.4  # of the sampled N and D, as a ratio, that contours reach beyond them
+CONTOURS = 9
+MIXED = "#b42318"
+FARTHEST = 30.0  # a multiplier is drawn up to this many times beyond those in range
 
 
 def isoflop(fit: ScalingFit) -> Figure:
@@ -119,9 +124,6 @@ def _minimum(panel: Axes, curve: approach2.IsoflopCurve, shade: Any) -> None:
             markeredgewidth=0.5,
             zorder=5,
         )
-
-
-DOUBT = "†"
 
 
 def frontier(fit: ScalingFit) -> Figure:
@@ -252,10 +254,6 @@ def _frontier_legend(figure: Figure, fit: ScalingFit, extra: Sequence[Line2D]) -
 
 def _marked(family: FamilyFit) -> str:
     return family.points.family + (DOUBT if "train_loss" in family.points.measure.kind else "")
-
-
-MARGIN = 1.4  # of the sampled N and D, as a ratio, that contours reach beyond them
-CONTOURS = 9
 
 
 def isoloss(fit: ScalingFit) -> Figure:
@@ -429,10 +427,6 @@ def _floors(fit: ScalingFit, names: list[str]) -> str:
 
 def _columns(figure: Figure, handles: list[Line2D]) -> int:
     return len(handles) if figure.get_figwidth() > 7 else 2
-
-
-MIXED = "#b42318"
-FARTHEST = 30.0  # a multiplier is drawn up to this many times beyond those in range
 
 
 def multiplier(record: dict[str, Any], families: list[str]) -> Figure | None:

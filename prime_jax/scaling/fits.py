@@ -37,6 +37,15 @@ from prime_jax.scaling.table import Table
 
 Estimate = tuple[float, list[float] | None]  # a, and its interval if it has one
 
+Array = NDArray[np.float64]
+
+MIN_RUNS, FEW_RUNS = 6, 15  # five unknowns; three runs for each of them
+MIN_LEVELS = 3  # different N, D and C without which the two terms cannot be told apart
+POWER_LAW_ERROR = 0.05
+PROFILED = 12  # most budgets at which N* is profiled
+SMALL_DELTA = 0.05  # of the scatter: a Huber delta below it is least absolute deviation in effect
+SMALL_SCALE = 1e17  # FLOPs
+
 
 def disagreements(estimates: dict[str, Estimate]) -> list[Diagnostic]:
     """A warning for approaches that differ by more than their intervals allow.
@@ -57,15 +66,6 @@ def disagreements(estimates: dict[str, Estimate]) -> list[Diagnostic]:
                 )
             )
     return out
-
-
-Array = NDArray[np.float64]
-
-MIN_RUNS, FEW_RUNS = 6, 15  # five unknowns; three runs for each of them
-MIN_LEVELS = 3  # different N, D and C without which the two terms cannot be told apart
-POWER_LAW_ERROR = 0.05
-PROFILED = 12  # most budgets at which N* is profiled
-SMALL_DELTA = 0.05  # of the scatter: a Huber delta below it is least absolute deviation in effect
 
 
 def fit_law(points: Points, compute: Compute, settings: Settings) -> Approach3:
@@ -287,9 +287,6 @@ def _optimum_findings(points: Points, compute: Compute, law: Law) -> list[Diagno
             )
         )
     return diagnostics
-
-
-SMALL_SCALE = 1e17  # FLOPs
 
 
 def fit_runs(

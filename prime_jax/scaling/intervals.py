@@ -40,6 +40,12 @@ Array = NDArray[np.float64]
 
 BLOCK = 20_000  # runs x replicates per numpy call: arrays of this size stay in the cache
 WEBB = np.sqrt([0.5, 1.0, 1.5]).repeat(2) * np.tile([-1.0, 1.0], 3)  # mean 0, variance 1
+PENALTY = 100.0  # the penalty's curvature over that of the objective along the quantity
+CLOSE = 1e-3  # an end is found when the root of the rise is within this fraction of its limit
+ROUNDS, DOUBLINGS = 25, 10
+STEPS = 100  # of Newton's method for one point of a profile
+FAR = 50.0  # an end this far from the fit, a factor of e**50, is none
+SILENT = 1e-6  # residuals of runs without noise
 
 
 def bootstrap_weights(strata_n: ArrayLike, replicates: int, seed: int) -> Array:
@@ -112,13 +118,6 @@ def known_percentiles(draws_R: Array | None, level: float = 0.95) -> list[float]
 
 
 Ends = tuple[float | None, float | None]
-
-PENALTY = 100.0  # the penalty's curvature over that of the objective along the quantity
-CLOSE = 1e-3  # an end is found when the root of the rise is within this fraction of its limit
-ROUNDS, DOUBLINGS = 25, 10
-STEPS = 100  # of Newton's method for one point of a profile
-FAR = 50.0  # an end this far from the fit, a factor of e**50, is none
-SILENT = 1e-6  # residuals of runs without noise
 
 
 def profiles(

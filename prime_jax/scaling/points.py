@@ -30,6 +30,11 @@ from prime_jax.scaling.table import (
 Array = NDArray[np.float64]
 
 SAME, JUMP = 1.05, 1.25  # largest ratio of C / (N D) at one size, and between neighbours
+SEED = 0.0014  # of the loss: a standard deviation of .004 nats at a loss of 2.9, as is typical
+GAP = 1.05  # runs further apart than this belong to different budgets
+SPREAD = 1.10  # a budget whose FLOPs differ by more is no IsoFLOP: loss moves with C as well as N
+MIN_COUNT = 1000  # fewer parameters or tokens than this are counted in another unit
+UNIT_RATIO = 100  # no convention moves C / (6 N D) this far from one; a wrong unit does
 
 
 def mixed_conventions(
@@ -52,9 +57,6 @@ def mixed_conventions(
     return [warn("mixed_conventions", f"FLOPs are {' and '.join(shown)}: no one count gives both")]
 
 
-SEED = 0.0014  # of the loss: a standard deviation of .004 nats at a loss of 2.9, as is typical
-
-
 def repeated(params: Array, tokens: Array, lr: Array | None) -> list[NDArray[np.intp]]:
     """Groups of runs that differ in nothing but their seed."""
     return groups(cells(params, tokens, lr))
@@ -71,10 +73,6 @@ def groups(cell_n: NDArray[np.intp]) -> list[NDArray[np.intp]]:
     order = np.argsort(cell_n, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(cell_n[order])) + 1)
     return [part for part in parts if cell_n[part[0]] >= 0 and len(part) > 1]
-
-
-GAP = 1.05  # runs further apart than this belong to different budgets
-SPREAD = 1.10  # a budget whose FLOPs differ by more is no IsoFLOP: loss moves with C as well as N
 
 
 def assign_budgets(flops: Array, stated: Array | None) -> Array:
@@ -119,10 +117,6 @@ def strata(budget: Array) -> Array:
     values, counts = np.unique(budget, return_counts=True)
     small = np.isin(budget, values[counts < 3])
     return np.where(small, 0.0, budget)
-
-
-MIN_COUNT = 1000  # fewer parameters or tokens than this are counted in another unit
-UNIT_RATIO = 100  # no convention moves C / (6 N D) this far from one; a wrong unit does
 
 
 @dataclass(frozen=True)

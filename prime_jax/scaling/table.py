@@ -26,6 +26,12 @@ KINDS = ("nll", "nelbo", "train_loss")  # of losses
 MAX_ROWS = 100_000  # one row is one run; more than this is a training log
 MAX_CURVE_ROWS = 500_000
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
+DEFAULT_METRIC, DEFAULT_FLOPS, DEFAULT_PARAMS = "best-valid", "matmul", "nonembedding_plus_head"
+AS_GIVEN = "as given"  # plain `flops` and `params` columns, whatever they count
+MIN_EVALUATIONS = 3  # that make a curve
+WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
+CLOCKS = ("tokens", "step", "_step", "global_step", "trainer/global_step")
+RUNS = ("run", "name", "run_name")
 
 
 @dataclass(frozen=True)
@@ -199,10 +205,6 @@ def require(table: Table, column: str, good: Sequence[bool], problem: str) -> No
         raise UserError(f"{table.source}: {problem}: {', '.join(cells)}{rest}")
 
 
-DEFAULT_METRIC, DEFAULT_FLOPS, DEFAULT_PARAMS = "best-valid", "matmul", "nonembedding_plus_head"
-AS_GIVEN = "as given"  # plain `flops` and `params` columns, whatever they count
-
-
 @dataclass(frozen=True)
 class Choice:
     """What to fit. A convention that is None is the default one where the table has it."""
@@ -284,12 +286,6 @@ def _convention(table: Table, quantity: str, wanted: str | None, default: str) -
         has = f"it has {', '.join(known)}" if known else f"its {quantity} are taken as they are"
         raise UserError(f"{table.source}: no column {column!r}; {has}")
     return quantity, AS_GIVEN
-
-
-MIN_EVALUATIONS = 3  # that make a curve
-WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
-CLOCKS = ("tokens", "step", "_step", "global_step", "trainer/global_step")
-RUNS = ("run", "name", "run_name")
 
 
 @dataclass

@@ -19,6 +19,7 @@ SYMBOLS = {"alpha": "α", "beta": "β"}
 MAX_ROWS = 40  # of a printed rollout; validate.json has all
 VERDICTS = {True: "differ significantly", False: "do not differ significantly"}
 QUESTIONS = {"exponents": "one α and one β for both?", "E": "one E for both?"}
+UNIT = "nats / token"  # of a loss whose kind is stated
 
 
 @dataclass(frozen=True)
@@ -480,9 +481,6 @@ def warnings_of(record: Record) -> list[str]:
         for where, items in parts.items()
         for item in items
     ]
-
-
-UNIT = "nats / token"  # of a loss whose kind is stated
 
 
 def predictions(found: list[Record]) -> Table:
