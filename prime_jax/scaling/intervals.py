@@ -26,7 +26,8 @@ objective + weight (g - c)**2 lies exactly on the profile, at the g that it ends
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -140,7 +141,7 @@ def profiles(
         return [(value, value) for value in exact]
     kappa, freedom = robust_scale(p, p.residual(fit.theta_K), runs)
     rise = 0.5 * kappa * fdtri(1, freedom, level)
-    both = _stack([q for q in quantities for _ in range(2)])
+    both = _Stack.of([q for q in quantities for _ in range(2)])
     ends = _search(*_pushed(p, fit.theta_K, both, rise), far=FAR)
     pairs = zip(ends[::2], ends[1::2], quantities, strict=True)
     return [(_natural(q, low), _natural(q, high)) for low, high, q in pairs]
@@ -181,9 +182,8 @@ def robust_scale(
     return float(squares / (np.mean(p.weight_n) * p.curvature(residual))), freedom
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """Several quantities [P], for as many settings of the unknowns."""
+class _Stack(NamedTuple):
+    """The coefficients of several quantities [P], for as many settings of the unknowns."""
 
     constant: Array
     linear: Array
@@ -191,18 +191,18 @@ class _Stack:
     plain: Array
     divide: Array
 
+    @classmethod
+    def of(cls, quantities: Sequence[Quantity]) -> "_Stack":
+        rows = [(q.constant, q.linear_K, q.logs_K, q.plain, q.divide_K) for q in quantities]
+        return cls(*(np.array(column) for column in zip(*rows, strict=True)))
+
     def at(self, which: NDArray[np.intp]) -> "_Stack":
-        return _Stack(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
-
-
-def _stack(quantities: Sequence[Quantity]) -> _Stack:
-    names = ("constant", "linear_K", "logs_K", "plain", "divide_K")
-    return _Stack(*(np.array([getattr(q, name) for q in quantities]) for name in names))
+        return _Stack(*(column[which] for column in self))
 
 
 def values(quantities: Sequence[Quantity], theta_PxK: Array) -> tuple[Array, Array, Array]:
     """The P quantities at P settings: g_P (before `natural`), its gradient_PxK, Hessian_PxKxK."""
-    return _values(_stack(quantities), theta_PxK)
+    return _values(_Stack.of(quantities), theta_PxK)
 
 
 def _values(g: _Stack, theta_PxK: Array) -> tuple[Array, Array, Array]:
