@@ -36,8 +36,8 @@ from scipy.optimize import minimize  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prime_jax.scaling import approach3, bootstrap  # noqa: E402
-from prime_jax.scaling.laws import Law  # noqa: E402
+from prime_jax.scaling import approach3, intervals  # noqa: E402
+from prime_jax.scaling.laws import PowerLaw  # noqa: E402
 
 Array = np.ndarray
 STARTS = 4500
@@ -54,7 +54,7 @@ class Runs:
 def synthetic(count: int = 240) -> Runs:
     rng = np.random.default_rng(0)
     params, ratio = np.exp(rng.uniform(np.log([5e7, 3.0]), np.log([1e10, 300.0]), (count, 2))).T
-    loss = Law(1.8, 480.0, 2100.0, 0.347, 0.367).loss(params, params * ratio)
+    loss = PowerLaw(1.8, 480.0, 2100.0, 0.347, 0.367).loss(params, params * ratio)
     return Runs(params, params * ratio, loss * np.exp(0.005 * rng.standard_normal(count)))
 
 
@@ -113,17 +113,17 @@ def usual_starts() -> Array:
     return np.array(list(grid))
 
 
-def ours(runs: Runs, weight_Rxn: Array) -> tuple[float, float, approach3.Fit, Law]:
+def ours(runs: Runs, weight_Rxn: Array) -> tuple[float, float, approach3.Fit, PowerLaw]:
     """CPU seconds of the starts and of the replicates, the fit, and its replicates."""
     begin = time.process_time()
     problem = approach3.problem(runs.params, runs.tokens, runs.loss)
     fit = approach3.fit(problem)
     middle = time.process_time()
-    laws = bootstrap.laws(problem, fit, weight_Rxn)
+    laws = intervals.resample(problem, fit, weight_Rxn)
     return middle - begin, time.process_time() - middle, fit, laws
 
 
-def unscaled(law: Law, k: int | None = None) -> Array:
+def unscaled(law: PowerLaw, k: int | None = None) -> Array:
     values = (law.A, law.B, law.E, law.alpha, law.beta)
     a, b, e, alpha, beta = values if k is None else (v[k] for v in values)
     return np.array([np.log(a), np.log(b), np.log(e), alpha, beta])
@@ -143,7 +143,7 @@ def main() -> None:
     kept = np.argsort(runs.loss, kind="stable")[: len(runs.loss) - args.drop]
     runs = Runs(runs.params[kept], runs.tokens[kept], runs.loss[kept])
     count = len(runs.loss)
-    weight_Rxn = bootstrap.weights(np.zeros(count), args.bootstraps, seed=0)
+    weight_Rxn = intervals.bootstrap_weights(np.zeros(count), args.bootstraps, seed=0)
     print(f"{count} runs; {STARTS} starts or 54 of ours; {args.bootstraps} bootstraps; CPU seconds")
     print(
         f"{'':30}{'starts':>9}{'bootstraps':>11}{'all':>9}{'ratio':>7}  objective       starts at best"

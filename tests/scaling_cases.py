@@ -2,17 +2,19 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prime_jax.scaling import fit, record, saved, table
-from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling import record, table
+from prime_jax.scaling.fits import fit_runs
+from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.points import Measure, Points, select
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "mdm_prime_v2_isoflop.json").read_text())
-LAW = Law(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.38)
+LAW = PowerLaw(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.38)
 BUDGETS = (1e18, 3e18, 1e19, 3e19)
 
 
@@ -101,6 +103,11 @@ def write_fit(path, rows, settings, choice=None, templates=None):
     """What `prime-jax fit` leaves in `path`, without its figures; returns the fit."""
     path.mkdir()
     data = table.read_csv(write_csv(path / "runs.csv", rows))
-    fitted = fit.fit_runs(select(data, choice), settings)
-    saved.write(path, record.as_dict(fitted), data, fitted.runs, templates or {})
+    fitted = fit_runs(select(data, choice), settings)
+    families = {
+        name: replace(family, template=(templates or {}).get(name))
+        for name, family in fitted.families.items()
+    }
+    fitted = replace(fitted, families=families, table=data)
+    record.write(fitted, path)
     return fitted

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from scaling_cases import LAW, csv_rows, surface
 
-from prime_jax.scaling import agreement, approach1, record
-from prime_jax.scaling.approach2 import interval
-from prime_jax.scaling.curves import Curve, Curves
-from prime_jax.scaling.fit import fit_family, fit_runs
+from prime_jax.scaling import approach1, fits
+from prime_jax.scaling.approach1 import Curve, Curves
+from prime_jax.scaling.fits import fit_family, fit_runs
+from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Compute, exponent
 from prime_jax.scaling.points import select
+from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Table
 
@@ -30,22 +31,22 @@ def curves(sizes=SIZES, kind="nelbo", **extra):
 
 
 def codes(envelope):
-    return {diagnostic.code for diagnostic in envelope.diagnostics}
+    return {diagnostic.code for diagnostic in envelope.warnings}
 
 
 def test_the_exponents_of_a_known_law():
     envelope = approach1.fit(curves(), 200, 0)
     assert envelope.line.a == pytest.approx(TRUE, abs=0.003)
     assert envelope.line.a + envelope.line.b == pytest.approx(1)
-    assert envelope.diagnostics == ()
-    low, high = interval(envelope.a_R)
+    assert envelope.warnings == ()
+    low, high = known_percentiles(envelope.a_R)
     assert low < TRUE < high < low + 0.2
     for best in envelope.optima:
         assert best.flops == pytest.approx(6 * best.params * best.tokens)
         assert best.loss == pytest.approx(LAW.loss(best.params, best.tokens), rel=1e-4)
         predicted = np.exp(envelope.line.log_params) * best.flops**envelope.line.a
         assert best.params == pytest.approx(predicted, rel=0.3)
-    assert (np.diff(envelope.loss_g) < 0).all()
+    assert (np.diff(envelope.envelope.loss) < 0).all()
 
 
 def test_noise_of_runs_is_covered_and_draws_are_repeatable():
@@ -53,7 +54,7 @@ def test_noise_of_runs_is_covered_and_draws_are_repeatable():
     for first in range(0, 400, 20):
         made = tuple(curve(n, noise=0.0015, seed=first + k) for k, n in enumerate(SIZES))
         envelope = approach1.fit(Curves(made, "nelbo"), 100, 0)
-        low, high = interval(envelope.a_R)
+        low, high = known_percentiles(envelope.a_R)
         covered += low <= TRUE <= high
     assert covered >= 17
     np.testing.assert_array_equal(envelope.a_R, approach1.fit(Curves(made, "nelbo"), 100, 0).a_R)
@@ -66,13 +67,13 @@ def test_winners_without_competitors_on_both_sides_do_not_count():
     assert envelope.line.a == pytest.approx(TRUE, abs=0.03)
     stopped = [curve(n, end=1e21 if n < 2e8 else 1e18) for n in SIZES]
     best = approach1.fit(Curves(tuple(stopped), ""), 100, 0)
-    assert best.flops_g.max() < 3e18  # beyond, the larger sizes did not lose: they had ended
+    assert best.envelope.flops.max() < 3e18  # beyond, the larger sizes did not lose: they had ended
 
 
 def test_losses_on_the_way_down_are_refused():
     envelope = approach1.fit(curves(schedule="decays"), 100, 0)
     assert envelope.line is None
-    assert [f.code for f in envelope.diagnostics if f.refusal] == ["schedule_decays"]
+    assert [f.code for f in envelope.warnings if f.refusal] == ["schedule_decays"]
     mixed = (*curves().curves, curve(5e8, schedule="decays"))
     envelope = approach1.fit(Curves(mixed, "nelbo"), 100, 0)
     assert envelope.line.a == pytest.approx(TRUE, abs=0.003)
@@ -94,7 +95,7 @@ def test_too_few_sizes_are_refused():
     for sizes in (SIZES[:2], np.geomspace(1e7, 3e9, 4)):
         envelope = approach1.fit(curves(sizes), 100, 0)
         assert envelope.line is None
-        assert [f.code for f in envelope.diagnostics if f.refusal] == ["too_few_winners"]
+        assert [f.code for f in envelope.warnings if f.refusal] == ["too_few_winners"]
     few = approach1.fit(curves(np.geomspace(1e7, 3e9, 7)), 100, 0)
     assert few.line is not None
     assert "interval_unbounded" in codes(few)
@@ -115,27 +116,26 @@ def fitted():
 
 
 def with_curves(fitted, lines):
-    envelope = approach1.fit(lines, 100, 0)
-    family = replace(fitted.families["known"], envelope=envelope)
+    family = fit_family(fitted.data.families["known"], fitted.settings, lines)
     return replace(fitted, families={"known": family})
 
 
 def test_a_refusal_counts_only_if_somebody_asked(fitted):
     assert not fitted.refused
-    part = record.as_dict(fitted)["families"]["known"]["approach1"]
+    part = as_dict(fitted)["families"]["known"]["approach1"]
     assert part["a"] is None
     assert [item["code"] for item in part["warnings"]] == ["no_curves"]
     for asked in (True, False):
         lines = Curves(curves(schedule="decays").curves, "", asked=asked)
         refused = with_curves(fitted, lines)
         assert refused.refused is asked
-        part = record.as_dict(refused)["families"]["known"]
+        part = as_dict(refused)["families"]["known"]
         assert [item["code"] for item in part["approach1"]["warnings"]] == ["schedule_decays"]
         assert ("schedule_decays" in {item["code"] for item in part["warnings"]}) is asked
 
 
 def test_the_record_has_the_three_approaches(fitted):
-    part = record.as_dict(with_curves(fitted, curves()))["families"]["known"]
+    part = as_dict(with_curves(fitted, curves()))["families"]["known"]
     one = part["approach1"]
     assert one["a"] == pytest.approx(TRUE, abs=0.003)
     assert one["kind"] == "nelbo"
@@ -151,20 +151,20 @@ def test_the_record_has_the_three_approaches(fitted):
 
 def test_approaches_that_disagree_are_flagged():
     def apart(b, half):
-        return agreement.diagnostics(
+        return fits.disagreements(
             {"approach 2": (0.5, [0.45, 0.55]), "approach 3": (b, [b - half, b + half])}
         )
 
     assert [diagnostic.code for diagnostic in apart(0.6, 0.05)] == ["approaches_disagree"]
     assert [diagnostic.code for diagnostic in apart(0.4, 0.05)] == ["approaches_disagree"]
     assert apart(0.55, 0.05) == []
-    assert agreement.diagnostics({"approach 1": (0.1, None), "approach 3": (0.5, [0.4, 0.6])}) == []
+    assert fits.disagreements({"approach 1": (0.1, None), "approach 3": (0.5, [0.4, 0.6])}) == []
 
 
 def test_curves_of_another_law_disagree_with_the_runs():
     other = tuple(replace(c, params=c.params**0.5 * 1e4) for c in curves().curves)
     family = fit_family(surface(noise=1e-3), Settings(100), Curves(other, "nelbo"))
-    assert [f.code for f in family.disagreements if f.code == "approaches_disagree"] == [
+    assert [f.code for f in family.warnings if f.code == "approaches_disagree"] == [
         "approaches_disagree"
     ] * 2
-    assert "approaches_disagree" in {f.code for f in family.diagnostics}
+    assert "approaches_disagree" in {f.code for f in family.warnings}

@@ -5,13 +5,14 @@ import pytest
 from scaling_cases import BUDGETS, LAW, ORACLE, published, surface
 
 from prime_jax.scaling import approach2
-from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling.intervals import known_percentiles
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 
-EVEN = Law(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)  # curves symmetric in log N
+EVEN = PowerLaw(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)  # curves symmetric in log N
 
 
 def codes(isoflop):
-    return {diagnostic.code for diagnostic in isoflop.diagnostics}
+    return {diagnostic.code for diagnostic in isoflop.warnings}
 
 
 @pytest.mark.parametrize("family", tuple(ORACLE["families"]))
@@ -20,7 +21,7 @@ def test_published_exponents(family):
     assert isoflop.a == pytest.approx(
         ORACLE["families"][family]["expected"]["approach2_a"], abs=5e-4
     )
-    assert not isoflop.diagnostics
+    assert not isoflop.warnings
     assert len(isoflop.inside) == 7
 
 
@@ -77,7 +78,7 @@ def test_two_budgets_have_optima_but_no_exponent():
     isoflop = approach2.fit(surface(budgets=BUDGETS[:2]), Compute())
     assert len(isoflop.inside) == 2
     assert isoflop.a is None
-    assert [f.code for f in isoflop.diagnostics if f.refusal] == ["too_few_budgets"]
+    assert [f.code for f in isoflop.warnings if f.refusal] == ["too_few_budgets"]
 
 
 def test_runs_of_different_flops_are_no_budget():
@@ -93,7 +94,7 @@ def test_draws_are_repeatable_and_cover_the_truth():
     for seed in range(40):
         isoflop = approach2.fit(surface(EVEN, noise=0.003, seed=seed), Compute())
         draws = approach2.redraw(isoflop, 400, seed=seed)
-        low, high = approach2.interval(draws.a)
+        low, high = known_percentiles(draws.a)
         covered += low <= exponent(EVEN, Compute()) <= high
     np.testing.assert_array_equal(draws.a, approach2.redraw(isoflop, 400, seed=39).a)
     assert covered >= 34
@@ -104,11 +105,13 @@ def test_no_interval_without_degrees_of_freedom_or_with_flat_valleys():
     noisy = surface(EVEN, ratios=(0.8, 0.9, 1.1, 1.2), noise=0.003, seed=2)
     isoflop = approach2.fit(noisy, Compute())
     draws = approach2.redraw(isoflop, 400, 0)
-    assert all(approach2.interval(column) is None for column in draws.params.T)
+    assert all(known_percentiles(column) is None for column in draws.params.T)
     known = replace(isoflop, a=0.5)
     for missing in (draws, None):
-        assert [f.code for f in approach2.check(known, missing, 0.95)] == ["interval_unbounded"]
-    assert approach2.check(replace(isoflop, a=None), draws, 0.95) == ()
+        assert [f.code for f in approach2.why_no_interval(known, missing, 0.95)] == [
+            "interval_unbounded"
+        ]
+    assert approach2.why_no_interval(replace(isoflop, a=None), draws, 0.95) == ()
 
 
 def test_the_shift_on_asymmetric_valleys_is_small():

@@ -8,7 +8,7 @@ from scipy.special import huber, logsumexp
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach3
-from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 
 FAMILIES = tuple(ORACLE["families"])
 
@@ -51,8 +51,8 @@ def test_never_worse_than_many_starts_of_lbfgsb(family):
     ours = objective([np.log(law.E), np.log(law.A), law.alpha, np.log(law.B), law.beta])
     assert ours == pytest.approx(fit.objective, rel=1e-9)
     rng = np.random.default_rng(0)
-    for theta in rng.choice(approach3.starts(problem), 2, replace=False):
-        start = problem.law(theta)
+    for theta in rng.choice(problem.form.starts(problem.log_loss_n), 2, replace=False):
+        start = problem.form.law(theta)
         x = [np.log(start.E), np.log(start.A), start.alpha, np.log(start.B), start.beta]
         found = minimize(objective, x, method="L-BFGS-B", options={"maxiter": 300})
         assert ours <= found.fun * (1 + 1e-12)
@@ -102,7 +102,9 @@ def test_gradient_and_hessian_against_differences():
     points = surface(noise=0.01)
     problem = problem_of(points)
     rng = np.random.default_rng(1)
-    theta = approach3.starts(problem)[rng.choice(54, 6)] + 0.1 * rng.standard_normal((6, 5))
+    theta = problem.form.starts(problem.log_loss_n)[rng.choice(54, 6)] + 0.1 * rng.standard_normal(
+        (6, 5)
+    )
     # Residuals far from the kink at delta, on both sides of it, so that differences are smooth.
     for delta in (1e-6, 10.0):
         smooth = replace(problem, delta=delta)
@@ -128,8 +130,8 @@ def test_gradient_and_hessian_against_differences():
 def test_the_value_is_the_published_objective_with_weights_as_copies():
     points = surface(noise=0.01)
     problem = problem_of(points)
-    theta = approach3.starts(problem)[:1]
-    law = problem.law(theta[0])
+    theta = problem.form.starts(problem.log_loss_n)[:1]
+    law = problem.form.law(theta[0])
     x = [np.log(law.E), np.log(law.A), law.alpha, np.log(law.B), law.beta]
     one = problem.derivatives(theta, np.ones((1, len(points.loss))))[0][0]
     assert one == pytest.approx(plain_objective(points)(x), rel=1e-12)
@@ -138,15 +140,15 @@ def test_the_value_is_the_published_objective_with_weights_as_copies():
     copied = approach3.problem(
         *(np.append(v, v[3]) for v in (points.params, points.tokens, points.loss))
     )
-    with_copy = copied.derivatives(copied.theta(law)[None], np.ones((1, len(points.loss) + 1)))[0][
-        0
-    ]
+    with_copy = copied.derivatives(
+        copied.form.theta(law)[None], np.ones((1, len(points.loss) + 1))
+    )[0][0]
     assert problem.derivatives(theta, twice)[0][0] == pytest.approx(with_copy, rel=1e-12)
 
 
 def test_law_and_theta_are_inverse():
     problem = problem_of(surface())
-    again = problem.law(problem.theta(LAW))
+    again = problem.form.law(problem.form.theta(LAW))
     assert vars(again) == pytest.approx(vars(LAW), rel=1e-12)
 
 
@@ -163,7 +165,7 @@ def test_the_certificate_catches_a_fit_that_stopped_short(family, above, params)
         lambda x: objective([x[0], np.log(400), x[1], np.log(400), x[2]]), [0.5, 0.3, 0.3], method="Nelder-Mead",
         options={"xatol": 1e-10, "fatol": 1e-14, "maxiter": 4000},
     )  # fmt: skip
-    law = Law(np.exp(stuck.x[0]), 400.0, 400.0, stuck.x[1], stuck.x[2])
+    law = PowerLaw(np.exp(stuck.x[0]), 400.0, 400.0, stuck.x[1], stuck.x[2])
     assert optimum(law, Compute(), 2.887e20).params == pytest.approx(params, rel=2e-3)
     audit = approach3.audit(problem, law)
     assert audit.objective == pytest.approx(stuck.fun, rel=1e-9)
@@ -186,7 +188,7 @@ def test_a_delta_that_makes_an_optimiser_stop_where_it_starts_is_caught():
     stopped = minimize(objective, start, method="L-BFGS-B")
     np.testing.assert_array_equal(stopped.x, start)
     assert stopped.success
-    audit = approach3.audit(problem, Law(2.0, 300.0, 1000.0, 0.3, 0.3))
+    audit = approach3.audit(problem, PowerLaw(2.0, 300.0, 1000.0, 0.3, 0.3))
     assert not audit.certificate.converged
     assert audit.excess > 1
 
@@ -246,7 +248,7 @@ def test_a_weight_of_two_is_a_run_twice(objective):
 
 def test_a_term_that_is_not_there_ends_at_a_bound_or_is_no_minimum():
     points = surface(
-        Law(E=1.8, A=1e-30, B=2000.0, alpha=0.34, beta=0.38), ratios=(1, 2, 4, 8), noise=1e-3
+        PowerLaw(E=1.8, A=1e-30, B=2000.0, alpha=0.34, beta=0.38), ratios=(1, 2, 4, 8), noise=1e-3
     )
     params = np.tile([1e6, 3e6, 1e7, 3e7], 4)
     tokens = points.flops / (6 * params)

@@ -9,13 +9,12 @@ from scipy.stats import kstest
 
 from prime_jax.cli import compare as compare_command
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach3, compare, grid, joint, multiplier
-from prime_jax.scaling.columns import Choice
-from prime_jax.scaling.compare_record import as_dict
-from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling import approach3, comparison, joint, multiplier
+from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.points import select
+from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Table
+from prime_jax.scaling.table import Choice, Table
 
 QUICK = Settings(replicates=40)
 # Published points (arXiv 2603.16077): C of mdm -> m, 95 % interval. In range from 6e19 on.
@@ -33,8 +32,8 @@ def runs_of(*parts, **choice):
 
 
 def against(base, part, settings=QUICK, **choice):
-    found = compare.compare(runs_of(base, part, **choice), base.family, (), settings)
-    return found.pairs[part.family]
+    found = comparison.compare(runs_of(base, part, **choice), base.family, (), settings)
+    return found.families[part.family]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def mdm():
 
 
 def test_published_multipliers(mdm):
-    m = mdm.contrast.at_family
+    m = mdm.multiplier.at_family.arrays
     for k, flops in enumerate(m.flops):
         if flops not in PUBLISHED:
             assert not m.in_range[k]  # the baseline would need less than its smallest budget
@@ -52,23 +51,22 @@ def test_published_multipliers(mdm):
         assert m.in_range[k]
         assert m.median[k] == pytest.approx(value, rel=0.015)
         assert m.interval_2xK[:, k] == pytest.approx([low, high], rel=0.03)
-    outside = mdm.contrast.at_baseline
+    outside = mdm.multiplier.at_baseline.arrays
     assert not outside.in_range[-1]
     assert outside.interval_2xK[0, -1] < 120
     assert outside.interval_2xK[1, -1] > 1000
     assert {"multiplier_extrapolated", "exponents_do_not_differ"} <= {
-        diagnostic.code for diagnostic in mdm.diagnostics
+        diagnostic.code for diagnostic in mdm.warnings
     }
 
 
 def test_published_families_differ_in_e_and_not_in_exponents(mdm):
-    exponents, e = mdm.contrast.tests
+    exponents, e = mdm.tests.values()
     assert exponents.p > 0.2
     assert e.p < 0.03
-    assert not mdm.contrast.exponents[0].significant
-    parametric, interpolated = mdm.contrast.lower
-    np.testing.assert_array_equal(parametric, 0)
-    assert np.nanmax(interpolated) == 0
+    assert not mdm.exponents.approach3.significant
+    assert {row.probability for row in mdm.lower} == {0}
+    assert {row.interpolated for row in mdm.lower} <= {0, None}
 
 
 def test_frontier_flops_is_the_inverse_of_the_optimum():
@@ -85,18 +83,20 @@ def test_a_constant_multiplier_is_found_by_both_ways():
     # Both terms larger by one factor c: the same frontier at c ** (1 / gamma) times the compute.
     c, gamma = 1.2, LAW.alpha * LAW.beta / (LAW.alpha + LAW.beta)
     worse = surface(replace(LAW, A=c * LAW.A, B=c * LAW.B), budgets=(3e18, 1e19, 3e19, 1e20))
-    found = against(named(surface(), "base"), worse).contrast
-    for m in (found.at_family, found.at_baseline):
+    found = against(named(surface(), "base"), worse)
+    for m in (found.multiplier.at_family.arrays, found.multiplier.at_baseline.arrays):
         np.testing.assert_allclose(m.value, c ** (1 / gamma), rtol=1e-6)
         known = np.isfinite(m.interpolated)
         assert known.any()
         np.testing.assert_allclose(m.interpolated[known], c ** (1 / gamma), rtol=0.05)
-    equal = found.at_family.flops / c ** (1 / gamma)
-    np.testing.assert_array_equal(found.at_family.in_range, (equal >= 1e18) & (equal <= 3e19))
+    equal = found.multiplier.at_family.arrays.flops / c ** (1 / gamma)
+    np.testing.assert_array_equal(
+        found.multiplier.at_family.arrays.in_range, (equal >= 1e18) & (equal <= 3e19)
+    )
 
 
 def side_of(part, law):
-    one = Law(*(np.atleast_2d(value) for value in vars(law).values()))
+    one = PowerLaw(*(np.atleast_2d(value) for value in vars(law).values()))
     low, high = part.budgets[[0, -1]]
     return multiplier.Side(law, one, Compute(), np.array([]), np.array([]), None, low, high)
 
@@ -104,8 +104,8 @@ def side_of(part, law):
 def test_a_loss_below_e_is_never_reached():
     high = replace(LAW, E=2.6)
     base = named(surface(budgets=(1e19, 1e20, 1e21, 1e22)), "base")
-    found = compare.compare(runs_of(base, surface(high)), "base", (), QUICK)
-    m = found.pairs["known"].contrast.at_baseline
+    found = comparison.compare(runs_of(base, surface(high)), "base", (), QUICK)
+    m = found.families["known"].multiplier.at_baseline.arrays
     never = optimum(LAW, Compute(), m.flops).loss < high.E
     assert never.any()
     assert not never.all()
@@ -123,13 +123,15 @@ def test_a_loss_below_e_is_never_reached():
 
 def test_a_family_against_its_twin():
     part = surface(noise=0.004)
-    found = against(named(part, "twin"), part).contrast
-    np.testing.assert_allclose(found.at_family.value, 1)
-    np.testing.assert_allclose(found.at_family.interval_2xK, 1)  # drawn together: no spread
-    assert found.exponents[0].value == 0
-    assert not found.exponents[0].significant
-    np.testing.assert_array_equal(found.lower[0], 0)
-    assert all(test.p == 1 for test in found.tests)
+    found = against(named(part, "twin"), part)
+    np.testing.assert_allclose(found.multiplier.at_family.arrays.value, 1)
+    np.testing.assert_allclose(
+        found.multiplier.at_family.arrays.interval_2xK, 1
+    )  # drawn together: no spread
+    assert found.exponents.approach3.difference == 0
+    assert not found.exponents.approach3.significant
+    assert {row.probability for row in found.lower} == {0}
+    assert all(test.p == 1 for test in found.tests.values())
 
 
 def test_exponents_that_differ_are_told_apart():
@@ -137,18 +139,18 @@ def test_exponents_that_differ_are_told_apart():
     budgets = (1e18, 1e19, 1e20, 1e21)
     pair = against(named(surface(budgets=budgets, noise=0.001), "base"), surface(steep, budgets=budgets, noise=0.001, seed=1))  # fmt: skip
     truth = LAW.beta / (steep.alpha + LAW.beta) - LAW.beta / (LAW.alpha + LAW.beta)
-    for difference in pair.contrast.exponents:
+    for difference in vars(pair.exponents).values():
         assert difference.significant
-    assert pair.contrast.exponents[0].value == pytest.approx(truth, abs=0.01)
-    assert pair.contrast.tests[0].p == pytest.approx(1 / 41)  # none of 40 simulations
-    assert "exponents_do_not_differ" not in {diagnostic.code for diagnostic in pair.diagnostics}
+    assert pair.exponents.approach3.difference == pytest.approx(truth, abs=0.01)
+    assert pair.tests["exponents"].p == pytest.approx(1 / 41)  # none of 40 simulations
+    assert "exponents_do_not_differ" not in {diagnostic.code for diagnostic in pair.warnings}
 
 
 def test_cells_are_shared_by_size_and_budget():
     flops = np.array([1e18, 1e18, 1e18, 3e18])
     a = points("a", flops, np.array([1e7, 1e7, 2e7, 4e7]), np.ones(4))
     b = points("b", 1.02 * flops[1:], np.array([1.03e7, 3e7, 3.9e7]), np.ones(3))
-    (of_a, of_b), budget = grid.cells([a, b])
+    (of_a, of_b), budget = comparison.grid_cells([a, b])
     assert len(set(of_a.tolist())) == 4  # a repeat is a cell of its own
     assert of_b[0] == of_a[0]
     assert of_b[1] not in of_a
@@ -162,13 +164,13 @@ def test_families_are_drawn_together_and_budgets_keep_their_weight():
     keep = np.arange(20) % 5 != 3
     names = ("flops", "params", "tokens", "loss", "loss_se", "budget")
     b = replace(a, **{name: getattr(a, name)[keep] for name in names})
-    of_a, of_b = grid.weights([a, b], 200, seed=3)
+    of_a, of_b = comparison.grid_weights([a, b], 200, seed=3)
     for part, drawn in ((a, of_a), (b, of_b)):
         for budget in part.budgets:
             mine = part.budget == budget
             np.testing.assert_allclose(drawn[:, mine].sum(axis=1), mine.sum())
     np.testing.assert_array_equal(of_b == 0, of_a[:, keep] == 0)
-    same = grid.weights([a, a], 50, seed=3)
+    same = comparison.grid_weights([a, a], 50, seed=3)
     np.testing.assert_array_equal(*same)
 
 
@@ -188,7 +190,7 @@ def test_shared_laws_share_and_have_the_derivatives_of_their_sum():
         assert found.gradient < approach3.STATIONARY
         assert found.statistic >= 0
     both = joint.tied([replace(problem, delta=10.0) for problem in problems], joint.EXPONENTS)
-    theta = both.join([fit.theta_5[None] + 0.05 for fit in fits])
+    theta = both.join([fit.theta_K[None] + 0.05 for fit in fits])
     weight = np.array([[1.0], [3.0]])
     _, gradient, hessian = both.derivatives(theta, weight)
     for k in range(theta.shape[1]):
@@ -226,12 +228,12 @@ def test_p_is_uniform_where_the_parameters_are_shared(names, second):
 
 def test_different_kinds_of_number_are_refused_unless_asked_for():
     arm, prime = published("arm"), published("prime")
-    found = compare.compare(runs_of(arm, prime), "arm", ("prime",), QUICK)
+    found = comparison.compare(runs_of(arm, prime), "arm", ("prime",), QUICK)
     assert found.refused
-    assert found.pairs["prime"].contrast is None
-    assert [diagnostic.code for diagnostic in found.pairs["prime"].diagnostics] == ["mixed_kinds"]
+    assert found.families["prime"].multiplier is None
+    assert [diagnostic.code for diagnostic in found.families["prime"].warnings] == ["mixed_kinds"]
     told = as_dict(found)["families"]["prime"]
-    assert set(told) == {"kind", "mixed", "warnings"}
+    assert {name for name, part in told.items() if part} == {"kind", "mixed", "warnings"}
 
 
 def test_other_evaluation_sets_are_refused_too():
@@ -241,19 +243,19 @@ def test_other_evaluation_sets_are_refused_too():
         for row in csv_rows(surface(noise=0.003))
     ]
     runs = select(Table(rows, [f"row {k}" for k in range(len(rows))], list(rows[0]), "x", ""))
-    found = compare.compare(runs, "a", ("b",), QUICK)
-    assert [diagnostic.code for diagnostic in found.pairs["b"].diagnostics] == ["mixed_evaluations"]
+    found = comparison.compare(runs, "a", ("b",), QUICK)
+    assert [diagnostic.code for diagnostic in found.families["b"].warnings] == ["mixed_evaluations"]
 
 
 def test_a_family_without_a_law_is_refused_and_the_others_are_not():
     few = named(surface(budgets=(1e18, 3e18)), "few")
     base = named(surface(noise=0.002), "base")
     other = surface(noise=0.002, seed=1)
-    found = compare.compare(runs_of(base, few, other), "base", ("few", "known"), QUICK)
+    found = comparison.compare(runs_of(base, few, other), "base", ("few", "known"), QUICK)
     assert found.refused
-    assert found.pairs["few"].contrast is None
-    assert found.pairs["few"].diagnostics[0].refusal
-    assert found.pairs["known"].contrast
+    assert found.families["few"].multiplier is None
+    assert found.families["few"].warnings[0].refusal
+    assert found.families["known"].multiplier
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_a_family_without_a_law_is_refused_and_the_others_are_not():
 )
 def test_families_that_are_not_there(baseline, others, says):
     with pytest.raises(UserError, match=says):
-        compare.compare(runs_of(surface()), baseline, others, QUICK)
+        comparison.compare(runs_of(surface()), baseline, others, QUICK)
 
 
 def command(*arguments):
@@ -295,7 +297,7 @@ def test_the_command(tmp_path, capsys):
     for side in ("at_family", "at_baseline"):
         curve = known["multiplier"][side]["curve"]
         lengths = {len(curve[name]) for name in ("flops", "value", "median", "in_range")}
-        assert lengths == {len(end) for end in curve["interval"]} == {compare.CURVE}
+        assert lengths == {len(end) for end in curve["interval"]} == {comparison.CURVE}
     assert set(known["tests"]) == {"exponents", "E"}
     law = known["tests"]["exponents"]["params"]
     assert law["baseline"]["alpha"] == pytest.approx(law["family"]["alpha"])

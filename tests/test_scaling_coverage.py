@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scaling_cases import LAW, surface
 
-from prime_jax.scaling import approach3, bootstrap, profile
+from prime_jax.scaling import approach3, intervals
 from prime_jax.scaling.laws import Compute, optimum
 
 TARGET = 1e23
@@ -14,12 +14,12 @@ RATIOS = tuple(2.0 ** np.linspace(-2, 2, 9))
 
 
 def by_profile(p, fit, points, seed):
-    return profile.intervals(p, fit, [profile.best_size(p, Compute(), TARGET)])[0]
+    return intervals.profiles(p, fit, [p.form.best_size(Compute(), TARGET)])[0]
 
 
 def by_bootstrap(p, fit, points, seed):
-    laws = bootstrap.laws(p, fit, bootstrap.weights(points.budget, 400, seed))
-    return bootstrap.interval(optimum(laws, Compute(), TARGET).params)
+    laws = intervals.resample(p, fit, intervals.bootstrap_weights(points.budget, 400, seed))
+    return intervals.percentiles(optimum(laws, Compute(), TARGET).params)
 
 
 def covered(interval, repeats, **how):

@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 from scaling_cases import BUDGETS, LAW, ORACLE, published, surface
 
-from prime_jax.scaling import approach2, approach3, debias, isoflop_curves
-from prime_jax.scaling.fit import fit_family
-from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling import approach2, approach3
+from prime_jax.scaling.fits import fit_family
+from prime_jax.scaling.intervals import known_percentiles
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 from prime_jax.scaling.settings import Settings
 
-STEEP = Law(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.28)  # the case of the literature
+STEEP = PowerLaw(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.28)  # the case of the literature
 TRUE = np.log(optimum(STEEP, Compute(), np.array(BUDGETS)).params)
 
 
 def repeated(law, replicates=50):
-    return Law(*(np.full(replicates, value) for value in vars(law).values()))
+    return PowerLaw(*(np.full(replicates, value) for value in vars(law).values()))
 
 
 def fitted_law(points):
@@ -25,7 +26,7 @@ def corrected(points, law, compute=None, **options):
     compute = compute or Compute()
     isoflop = approach2.fit(points, compute, **options)
     draws = approach2.redraw(isoflop, 50, 0)
-    return isoflop, approach2.correct(isoflop, draws, law, repeated(law), compute, 0)
+    return isoflop, approach2.take_shift_off(isoflop, draws, law, repeated(law), compute, 0)
 
 
 @pytest.mark.parametrize(("reach", "percent"), [(2, 0.33), (4, 1.3), (8, 3.0), (16, 5.4)])
@@ -90,7 +91,7 @@ def test_weights_favour_the_runs_that_are_known_best():
 
 
 def test_equal_exponents_have_no_shift_on_centred_grids():
-    even = Law(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)
+    even = PowerLaw(E=1.8, A=400.0, B=400.0, alpha=0.35, beta=0.35)
     _, better = corrected(surface(even, ratios=np.geomspace(1 / 16, 16, 9)), even)
     np.testing.assert_allclose(better.shift_K, 0, atol=1e-9)
 
@@ -98,9 +99,9 @@ def test_equal_exponents_have_no_shift_on_centred_grids():
 def test_a_vertex_that_no_law_explains_gives_nothing():
     isoflop = approach2.fit(surface(STEEP, ratios=np.geomspace(1 / 4, 64, 9)), Compute())
     curve = isoflop.curves[0]
-    assert np.isnan(debias.optimum(curve, curve.minimum + 50, STEEP, Compute()))
+    assert np.isnan(approach2.unshifted(curve, curve.minimum + 50, STEEP, Compute()))
     steep = replace(STEEP, alpha=5.0, beta=5.0)
-    assert approach2.correct(isoflop, None, steep, repeated(steep), Compute(), 0) is None
+    assert approach2.take_shift_off(isoflop, None, steep, repeated(steep), Compute(), 0) is None
 
 
 def test_three_points_have_a_value_without_an_error():
@@ -116,33 +117,33 @@ def test_a_censored_budget_is_a_bound_that_binds_only_if_it_contradicts():
     above = np.array([0, 0, 0, 1])
 
     def fitted(bound, side):
-        return debias.exponent(x, np.where(side == 0, y, bound), sd, side).item()
+        return approach2.censored_slope(x, np.where(side == 0, y, bound), sd, side).item()
 
-    assert debias.exponent(x, y, sd, np.zeros(4, int)).item() == pytest.approx(slope)
+    assert approach2.censored_slope(x, y, sd, np.zeros(4, int)).item() == pytest.approx(slope)
     assert fitted(1.0, above) == pytest.approx(slope, abs=1e-9)
     assert fitted(4.0, above) > slope * 1.1
     assert fitted(4.0, -above) == pytest.approx(slope, abs=1e-9)
     assert fitted(1.0, -above) < slope * 0.9
-    exact = debias.exponent(x, np.repeat(np.where(above, 4.0, y), 3, 0), sd, above)
+    exact = approach2.censored_slope(x, np.repeat(np.where(above, 4.0, y), 3, 0), sd, above)
     np.testing.assert_allclose(exact, fitted(4.0, above), rtol=1e-12)
 
 
 def test_the_published_valleys_barely_shift_and_their_edges_are_used():
     points = published("arm")
     family = fit_family(points, Settings(100))
-    assert family.isoflop.a == pytest.approx(
+    assert family.approach2.a == pytest.approx(
         ORACLE["families"]["arm"]["expected"]["approach2_a"], abs=5e-4
     )
-    assert np.abs(family.debiased.shift_K).max() < 0.01
-    assert family.debiased.a == pytest.approx(family.isoflop.a, abs=0.01)
+    assert np.abs(family.approach2.debiased.shift_K).max() < 0.01
+    assert family.approach2.debiased.a == pytest.approx(family.approach2.a, abs=0.01)
     cut = (points.budget == points.budgets[-1]) & (points.params > 1.2e9)
     names = ("flops", "params", "tokens", "loss", "loss_se", "budget")
     kept = replace(points, **{name: getattr(points, name)[~cut] for name in names})
     fewer = fit_family(kept, Settings(100))
-    censored = fewer.isoflop.curves[-1]
+    censored = fewer.approach2.curves[-1]
     assert censored.censored == "above"
-    assert len(fewer.debiased.optima) == 6
-    assert fewer.debiased.a == pytest.approx(family.debiased.a, abs=0.03)
+    assert len(fewer.approach2.debiased.optima) == 6
+    assert fewer.approach2.debiased.a == pytest.approx(family.approach2.debiased.a, abs=0.03)
 
 
 def test_akima_follows_the_points_and_has_no_shift():
@@ -156,7 +157,7 @@ def test_akima_follows_the_points_and_has_no_shift():
     assert curve.optimum.loss == pytest.approx(curve.loss(curve.optimum.params), abs=1e-6)
     few = approach2.fit(surface(STEEP, ratios=(0.5, 1, 2, 4)), Compute(), "akima")
     assert few.curves == ()
-    assert "too_few_points" in {diagnostic.code for diagnostic in few.diagnostics}
+    assert "too_few_points" in {diagnostic.code for diagnostic in few.warnings}
     edge = approach2.fit(surface(STEEP, ratios=(2, 3, 4, 5, 6)), Compute(), "akima")
     assert {curve.censored for curve in edge.curves} == {"below"}
 
@@ -165,14 +166,14 @@ def test_akima_takes_the_mean_of_repeats_and_has_intervals():
     points = surface(LAW, ratios=(0.1, 0.3, 1, 1, 3, 10), noise=0.002)
     isoflop = approach2.fit(points, Compute(), "akima")
     draws = approach2.redraw(isoflop, 400, 0)
-    low, high = approach2.interval(draws.a)
+    low, high = known_percentiles(draws.a)
     assert low < float(exponent(LAW, Compute())) < high
     np.testing.assert_array_equal(draws.a, approach2.redraw(isoflop, 400, 0).a)
 
 
 def test_a_valley_without_a_minimum_is_none():
     x = np.geomspace(1e8, 1e9, 5)
-    made = isoflop_curves.fit(
+    made = approach2.fit_curve(
         1e19, x, 3 - 0.01 * np.log(x / 3e8) ** 2, np.ones(5), Compute(), "parabola"
     )
     assert made is None

@@ -1,18 +1,18 @@
 """docs/scaling.md says what the code says."""
 
+import dataclasses
 import re
 from pathlib import Path
 
-from scaling_cases import csv_rows, surface, write_csv
+import pytest
 
-from prime_jax.scaling import record
+from prime_jax.scaling import reference
 from prime_jax.scaling.diagnostics import HINTS
-from prime_jax.scaling.fit import fit_runs
-from prime_jax.scaling.points import select
-from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import read
+from prime_jax.scaling.results import Approach3, FamilyFit, ScalingFit
+from prime_jax.scaling.schema import fields_of
 
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, PYTHON = DOCS / "scaling.md", DOCS / "scaling-python.md"
 
 
 def test_the_page_on_scaling_has_every_code_with_its_cure():
@@ -27,18 +27,33 @@ def test_the_page_on_scaling_has_every_code_with_its_cure():
     assert codes == HINTS
 
 
-def test_the_page_on_scaling_has_every_field_of_fit_json(tmp_path):
+def test_the_fields_of_the_files_are_those_of_the_code():
     page = PAGE.read_text()
-    page = page[page.index("## fit.json") :]
-    rows = csv_rows(surface(noise=1e-3))
-    runs = select(read(write_csv(tmp_path / "runs.csv", rows)))
-    result = record.as_dict(fit_runs(runs, Settings(replicates=100)))
-    family = result["families"]["known"]
-    for name in (
-        *result,
-        *family,
-        *family["approach3"],
-        *family["approach2"],
-        *family["error_budget"],
+    assert reference.rewrite(page) == page, "run: python -m prime_jax.scaling.reference"
+    for name in ("families.F.approach3.params", "families.F.approach2.debiased.a", "excluded"):
+        assert f"| `{name}` |" in page
+
+
+def test_every_field_of_a_fit_is_described():
+    places = {place for place, _ in fields_of(ScalingFit)}
+    for cls, place in (
+        (ScalingFit, ""),
+        (FamilyFit, "families.F."),
+        (Approach3, "families.F.approach3."),
     ):
-        assert re.search(rf"\b{name}\b", page), name
+        for field in dataclasses.fields(cls):
+            known = place + field.name
+            inside = any(one.startswith(f"{known}.") for one in places)
+            assert field.metadata.get("hidden") or inside or known in places, known
+
+
+def test_the_page_on_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PYTHON.read_text(), flags=re.S))
+    found = {}
+    exec(code, found)
+    said = capsys.readouterr().out
+    assert "held-out loss error" in said
+    assert found["fit"].families["arm"].approach3.params.alpha == pytest.approx(0.34, abs=0.05)
+    names = {path.name for path in (tmp_path / "fit-of-a-known-law").iterdir()}
+    assert {"fit.json", "compare.json", "points.csv", "report.html", "isoflop.svg"} <= names

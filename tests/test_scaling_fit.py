@@ -6,19 +6,18 @@ import pytest
 from scaling_cases import LAW, csv_rows, points, published, surface
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import record
-from prime_jax.scaling.columns import Choice
-from prime_jax.scaling.fit import fit_family, fit_runs
-from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling.fits import fit_family, fit_runs
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 from prime_jax.scaling.points import select
+from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Table
+from prime_jax.scaling.table import Choice, Table
 
 QUICK = Settings(replicates=100)
 
 
 def codes(family):
-    return {diagnostic.code for diagnostic in family.diagnostics}
+    return {diagnostic.code for diagnostic in family.warnings}
 
 
 def refusals(diagnostics):
@@ -48,8 +47,8 @@ def test_a_surface_is_recovered_in_flops_that_are_not_6nd():
     compute = Compute(11.0, 0.92)
     family = fit_family(surface(compute=compute), QUICK)
     assert (family.compute.k, family.compute.q) == pytest.approx((11.0, 0.92), rel=1e-9)
-    assert vars(family.parametric.fit.law) == pytest.approx(vars(LAW), rel=1e-7)
-    assert family.isoflop.a == pytest.approx(exponent(LAW, compute), abs=0.01)
+    assert vars(family.approach3.law) == pytest.approx(vars(LAW), rel=1e-7)
+    assert family.approach2.a == pytest.approx(exponent(LAW, compute), abs=0.01)
     assert codes(family) == set()
 
 
@@ -80,8 +79,8 @@ def one_size():
 )
 def test_too_little_data_is_refused(part, code):
     family = fit_family(part, QUICK)
-    assert family.parametric is None
-    assert code in refusals(family.refusals)
+    assert family.approach3.params is None
+    assert code in refusals(family.warnings)
 
 
 def test_nothing_fitted_is_bad_input():
@@ -94,8 +93,8 @@ def test_nothing_fitted_is_bad_input():
 def test_few_runs_and_bounds_are_warned_about():
     few = fit_family(surface(ratios=(0.5, 1, 2), noise=0.001), QUICK)
     assert "too_few_points" in codes(few)
-    assert not refusals(few.diagnostics)
-    flat = surface(Law(E=1.8, A=1e-20, B=2000.0, alpha=0.34, beta=0.38))
+    assert not refusals(few.warnings)
+    flat = surface(PowerLaw(E=1.8, A=1e-20, B=2000.0, alpha=0.34, beta=0.38))
     grid = np.tile([1e6, 3e6, 1e7, 3e7, 1e8], 4)
     tokens = flat.flops / (6 * grid)
     flat = replace(flat, params=grid, tokens=tokens, loss=1.8 + 2000 * tokens**-0.38)
@@ -116,10 +115,10 @@ def test_a_delta_below_the_noise_is_warned_about():
 
 def test_what_the_runs_do_not_identify_is_warned_about():
     # At budgets this small E is a few percent of the losses, within their noise.
-    law = Law(E=0.05, A=40.0, B=60.0, alpha=0.2, beta=0.2)
+    law = PowerLaw(E=0.05, A=40.0, B=60.0, alpha=0.2, beta=0.2)
     family = fit_family(surface(law, budgets=(1e14, 3e14, 1e15), noise=0.02, seed=3), QUICK)
     assert "not_identified" in codes(family)
-    assert family.parametric.profile["E"][0] is None
+    assert family.approach3.profile["E"][0] is None
     assert "not_identified" not in codes(fit_family(published("mdm"), QUICK))
 
 
@@ -129,7 +128,7 @@ def test_runs_without_gaps_between_their_budgets_can_be_fitted():
     part = points("random", 6 * params * tokens, params, LAW.loss(params, tokens))
     part = replace(part, budget=np.full(300, 1e19))
     family = fit_family(part, QUICK)
-    assert vars(family.parametric.fit.law) == pytest.approx(vars(LAW), rel=1e-6)
+    assert vars(family.approach3.law) == pytest.approx(vars(LAW), rel=1e-6)
 
 
 def test_precise_runs_count_more():
@@ -138,8 +137,8 @@ def test_precise_runs_count_more():
     part = replace(part, loss=part.loss * np.exp(off))
     se = np.tile(np.repeat([1e-4, 0.02], 5), 4) * part.loss
     even, uneven = fit_family(part, QUICK), fit_family(replace(part, loss_se=se), QUICK)
-    np.testing.assert_array_equal(even.parametric.problem.weight_n, 1.0)
-    errors = [abs(f.parametric.fit.law.alpha - LAW.alpha) for f in (even, uneven)]
+    np.testing.assert_array_equal(even.approach3.problem.weight_n, 1.0)
+    errors = [abs(f.approach3.law.alpha - LAW.alpha) for f in (even, uneven)]
     assert errors[1] < 0.5 * errors[0]
 
 
@@ -153,7 +152,7 @@ def test_checkpoints_of_runs_are_resampled_together():
     assert np.bincount(together.run).tolist() == [2] * 10
     assert alone.run is None
     assert "checkpoints_of_one_run" in {f.code for f in together.diagnostics}
-    wide, narrow = (fit_family(part, QUICK).parametric for part in (together, alone))
+    wide, narrow = (fit_family(part, QUICK).approach3 for part in (together, alone))
     assert vars(wide.fit.law) == vars(narrow.fit.law)
     assert np.std(wide.replicates.alpha) != np.std(narrow.replicates.alpha)
     (low, high), (lower, higher) = wide.profile["a"], narrow.profile["a"]
@@ -163,13 +162,11 @@ def test_checkpoints_of_runs_are_resampled_together():
 def test_another_objective_is_used_and_recorded():
     runs = select_rows(csv_rows(published("mdm")))
     fit = fit_runs(runs, replace(QUICK, objective="ls"))
-    found = record.as_dict(fit)
+    found = as_dict(fit)
     assert found["method"]["delta"] is None
     assert found["method"]["settings"]["objective"] == "ls"
     residual = np.log(
-        fit.families["mdm"].parametric.fit.law.loss(
-            published("mdm").params, published("mdm").tokens
-        )
+        fit.families["mdm"].approach3.law.loss(published("mdm").params, published("mdm").tokens)
         / published("mdm").loss
     )
     cost = (residual**2 / 2).sum()
@@ -179,7 +176,7 @@ def test_another_objective_is_used_and_recorded():
 def test_an_optimum_outside_the_sizes_is_warned_about():
     family = fit_family(surface(ratios=(2, 3, 4, 6, 8)), QUICK)
     assert {"extrapolation", "optimum_outside_range", "too_few_budgets"} <= codes(family)
-    best = optimum(family.parametric.fit.law, family.compute, 1e19).params
+    best = optimum(family.approach3.law, family.compute, 1e19).params
     assert best == pytest.approx(optimum(LAW, Compute(), 1e19).params, rel=1e-5)
 
 
@@ -192,10 +189,10 @@ def test_flops_that_do_not_follow_n_are_warned_about():
 
 
 def test_families_of_another_kind_get_their_own_group(three):
-    assert three.groups == (("arm", "mdm"), ("prime",))
-    assert [diagnostic.code for diagnostic in three.diagnostics] == ["mixed_kinds"]
+    assert three.comparable == (("arm", "mdm"), ("prime",))
+    assert [diagnostic.code for diagnostic in three.warnings] == ["mixed_kinds"]
     assert not three.refused
-    assert fit_rows(three_kinds(), allow_mixed_kinds=True).groups == (("arm", "mdm", "prime"),)
+    assert fit_rows(three_kinds(), allow_mixed_kinds=True).comparable == (("arm", "mdm", "prime"),)
 
 
 def test_a_refused_family_does_not_stop_the_others():
@@ -205,10 +202,10 @@ def test_a_refused_family_does_not_stop_the_others():
     ]
     fit = fit_rows(csv_rows(published("arm")) + mixed)
     assert fit.refused
-    assert fit.families["arm"].parametric
-    assert fit.families["mixed"].parametric is None
-    assert fit.families["mixed"].isoflop is None
-    assert "mixed_kinds" in refusals(fit.families["mixed"].diagnostics)
+    assert fit.families["arm"].approach3
+    assert fit.families["mixed"].approach3.params is None
+    assert fit.families["mixed"].approach2.a is None
+    assert "mixed_kinds" in refusals(fit.families["mixed"].warnings)
 
 
 def test_a_family_without_a_finished_run_is_refused_by_name():
@@ -218,22 +215,22 @@ def test_a_family_without_a_finished_run_is_refused_by_name():
     ]
     fit = fit_rows(rows + lost)
     assert fit.refused
-    assert any("lost" in diagnostic.message for diagnostic in fit.diagnostics if diagnostic.refusal)
+    assert any("lost" in diagnostic.message for diagnostic in fit.warnings if diagnostic.refusal)
 
 
 def test_small_budgets_are_called_an_illustration():
     assert "small_scale" in {
-        f.code for f in fit_rows(csv_rows(surface(budgets=(1e13, 3e13, 1e14)))).diagnostics
+        f.code for f in fit_rows(csv_rows(surface(budgets=(1e13, 3e13, 1e14)))).warnings
     }
-    assert "small_scale" not in {f.code for f in fit_rows(csv_rows(surface())).diagnostics}
+    assert "small_scale" not in {f.code for f in fit_rows(csv_rows(surface())).warnings}
 
 
 def test_the_record_is_json_with_the_promised_places(three):
-    found = json.loads(json.dumps(record.as_dict(three), allow_nan=False))
+    found = json.loads(json.dumps(as_dict(three), allow_nan=False))
     assert found["schema"] == 2
     arm = found["families"]["arm"]
     law = arm["approach3"]
-    assert law["params"] == pytest.approx(vars(three.families["arm"].parametric.fit.law))
+    assert law["params"] == pytest.approx(vars(three.families["arm"].approach3.law))
     assert law["a"] == pytest.approx(0.524, abs=5e-4)
     assert law["objective"] == pytest.approx(3.28809e-4, rel=1e-6)
     assert law["certificate"]["converged"] is True
@@ -261,7 +258,7 @@ def test_the_record_is_json_with_the_promised_places(three):
 
 
 def test_a_censored_optimum_is_marked_and_has_no_interval():
-    found = record.as_dict(fit_rows(csv_rows(surface(ratios=(2, 3, 4, 6, 8)))))
+    found = as_dict(fit_rows(csv_rows(surface(ratios=(2, 3, 4, 6, 8)))))
     two = found["families"]["known"]["approach2"]
     assert two["a"] is None
     assert {row["censored"] for row in two["optima"]} == {"below"}
@@ -270,9 +267,7 @@ def test_a_censored_optimum_is_marked_and_has_no_interval():
 
 def test_the_same_seed_gives_the_same_record_and_another_does_not():
     runs = select_rows(csv_rows(published("arm")))
-    first, again, other = (
-        record.as_dict(fit_runs(runs, Settings(100, seed))) for seed in (0, 0, 1)
-    )
+    first, again, other = (as_dict(fit_runs(runs, Settings(100, seed))) for seed in (0, 0, 1))
     assert first == again
     assert (
         first["families"]["arm"]["approach3"]["params"]

@@ -3,7 +3,7 @@ import pytest
 from scaling_cases import LAW
 from scipy.optimize import minimize_scalar
 
-from prime_jax.scaling.laws import Compute, Law, exponent, fit_compute, optimum
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, fit_compute, optimum
 
 
 @pytest.mark.parametrize("compute", [Compute(), Compute(11.0, 0.93)], ids=["6ND", "other"])
@@ -31,14 +31,14 @@ def test_exponent_is_the_slope_of_the_best_size():
 
 
 def test_laws_of_arrays_give_one_optimum_each():
-    laws = Law(*(np.array([v, 1.1 * v]) for v in (LAW.E, LAW.A, LAW.B, LAW.alpha, LAW.beta)))
+    laws = PowerLaw(*(np.array([v, 1.1 * v]) for v in (LAW.E, LAW.A, LAW.B, LAW.alpha, LAW.beta)))
     both = optimum(laws, Compute(), 1e19)
     assert both.params[0] == pytest.approx(optimum(LAW, Compute(), 1e19).params)
     assert both.loss.shape == (2,)
 
 
 def test_huge_coefficients_do_not_overflow():
-    steep = Law(E=1.0, A=np.exp(100.0), B=np.exp(150.0), alpha=4.9, beta=5.0)
+    steep = PowerLaw(E=1.0, A=np.exp(100.0), B=np.exp(150.0), alpha=4.9, beta=5.0)
     assert np.isfinite(optimum(steep, Compute(), 1e20).params)
 
 

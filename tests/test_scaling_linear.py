@@ -7,9 +7,9 @@ import pytest
 import scaling_cases
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import fit
-from prime_jax.scaling.laws import Compute, Law, optimum
-from prime_jax.scaling.linear import linearise, loss_of_efficiency
+from prime_jax.scaling import fits
+from prime_jax.scaling.designs import linearise, loss_of_efficiency
+from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.settings import Settings
 
 TARGET = 1e21
@@ -18,7 +18,7 @@ SQUARES = Settings(replicates=100, objective="ls")
 
 @pytest.fixture(scope="module")
 def linear():
-    return linearise(fit.fit_family(scaling_cases.surface(noise=3e-3), SQUARES), SQUARES)
+    return linearise(fits.fit_family(scaling_cases.surface(noise=3e-3), SQUARES), SQUARES)
 
 
 def test_gradients_are_those_of_the_law(linear):
@@ -28,7 +28,7 @@ def test_gradients_are_those_of_the_law(linear):
 
     def at(theta):
         e, a, alpha, b, beta = theta
-        return Law(np.exp(e), np.exp(a + alpha * x), np.exp(b + beta * y), alpha, beta)
+        return PowerLaw(np.exp(e), np.exp(a + alpha * x), np.exp(b + beta * y), alpha, beta)
 
     for k, unit in enumerate(1e-6 * np.eye(5)):
         high, low = at(theta + unit), at(theta - unit)

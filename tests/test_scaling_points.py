@@ -3,9 +3,8 @@ import pytest
 from scaling_cases import csv_rows, surface
 
 from prime_jax.errors import UserError
-from prime_jax.scaling.columns import Choice
 from prime_jax.scaling.points import Measure, select
-from prime_jax.scaling.table import Table
+from prime_jax.scaling.table import Choice, Table
 
 
 def table_of(rows):

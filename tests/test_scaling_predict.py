@@ -8,8 +8,9 @@ import scaling_cases
 from scaling_cases import BUDGETS, LAW
 
 from prime_jax import cli
-from prime_jax.scaling import fit, launchable, predict
+from prime_jax.scaling import fits, launchable, rollout
 from prime_jax.scaling.laws import Compute, optimum
+from prime_jax.scaling.prediction import predict_family
 from prime_jax.scaling.settings import Settings
 
 SETTINGS = Settings(replicates=100, seed=3)
@@ -19,18 +20,18 @@ TEMPLATE = launchable.template("mdm", CONVENTIONS, None)
 
 @pytest.fixture(scope="module")
 def exact():
-    return fit.fit_family(scaling_cases.surface(), SETTINGS)
+    return fits.fit_family(scaling_cases.surface(), SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def noisy():
     data = scaling_cases.surface(ratios=np.geomspace(0.2, 5, 8), noise=3e-3, seed=5)
-    return fit.fit_family(data, SETTINGS)
+    return fits.fit_family(data, SETTINGS)
 
 
 @pytest.mark.parametrize("budget", [2e18, 1e21])
 def test_without_noise_a_prediction_is_the_truth(exact, budget):
-    found = predict.predict(exact, SETTINGS, budget, TEMPLATE)
+    found = predict_family(exact, SETTINGS, budget, TEMPLATE)
     best = optimum(LAW, Compute(), budget)
     assert found.approach3.params.value == pytest.approx(float(best.params), rel=1e-6)
     assert found.approach3.tokens.value == pytest.approx(float(best.tokens), rel=1e-6)
@@ -38,12 +39,12 @@ def test_without_noise_a_prediction_is_the_truth(exact, budget):
     assert found.approach2.params.value == pytest.approx(float(best.params), rel=1e-3)
     assert found.in_range == (budget <= BUDGETS[-1])
     assert found.decades == pytest.approx(max(0, np.log10(budget / BUDGETS[-1])))
-    codes = {diagnostic.code for diagnostic in found.diagnostics}
+    codes = {diagnostic.code for diagnostic in found.findings}
     assert ("extrapolation" in codes) == (not found.in_range)
 
 
 def test_intervals_hold_the_truth_and_widen_away_from_the_data(noisy):
-    near, far = (predict.predict(noisy, SETTINGS, c, TEMPLATE) for c in (1e19, 1e22))
+    near, far = (predict_family(noisy, SETTINGS, c, TEMPLATE) for c in (1e19, 1e22))
     for found in (near, far):
         best = optimum(LAW, Compute(), found.flops)
         for part in (found.approach3, found.approach2):
@@ -61,24 +62,22 @@ def test_intervals_hold_the_truth_and_widen_away_from_the_data(noisy):
 
 
 def test_rollout_error_is_that_of_validate(noisy):
-    from prime_jax.scaling import validate
-
-    found = predict.predict(noisy, SETTINGS, 1e21, TEMPLATE)
-    error = validate.model_error(validate.rollout(noisy.points, SETTINGS))
+    found = predict_family(noisy, SETTINGS, 1e21, TEMPLATE)
+    error = rollout.model_error(rollout.rollout(noisy.points, SETTINGS))
     assert found.rollout.rms == pytest.approx(error.rms, rel=1e-6)
-    few = fit.fit_family(scaling_cases.surface(budgets=BUDGETS[:3], noise=1e-3), SETTINGS)
-    found = predict.predict(few, SETTINGS, 1e21, TEMPLATE)
+    few = fits.fit_family(scaling_cases.surface(budgets=BUDGETS[:3], noise=1e-3), SETTINGS)
+    found = predict_family(few, SETTINGS, 1e21, TEMPLATE)
     assert found.rollout is found.approach3.loss_with_model_error is None
-    assert "model_error_unknown" in {diagnostic.code for diagnostic in found.diagnostics}
+    assert "model_error_unknown" in {diagnostic.code for diagnostic in found.findings}
 
 
 def test_repeated_data_is_flagged(exact):
     tokens = float(optimum(LAW, Compute(), 1e20).tokens)
-    found = predict.predict(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=tokens / 3)
+    found = predict_family(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=tokens / 3)
     assert found.epochs == pytest.approx(3, rel=1e-6)
-    assert "data_repeated" in {diagnostic.code for diagnostic in found.diagnostics}
-    plenty = predict.predict(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=2 * tokens)
-    assert "data_repeated" not in {diagnostic.code for diagnostic in plenty.diagnostics}
+    assert "data_repeated" in {diagnostic.code for diagnostic in found.findings}
+    plenty = predict_family(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=2 * tokens)
+    assert "data_repeated" not in {diagnostic.code for diagnostic in plenty.findings}
 
 
 @pytest.fixture(scope="module")

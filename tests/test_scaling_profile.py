@@ -7,8 +7,8 @@ from scipy.optimize import minimize
 from scipy.special import huber
 from scipy.stats import f as f_distribution
 
-from prime_jax.scaling import approach3, profile
-from prime_jax.scaling.laws import Compute, Law, exponent, optimum
+from prime_jax.scaling import approach3, intervals
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 
 OTHER = Compute(11.0, 0.92)
 
@@ -19,12 +19,12 @@ def fitted(points, **how):
 
 
 def all_quantities(p, compute, flops=(3e18, 1e23)):
-    sizes = {flops: profile.best_size(p, compute, flops) for flops in flops}
-    return profile.parameters(p, compute) | sizes
+    sizes = {flops: p.form.best_size(compute, flops) for flops in flops}
+    return p.form.quantities(compute) | sizes
 
 
-def value(quantity, theta_5):
-    return quantity.natural(profile.values([quantity], theta_5[None])[0])[0]
+def value(quantity, theta_K):
+    return quantity.natural(intervals.values([quantity], theta_K[None])[0])[0]
 
 
 @pytest.mark.parametrize("compute", [Compute(), OTHER], ids=["6ND", "other"])
@@ -33,17 +33,17 @@ def test_a_quantity_is_what_its_name_says(compute):
     expected = vars(fit.law) | {"a": float(exponent(fit.law, compute))}
     for flops in (3e18, 1e23):
         expected[flops] = float(optimum(fit.law, compute, flops).params)
-    found = {name: value(q, fit.theta_5) for name, q in all_quantities(p, compute).items()}
+    found = {name: value(q, fit.theta_K) for name, q in all_quantities(p, compute).items()}
     assert found == pytest.approx(expected, rel=1e-10)
 
 
 def test_derivatives_of_quantities_against_differences():
     p, fit = fitted(published("mdm"))
     for quantity in all_quantities(p, OTHER).values():
-        _, gradient, hessian = profile.values([quantity], fit.theta_5[None])
+        _, gradient, hessian = intervals.values([quantity], fit.theta_K[None])
         for k, step in enumerate(1e-5 * np.eye(5)):
             up, down = (
-                profile.values([quantity], (fit.theta_5 + sign * step)[None]) for sign in (1, -1)
+                intervals.values([quantity], (fit.theta_K + sign * step)[None]) for sign in (1, -1)
             )
             assert gradient[0, k] == pytest.approx((up[0] - down[0])[0] / 2e-5, rel=1e-6, abs=1e-8)
             np.testing.assert_allclose(
@@ -56,15 +56,15 @@ def test_at_an_end_the_constrained_minimum_has_risen_by_what_it_should(objective
     p, fit = fitted(published("prime"), objective=objective)
     quantities = all_quantities(p, Compute())
     names = ("E", "beta", "a", 1e23)
-    ends = profile.intervals(p, fit, [quantities[name] for name in names])
-    kappa, freedom = profile.scale(p, p.residual(fit.theta_5))
+    ends = intervals.profiles(p, fit, [quantities[name] for name in names])
+    kappa, freedom = intervals.robust_scale(p, p.residual(fit.theta_K))
     limit = 0.5 * kappa * f_distribution.ppf(0.95, 1, freedom)
     for name, pair in zip(names, ends, strict=True):
         quantity = quantities[name]
-        assert pair[0] < value(quantity, fit.theta_5) < pair[1]
+        assert pair[0] < value(quantity, fit.theta_K) < pair[1]
         for end in pair:
             held = minimize(
-                p.value, fit.theta_5, method="SLSQP", options={"ftol": 1e-16, "maxiter": 500},
+                p.value, fit.theta_K, method="SLSQP", options={"ftol": 1e-16, "maxiter": 500},
                 constraints={"type": "eq", "fun": lambda t, q=quantity, e=end: np.log(value(q, t) / e)},
             )  # fmt: skip
             assert held.fun - fit.objective == pytest.approx(limit, rel=0.02)
@@ -72,12 +72,12 @@ def test_at_an_end_the_constrained_minimum_has_risen_by_what_it_should(objective
 
 def test_kappa_of_least_squares_is_the_residual_variance():
     p, fit = fitted(published("arm"), objective="ls")
-    residual = p.residual(fit.theta_5)
-    assert profile.scale(p, p.residual(fit.theta_5)) == pytest.approx(
+    residual = p.residual(fit.theta_K)
+    assert intervals.robust_scale(p, p.residual(fit.theta_K)) == pytest.approx(
         (residual @ residual / 60, 60)
     )
     wide = fitted(published("arm"), delta=1.0)
-    assert profile.scale(wide[0], wide[0].residual(wide[1].theta_5))[0] == pytest.approx(
+    assert intervals.robust_scale(wide[0], wide[0].residual(wide[1].theta_K))[0] == pytest.approx(
         residual @ residual / 60
     )
 
@@ -86,16 +86,16 @@ def test_the_objectives_agree_about_the_size_of_an_interval():
     points, log_widths = published("mdm"), []
     for objective in ("huber", "ls"):
         p, fit = fitted(points, objective=objective)
-        (low, high), = profile.intervals(p, fit, [profile.best_size(p, Compute(), 1e23)])  # fmt: skip
+        (low, high), = intervals.profiles(p, fit, [p.form.best_size(Compute(), 1e23)])  # fmt: skip
         log_widths.append(np.log(high / low))
     assert max(log_widths) < 1.5 * min(log_widths)
 
 
 def test_without_noise_an_interval_is_a_point():
     p, fit = fitted(surface())
-    quantities = profile.parameters(p, Compute())
+    quantities = p.form.quantities(Compute())
     for (low, high), name in zip(
-        profile.intervals(p, fit, list(quantities.values())), quantities, strict=True
+        intervals.profiles(p, fit, list(quantities.values())), quantities, strict=True
     ):
         truth = vars(LAW) | {"a": float(exponent(LAW, Compute()))}
         assert low == pytest.approx(truth[name], rel=1e-6)
@@ -104,10 +104,10 @@ def test_without_noise_an_interval_is_a_point():
 
 def test_what_the_runs_do_not_bound_is_open():
     # E is far below the losses of these small budgets: it may as well be nothing.
-    law = Law(E=0.05, A=40.0, B=60.0, alpha=0.2, beta=0.2)
+    law = PowerLaw(E=0.05, A=40.0, B=60.0, alpha=0.2, beta=0.2)
     points = surface(law, budgets=(1e14, 3e14, 1e15), noise=0.02, seed=3)
     p, fit = fitted(points)
-    (low, high), = profile.intervals(p, fit, [profile.parameters(p, Compute())["E"]])  # fmt: skip
+    (low, high), = intervals.profiles(p, fit, [p.form.quantities(Compute())["E"]])  # fmt: skip
     assert low is None
     assert high > 0.05
 
@@ -116,10 +116,10 @@ def test_checkpoints_of_a_run_count_once():
     points = published("arm")
     p, fit = fitted(points)
     four = np.arange(len(points.loss)) // 4
-    quantity = [profile.best_size(p, Compute(), 3e20)]
-    (alone,), (shared_runs,) = (profile.intervals(p, fit, quantity, runs=r) for r in (None, four))
+    quantity = [p.form.best_size(Compute(), 3e20)]
+    (alone,), (shared_runs,) = (intervals.profiles(p, fit, quantity, runs=r) for r in (None, four))
     assert np.log(shared_runs[1] / shared_runs[0]) > 1.8 * np.log(alone[1] / alone[0])
-    assert profile.scale(p, p.residual(fit.theta_5), four)[1] == 17 - 5
+    assert intervals.robust_scale(p, p.residual(fit.theta_K), four)[1] == 17 - 5
 
 
 def data_constrained():
@@ -129,7 +129,7 @@ def data_constrained():
     params, tokens, unique, loss = (
         column[name].astype(float) for name in ("params", "tokens", "unique_tokens", "loss")
     )
-    law = Law(np.exp(0.6254804), np.exp(6.255414), np.exp(7.3049974), 0.3526596, 0.3526596)
+    law = PowerLaw(np.exp(0.6254804), np.exp(6.255414), np.exp(7.3049974), 0.3526596, 0.3526596)
     enough = np.minimum(params, (law.A / law.B) ** (1 / law.alpha) * unique)
 
     def saturating(amount, part, r):
@@ -154,32 +154,32 @@ def test_half_life_of_repeated_data_is_not_identified():
 
     for r_d, published_value in ((15, 0.015827), (80.8, 0.015808), (221.7, 0.015823)):
         assert objective(np.log(r_d)) == pytest.approx(published_value, abs=1.5e-6)
-    kappa, freedom = profile.scale(p, residuals(np.log(80.8)))
+    kappa, freedom = intervals.robust_scale(p, residuals(np.log(80.8)))
     rise = 0.5 * kappa * f_distribution.ppf(0.95, 1, freedom)
-    low, high = profile.interval_of(objective, np.log(80.8), rise, tuple(np.log([0.1, 1e5])))
+    low, high = intervals.profile_of(objective, np.log(80.8), rise, tuple(np.log([0.1, 1e5])))
     assert low < np.log(15)
     assert high is None
 
 
 def test_ends_of_a_plain_function():
     rise = 2.0
-    low, high = profile.interval_of(lambda c: (c - 3) ** 2, 3.0, rise)
+    low, high = intervals.profile_of(lambda c: (c - 3) ** 2, 3.0, rise)
     assert (low, high) == pytest.approx((3 - np.sqrt(2), 3 + np.sqrt(2)), rel=1e-3)
-    low, high = profile.interval_of(lambda c: np.exp(-c), 4.0, rise)
+    low, high = intervals.profile_of(lambda c: np.exp(-c), 4.0, rise)
     assert low == pytest.approx(-np.log(2 + np.exp(-4)), rel=1e-2)
     assert high is None
 
 
 def test_another_level_is_another_width():
     p, fit = fitted(published("mdm"))
-    quantity = [profile.parameters(p, Compute())["a"]]
-    widths = [np.ptp(profile.intervals(p, fit, quantity, level)[0]) for level in (0.5, 0.8, 0.95)]
+    quantity = [p.form.quantities(Compute())["a"]]
+    widths = [np.ptp(intervals.profiles(p, fit, quantity, level)[0]) for level in (0.5, 0.8, 0.95)]
     assert widths == sorted(widths)
 
 
 def test_weights_that_are_all_two_change_nothing():
     p, fit = fitted(published("mdm"))
-    quantity = [profile.parameters(p, Compute())["a"]]
+    quantity = [p.form.quantities(Compute())["a"]]
     doubled = replace(p, weight_n=2 * p.weight_n)
-    again = profile.intervals(doubled, approach3.fit(doubled), quantity)
-    assert again[0] == pytest.approx(profile.intervals(p, fit, quantity)[0], rel=1e-3)
+    again = intervals.profiles(doubled, approach3.fit(doubled), quantity)
+    assert again[0] == pytest.approx(intervals.profiles(p, fit, quantity)[0], rel=1e-3)

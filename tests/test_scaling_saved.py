@@ -9,11 +9,11 @@ import pytest
 import scaling_cases
 
 from prime_jax import cli
-from prime_jax.cli import fit as commands
 from prime_jax.errors import UserError
-from prime_jax.scaling import fit, record, saved, table
-from prime_jax.scaling.columns import Choice
+from prime_jax.scaling import library, record, table
+from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
+from prime_jax.scaling.table import Choice
 
 SETTINGS = Settings(replicates=100, seed=3)
 
@@ -28,50 +28,47 @@ def written(tmp_path_factory):
 
 def test_a_refit_gives_the_same_numbers_to_the_bit(written):
     path, fitted = written
-    back = saved.read(path)
+    back = record.load(path)
     assert back.settings == SETTINGS
-    assert back.runs.excluded == fitted.runs.excluded
-    assert (back.runs.source, back.runs.sha256) == (fitted.runs.source, fitted.runs.sha256)
-    again = record.as_dict(fit.fit_runs(back.runs, back.settings))
+    assert back.data.excluded == fitted.data.excluded
     kept = json.loads((path / "fit.json").read_text())
-    assert json.loads(json.dumps(again))["families"] == kept["families"]
-    assert again["conventions"] == kept["conventions"] == {"flops": "matmul", "params": "total"}
-    assert again["warnings"] == kept["warnings"]
-    for name, points in fitted.runs.families.items():
+    assert json.loads(json.dumps(as_dict(back))) == kept
+    assert kept["conventions"] == {"flops": "matmul", "params": "total"}
+    for name, points in fitted.data.families.items():
         for field in dataclasses.fields(points):
-            mine, theirs = getattr(points, field.name), getattr(back.points(name), field.name)
+            mine, theirs = getattr(points, field.name), getattr(back.data.points(name), field.name)
             np.testing.assert_equal(mine, theirs)
 
 
 def test_the_command_leaves_all_that_a_refit_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "_draw", lambda *_: [])
+    monkeypatch.setattr(library.Fit, "draw", lambda *_: [])
     rows = [row for row in scaling_cases.rows_of_a_sweep() if row["family"] == "arm"]
     path = scaling_cases.write_csv(tmp_path / "runs.csv", rows)
     words = ["fit", str(path), "--out", str(tmp_path / "fit"), "--bootstrap", "150", "--seed", "4"]
     assert cli.main([*words, "--objective", "ls"]) == 0
-    back = saved.read(tmp_path / "fit")
+    back = record.load(tmp_path / "fit")
     assert back.settings == Settings(replicates=150, seed=4, objective="ls")
-    law = back.refit("arm").parametric.fit.law
-    assert dataclasses.asdict(law) == back.result["families"]["arm"]["approach3"]["params"]
+    kept = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    law = kept["families"]["arm"]["approach3"]["params"]
+    assert as_dict(back.families["arm"].approach3.params) == law
 
 
 def test_points_are_plain_columns(written):
-    rows = table.read_csv(written[0] / "points.csv").rows
-    assert len(rows) == 40
-    for row in rows:
+    data = table.read_csv(written[0] / "points.csv")
+    assert len(data.rows) == 40
+    for row in data.rows:
         ratio = float(row["flops"]) / (float(row["params"]) * float(row["tokens"]))
         assert ratio == pytest.approx(6 / 1.1)
         assert bool(row["loss"]) == (row["status"] == "done")
         assert row["run"].startswith(row["family"])
-    back = saved.read(written[0])
-    assert back.seeds == {0, 1, 2}
-    assert back.unique_tokens == {"arm": 1e10, "prime": 1e10}
+    assert record.seeds(data) == {0, 1, 2}
+    assert record.unique_tokens(data) == {"arm": 1e10, "prime": 1e10}
 
 
 def test_a_directory_that_is_no_fit(written, tmp_path):
     def refused(part):
         with pytest.raises(UserError, match=part):
-            saved.read(tmp_path / "fit")
+            record.load(tmp_path / "fit")
 
     refused("no fit.json")
     shutil.copytree(written[0], tmp_path / "fit")
@@ -95,4 +92,4 @@ def test_a_directory_that_is_no_fit(written, tmp_path):
     refused("version")
     path.write_text(json.dumps(result))
     with pytest.raises(UserError, match="did you mean prime"):
-        saved.read(tmp_path / "fit").points("prim")
+        record.load(tmp_path / "fit", ["prim"])

@@ -6,10 +6,11 @@ import pytest
 from scaling_cases import LAW, csv_rows, published, surface, write_csv
 
 from prime_jax.cli import compare
-from prime_jax.scaling import record, validate
-from prime_jax.scaling.fit import fit_family, fit_runs
+from prime_jax.scaling import rollout
+from prime_jax.scaling.fits import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, Optimum, optimum
 from prime_jax.scaling.points import select
+from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import read_csv
 
@@ -25,75 +26,74 @@ def bent(last=0.97):
 
 @pytest.mark.parametrize(("family", "error"), [("arm", 2.1), ("mdm", 2.5), ("prime", 2.8)])
 def test_the_top_two_published_budgets_are_predicted_too_high(family, error):
-    found = validate.rollout(published(family), QUICK)
-    step = next(step for step in found.steps if len(step.predictions) == 2)
+    found = rollout.rollout(published(family), QUICK)
+    step = next(step for step in found.steps if len(step.budgets) == 2)
     assert 100 * step.errors_n.mean() == pytest.approx(error, abs=0.06)
-    assert [diagnostic.code for diagnostic in found.diagnostics] == ["held_out_bias"]
-    assert validate.model_error(found).bias > 0.01
+    assert [diagnostic.code for diagnostic in found.warnings] == ["held_out_bias"]
+    assert rollout.model_error(found).bias > 0.01
 
 
 def test_an_exact_law_predicts_exactly():
-    found = validate.rollout(surface(), QUICK)
+    found = rollout.rollout(surface(), QUICK)
     assert [len(step.fitted) for step in found.steps] == [3]
-    assert not found.diagnostics
-    error = validate.model_error(found)
+    assert not found.warnings
+    error = rollout.model_error(found)
     assert max(error.rms, error.inside, error.per_decade) < 1e-8
     (prediction,) = found.predictions
     truth = optimum(LAW, Compute(), prediction.flops)
-    assert prediction.parametric.params == pytest.approx(truth.params, rel=1e-6)
+    assert prediction.approach3.params == pytest.approx(truth.params, rel=1e-6)
     # On one grid about the optimum parabolas are off by one factor, which a power law keeps.
-    assert prediction.power.params == pytest.approx(prediction.measured.params, rel=1e-6)
+    assert prediction.approach2.params == pytest.approx(prediction.measured.params, rel=1e-6)
     assert prediction.decades == pytest.approx(np.log10(3))
 
 
 def test_errors_are_signed_predicted_over_measured():
-    found = validate.rollout(bent(), QUICK)
+    found = rollout.rollout(bent(), QUICK)
     (prediction,) = found.predictions
     np.testing.assert_allclose(prediction.errors_n, 1 / 0.97 - 1, rtol=1e-5)
-    assert "high" in found.diagnostics[0].message
-    low = validate.rollout(bent(1.03), QUICK)
-    assert validate.model_error(low).bias < -0.02
-    assert "low" in low.diagnostics[0].message
+    assert "high" in found.warnings[0].message
+    low = rollout.rollout(bent(1.03), QUICK)
+    assert rollout.model_error(low).bias < -0.02
+    assert "low" in low.warnings[0].message
 
 
 def test_every_budget_after_the_third_is_predicted_from_each_beginning():
-    found = validate.rollout(surface(budgets=np.geomspace(1e18, 1e20, 6)), QUICK)
-    pairs = [(len(step.fitted), len(step.predictions)) for step in found.steps]
+    found = rollout.rollout(surface(budgets=np.geomspace(1e18, 1e20, 6)), QUICK)
+    pairs = [(len(step.fitted), len(step.budgets)) for step in found.steps]
     assert pairs == [(3, 3), (4, 2), (5, 1)]
-    bins = validate.by_distance(found)
-    assert sum(len(errors) for _, _, errors in bins) == 6 * 5
-    for low, high, _ in bins:
-        assert any(low < p.decades <= high for p in found.predictions)
+    assert sum(one.runs for one in found.by_distance) == 6 * 5
+    for one in found.by_distance:
+        assert any(one.from_ < p.decades <= one.to for p in found.predictions)
 
 
 def test_many_budgets_are_not_all_cut_at_and_never_early():
     points = surface(budgets=np.geomspace(1e18, 1e20, 24))
-    found = validate.rollout(points, QUICK)
-    assert len(found.steps) == validate.MAX_STEPS
+    found = rollout.rollout(points, QUICK)
+    assert len(found.steps) == rollout.MAX_STEPS
     for step in found.steps:
-        assert np.log10(step.fitted[-1] / step.fitted[0]) >= 2 * validate.MIN_SPAN
-    assert len(found.steps[-1].predictions) == 1
+        assert np.log10(step.fitted[-1] / step.fitted[0]) >= 2 * rollout.MIN_SPAN
+    assert len(found.steps[-1].budgets) == 1
 
 
 def test_few_budgets_are_a_finding_and_no_error():
     points = surface(budgets=(1e18, 3e18, 1e19))
-    found = validate.rollout(points, QUICK)
-    assert validate.model_error(found) is None
-    assert [f.code for f in found.diagnostics if not f.refusal] == ["too_few_budgets"]
+    found = rollout.rollout(points, QUICK)
+    assert rollout.model_error(found) is None
+    assert [f.code for f in found.warnings if not f.refusal] == ["too_few_budgets"]
     family = fit_family(points, QUICK)
-    assert family.parametric
-    assert not any(diagnostic.refusal for diagnostic in family.diagnostics)
-    told = json.loads(json.dumps(validate.as_dict(found), allow_nan=False))
+    assert family.approach3
+    assert not any(diagnostic.refusal for diagnostic in family.warnings)
+    told = json.loads(json.dumps(as_dict(found), allow_nan=False))
     assert told["rms"] is None
     assert told["steps"] == []
 
 
 def test_the_model_error_grows_with_the_distance_and_widens():
-    error = validate.model_error(validate.rollout(published("mdm"), QUICK))
+    error = rollout.model_error(rollout.rollout(published("mdm"), QUICK))
     assert error.at(0) == error.inside
     assert np.all(np.diff(error.at([0, 0.5, 1, 2])) > 0)
     # Averaged over the held-out runs it is their rms.
-    found = validate.rollout(published("mdm"), QUICK)
+    found = rollout.rollout(published("mdm"), QUICK)
     decades = np.concatenate([np.full(len(p.errors_n), p.decades) for p in found.predictions])
     assert np.sqrt(np.mean(error.at(decades) ** 2)) == pytest.approx(error.rms)
     near, far = (error.widen(3.0, 2.98, 3.01, d, 0.95) for d in (0.0, 1.0))
@@ -105,23 +105,23 @@ def test_the_model_error_grows_with_the_distance_and_widens():
 
 def test_distance_is_outside_the_budgets_only():
     points = surface()
-    got = validate.distance(points, [1e17, 1e18, 1e19, 3e19, 3e21])
+    got = rollout.distance(points, [1e17, 1e18, 1e19, 3e19, 3e21])
     np.testing.assert_allclose(got, [1, 0, 0, 0, 2], atol=1e-12)
 
 
 def test_optima_of_approach_1_are_predicted_by_their_power_law():
     flops = np.geomspace(1e18, 3e19, 6)
     winners = [Optimum(c, 1e8 * (c / 1e19) ** 0.5, c / 6e8, 3 * (c / 1e19) ** -0.05) for c in flops]
-    (step,) = validate.rollout(surface(), QUICK, envelope=winners).steps
-    assert [best.flops for best, _ in step.envelope] == [c for c in flops if c > 1e19]
-    for best, foreseen in step.envelope:
-        assert foreseen.params == pytest.approx(best.params)
-        assert foreseen.loss == pytest.approx(best.loss)
+    (step,) = rollout.rollout(surface(), QUICK, envelope=winners).steps
+    assert [best.flops for best in step.approach1] == [c for c in flops if c > 1e19]
+    for foreseen in step.approach1:
+        assert foreseen.params == pytest.approx(foreseen.measured.params)
+        assert foreseen.loss == pytest.approx(foreseen.measured.loss)
 
 
 def test_a_fit_records_its_rollout_and_wider_bands(tmp_path):
     path = write_csv(tmp_path / "mdm.csv", csv_rows(published("mdm")))
-    fitted = record.as_dict(fit_runs(select(read_csv(path)), QUICK))
+    fitted = as_dict(fit_runs(select(read_csv(path)), QUICK))
     mdm = fitted["families"]["mdm"]
     assert mdm["rollout"]["bias"] == pytest.approx(0.018, abs=1e-3)
     assert [len(step["fitted"]) for step in mdm["rollout"]["steps"]] == [3, 4, 5, 6]
@@ -147,7 +147,7 @@ def test_the_command_writes_every_run(tmp_path, capsys):
     path = write_csv(tmp_path / "runs.csv", csv_rows(surface(noise=0.003)))
     assert command("validate", path, "--out", tmp_path / "out") == 0
     found = json.loads((tmp_path / "out" / "validate.json").read_text())
-    assert found["schema"] == validate.SCHEMA
+    assert found["schema"] == 2
     assert found["source"]["name"] == "runs.csv"
     (row,) = found["families"]["known"]["runs"]
     assert len(row["errors"]) == len(row["params"]) == 5

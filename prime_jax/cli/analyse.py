@@ -225,13 +225,13 @@ def _write(
 ) -> None:
     """NAME.csv, figures, and last NAME.json."""
     from prime_jax.runtime.records import write_json_atomic
-    from prime_jax.scaling import plots
+    from prime_jax.scaling import drawing
 
     with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    paths = plots.save(drawn, out)
+    paths = drawing.save(drawn, out)
     record = {"schema": SCHEMA, "analysis": name, "runs": [subject.about() for subject in found]}
     write_json_atomic(out / f"{name}.json", record | about | {"rows": rows})
     for (_, suffix), path in paths.items():

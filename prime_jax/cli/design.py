@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_jax.cli import fit as fit_commands
 from prime_jax.cli import fit_options
 from prime_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from prime_jax.scaling.design import Cell, Design
+    from prime_jax.scaling.designs import Cell
     from prime_jax.scaling.launchable import Template
-    from prime_jax.scaling.saved import Saved
+    from prime_jax.scaling.library import Fit
     from prime_jax.sweep.grid import Row
 
 SCHEMA = 1
@@ -59,36 +57,57 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def run(args: argparse.Namespace) -> int:
+    import json
+
     from rich.console import Console
 
+    from prime_jax import scaling
     from prime_jax.runtime import outputs
     from prime_jax.runtime.records import write_json_atomic
-    from prime_jax.scaling import design, saved
+    from prime_jax.scaling import labels, record, tables
+    from prime_jax.scaling.designs import MIN_GAIN, REPEATS, merged
+    from prime_jax.scaling.schema import as_dict
 
     if args.emit:
-        read = [args.fit / "fit.json", args.fit / saved.POINTS]
+        read = [args.fit / record.FIT, args.fit / record.POINTS]
         outputs.refuse_overwrite(
             [*read, *(outputs.of_sweep(args.sweep) if args.sweep else ())], [args.emit]
         )
-    fitted = saved.read(args.fit)
-    name = args.family or _only(fitted)
+    name = args.family or _only(record.families(args.fit))
+    fitted = scaling.load(args.fit, [name])
     template = fit_options.template(args, fitted, name)
     if args.emit:
         _check_launch(args, fitted, template)
-    exact = bool(args.emit) or template.known
-    cells = _Launcher(template) if exact else None
-    least = design.MIN_GAIN if args.least_gain is None else args.least_gain
+    cells = _Launcher(template) if args.emit or template.known else None
+    least = MIN_GAIN if args.least_gain is None else args.least_gain
     snap = {"snap": functools.cache(cells.snap)} if cells else {}
-    found = design.choose(
-        fitted.refit(name), fitted.settings, args.target, args.budget, least_gain=least, **snap
-    )
-    rows = cells.rows(design.merged(found), _next_seed(fitted)) if cells else []
+    found = scaling.design(fitted, name, args.target, args.budget, least_gain=least, **snap)
+    # Above every seed of the data, so that no run is one that exists.
+    seed = max(record.seeds(fitted.table), default=-1) + 1
+    rows = [_row(row) for row in cells.rows(merged(found), seed)] if cells else []
     if args.emit and rows:
-        write_json_atomic(args.emit, [_row(row) for row in rows])
+        write_json_atomic(args.emit, rows)
     if args.json:
-        _print_json(found, fitted, template, rows)
-    else:
-        _show(found, fitted, template, args, Console())
+        head = {"schema": SCHEMA, "notes": list(template.notes)}
+        head |= {key: as_dict(getattr(fitted, key)) for key in ("source", "metric", "conventions")}
+        print(json.dumps(head | as_dict(found) | {"cost": found.cost, "rows": rows}, indent=2))
+        return 0 if found.picks else 3
+    console = Console()
+    console.print(
+        f"{fitted.source.name}, {found.family}: runs for {labels.flops(found.flops_budget)} FLOPs "
+        f"({labels.convention(fitted.conventions.flops)}) that tell most about N* "
+        f"({labels.convention(fitted.conventions.params)}) at {labels.flops(found.target)}",
+        highlight=False,
+    )
+    fit_commands.show(console, tables.design(as_dict(found), REPEATS))
+    for note in template.notes if args.emit or template.known else ():
+        console.print(f"[dim]note[/] {note}", highlight=False)
+    if args.emit and found.picks:
+        console.print(
+            f"{args.emit}: written; next: prime-jax sweep plan {args.emit} ROOT",
+            soft_wrap=True,
+            highlight=False,
+        )
     return 0 if found.picks else 3
 
 
@@ -100,7 +119,8 @@ class _Launcher:
         self.shapes: dict[Cell, Any] = {}
 
     def snap(self, cell: "Cell") -> "Cell | None":
-        from prime_jax.scaling import design, launchable
+        from prime_jax.scaling import launchable
+        from prime_jax.scaling.designs import Cell
 
         try:
             shape = launchable.shape_near(self.template, cell.params)
@@ -108,9 +128,7 @@ class _Launcher:
         except UserError:
             return None
         tokens = row.steps * row.batch_size * self.template.config.data.seq_len
-        exact = design.Cell(
-            cell.flops, float(launchable.count(self.template, shape)), float(tokens)
-        )
+        exact = Cell(cell.flops, float(launchable.count(self.template, shape)), float(tokens))
         self.shapes[exact] = shape
         return exact
 
@@ -124,21 +142,21 @@ class _Launcher:
         return out
 
 
-def _only(fitted: "Saved") -> str:
-    families = list(fitted.runs.families)
+def _only(families: Sequence[str]) -> str:
+    families = list(families)
     if len(families) > 1:
         raise UserError(f"--family is required: the fit has {', '.join(families)}")
     return families[0]
 
 
-def _check_launch(args: argparse.Namespace, fitted: "Saved", template: "Template") -> None:
+def _check_launch(args: argparse.Namespace, fitted: "Fit", template: "Template") -> None:
     """Raises UserError if rows would have to guess what they train on, or what they are."""
     from prime_jax.config import FAMILIES
 
     given = [word.partition("=")[0] for word in args.rest]
     if not template.known and "--data.path" not in given:
         raise UserError(
-            f"--emit: {fitted.runs.source} does not say what its runs trained on; give --sweep ROOT, "
+            f"--emit: {fitted.source.name} does not say what its runs trained on; give --sweep ROOT, "
             "or --data.path (and --model.vocab-size, --data.seq-len where they are not the default)"
         )
     if not template.known and not args.kind and template.label not in FAMILIES:
@@ -147,101 +165,7 @@ def _check_launch(args: argparse.Namespace, fitted: "Saved", template: "Template
         )
 
 
-def _next_seed(fitted: "Saved") -> int:
-    """Above every seed of the data, so that no run is one that exists."""
-    return max(fitted.seeds, default=-1) + 1
-
-
 def _row(row: "Row") -> dict[str, Any]:
     import dataclasses
 
     return {k: v for k, v in dataclasses.asdict(row).items() if k != "problem"}
-
-
-def _print_json(found: "Design", fitted: "Saved", template: "Template", rows: "list[Row]") -> None:
-    import dataclasses
-    import json
-
-    head = {"schema": SCHEMA, "notes": list(template.notes)}
-    head |= {name: fitted.result[name] for name in ("source", "metric", "conventions")}
-    body = dataclasses.asdict(found) | {"cost": found.cost, "rows": [_row(row) for row in rows]}
-    print(json.dumps(head | body, indent=2))
-
-
-def _show(
-    found: "Design",
-    fitted: "Saved",
-    template: "Template",
-    args: argparse.Namespace,
-    console: "Console",
-) -> None:
-    from prime_jax.scaling import labels
-
-    conventions = fitted.result["conventions"]
-    console.print(
-        f"{fitted.runs.source}, {found.family}: runs for {labels.flops(found.flops_budget)} FLOPs "
-        f"({labels.convention(conventions['flops'])}) that tell most about N* "
-        f"({labels.convention(conventions['params'])}) at {labels.flops(found.target)}",
-        highlight=False,
-    )
-    if found.picks:
-        console.print(_table(found))
-    for line in _summary(found):
-        console.print(line, highlight=False)
-    for note in template.notes if args.emit or template.known else ():
-        console.print(f"[dim]note[/] {note}", highlight=False)
-    if args.emit and found.picks:
-        console.print(
-            f"{args.emit}: written; next: prime-jax sweep plan {args.emit} ROOT",
-            soft_wrap=True,
-            highlight=False,
-        )
-
-
-def _table(found: "Design") -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    from prime_jax.scaling import design, labels
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("C of a run", "N", "D", "runs", "FLOPs", "sd of log N* after"):
-        table.add_column(name, justify="right")
-    for pick in found.picks:
-        cell = pick.cell
-        table.add_row(
-            labels.flops(cell.flops),
-            labels.count(cell.params),
-            labels.count(cell.tokens),
-            str(design.REPEATS),
-            labels.flops(pick.cost),
-            f"{pick.sd:.3g}",
-        )
-    return table
-
-
-def _summary(found: "Design") -> list[str]:
-    from prime_jax.scaling import labels
-
-    lines = [
-        f"cost      {labels.flops(found.cost)} of {labels.flops(found.flops_budget)} FLOPs; {found.stop}",
-        f"sd        of log N*: {found.sd_before:.3g} now (bootstrap {found.sd_bootstrap:.3g}), "
-        f"{found.sd_after:.3g} with these runs",
-    ]
-    if found.model_sd is None:
-        lines.append(
-            "model     too few budgets for a rollout: the error of the law itself is not known"
-        )
-    else:
-        lines.append(
-            f"model     the law itself is off by {found.model_sd:.3g} in log N* (rollout, beyond noise)"
-        )
-    before, after = found.bias_before, found.bias_after
-    if before is None or after is None:
-        lines.append("approach 2 has fewer than three budgets with their optimum inside the sizes")
-    else:
-        lines.append(
-            f"approach 2 on this grid misses N* by {before:+.1%} now, by {after:+.1%} with these "
-            "runs (parabolas on lopsided sizes; approach 3 does not)"
-        )
-    return lines

@@ -1,21 +1,17 @@
 """`prime-jax fit`: from runs to numbers, figures and a report."""
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prime_jax.errors import UserError
 from prime_jax.runtime import outputs, storage
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from prime_jax.scaling.columns import Choice
-    from prime_jax.scaling.settings import Settings
+    from prime_jax.scaling.tables import Table
 
 DESCRIPTION = """\
 Fit scaling laws to finished runs: approach 1 (envelope of training curves), approach 2
@@ -70,6 +66,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: RUNS/fit, or CSV's name + -fit"
     )
+    parser.add_argument(
+        "--formats",
+        type=_formats,
+        default=("svg",),
+        metavar="F,F",
+        help="of the figures: svg (the report needs it) and, besides, png or pdf",
+    )
     parser.add_argument("--bootstrap", type=_replicates, default=1000, help="replicates (1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     parser.add_argument(
@@ -94,57 +97,44 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def choice_of(args: argparse.Namespace) -> "Choice":
-    from prime_jax.scaling.columns import Choice
-
-    return Choice(args.metric, args.flops, args.params, args.allow_mixed_kinds)
-
-
-def settings_of(args: argparse.Namespace) -> "Settings":
-    from prime_jax.scaling.settings import Settings
-
-    return Settings(
-        args.bootstrap,
-        args.seed,
-        delta=args.delta,
-        objective=args.objective,
-        approach2=args.approach2,
-    )
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the library's functions."""
+    return {
+        "metric": args.metric,
+        "flops": args.flops,
+        "params": args.params,
+        "allow_mixed_kinds": args.allow_mixed_kinds,
+        "replicates": args.bootstrap,
+        "seed": args.seed,
+        "delta": args.delta,
+        "objective": args.objective,
+        "approach2": args.approach2,
+    }
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prime_jax.scaling import curves, fit, plots, points, record, saved
+    from prime_jax import scaling
+    from prime_jax.scaling import figures, record, tables
 
     console = Console()
-    choice = choice_of(args)
     out = args.out or default_out(args.runs)
-    spare(args, out, ("fit.json", saved.POINTS), plots.NAMES)
-    data, logs = curves.read(args.runs, args.curves, args.metric)
-    if args.note:
-        data = dataclasses.replace(data, source=f"{data.source} ({args.note})")
-    runs = points.select(data, choice)
-    lines = curves.join(logs, data, runs, asked=bool(args.curves)) if logs else None
-    settings = settings_of(args)
+    spare(args, out, (record.FIT, record.POINTS), figures.NAMES)
     with console.status("fitting") as status:
-        fitted = fit.fit_runs(runs, settings, lambda name: status.update(f"fitting {name}"), lines)
-        result = record.as_dict(fitted)
-        saved.write(make(out), result, data, runs, _templates(args.runs))
-    _print(console, result)
+        fitted = scaling.fit(
+            args.runs, curves=args.curves, note=args.note, progress=status.update, **options(args)
+        )
+        result = record.write(fitted, out)
+    print_head(console, result)
+    show(console, tables.summary(result))
+    print_warnings(console, result)
+    if result["excluded"]:
+        console.print(f"left out: {len(result['excluded'])}; the report says why", highlight=False)
     with console.status("drawing"):
-        pictures = _draw(fitted, out)
-    for path in pictures:
-        console.print(f"figure  {path}", soft_wrap=True, highlight=False)
-    console.print(f"report  {out / 'report.html'}", soft_wrap=True, highlight=False)
+        written = fitted.draw(out, args.formats, complain)
+    print_paths(console, written)
     return 3 if fitted.refused else 0
-
-
-def _templates(source: Path) -> dict[str, Any]:
-    """What new runs of each family would share with those of a sweep; a CSV does not say."""
-    from prime_jax.scaling import launchable
-
-    return launchable.of_sweep(source) if source.is_dir() else {}
 
 
 def default_out(source: Path) -> Path:
@@ -154,45 +144,23 @@ def default_out(source: Path) -> Path:
     return source / "fit" if source.is_dir() else source.with_name(f"{source.stem}-fit")
 
 
-def _draw(fitted: Any, out: Path) -> list[Path]:
-    """Write figures and report; returns the PNG files."""
-    from prime_jax.scaling import plots, report
-
-    try:
-        paths = plots.publish(plots.draw_all(fitted, complain), plots.NAMES, out, complain)
-        report.write(out)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
-    return [path for (_, suffix), path in paths.items() if suffix == "png"]
-
-
 def complain(text: str) -> None:
     """One line about what is missing beside the numbers."""
     print(f"prime-jax: {text}", file=sys.stderr)
 
 
-def spare(
-    args: argparse.Namespace, out: Path, files: Iterable[str], figures: Iterable[str]
-) -> None:
+def spare(args: argparse.Namespace, out: Path, files: Iterable[str], names: Iterable[str]) -> None:
     """Refuse a directory in which the runs or the curves would be overwritten.
 
     Raises:
         UserError: names the file.
     """
-    from prime_jax.scaling import plots
+    from prime_jax.scaling import drawing
 
     given = [source for source in (args.runs, getattr(args, "curves", None)) if source]
     read = [part for g in given for part in (outputs.of_sweep(g) if g.is_dir() else [g])]
-    pictures = [f"{name}.{suffix}" for name in figures for suffix in plots.FORMATS]
+    pictures = [f"{name}.{suffix}" for name in names for suffix in drawing.FORMATS]
     outputs.refuse_overwrite(read, [out / name for name in (*files, "report.html", *pictures)])
-
-
-def make(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {out}: {error.strerror}") from error
-    return out
 
 
 def _replicates(value: str) -> int:
@@ -204,6 +172,13 @@ def _replicates(value: str) -> int:
     if number < 100:
         raise argparse.ArgumentTypeError(f"{value!r}: a whole number, 100 or more")
     return number
+
+
+def _formats(value: str) -> tuple[str, ...]:
+    known, given = ("svg", "png", "pdf"), tuple(value.split(","))
+    if not set(given) <= set(known):
+        raise argparse.ArgumentTypeError(f"{value!r}: some of {', '.join(known)}")
+    return given
 
 
 def print_head(console: "Console", result: dict[str, Any]) -> None:
@@ -218,80 +193,42 @@ def print_head(console: "Console", result: dict[str, Any]) -> None:
     )
 
 
-def print_warnings(console: "Console", where: str, warnings: list[dict[str, Any]]) -> None:
-    """One line for each; `where` stands before its message."""
-    for item in warnings:
-        colour, word = ("red", "refused") if item["refusal"] else ("yellow", "warning")
-        console.print(f"[{colour}]{word}[/] {where}{item['message']}", highlight=False)
+def print_warnings(console: "Console", result: dict[str, Any]) -> None:
+    """One line for each."""
+    from prime_jax.scaling import tables
+
+    for line in tables.warnings_of(result):
+        word, _, rest = line.partition(" ")
+        colour = {"refused": "red", "warning": "yellow"}[word]
+        console.print(f"[{colour}]{word}[/] {rest}", highlight=False)
 
 
-def _print(console: "Console", result: dict[str, Any]) -> None:
-    print_head(console, result)
-    console.print(_summary(result))
-    print_warnings(console, "", result["warnings"])
-    for name, family in result["families"].items():
-        print_warnings(console, f"{name}: ", family["warnings"])
-    if result["excluded"]:
-        console.print(f"left out: {len(result['excluded'])}; the report says why", highlight=False)
+def print_paths(console: "Console", written: Sequence[Path]) -> None:
+    for path in written:
+        what = "report" if path.suffix == ".html" else "figure"
+        console.print(f"{what}  {path}", soft_wrap=True, highlight=False)
 
 
-def _summary(result: dict[str, Any]) -> "Table":
-    """A column for each family."""
+def show(console: "Console", table: "Table") -> None:
+    """A table of `scaling.tables` in the terminal."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Table as Drawn
 
-    families = result["families"]
-    summary = Table("", *families, box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = [_cells(family) for family in families.values()]
-    for name in columns[0]:
-        summary.add_row(name, *(column[name] for column in columns))
-    return summary
+    from prime_jax.scaling.tables import Cell
 
-
-def _cells(family: dict[str, Any]) -> dict[str, str]:
-    from prime_jax.scaling import labels
-
-    three, two = family["approach3"], family["approach2"]
-    out = {"kind of loss": labels.kind(family["kind"]), "runs": str(family["runs"])}
-    names = ("E", "alpha", "beta", "a, approach 3")
-    if three["params"] is None:
-        out |= dict.fromkeys(names, "refused")
-    else:
-        values = {**three["params"], "a": three["a"]}
-        for name in names:
-            key = name.split(",")[0]
-            out[name] = _with(values[key], three["intervals"][key], labels.value)
-    for name, part in (
-        ("a, approach 2", two),
-        ("  de-biased", two["debiased"] or {"a": None}),
-        ("a, approach 1", family["approach1"]),
-    ):
-        refused = part["a"] is None
-        out[name] = "refused" if refused else _with(part["a"], part["intervals"]["a"], labels.value)
-    if (
-        family["approach1"]["warnings"][:1]
-        and family["approach1"]["warnings"][0]["code"] == "no_curves"
-    ):
-        out["a, approach 1"] = "no curves"
-    best = three["optima"][-1] if three["params"] else None
-    out["largest C"] = labels.flops(family["budgets"][-1])
-    for quantity, name, show, digits in (
-        ("params", "N* there", labels.count, 2),
-        ("tokens", "D* there", labels.count, 2),
-        ("loss", "loss there", labels.value, 3),
-    ):
-        ends = best["intervals"][quantity] if best else None
-        out[name] = _with(best[quantity], ends, show, digits) if best else "refused"
-    known = family["rollout"] and family["rollout"]["steps"]
-    out["held-out loss error"] = (
-        "{bias:+.1%} on average, {rms:.1%} rms".format(**family["rollout"])
-        if known
-        else "not known"
+    drawn = Drawn(
+        *table.head,
+        title=table.title or None,
+        title_justify="left",
+        show_header=any(table.head),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    out["warnings"] = str(len(family["warnings"]))
-    return out
-
-
-def _with(value: float, ends: list[float] | None, show: Any, digits: int = 2) -> str:
-    between = f" ({show(ends[0], digits)}–{show(ends[1], digits)})" if ends else " (no interval)"
-    return f"{show(value, 3)}{between}"
+    for row in table.rows:
+        strong = [isinstance(cell, Cell) and cell.strong for cell in row]
+        cells = zip(map(str, row), strong, strict=True)
+        drawn.add_row(*(f"[yellow]{cell}[/]" if noted else cell for cell, noted in cells))
+    if table.rows:
+        console.print(drawn)
+    for note in table.notes:
+        console.print(note, highlight=False)

@@ -9,7 +9,7 @@ from prime_jax.errors import UserError
 
 if TYPE_CHECKING:
     from prime_jax.scaling.launchable import Template
-    from prime_jax.scaling.saved import Saved
+    from prime_jax.scaling.library import Fit
 
 SETTINGS = """\
 Any setting of a run may follow, as with `prime-jax train` (--model.vocab-size 50304,
@@ -49,7 +49,7 @@ def positive(value: str) -> float:
     return number
 
 
-def template(args: argparse.Namespace, fitted: "Saved", family: str) -> "Template":
+def template(args: argparse.Namespace, fitted: "Fit", family: str) -> "Template":
     """The settings of new runs of a family.
 
     Raises:
@@ -60,14 +60,13 @@ def template(args: argparse.Namespace, fitted: "Saved", family: str) -> "Templat
     from prime_jax.cli.train import override
     from prime_jax.scaling import launchable
 
-    fitted.points(family)
-    known = fitted.result["families"][family].get("template")
+    known = fitted.family(family).template
     if args.sweep:
         families = launchable.of_sweep(args.sweep)
         if family not in families:
             raise UserError(f"{args.sweep}: no family {family!r}; it has {', '.join(families)}")
         known = families[family]
-    made = launchable.template(family, fitted.result["conventions"], known, args.kind)
+    made = launchable.template(family, vars(fitted.conventions), known, args.kind)
     if not args.rest:
         return made
     return dataclasses.replace(made, config=override(made.config, args.rest))

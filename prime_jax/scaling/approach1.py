@@ -3,24 +3,171 @@
 At each of many compute budgets the run with the lowest loss so far gives N* and D* (Hoffmann et
 al. 2022, section 3.1). A loss along training counts only where the learning rate is constant: on
 its way down it is lower than that of a run that goes on, and higher than that of a run that ended.
+
+Logs hold a clock and losses only; what a run is (its family, N, D and C) is told by the table of
+runs that the fit reads, which has a row for each run name. So N and C are counted in one
+convention everywhere.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prime_jax.scaling import approach2
-from prime_jax.scaling.curves import Curve, Curves
+from prime_jax.errors import UserError
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Optimum
+from prime_jax.scaling.points import Runs
+from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.table import Columns, Log, Logs, Table, number, text
 
 Array = NDArray[np.float64]
 
-BUDGETS = 400  # at which the envelope is taken
+BIN = 1.05  # points closer in tokens than this are averaged: single batches are noisy
+STEADY = 0.99  # of the peak learning rate: what counts as constant
+MIN_STEADY = 0.5  # of a run must be at a constant rate, or its schedule decays
+BUDGETS, SHOWN = 400, 49  # at which the envelope is taken, and stored
 MIN_SIZES, MIN_WINNERS = 3, 4  # that compete, and that win
 DEEP = 64  # best runs of each budget that are kept: a resampling lacks all of them once in e**64
 EDGE_SHARE = 0.25  # of the range of log C that edge sizes may win unmentioned
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss of one run along its training.
+
+    Attributes:
+        tokens_n, flops_n, loss_n: increasing D, the C spent on it, and the loss there.
+        schedule: of the learning rate: "constant" (then the points are of its constant part),
+            "decays", or "" (not known).
+    """
+
+    run: str
+    params: float
+    tokens_n: Array
+    flops_n: Array
+    loss_n: Array
+    schedule: str = ""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Of one family.
+
+    Attributes:
+        kind: of the losses along the curves, as in `points.KINDS`, or "" (not stated).
+        missing: how many of the `total` finished runs have no curve.
+        asked: somebody asked for an envelope, so that to have none is a refusal.
+    """
+
+    curves: tuple[Curve, ...]
+    kind: str
+    missing: int = 0
+    total: int = 0
+    asked: bool = True
+
+
+def join_curves(logs: Logs, data: Table, runs: Runs, asked: bool = True) -> dict[str, Curves]:
+    """The curves of the runs that the fit uses, by family.
+
+    Raises:
+        UserError: tokens that do not follow from the steps, or disagree with the table.
+    """
+    excluded = {run.run for run in runs.excluded}
+    used: dict[str, dict[str, Any]] = {}
+    for row in data.rows:
+        name = text(row, "run")
+        if name and name not in excluded:
+            used[name] = max(used.get(name, row), row, key=lambda r: number(r, runs.columns.tokens))
+    out = {}
+    for family in runs.families:
+        mine = {name: row for name, row in used.items() if text(row, "family") == family}
+        found = {name: logs.runs[name] for name in mine if name in logs.runs}
+        curves = [_curve(name, log, mine[name], runs.columns, logs) for name, log in found.items()]
+        curves = tuple(c for c in curves if len(c.loss_n) > 1 or c.schedule == "decays")
+        kind = "+".join(sorted({log.kind for log in found.values() if log.clock}))
+        out[family] = Curves(curves, kind, len(mine) - len(curves), len(mine), asked)
+    return out
+
+
+def _curve(name: str, log: Log, row: dict[str, Any], columns: Columns, logs: Logs) -> Curve:
+    flops, params, tokens = _size(row, columns)
+    unit = 1.0 if logs.in_tokens else _tokens_per_step(name, log, row, tokens, logs)
+    order = np.argsort(log.clock)
+    clock, loss = np.array(log.clock)[order], np.array(log.loss)[order]
+    reached = clock[-1] * unit if len(clock) else 0.0
+    if reached > 1.05 * tokens:
+        raise UserError(
+            f"{logs.source}: the curve of run {name} goes to {reached:.4g} tokens, but the run has {tokens:.4g}; check tokens_per_step"
+        )
+    schedule, low, high = _steady(log, row, tokens / unit)
+    keep = clock > 0
+    if schedule == "constant":
+        keep &= (clock >= low) & (clock <= high)
+    d, loss = _average(clock[keep] * unit, loss[keep])
+    return Curve(
+        run=name,
+        params=params,
+        tokens_n=d,
+        flops_n=flops * d / tokens,
+        loss_n=loss,
+        schedule=schedule,
+    )
+
+
+def _size(row: dict[str, Any], columns: Columns) -> tuple[float, float, float]:
+    """C, N and D of a run; one may be given by the other two (checked with the points)."""
+    flops, params, tokens = (
+        number(row, getattr(columns, name)) for name in ("flops", "params", "tokens")
+    )
+    if not columns.flops:
+        return 6 * params * tokens, params, tokens
+    if not columns.params:
+        return flops, flops / (6 * tokens), tokens
+    return (flops, params, tokens) if columns.tokens else (flops, params, flops / (6 * params))
+
+
+def _tokens_per_step(name: str, log: Log, row: dict[str, Any], tokens: float, logs: Logs) -> float:
+    for value in (
+        number(row, "tokens_per_step"),
+        log.tokens_per_step,
+        tokens / (number(row, "step") or np.nan),
+    ):
+        if value > 0:
+            return value
+    raise UserError(
+        f"{logs.source}: how many tokens is a step of run {name}? Add a column tokens_per_step, or `step` (its last one), to the table of runs"
+    )
+
+
+def _steady(log: Log, row: dict[str, Any], length: float) -> tuple[str, float, float]:
+    """The schedule of a run, and between which two clock times its rate is constant."""
+    if log.schedule:
+        return log.schedule, 0.0, np.inf
+    if log.lr:
+        rate, clock = np.array(log.lr), np.array(log.lr_clock)
+        high = clock[rate >= STEADY * rate.max()]
+        fraction = (high.max() - high.min()) / clock.max()
+        return "constant" if fraction >= MIN_STEADY else "decays", high.min(), high.max()
+    named = text(row, "schedule").lower()
+    if named == "wsd":
+        fraction = number(row, "cooldown_fraction")
+        if not 0 <= fraction < 1:
+            raise UserError(
+                f"run {text(row, 'run')}: a wsd schedule needs a column cooldown_fraction, from 0 to 1"
+            )
+        return "constant", 0.0, (1 - fraction) * length
+    schedule = {"": "", "constant": "constant"}.get(named, "decays")
+    return schedule, 0.0, np.inf
+
+
+def _average(tokens: Array, loss: Array) -> tuple[Array, Array]:
+    """Means over bins of equal width in log D; evaluations far apart stay as they are."""
+    group = np.unique(np.floor(np.log(tokens) / np.log(BIN)), return_inverse=True)[1]
+    count = np.bincount(group)
+    return np.bincount(group, tokens) / count, np.bincount(group, loss) / count
 
 
 @dataclass(frozen=True)
@@ -35,23 +182,34 @@ class Line:
 
 @dataclass(frozen=True)
 class Envelope:
-    """Approach 1 of one family; `line` is None where it is refused.
+    """The lowest loss at each budget, where a winner has competitors on both sides."""
 
-    Attributes:
-        optima: one for each size that wins, at the middle (in log C) of the budgets it wins.
-        flops_g, loss_g: the envelope, where a winner has competitors on both sides.
-        a_R, b_R: of resampled runs; NaN where too few sizes win.
-    """
+    flops: Array
+    loss: Array
 
-    line: Line | None
-    optima: tuple[Optimum, ...]
-    flops_g: Array
-    loss_g: Array
-    a_R: Array
-    b_R: Array
-    kind: str
-    asked: bool
-    diagnostics: tuple[Diagnostic, ...]
+
+@dataclass(frozen=True)
+class Approach1:
+    """Approach 1 of one family; `a` is None where it is refused."""
+
+    a: float | None = key("exponent of N\\*; null if refused", default=None)
+    b: float | None = key("exponent of D\\*", default=None)
+    intervals: dict[str, list[float] | None] = key(
+        "of a and b, by resampled runs", default_factory=lambda: {"a": None, "b": None}
+    )
+    kind: str = key("of the losses along the curves", default="")
+    optima: tuple[Optimum, ...] = key(
+        "one for each size that wins, in the middle of the budgets it wins", default=()
+    )
+    envelope: Envelope = key(
+        "the lowest loss by `flops`", default_factory=lambda: Envelope(np.empty(0), np.empty(0))
+    )
+    warnings: tuple[Diagnostic, ...] = key(
+        "of this approach; if nobody asked for it (--curves), they are only here", default=()
+    )
+    line: Line | None = hidden(default=None)
+    a_R: Array | None = hidden(default=None)  # of resampled runs; NaN where too few sizes win
+    asked: bool = hidden(default=False)
 
     @property
     def counts(self) -> bool:
@@ -93,7 +251,7 @@ class _Race:
         return first[0], some & (g > low) & (g < high)
 
 
-def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) -> Envelope:
+def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) -> Approach1:
     if curves is None or not curves.curves:
         text = "no training curves" if curves is None else "no run has a training curve"
         return _refused(curves, refuse("no_curves", text))
@@ -130,7 +288,7 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
         found = _line(flops_g, race, redrawn, between)
         if found:
             a_R[r], b_R[r] = found.a, found.b
-    if approach2.interval(a_R, level) is None:
+    if known_percentiles(a_R, level) is None:
         diagnostics.append(
             warn(
                 "interval_unbounded",
@@ -138,33 +296,26 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
             )
         )
     loss_g = race.loss_nxG[winner, np.arange(len(flops_g))]
-    return Envelope(
+    every = max(1, int(inside.sum()) // SHOWN)
+    return Approach1(
+        a=line.a,
+        b=line.b,
+        intervals={
+            name: known_percentiles(draws, level) for name, draws in (("a", a_R), ("b", b_R))
+        },
         line=line,
         optima=_optima(flops_g, race, winner, inside),
-        flops_g=flops_g[inside],
-        loss_g=loss_g[inside],
+        envelope=Envelope(flops_g[inside][::every], loss_g[inside][::every]),
         a_R=a_R,
-        b_R=b_R,
         kind=curves.kind,
         asked=curves.asked,
-        diagnostics=tuple(diagnostics),
+        warnings=tuple(diagnostics),
     )
 
 
-def _refused(curves: Curves | None, *diagnostics: Diagnostic) -> Envelope:
-    none = np.empty(0)
+def _refused(curves: Curves | None, *diagnostics: Diagnostic) -> Approach1:
     kind, asked = ("", False) if curves is None else (curves.kind, curves.asked)
-    return Envelope(
-        line=None,
-        optima=(),
-        flops_g=none,
-        loss_g=none,
-        a_R=none,
-        b_R=none,
-        kind=kind,
-        asked=asked,
-        diagnostics=diagnostics,
-    )
+    return Approach1(kind=kind, asked=asked, warnings=diagnostics)
 
 
 def _schedules(curves: Curves) -> tuple[list[Diagnostic], list[Curve]]:

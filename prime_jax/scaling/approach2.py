@@ -1,28 +1,281 @@
 """Approach 2: the best size of each budget from a parabola, and the power law through them.
 
-At a fixed budget the loss is fitted by a parabola in log N (Hoffmann et al. 2022, section 3.2);
-its minimum is N*. A minimum outside the sampled sizes is a bound, never a value, and a parabola
-without a minimum gives nothing. `a` is the usual least-squares slope through the minima;
-`debias.correct` takes off the shift that a parabola has even without noise.
+At a fixed budget the loss is fitted by a parabola in log N (Hoffmann et al. 2022, section 3.2), or
+followed by Akima's interpolant, which assumes no shape and follows the noise of single runs
+instead. Its minimum is N*. A minimum outside the sampled sizes is a bound, never a value, and a
+parabola without a minimum gives nothing. `a` is the usual least-squares slope through the minima.
+
+De-biased: the IsoFLOP curve of L = E + A / N**alpha + B / D**beta at fixed C is no parabola: up to a
+factor and a constant it is exp(-alpha t) / alpha + exp(q beta t) / (q beta) in t = log N - log N*
+(with C = k N**q D). The least-squares parabola is linear in the losses, so the place of N* below a
+given minimum follows in closed form from alpha, beta and the sampled sizes; E, A and B drop out.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import log_ndtr
 
-from prime_jax.scaling import budgets, debias, isoflop_curves, labels
-from prime_jax.scaling.debias import Debiased
+from prime_jax.scaling import labels, newton
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
-from prime_jax.scaling.isoflop_curves import IsoflopCurve, Method
-from prime_jax.scaling.laws import Compute, Law
-from prime_jax.scaling.points import Points
+from prime_jax.scaling.intervals import known_percentiles
+from prime_jax.scaling.laws import Compute, Optimum, PowerLaw
+from prime_jax.scaling.points import SPREAD, Points, budget_spread
+from prime_jax.scaling.schema import hidden, key
 
 Array = NDArray[np.float64]
+Side = Literal["below", "above"]
+Method = Literal["parabola", "akima"]
 
+MIN_SIZES = {"parabola": 3, "akima": 5}  # Akima's slopes come from five neighbours
+HALF_LOG_2PI = np.log(np.sqrt(2 * np.pi))
+FINE = 401  # sizes at which an interpolant is searched
 MIN_BUDGETS = 3
 OFF_CENTRE = 0.5  # of the half-width of the sizes, in log N, between their middle and the optimum
 DRIFT = 0.1  # in the exponent, between the middles of the sizes and the optima
+
+
+@dataclass(frozen=True)
+class IsoflopCurve:
+    """One budget, and its parabola in u = log N - centre: loss = c_0 + c_1 u + c_2 u**2.
+
+    Attributes:
+        weight_n: of the runs, inverse variances up to a factor.
+        censored: the side of the sampled sizes on which the optimum lies; `optimum` then holds
+            the size at that edge, which bounds N*, and the lowest loss measured.
+        covariance_3x3: of c over the noise variance.
+        interpolated: the optimum is that of Akima's interpolant; the parabola then only tells
+            the noise.
+    """
+
+    flops: float
+    params_n: Array
+    loss_n: Array
+    weight_n: Array
+    centre: float
+    c_3: Array
+    covariance_3x3: Array
+    optimum: Optimum
+    censored: Side | None
+    interpolated: bool = False
+
+    @property
+    def log_params_n(self) -> Array:
+        return np.log(self.params_n)
+
+    @property
+    def low(self) -> float:
+        return float(self.params_n.min())
+
+    @property
+    def high(self) -> float:
+        return float(self.params_n.max())
+
+    @property
+    def squares(self) -> float:
+        """Weighted sum of the squared residuals of the parabola."""
+        residual = self.loss_n - self._parabola(self.log_params_n)
+        return float(self.weight_n @ residual**2)
+
+    @property
+    def minimum(self) -> float:
+        """log N at the lowest point of the parabola, wherever that is."""
+        return float(self.centre - self.c_3[1] / (2 * self.c_3[2]))
+
+    def loss(self, params: Array) -> Array:
+        x = np.log(params)
+        return _akima(self.log_params_n, self.loss_n)(x) if self.interpolated else self._parabola(x)
+
+    def _parabola(self, x: Array) -> Array:
+        return np.polynomial.polynomial.polyval(x - self.centre, self.c_3)
+
+
+def fit_curve(
+    budget: float, params: Array, loss: Array, weight: Array, compute: Compute, method: Method
+) -> IsoflopCurve | None:
+    """The IsoFLOP curve of the runs [n] of one budget; None if its curve has no minimum."""
+    x = np.log(params)
+    centre = float(weight @ x / weight.sum())
+    design = np.stack([np.ones_like(x), x - centre, (x - centre) ** 2], 1)
+    covariance = np.linalg.inv(design.T @ (weight[:, None] * design))
+    c = covariance @ (design.T @ (weight * loss))
+    low, high = x.min(), x.max()
+    if method == "akima":
+        best, value = (v.item() for v in _lowest(x, loss[:, None]))
+    elif c[2] > 0:
+        best, value = centre - c[1] / (2 * c[2]), c[0] - c[1] ** 2 / (4 * c[2])
+    else:
+        return None
+    censored: Side | None = "below" if best <= low else "above" if best >= high else None
+    size = float(np.exp(np.clip(best, -50, 100)))
+    if censored:
+        size, value = (params.min() if censored == "below" else params.max()), loss.min()
+    optimum = Optimum(budget, float(size), compute.tokens(budget, size), float(value))
+    return IsoflopCurve(
+        flops=budget,
+        params_n=params,
+        loss_n=loss,
+        weight_n=weight,
+        centre=centre,
+        c_3=c,
+        covariance_3x3=covariance,
+        optimum=optimum,
+        censored=censored,
+        interpolated=method == "akima",
+    )
+
+
+def redraw_curve(curve: IsoflopCurve, sigma_R: Array, rng: np.random.Generator) -> Array:
+    """log N* of the curve under noise of variance sigma**2 / weight, [R].
+
+    NaN where it has no minimum then (or, interpolated, none between the sampled sizes).
+    Resampling runs would leave four-point parabolas undetermined in a third of the replicates;
+    the posterior of the coefficients under a flat prior does not.
+    """
+    replicates = len(sigma_R)
+    if curve.interpolated:
+        noise = rng.standard_normal((len(curve.loss_n), replicates)) * sigma_R
+        loss_nxR = curve.loss_n[:, None] + noise / np.sqrt(curve.weight_n)[:, None]
+        best, _ = _lowest(curve.log_params_n, loss_nxR)
+        inside = (best > curve.log_params_n.min()) & (best < curve.log_params_n.max())
+        return np.where(inside, best, np.nan)
+    root = np.linalg.cholesky(curve.covariance_3x3)
+    c_Rx3 = curve.c_3 + sigma_R[:, None] * (rng.standard_normal((replicates, 3)) @ root.T)
+    convex = c_Rx3[:, 2] > 0
+    minimum = -c_Rx3[:, 1] / (2 * np.where(convex, c_Rx3[:, 2], 1.0))
+    return np.where(convex, curve.centre + minimum, np.nan)
+
+
+def _akima(x_n: Array, loss_n: Array) -> Callable[[ArrayLike], Array]:
+    """Through the mean loss of every size; `loss_n` may have more axes."""
+    from scipy.interpolate import Akima1DInterpolator  # slow to load, and rarely used
+
+    size, where = np.unique(x_n, return_inverse=True)
+    total = np.zeros((len(size), *loss_n.shape[1:]))
+    np.add.at(total, where, loss_n)
+    count = np.bincount(where).reshape(-1, *[1] * (loss_n.ndim - 1))
+    return Akima1DInterpolator(size, total / count)
+
+
+def _lowest(x_n: Array, loss_nxR: Array) -> tuple[Array, Array]:
+    """log N and the loss where R interpolants are lowest, each [R]; at an edge, the edge."""
+    curve = _akima(x_n, loss_nxR)
+    fine = np.linspace(x_n.min(), x_n.max(), FINE)
+    values = curve(fine)
+    k = np.argmin(values, axis=0)
+    column = np.arange(values.shape[1])
+    edge = (k == 0) | (k == FINE - 1)
+    k = np.clip(k, 1, FINE - 2)
+    before, here, after = (values[k + step, column] for step in (-1, 0, 1))
+    curvature = before - 2 * here + after
+    shift = np.where(
+        curvature > 0, (before - after) / (2 * np.where(curvature > 0, curvature, 1.0)), 0.0
+    )
+    best = np.clip(fine[k] + shift * (fine[1] - fine[0]), fine[0], fine[-1])
+    at = np.where(values[0] < values[-1], fine[0], fine[-1])
+    value = here - (before - after) * shift / 4
+    return np.where(edge, at, best), np.where(edge, np.minimum(values[0], values[-1]), value)
+
+
+@dataclass(frozen=True)
+class Unshifted:
+    """The optimum of a budget without the shift of its parabola, and that shift over it."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    interval: list[float] | None
+    shift: float
+
+
+@dataclass(frozen=True)
+class Debiased:
+    """The optima of the K budgets that have theirs inside the sampled sizes."""
+
+    a: float = key(
+        "exponent through them, weighted by their errors; budgets with a bound enter as bounds"
+    )
+    intervals: dict[str, list[float] | None] = key("of a")
+    optima: tuple[Unshifted, ...] = key(
+        "as above, with the `shift` that was removed, relative to N\\*"
+    )
+    shift_K: Array = hidden()  # log N of each minimum above that of its optimum
+    log_params_RxK: Array | None = hidden()  # redrawn from the errors; None without any freedom
+    a_R: Array | None = hidden()
+
+
+def unshifted(curve: IsoflopCurve, minimum: ArrayLike, law: PowerLaw, compute: Compute) -> Array:
+    """log N* for which the parabola through this curve's sizes has its lowest point at `minimum`.
+
+    `minimum` and the exponents of `law` broadcast. NaN where no such law exists. An interpolant
+    has no shift.
+    """
+    minimum = np.asarray(minimum, dtype=np.float64)
+    if curve.interpolated:
+        return minimum
+    alpha, beta = np.asarray(law.alpha)[..., None], compute.q * np.asarray(law.beta)[..., None]
+    u, w = curve.log_params_n - curve.centre, curve.weight_n
+    design = np.stack([np.ones_like(u), u, u**2], 1)
+    slopes_2xn = (curve.covariance_3x3 @ (design.T * w))[1:]  # losses to c_1 and c_2
+    to_slope = slopes_2xn[0] + 2 * (minimum[..., None] - curve.centre) * slopes_2xn[1]
+    falling = np.sum(to_slope * np.exp(-alpha * u), -1) / alpha[..., 0]
+    rising = np.sum(to_slope * np.exp(beta * u), -1) / beta[..., 0]
+    possible = (falling < 0) & (rising > 0)  # the two cancel at the minimum, for some N*
+    ratio = np.where(possible, -rising / np.where(possible, falling, 1.0), np.nan)
+    return curve.centre + np.log(ratio) / (alpha[..., 0] + beta[..., 0])
+
+
+def censored_slope(x_V: Array, y_RxV: Array, sd_V: Array, side_V: NDArray[np.int_]) -> Array:
+    """Slope of y on x in R data sets whose points have normal errors `sd_V` [R].
+
+    `side_V` is 0 for a value, 1 where y is only known to be above, -1 below the number given
+    (Tobin's censored regression, with known variances).
+    """
+    x = x_V - x_V.mean()
+    value = side_V == 0
+    weight = value / sd_V**2
+    middle = weight @ x / weight.sum()
+    slope = (y_RxV @ (weight * (x - middle))) / (weight @ (x - middle) ** 2)
+    if value.all():
+        return slope
+    start = np.stack([y_RxV @ weight / weight.sum() - slope * middle, slope], 1)
+
+    def derivatives(theta, problems):
+        mean = theta[:, :1] + theta[:, 1:] * x
+        z = (mean - y_RxV[problems]) / sd_V
+        by_value = 0.5 * z**2, z, np.ones_like(z)
+        signed = np.where(value, 1, side_V) * z
+        log_mass = log_ndtr(signed)
+        mills = np.exp(-(signed**2) / 2 - HALF_LOG_2PI - log_mass)
+        by_bound = -log_mass, -side_V * mills, mills * (signed + mills)
+        cost, first, second = (
+            np.where(value, one, other) for one, other in zip(by_value, by_bound, strict=True)
+        )
+        features = np.stack([np.ones_like(x), x], 1)
+        gradient = (first / sd_V) @ features
+        products = (features[:, :, None] * features[:, None, :]).reshape(len(x), -1)
+        return cost.sum(axis=1), gradient, ((second / sd_V**2) @ products).reshape(-1, 2, 2)
+
+    far = np.array([1e6, 1e3])
+    return newton.minimise(derivatives, start, -far, far)[0][:, 1]
+
+
+def line_scatter(x_K: Array, y_K: Array, noise_K: Array) -> float:
+    """Standard deviation of y about its line on x, less what the noise of the points explains."""
+    x, y = x_K - x_K.mean(), y_K - y_K.mean()
+    residual = y - (x @ y) / (x @ x) * x
+    return float(np.sqrt(max(residual @ residual / (len(x) - 2) - np.mean(noise_K**2), 0.0)))
+
+
+def percentile_sd(draws_RxV: Array) -> Array:
+    """Standard deviations by percentiles: minima have heavy tails. NaN where a tail is lost."""
+    lost = np.isnan(draws_RxV).mean(axis=0) > 0.16
+    low, high = np.nanpercentile(np.where(lost, 0.0, draws_RxV), [16, 84], axis=0)
+    return np.where(lost, np.nan, (high - low) / 2)
 
 
 @dataclass(frozen=True)
@@ -40,13 +293,34 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Isoflop:
+class CurveOptimum:
+    """The lowest point of one budget; where `censored`, a bound, on the side that is named."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    interval: list[float] | None
+    censored: Side | None = None
+
+
+@dataclass(frozen=True)
+class Approach2:
     """Approach 2 of one family; `a` is None where it is refused."""
 
-    curves: tuple[IsoflopCurve, ...]
-    a: float | None
-    diagnostics: tuple[Diagnostic, ...]
-    method: Method = "parabola"
+    method: Method = key("`parabola` or `akima`")
+    a: float | None = key("exponent of N\\*; null if refused", default=None)
+    intervals: dict[str, list[float] | None] = key("of a", default_factory=lambda: {"a": None})
+    optima: tuple[CurveOptimum, ...] = key(
+        "`flops, params, tokens, loss, interval`; `censored` (above, below) where only a bound",
+        default=(),
+    )
+    debiased: Debiased | None = key(
+        "the same without the parabola's bias; null if not known", default=None
+    )
+    warnings: tuple[Diagnostic, ...] = key("of this approach", default=())
+    curves: tuple[IsoflopCurve, ...] = hidden(default=())
+    draws: Draws | None = hidden(default=None)
 
     @property
     def inside(self) -> tuple[IsoflopCurve, ...]:
@@ -55,7 +329,7 @@ class Isoflop:
 
 def fit(
     points: Points, compute: Compute, method: Method = "parabola", weight_n: Array | None = None
-) -> Isoflop:
+) -> Approach2:
     """IsoFLOP curves of all budgets, and the exponent through those with their optimum inside.
 
     Args:
@@ -69,12 +343,12 @@ def fit(
     for budget in points.budgets:
         mine = points.budget == budget
         params = points.params[mine]
-        if budgets.spread(points.flops[mine]) > budgets.SPREAD:
+        if budget_spread(points.flops[mine]) > SPREAD:
             spread.append(budget)
-        elif len(np.unique(params)) < isoflop_curves.MIN_SIZES[method]:
+        elif len(np.unique(params)) < MIN_SIZES[method]:
             few.append(budget)
         else:
-            curve = isoflop_curves.fit(
+            curve = fit_curve(
                 budget,
                 params=params,
                 loss=points.loss[mine],
@@ -96,10 +370,42 @@ def fit(
     else:
         a = float(_slope(inside) @ np.log([curve.optimum.params for curve in inside]))
     diagnostics += _grid(inside, a)
-    return Isoflop(tuple(found), a, tuple(diagnostics), method)
+    return Approach2(
+        method,
+        a=a,
+        optima=tuple(_optimum(curve, None) for curve in found),
+        warnings=tuple(diagnostics),
+        curves=tuple(found),
+    )
 
 
-def redraw(isoflop: Isoflop, replicates: int, seed: int) -> Draws | None:
+def with_errors(found: Approach2, draws: Draws | None, level: float) -> Approach2:
+    """The same with intervals, and with a warning where there can be none."""
+    if draws is None:
+        return replace(found, warnings=(*found.warnings, *why_no_interval(found, None, level)))
+    ends = {"a": None if found.a is None else known_percentiles(draws.a, level)}
+    columns = iter(draws.params.T)
+    optima = tuple(
+        _optimum(curve, None if curve.censored else known_percentiles(next(columns), level))
+        for curve in found.curves
+    )
+    warnings = (*found.warnings, *why_no_interval(found, draws, level))
+    return replace(found, intervals=ends, optima=optima, warnings=warnings, draws=draws)
+
+
+def _optimum(curve: IsoflopCurve, interval: list[float] | None) -> CurveOptimum:
+    best = curve.optimum
+    return CurveOptimum(
+        flops=float(best.flops),
+        params=float(best.params),
+        tokens=float(best.tokens),
+        loss=float(best.loss),
+        interval=interval,
+        censored=curve.censored,
+    )
+
+
+def redraw(isoflop: Approach2, replicates: int, seed: int) -> Draws | None:
     """IsoFLOP curves redrawn under normal noise of one unknown variance, shared by all budgets.
 
     The exponent also carries the scatter of the minima about their power law that this noise
@@ -112,40 +418,103 @@ def redraw(isoflop: Isoflop, replicates: int, seed: int) -> Draws | None:
     rng = np.random.default_rng(seed)
     squares = sum(curve.squares for curve in isoflop.curves)
     sigma_R = np.sqrt(squares / rng.chisquare(freedom, replicates))
-    minima = np.stack([isoflop_curves.redraw(v, sigma_R, rng) for v in isoflop.curves], 1)
+    minima = np.stack([redraw_curve(v, sigma_R, rng) for v in isoflop.curves], 1)
     log_params = minima[:, [v.censored is None for v in isoflop.curves]]
     if isoflop.a is None:
         return Draws(np.exp(log_params), np.full(replicates, np.nan), minima)
     x = np.log([curve.flops for curve in inside])
     y = np.log([curve.optimum.params for curve in inside])
-    excess = debias.scatter(x, y, debias.errors(log_params))
+    excess = line_scatter(x, y, percentile_sd(log_params))
     noise = excess * rng.standard_normal(log_params.shape)
     return Draws(np.exp(log_params), (log_params + noise) @ _slope(inside), minima)
 
 
-def correct(
-    isoflop: Isoflop,
+def take_shift_off(
+    found: Approach2,
     draws: Draws | None,
-    law: Law,
-    replicates: Law,
+    law: PowerLaw,
+    replicates: PowerLaw,
     compute: Compute,
     seed: int,
+    level: float = 0.95,
 ) -> Debiased | None:
-    """The same optima and exponent without the bias of parabolas; None where `a` is refused."""
-    if isoflop.a is None:
+    """The same optima and exponent without the bias of parabolas.
+
+    Args:
+        found: with at least three curves that have their optimum inside.
+        draws: their minima redrawn from their errors.
+        law, replicates: of approach 3 and its bootstrap, for their exponents alone.
+        compute: what a run costs.
+        seed: of the scatter of the optima about their power law.
+        level: of the intervals.
+
+    Returns:
+        None where `a` is refused, or the law cannot have brought forth one of the minima inside.
+    """
+    curves = found.curves
+    if found.a is None:
         return None
-    minima = None if draws is None else draws.minima_RxV
-    return debias.correct(
-        isoflop.curves,
-        minima_RxV=minima,
-        law=law,
-        replicates=replicates,
-        compute=compute,
-        seed=seed,
+    side_V = np.array([{None: 0, "above": 1, "below": -1}[v.censored] for v in curves])
+    raw_V = np.log([v.optimum.params for v in curves])
+    x_V = np.log([v.flops for v in curves])
+    y_V = np.array([unshifted(v, y, law, compute) for v, y in zip(curves, raw_V, strict=True)])
+    inside = side_V == 0
+    if not np.isfinite(y_V[inside]).all():
+        return None
+    shift = (raw_V - y_V)[inside]
+    if draws is None:
+        a = censored_slope(x_V[inside], y_V[None, inside], np.ones(inside.sum()), side_V[inside])
+        return _debiased(found, y_V[inside], shift, compute, a.item(), None, None, level)
+    redrawn = np.stack(
+        [unshifted(v, draws.minima_RxV[:, k], replicates, compute) for k, v in enumerate(curves)], 1
     )
+    sd_V = percentile_sd(redrawn)
+    known = np.isfinite(y_V) & (inside | np.isfinite(sd_V))
+    worst = np.nanmax(sd_V[inside], initial=0.0) or 1.0
+    sd_V = np.where(np.isfinite(sd_V), sd_V, worst)
+    excess = line_scatter(x_V[inside], y_V[inside], sd_V[inside])
+    sd_V = np.sqrt(sd_V**2 + excess**2 + 1e-18)  # noiseless data: no weight is infinite
+    x, sd, side = x_V[known], sd_V[known], side_V[known]
+    a = censored_slope(x, y_V[None, known], sd, side).item()
+    rng = np.random.default_rng(seed)
+    noisy = redrawn + excess * rng.standard_normal(redrawn.shape)
+    y_RxV = np.where(inside, noisy, y_V)[:, known]
+    whole = np.isfinite(y_RxV).all(axis=1)
+    a_R = np.full(len(y_RxV), np.nan)
+    a_R[whole] = censored_slope(x, y_RxV[whole], sd, side)
+    return _debiased(found, y_V[inside], shift, compute, a, a_R, redrawn[:, inside], level)
 
 
-def check(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Diagnostic, ...]:
+def _debiased(
+    found: Approach2,
+    y_K: Array,
+    shift_K: Array,
+    compute: Compute,
+    a: float,
+    a_R: Array | None,
+    log_params_RxK: Array | None,
+    level: float,
+) -> Debiased:
+    optima = tuple(
+        Unshifted(
+            flops=curve.flops,
+            params=float(size),
+            tokens=float(compute.tokens(curve.flops, size)),
+            loss=float(curve.loss(size)),
+            interval=None
+            if log_params_RxK is None
+            else known_percentiles(np.exp(log_params_RxK[:, k]), level),
+            shift=float(np.expm1(shift_K[k])),
+        )
+        for k, (curve, size) in enumerate(zip(found.inside, np.exp(y_K), strict=True))
+    )
+    ends = {"a": known_percentiles(a_R, level)}
+    return Debiased(a, ends, optima, shift_K, log_params_RxK, a_R)
+
+
+def why_no_interval(
+    isoflop: Approach2, draws: Draws | None, level: float
+) -> tuple[Diagnostic, ...]:
     """Why the exponent has no interval, if it has none."""
     if isoflop.a is None:
         return ()
@@ -156,7 +525,7 @@ def check(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Diagnost
                 "approach 2 has no run to spare for an error: three sizes fix a parabola",
             ),
         )
-    if interval(draws.a, level) is None:
+    if known_percentiles(draws.a, level) is None:
         return (
             warn(
                 "interval_unbounded",
@@ -164,15 +533,6 @@ def check(isoflop: Isoflop, draws: Draws | None, level: float) -> tuple[Diagnost
             ),
         )
     return ()
-
-
-def interval(draws_R: Array, level: float = 0.95) -> list[float] | None:
-    """Percentile interval; None where more draws have no minimum than the tails may hold."""
-    tail = (1 - level) / 2
-    missing = np.isnan(draws_R)
-    if missing.mean() > tail:
-        return None
-    return np.quantile(draws_R[~missing], [tail, 1 - tail]).tolist()
 
 
 def _slope(inside: tuple[IsoflopCurve, ...] | list[IsoflopCurve]) -> Array:
@@ -190,11 +550,11 @@ def _left_out(
         diagnostics.append(
             warn(
                 "budget_ambiguous",
-                f"runs of {_list(spread)} FLOPs differ in their FLOPs by more than {budgets.SPREAD - 1:.0%}",
+                f"runs of {_list(spread)} FLOPs differ in their FLOPs by more than {SPREAD - 1:.0%}",
             )
         )
     if few:
-        least = isoflop_curves.MIN_SIZES[method]
+        least = MIN_SIZES[method]
         diagnostics.append(
             warn("too_few_points", f"fewer than {least} sizes at {_list(few)} FLOPs")
         )

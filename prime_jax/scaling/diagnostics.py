@@ -52,31 +52,21 @@ class Diagnostic:
     """One warning, or a refusal: something asked for that the data cannot give.
 
     Attributes:
-        code: a key of CURES.
+        code: a key of HINTS.
         message: what was seen, in numbers.
+        hint: what to do about it.
         refusal: True if a result is withheld because of it.
     """
 
     code: str
     message: str
+    hint: str
     refusal: bool = False
-
-    @property
-    def hint(self) -> str:
-        return HINTS[self.code]
-
-    def as_dict(self) -> dict[str, str | bool]:
-        return {
-            "code": self.code,
-            "message": self.message,
-            "hint": self.hint,
-            "refusal": self.refusal,
-        }
 
 
 def warn(code: str, message: str) -> Diagnostic:
-    return Diagnostic(code, message)
+    return Diagnostic(code, message, HINTS[code])
 
 
 def refuse(code: str, message: str) -> Diagnostic:
-    return Diagnostic(code, message, refusal=True)
+    return Diagnostic(code, message, HINTS[code], refusal=True)

@@ -1,6 +1,8 @@
-"""What all figures share: style, colours, axes, and names beside curves."""
+"""What all figures share: style, colours, axes, names beside curves, and their files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,6 +17,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from prime_jax.scaling import labels
 from prime_jax.scaling.points import Points
 
+Say = Callable[[str], None]
+FORMATS = ("svg", "png", "pdf")
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#555555"
@@ -111,3 +115,64 @@ def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 def mark(marker: str, label: str, **style: Any) -> Line2D:
     return Line2D([], [], color=GREY, marker=marker, linestyle="none", label=label, **style)
+
+
+def save(
+    figures: dict[str, Figure],
+    directory: Path,
+    log: Say | None = None,
+    formats: Sequence[str] = FORMATS,
+) -> dict[tuple[str, str], Path]:
+    """Write every figure in every format; returns the paths by figure name and format."""
+    paths = {}
+    for name, figure in figures.items():
+        paths |= attempt(name, partial(_save, name, figure, directory, formats), log) or {}
+    return paths
+
+
+def publish(
+    figures: dict[str, Figure],
+    names: Iterable[str],
+    directory: Path,
+    log: Say | None = None,
+    formats: Sequence[str] = FORMATS[:1],
+) -> dict[tuple[str, str], Path]:
+    """`save`; figures of these names that an earlier call left and this one has not, go."""
+    paths = save(figures, directory, log, formats)
+    gone = {(name, suffix) for name in names for suffix in FORMATS} - set(paths)
+    forget(gone, directory)
+    return paths
+
+
+def _save(
+    name: str, figure: Figure, directory: Path, formats: Sequence[str]
+) -> dict[tuple[str, str], Path]:
+    undated = {"svg": {"Date": None}, "png": {}, "pdf": {"CreationDate": None}}
+    paths = {(name, suffix): directory / f"{name}.{suffix}" for suffix in formats}
+    if len(formats) > 1:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, for all formats
+    for (_, suffix), path in paths.items():
+        figure.savefig(path, dpi=200, metadata=undated[suffix])
+    return paths
+
+
+def attempt(name: str, act: Callable[[], Any], log: Say | None = None) -> Any:
+    """What `act` returns, or None where it cannot draw: numbers never wait for a picture."""
+    try:
+        with matplotlib.rc_context(STYLE):
+            return act()
+    except OSError:
+        raise
+    except Exception as error:  # whatever matplotlib makes of unusual numbers
+        if log is None:
+            raise
+        why = (str(error).splitlines() or [""])[0]
+        log(f"the figure {name} cannot be drawn ({type(error).__name__}: {why})")
+        return None
+
+
+def forget(files: Iterable[tuple[str, str]], directory: Path) -> None:
+    """Remove figures (name, format) of an earlier fit that this one has not drawn."""
+    for name, suffix in files:
+        (directory / f"{name}.{suffix}").unlink(missing_ok=True)

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from prime_jax.scaling import approach3, newton
-from prime_jax.scaling.approach3 import NAMES, Fit, Problem
-from prime_jax.scaling.laws import Law
+from prime_jax.scaling.approach3 import Fit, Problem
+from prime_jax.scaling.laws import Law, PowerForm
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
+NAMES = PowerForm.names
 EXPONENTS, IRREDUCIBLE = ("alpha", "beta"), ("E",)
 SILENT = 1e-9  # a statistic of this size is rounding, as of data without noise
 START_STRIDE = 6  # every sixth start of approach 3, besides the laws of the families alone
@@ -81,7 +82,7 @@ class Shared:
 
     def laws(self, theta_K: Array) -> tuple[Law, ...]:
         pairs = zip(self.problems, self.maps, strict=True)
-        return tuple(problem.law(to_family @ theta_K) for problem, to_family in pairs)
+        return tuple(problem.form.law(to_family @ theta_K) for problem, to_family in pairs)
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def likelihood_ratio(
     both = tied(problems, names)
     free_Fx1 = np.array([[fit.objective] for fit in fits])
     weight_Fx1 = 1 / _noise(both, free_Fx1)
-    some = [approach3.starts(problem)[::START_STRIDE] for problem in problems]
-    starts = both.join([np.vstack([fit.theta_5, own]) for fit, own in zip(fits, some, strict=True)])
+    some = [problem.form.starts(problem.log_loss_n)[::START_STRIDE] for problem in problems]
+    starts = both.join([np.vstack([fit.theta_K, own]) for fit, own in zip(fits, some, strict=True)])
     theta_SxK = _minimise(both, starts, np.repeat(weight_Fx1, len(starts), axis=1))
     value_S = np.sum(weight_Fx1 * both.costs(theta_SxK), axis=0)
     theta_1xK = theta_SxK[[np.argmin(value_S)]]
@@ -182,7 +183,7 @@ def _redraw(
     """
     residuals = []
     for problem, to_family in zip(both.problems, both.maps, strict=True):
-        runs, unknowns = len(problem.x_n), len(theta_K) / len(both.problems)
+        runs, unknowns = problem.runs, len(theta_K) / len(both.problems)
         spread = np.sqrt(runs / max(runs - unknowns, 1.0))  # a fit hugs its data
         residual = problem.residual(to_family @ theta_K) * np.sqrt(problem.weight_n)
         residuals.append(spread * residual)
@@ -193,7 +194,7 @@ def _redraw(
     out = []
     for f, (problem, to_family) in enumerate(zip(both.problems, both.maps, strict=True)):
         pool = np.sort(np.concatenate([residuals[f], -residuals[f]]))
-        rank = (norm.cdf(z_RxMxF[:, cells[f], f]) * len(pool)).astype(np.intp)
+        rank = (ndtr(z_RxMxF[:, cells[f], f]) * len(pool)).astype(np.intp)
         drawn = pool[np.minimum(rank, len(pool) - 1)] / np.sqrt(problem.weight_n)
         expected = problem.log_loss_n + problem.residual(to_family @ theta_K)
         out.append(replace(problem, log_loss_n=expected + drawn))
@@ -227,19 +228,19 @@ def _minimise(both: Shared, start_PxK: Array, weight_FxP: Array) -> Array:
     return theta
 
 
-def _costs(problem: Problem, theta_Px5: Array) -> Array:
-    return problem.cost(problem.fractions(theta_Px5)[3]) @ problem.weight_n
+def _costs(problem: Problem, theta_PxK: Array) -> Array:
+    return problem.cost(problem.residuals(theta_PxK)) @ problem.weight_n
 
 
 def _noise(both: Shared, cost_FxP: Array) -> Array:
     """The mean term of each family's objective, never quite zero."""
-    runs = np.array([[len(problem.x_n)] for problem in both.problems])
+    runs = np.array([[problem.runs] for problem in both.problems])
     rounding = np.array([[problem.floor] for problem in both.problems])
     return (cost_FxP + rounding) / runs
 
 
 def _statistic(both: Shared, shared_FxP: Array, free_FxP: Array) -> Array:
-    runs = np.array([[len(problem.x_n)] for problem in both.problems])
+    runs = np.array([[problem.runs] for problem in both.problems])
     ratio = _noise(both, shared_FxP) / _noise(both, free_FxP)
     return 2 * np.sum(runs * np.log(ratio), axis=0)
 
@@ -256,4 +257,4 @@ def _gradient(both: Shared, theta_1xK: Array, weight_Fx1: Array) -> float:
 
 def _unit(problem: Problem, name: str) -> float:
     """What a standardised exponent is multiplied by."""
-    return dict(zip(("alpha", "beta"), problem.scale, strict=True)).get(name, 1.0)
+    return dict(zip(("alpha", "beta"), problem.form.scale, strict=True)).get(name, 1.0)

@@ -2,7 +2,7 @@
 
 import math
 
-from prime_jax.scaling.columns import AS_GIVEN, Columns
+from prime_jax.scaling.table import AS_GIVEN, Columns
 
 WIDTH = 100  # columns that the wider tables need; a narrower terminal wraps their lines
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prime_jax.scaling import approach2, budgets
-from prime_jax.scaling.isoflop_curves import IsoflopCurve
-from prime_jax.scaling.laws import Compute, Law, optimum
+from prime_jax.scaling.approach2 import IsoflopCurve
+from prime_jax.scaling.intervals import (
+    known_percentiles,
+)
+from prime_jax.scaling.laws import Compute, PowerLaw, optimum
+from prime_jax.scaling.points import GAP
 
 Array = NDArray[np.float64]
 Ratio = Callable[[Array, Array], Array]
@@ -32,8 +35,8 @@ class Side:
         low, high: the budgets of the data.
     """
 
-    law: Law
-    replicates: Law
+    law: PowerLaw
+    replicates: PowerLaw
     compute: Compute
     knots_K: Array
     log_loss_K: Array
@@ -43,7 +46,7 @@ class Side:
 
     def holds(self, flops: Array) -> NDArray[np.bool_]:
         """Whether the budgets lie within the data, as near as one budget is to another."""
-        return (self.low / budgets.GAP <= flops) & (flops <= self.high * budgets.GAP)
+        return (self.low / GAP <= flops) & (flops <= self.high * GAP)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Multiplier:
     interpolated_interval: list[list[float] | None]
 
 
-def frontier_flops(law: Law, compute: Compute, loss: ArrayLike) -> Array:
+def frontier_flops(law: PowerLaw, compute: Compute, loss: ArrayLike) -> Array:
     """C at which the best loss is `loss`; inf where E is not below it.
 
     Both terms of the law fall with the same power of C along the frontier, so that
@@ -100,7 +103,7 @@ def at_baseline(family: Side, baseline: Side, flops: Array, level: float) -> Mul
     return _multiplier(baseline, family, flops, level, lambda spent, equal: equal / spent)
 
 
-def lower(family: Side, baseline: Side, flops: Array) -> tuple[Array, Array]:
+def lower_probability(family: Side, baseline: Side, flops: Array) -> tuple[Array, Array]:
     """How probable it is that the family's best loss is the lower one, [K], twice.
 
     From the replicates of the laws, and from the draws of the minima (NaN beyond them).
@@ -155,7 +158,7 @@ def _multiplier(here: Side, there: Side, flops: Array, level: float, ratio: Rati
     intervals: list[list[float] | None] = [None] * len(flops)
     if here.log_loss_RxK is not None and there.log_loss_RxK is not None:
         drawn_RxK = ratio(flops, _equal(here, there, here.log_loss_RxK, there.log_loss_RxK, flops))
-        intervals = [approach2.interval(drawn_R, level) for drawn_R in drawn_RxK.T]
+        intervals = [known_percentiles(drawn_R, level) for drawn_R in drawn_RxK.T]
     known = np.isfinite(reached)
     return Multiplier(
         flops=flops,

@@ -17,22 +17,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prime_jax.scaling.points import Points
-from prime_jax.scaling.repeats import SEED, cells, groups, repeats
+from prime_jax.scaling.points import SEED, Points, cells, groups, repeated
+from prime_jax.scaling.schema import hidden, key
 
 Array = NDArray[np.float64]
 
 CURVATURE = 0.03  # nats per squared unit of log lr, as is typical
-UNKNOWNS = 5
 NORMAL = 1.4826  # standard deviation over median size of normal numbers
 
 
 @dataclass(frozen=True)
 class Source:
-    """Attributes:
-    relative_sd: root mean square over the runs it is known for, as a fraction of the loss.
-    basis: what the number rests on.
-    runs: how many it is known for.
+    """What makes losses differ.
+
+    Attributes:
+        relative_sd: root mean square over the runs it is known for, as a fraction of the loss.
+        basis: what the number rests on.
+        runs: how many it is known for.
     """
 
     relative_sd: float
@@ -41,15 +42,26 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Errors of held-out budgets, relative to the loss."""
+
+    bias: float
+    rms: float
+
+
+@dataclass(frozen=True)
 class ErrorBudget:
-    """A source is None where nothing is known about it."""
+    """A source is None where nothing is known about it; all are relative to the loss."""
 
-    seed: Source
-    tuning: Source | None
-    evaluation: Source | None
-    sd_n: Array  # of each run, all sources together, as a fraction of its loss
+    seed: Source = key("another seed: `relative_sd, basis, runs`")
+    tuning: Source | None = key("a learning rate beside the best one")
+    evaluation: Source | None = key("standard errors of the losses")
+    model: Held | None = key("`bias, rms` of the rollout", default=None)
+    scatter: float | None = key("of the runs about the law", default=None)
+    weights: list[float] | None = key("of the runs: `[smallest, largest]`", default=None)
+    sd_n: Array = hidden(default=None)  # of each run, all sources together
 
-    def weights(self, scatter: float) -> Array:
+    def run_weights(self, scatter: float) -> Array:
         """Weights_n of mean 1; all exactly 1 if nothing tells the runs apart.
 
         `scatter` is the standard deviation of the log residuals of a fit without weights.
@@ -66,28 +78,29 @@ def of(points: Points) -> ErrorBudget:
     tuning, tuning_n = _tuning(points)
     seed = _seed(points, evaluation_n)
     total = np.sqrt(seed.relative_sd**2 + evaluation_n**2 + tuning_n**2)
-    return ErrorBudget(seed, tuning, evaluation, total)
+    return ErrorBudget(seed, tuning, evaluation, sd_n=total)
 
 
-def scatter(residual_n: Array) -> float:
-    """Standard deviation about the law, from the median size: a few odd runs do not move it."""
+def scatter(residual_n: Array, unknowns: int) -> float:
+    """Standard deviation about a law with so many unknowns, from the median size: a few odd runs
+    do not move it."""
     count = len(residual_n)
-    hugged = np.sqrt(count / max(count - UNKNOWNS, 1))
+    hugged = np.sqrt(count / max(count - unknowns, 1))
     return float(NORMAL * np.median(np.abs(residual_n)) * hugged)
 
 
 def _seed(points: Points, evaluation_n: Array) -> Source:
     """Scatter within repeats less what the evaluation explains of it."""
-    repeated = repeats(points.params, points.tokens, points.lr)
-    if not repeated:
+    repeats = repeated(points.params, points.tokens, points.lr)
+    if not repeats:
         return Source(SEED, "assumed", 0)
     log_loss, squares, freedom = np.log(points.loss), 0.0, 0
-    for members in repeated:
+    for members in repeats:
         squares += np.sum((log_loss[members] - log_loss[members].mean()) ** 2)
         squares -= (len(members) - 1) * np.mean(evaluation_n[members] ** 2)
         freedom += len(members) - 1
     variance = max(float(squares) / freedom, 0.0)
-    return Source(float(np.sqrt(variance)), "repeated runs", sum(map(len, repeated)))
+    return Source(float(np.sqrt(variance)), "repeated runs", sum(map(len, repeats)))
 
 
 def _evaluation(points: Points) -> tuple[Source | None, Array]:

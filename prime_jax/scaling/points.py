@@ -1,4 +1,9 @@
-"""The runs that a fit uses, checked and grouped by family."""
+"""The runs that a fit uses: checked, grouped by family and by compute budget.
+
+Are N and C of all runs counted in one way? C / (N D) is a function of the shape of a model: near 6,
+more where embeddings or attention are in C and not in N. No one way of counting gives two values of
+it at one N, or moves it up and down from each size to the next (`mixed_conventions`).
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,17 +12,111 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prime_jax.config import nearest
 from prime_jax.errors import UserError
-from prime_jax.scaling import budgets, conventions, labels, repeats
-from prime_jax.scaling.columns import Choice, Columns, choose
+from prime_jax.scaling import labels
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
-from prime_jax.scaling.table import Table, number, require, text
+from prime_jax.scaling.table import (
+    KINDS,
+    Choice,
+    Columns,
+    Table,
+    choose_columns,
+    number,
+    require,
+    text,
+)
 
 Array = NDArray[np.float64]
 
-KINDS = ("nll", "nelbo", "train_loss")
+SAME, JUMP = 1.05, 1.25  # largest ratio of C / (N D) at one size, and between neighbours
+SEED = 0.0014  # of the loss: a standard deviation of .004 nats at a loss of 2.9, as is typical
+GAP = 1.05  # runs further apart than this belong to different budgets
+SPREAD = 1.10  # a budget whose FLOPs differ by more is no IsoFLOP: loss moves with C as well as N
 MIN_COUNT = 1000  # fewer parameters or tokens than this are counted in another unit
 UNIT_RATIO = 100  # no convention moves C / (6 N D) this far from one; a wrong unit does
+
+
+def mixed_conventions(
+    flops: Array, params: Array, tokens: Array, names: list[str]
+) -> list[Diagnostic]:
+    """A warning that names two runs which cannot both be right; `names` are those of the rows."""
+    order = np.argsort(params, kind="stable")
+    size, ratio = np.log(params[order]), np.log((flops / (params * tokens))[order])
+    step, jump = np.diff(size), np.diff(ratio)
+    twice = (step < 1e-6) & (np.abs(jump) > np.log(SAME))
+    apart = np.abs(jump) > np.log(JUMP)
+    both_ways = (jump[apart] > 0).any() and (jump[apart] < 0).any()
+    k = np.flatnonzero(twice if twice.any() else apart & both_ways)
+    if not len(k):
+        return []
+    shown = (
+        f"{np.exp(ratio[j]):.3g} N D for {names[order[j]]} (N = {labels.count(params[order[j]])})"
+        for j in (k[0], k[0] + 1)
+    )
+    return [warn("mixed_conventions", f"FLOPs are {' and '.join(shown)}: no one count gives both")]
+
+
+def repeated(params: Array, tokens: Array, lr: Array | None) -> list[NDArray[np.intp]]:
+    """Groups of runs that differ in nothing but their seed."""
+    return groups(cells(params, tokens, lr))
+
+
+def cells(*columns: Array | None) -> NDArray[np.intp]:
+    """The group_n of runs that agree in all columns; NaN agrees with NaN."""
+    known = [np.nan_to_num(c, nan=-1.0) for c in columns if c is not None]
+    return np.unique(np.stack(known, 1), axis=0, return_inverse=True)[1].ravel()
+
+
+def groups(cell_n: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    """Members of each cell of two runs or more; a cell below 0 is none."""
+    order = np.argsort(cell_n, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(cell_n[order])) + 1)
+    return [part for part in parts if cell_n[part[0]] >= 0 and len(part) > 1]
+
+
+def assign_budgets(flops: Array, stated: Array | None) -> Array:
+    """The budget of each run, [n].
+
+    Groups are those of the stated budgets where given, else runs without a gap of 5 % between
+    them. A group is named by its stated budget, unless that counts FLOPs in another convention:
+    then, and where nothing is stated, by the geometric mean of its FLOPs.
+    """
+    if stated is None:
+        order = np.argsort(flops)
+        steps = np.diff(np.log(flops[order])) > np.log(GAP)
+        group = np.empty(len(flops), dtype=int)
+        group[order] = np.concatenate([[0], np.cumsum(steps)])
+    else:
+        group = np.unique(stated, return_inverse=True)[1]
+    means = np.exp(np.bincount(group, np.log(flops)) / np.bincount(group))
+    budget = np.array([float(f"{mean:.6g}") for mean in means])[group]
+    if stated is None:
+        return budget
+    planned = np.abs(np.log(budget / stated)) < np.log(SPREAD)
+    return np.where(planned, stated, budget)
+
+
+def budget_spread(flops: Array) -> float:
+    """Largest over smallest FLOPs of one budget."""
+    return float(flops.max() / flops.min())
+
+
+def budget_levels(budget: Array, flops: Array) -> int:
+    """Different amounts of compute: the budgets, and for runs without gaps between them the times
+    that their FLOPs double."""
+    runs = (flops[budget == value] for value in np.unique(budget))
+    return sum(max(1, int(np.log2(budget_spread(of_one)))) for of_one in runs)
+
+
+def strata(budget: Array) -> Array:
+    """Groups to resample within, [n]: the budgets; those of one or two runs are pooled.
+
+    A run alone in its stratum would be drawn every time, as if it had no error.
+    """
+    values, counts = np.unique(budget, return_counts=True)
+    small = np.isin(budget, values[counts < 3])
+    return np.where(small, 0.0, budget)
 
 
 @dataclass(frozen=True)
@@ -82,6 +181,12 @@ class Runs:
     source: str
     sha256: str
 
+    def points(self, family: str) -> Points:
+        """Raises UserError if there is no such family."""
+        if family not in self.families:
+            raise UserError(f"{self.source}: no family {family!r}{nearest(family, self.families)}")
+        return self.families[family]
+
 
 def select(table: Table, choice: Choice | None = None) -> Runs:
     """Check a table and take the columns of `choice`.
@@ -90,7 +195,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
         UserError: a missing column, or impossible values (with their rows).
     """
     choice = choice or Choice()
-    columns = choose(table, choice)
+    columns = choose_columns(table, choice)
     reasons = [_why_not(row, columns.loss) for row in table.rows]
     excluded = tuple(
         Excluded(
@@ -217,10 +322,10 @@ def _family(
     lost: list[Excluded],
 ) -> Points:
     measure, diagnostics = _measure(table, columns, choice)
-    budget = budgets.assign(arrays["flops"], arrays.get("budget"))
+    budget = assign_budgets(arrays["flops"], arrays.get("budget"))
     diagnostics += _data_findings(table, arrays, lost)
     counts = (arrays[name] for name in ("flops", "params", "tokens"))
-    diagnostics += conventions.diagnostics(*counts, table.names)
+    diagnostics += mixed_conventions(*counts, table.names)
     names = ("flops", "params", "tokens", "loss", "loss_se")
     columns_n = (arrays[n] for n in names)
     lr = np.where(arrays["lr"] > 0, arrays["lr"], np.nan)
@@ -281,20 +386,20 @@ def _data_findings(
         diagnostics.append(
             warn("survivors_only", f"{len(lost)} of {total} runs are left out ({states})")
         )
-    repeated = int(np.sum(arrays["epochs"] > 1))
-    if repeated:
+    again = int(np.sum(arrays["epochs"] > 1))
+    if again:
         most = np.nanmax(arrays["epochs"])
         diagnostics.append(
             warn(
                 "data_repeated",
-                f"{repeated} runs saw their data more than once (up to {most:.3g} times)",
+                f"{again} runs saw their data more than once (up to {most:.3g} times)",
             )
         )
-    if not repeats.repeats(arrays["params"], arrays["tokens"], arrays["lr"]):
+    if not repeated(arrays["params"], arrays["tokens"], arrays["lr"]):
         diagnostics.append(
             warn(
                 "no_seed_repeats",
-                f"no run is repeated with another seed: a noise floor of {repeats.SEED:.2%} of the loss is assumed",
+                f"no run is repeated with another seed: a noise floor of {SEED:.2%} of the loss is assumed",
             )
         )
     run_n = _shared_runs(table)

@@ -1,271 +1,170 @@
-"""fit.json: what a fit found, for other programs.
+"""What a fit leaves in a directory: fit.json, and points.csv, from which it can be fitted again.
 
-{"schema": 2, "source": {"name", "sha256", "points": SHA-256 of points.csv beside it}, "metric", "conventions": {"flops", "params"},
- "method": {"objective", "delta", "bootstrap", "seed", "level", "allow_mixed_kinds",
-   "settings": all that a refit of points.csv needs}, "versions": {...},
- "comparable": [[families whose losses may be compared], ...],
- "families": {NAME: {
-   "kind", "given", "runs", "budgets": [FLOPs], "compute": {"k", "q"} of C = k N**q D,
-   "approach3": {"params": {"E", "A", "B", "alpha", "beta"} | null, "a", "objective" (summed),
-     "certificate": {"converged", "gradient", "smallest_eigenvalue", "starts", "agreeing", "bounds"},
-     "intervals": {each parameter and "a": [low, high]} (bootstrap),
-     "profile": {each parameter and "a": [low | null, high | null]} (null: the interval is open),
-     "optima": [{"flops", "params", "tokens", "loss", "intervals": {...},
-       "profile": {"params": [low | null, high | null]} | null (not profiled: many budgets),
-       "intervals_with_model": {"loss"} | null (widened by the error of the rollout)}] at the budgets,
-     "frontier": {"flops", "params", "tokens", "loss": [...], "intervals": {...: [[low], [high]]},
-       "intervals_with_model": {"loss": [[low], [high]]} | null},
-     "warnings"},
-   "approach2": {"method": "parabola" | "akima", "a" | null, "intervals": {"a"},
-     "optima": [{"flops", "params", "tokens", "loss", "interval" | null, "censored"?}],
-     "debiased": null | {"a", "intervals": {"a"},
-       "optima": [{"flops", "params", "tokens", "loss", "interval" | null, "shift"}]}, "warnings"},
-   "approach1": {"a" | null, "b" | null, "intervals": {"a", "b"}, "kind" (of the curves),
-     "optima": [{"flops", "params", "tokens", "loss"}], "envelope": {"flops", "loss": [...]}, "warnings"},
-   "error_budget": {"seed", "tuning" | null, "evaluation" | null: {"relative_sd", "basis", "runs"},
-     "model": {"bias", "rms"} of a rollout | null, "scatter" about the law | null,
-     "weights": [smallest, largest] | null}, relative to the loss,
-   "rollout": as validate.as_dict has it, null without approach 3,
-   "template": {"config", "rules"} that runs of a sweep share, for new ones (only of a sweep),
-   "warnings": all of the family}},
- "excluded": [{"run", "family", "status", "reason"}], "warnings": those of the runs as a whole}
-
-N and D are in units of one, losses in that of the data. `"censored": "above"` (or "below"): the
-optimum lies above `params`, which is the edge of the sampled sizes and no value. `shift` is by how
-much the minimum of a parabola lies above the optimum, relative to it. `b` is the exponent of D*(C).
-Warnings of an approach 1 that nobody asked for (--curves) and that was refused are only there. A warning is
-{"code", "message", "hint", "refusal"}.
+`predict` and `design` need the bootstrap replicates, which are too many to store and cheap to
+repeat: with the same runs, settings and seed they are the same numbers to the last bit.
 """
 
-import dataclasses
-import platform
-from importlib.metadata import version
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from prime_jax import __version__
-from prime_jax.scaling import approach2, bootstrap, noise, validate
-from prime_jax.scaling.fit import CURVE, FamilyFit, ScalingFit, curve_budgets, optima
-from prime_jax.scaling.laws import Optimum, exponent, optimum
-from prime_jax.scaling.points import Runs
-from prime_jax.scaling.profile import Ends
+from prime_jax.config import from_dict
+from prime_jax.errors import UserError
+from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.scaling.fits import fit_family, whole
+from prime_jax.scaling.points import Points, Runs, select
+from prime_jax.scaling.results import SCHEMA, ScalingFit
+from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
+from prime_jax.scaling.table import Choice, Table, number, read_csv, text
 
-SCHEMA = 2
-QUANTITIES = ("params", "tokens", "loss")
-OBJECTIVES = {
-    "huber": "sum of Huber(log residual)",
-    "ls": "sum of squared log residuals / 2",
-}
-
-
-def as_dict(fit: ScalingFit) -> dict[str, Any]:
-    settings = fit.settings
-    return {
-        "schema": SCHEMA,
-        **origin(fit.runs, settings),
-        "comparable": [list(group) for group in fit.groups],
-        "families": {name: _family(family, settings) for name, family in fit.families.items()},
-        "excluded": [dataclasses.asdict(run) for run in fit.runs.excluded],
-        "warnings": [diagnostic.as_dict() for diagnostic in fit.diagnostics],
-    }
+FIT, POINTS = "fit.json", "points.csv"
+MEASURE = ("given", "tokenizer", "eval_set")
+NUMBERS = ("flops", "params", "tokens", "budget", "loss", "loss_se")
+KEPT = ("run", "seed", "step", "lr", "batch_size", "epochs", "unique_tokens", "data")
 
 
-def origin(runs: Runs, settings: Settings) -> dict[str, Any]:
-    """What was fitted, and how."""
-    return {
-        "source": {"name": runs.source, "sha256": runs.sha256},
-        "metric": runs.choice.metric,
-        "conventions": {
-            "flops": runs.columns.flops_convention,
-            "params": runs.columns.params_convention,
-        },
-        "method": {
-            "objective": OBJECTIVES[settings.objective],
-            "delta": settings.delta if settings.objective == "huber" else None,
-            "bootstrap": settings.replicates,
-            "seed": settings.seed,
-            "level": settings.level,
-            "allow_mixed_kinds": runs.choice.allow_mixed_kinds,
-            "settings": dataclasses.asdict(settings),
-        },
-        "versions": versions(),
-    }
+def write(fit: ScalingFit, path: Path) -> dict[str, Any]:
+    """Write points.csv, and fit.json with its hash; returns the contents of fit.json.
+
+    Raises:
+        UserError: `path` cannot be written to.
+    """
+    text = points_csv(fit.table, fit.data)
+    source = replace(fit.source, points=hashlib.sha256(text.encode()).hexdigest())
+    result = as_dict(replace(fit, source=source))
+    make(path)
+    try:
+        (path / POINTS).write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"cannot write {path / POINTS}: {error.strerror}") from error
+    write_json_atomic(path / FIT, result)
+    return result
 
 
-def versions() -> dict[str, str]:
-    libraries = {name: version(name) for name in ("numpy", "scipy")}
-    return {"prime_jax": __version__, "python": platform.python_version(), **libraries}
+def make(path: Path) -> Path:
+    """Make the directory. Raises UserError if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path}: {error.strerror}") from error
+    return path
 
 
-def _family(family: FamilyFit, settings: Settings) -> dict[str, Any]:
-    points = family.points
-    return {
-        "kind": points.measure.kind,
-        "given": points.measure.given,
-        "runs": len(points.loss),
-        "budgets": points.budgets.tolist(),
-        "compute": {"k": family.compute.k, "q": family.compute.q},
-        "approach3": _approach3(family, settings),
-        "approach2": _approach2(family, settings),
-        "approach1": _approach1(family, settings),
-        "error_budget": _error_budget(family),
-        "rollout": family.rollout and validate.as_dict(family.rollout),
-        "warnings": [diagnostic.as_dict() for diagnostic in family.diagnostics],
-    }
+def load(path: Path, families: Sequence[str] | None = None) -> ScalingFit:
+    """Fit the runs of a directory again, all of their families or some: the same numbers.
+
+    Raises:
+        UserError: it is no fit, of another version, or its points are not those of its fit; or a
+            family that it does not have.
+    """
+    result = _result(path)
+    try:
+        method, source, conventions = result["method"], result["source"], result["conventions"]
+        settings = from_dict(Settings, method["settings"], f"{path / FIT}: settings")
+        choice = Choice(allow_mixed_kinds=method["allow_mixed_kinds"])
+        hashed = source["points"]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path / FIT}: does not say how it was fitted ({error}); fit again"
+        ) from error
+    table = read_csv(path / POINTS)
+    if table.sha256 != hashed:
+        raise UserError(f"{path / POINTS}: not the runs of fit.json (it has changed); fit again")
+    runs = select(table, choice)
+    columns = replace(
+        runs.columns,
+        flops_convention=conventions["flops"],
+        params_convention=conventions["params"],
+    )
+    choice = replace(choice, metric=result["metric"])
+    runs = replace(
+        runs, choice=choice, columns=columns, source=source["name"], sha256=source["sha256"]
+    )
+    fitted = {}
+    for name in families or runs.families:
+        family = fit_family(runs.points(name), settings)
+        fitted[name] = replace(family, template=result["families"][name].get("template"))
+    found = whole(runs, settings, fitted, table)
+    return replace(found, source=replace(found.source, points=hashed))
 
 
-def _approach3(family: FamilyFit, settings: Settings) -> dict[str, Any]:
-    part = family.parametric
-    if part is None:
-        return {
-            "params": None,
-            "warnings": [diagnostic.as_dict() for diagnostic in family.refusals],
-        }
-    law, draws, compute = part.fit.law, part.replicates, family.compute
-    budgets = family.points.budgets
-    best = optimum(law, compute, budgets)
-    spread = _intervals(optima(draws, compute, budgets), settings.level)
-    wider = _with_model(family, best, spread["loss"], settings)
-    curve = curve_budgets(family.points)
-    frontier = optimum(law, compute, curve)
-    band = _intervals(optima(draws, compute, curve), settings.level)
-    wider_band = _with_model(family, frontier, band["loss"], settings)
-    params = dataclasses.asdict(law)
-    intervals = {name: bootstrap.interval(getattr(draws, name), settings.level) for name in params}
-    intervals["a"] = bootstrap.interval(exponent(draws, compute), settings.level)
-    certificate = part.fit.certificate
-    return {
-        "params": params,
-        "a": float(exponent(law, compute)),
-        "objective": part.fit.objective,
-        "certificate": {"converged": certificate.converged, **dataclasses.asdict(certificate)},
-        "intervals": intervals,
-        "profile": {name: list(ends) for name, ends in part.profile.items()},
-        "optima": [
-            {
-                "flops": float(budget),
-                **{name: float(getattr(best, name)[k]) for name in QUANTITIES},
-                "intervals": {name: [ends[0][k], ends[1][k]] for name, ends in spread.items()},
-                "profile": _profiled(part.sizes, budget),
-                "intervals_with_model": wider and {"loss": [ends[k] for ends in wider]},
-            }
-            for k, budget in enumerate(budgets)
-        ],
-        "frontier": {
-            "flops": curve.tolist(),
-            **_lists(frontier),
-            "intervals": band,
-            "intervals_with_model": wider_band and {"loss": wider_band},
-        },
-        "warnings": [diagnostic.as_dict() for diagnostic in part.diagnostics],
-    }
+def families(path: Path) -> list[str]:
+    """The names of the families of a fit. Raises UserError as `load`."""
+    return list(_result(path)["families"])
 
 
-def _profiled(sizes: dict[float, Ends], budget: float) -> dict[str, list[float | None]] | None:
-    return {"params": list(sizes[budget])} if budget in sizes else None
+def _result(path: Path) -> dict[str, Any]:
+    """The contents of fit.json."""
+    if not (path / FIT).is_file():
+        raise UserError(f"{path}: no fit.json there; make it with: prime-jax fit RUNS --out {path}")
+    result = read_json(path / FIT)
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema != SCHEMA:
+        raise UserError(
+            f"{path / FIT}: schema {schema}, this version reads {SCHEMA}; run "
+            "`prime-jax fit` on the runs again"
+        )
+    return result
 
 
-def _error_budget(family: FamilyFit) -> dict[str, Any]:
-    part = family.parametric
-    errors = part.errors if part else noise.of(family.points)
-    error = validate.model_error(family.rollout) if family.rollout else None
-    weight_n = part and part.problem.weight_n
-    return {
-        "seed": dataclasses.asdict(errors.seed),
-        "tuning": errors.tuning and dataclasses.asdict(errors.tuning),
-        "evaluation": errors.evaluation and dataclasses.asdict(errors.evaluation),
-        "model": error and {"bias": error.bias, "rms": error.rms},
-        "scatter": part and part.scatter,
-        "weights": None if weight_n is None else [float(weight_n.min()), float(weight_n.max())],
-    }
+def points_csv(data: Table, runs: Runs) -> str:
+    """The runs in plain columns, one convention each; those left out keep status and reason.
 
-
-def _approach2(family: FamilyFit, settings: Settings) -> dict[str, Any]:
-    isoflop, draws = family.isoflop, family.draws
-    if isoflop is None:
-        none = {"a": None, "intervals": {"a": None}, "optima": [], "debiased": None}
-        return {"method": settings.approach2, **none, "warnings": []}
-    inside = 0
-    rows = []
-    for curve in isoflop.curves:
-        row = {name: float(getattr(curve.optimum, name)) for name in ("flops", *QUANTITIES)}
-        row["interval"] = None
-        if curve.censored:
-            row["censored"] = curve.censored
+    `points.select` makes the same `Runs` of it.
+    """
+    columns = ["family", "kind", *MEASURE, *NUMBERS, *(c for c in KEPT if c in data.columns)]
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, [*columns, "status", "reason"], lineterminator="\n")
+    writer.writeheader()
+    used = {name: _numbers(part) for name, part in runs.families.items()}
+    for row in data.rows:
+        same = {name: text(row, name) for name in ("family", *MEASURE, *KEPT, "status", "reason")}
+        line = {name: value for name, value in same.items() if name in writer.fieldnames}
+        line["kind"] = text(row, runs.columns.kind)
+        if text(row, "status") in ("", "done") and text(row, runs.columns.loss):
+            line |= next(used[line["family"]])
         else:
-            if draws is not None:
-                row["interval"] = approach2.interval(draws.params[:, inside], settings.level)
-            inside += 1
-        rows.append(row)
-    known = draws is not None and isoflop.a is not None
-    return {
-        "method": isoflop.method,
-        "a": isoflop.a,
-        "intervals": {"a": approach2.interval(draws.a, settings.level) if known else None},
-        "optima": rows,
-        "debiased": _debiased(family, settings),
-        "warnings": [diagnostic.as_dict() for diagnostic in isoflop.diagnostics],
+            line |= _planned(row, runs)
+        writer.writerow(line)
+    return out.getvalue()
+
+
+def unique_tokens(data: Table) -> dict[str, float]:
+    """Of the training data: the most of any run, stated or tokens over epochs, by family."""
+    found: dict[str, float] = {}
+    for row in data.rows:
+        unique = number(row, "unique_tokens")
+        if math.isnan(unique):
+            unique = number(row, "tokens") / (number(row, "epochs") or math.nan)
+        if math.isfinite(unique):
+            family = text(row, "family")
+            found[family] = max(unique, found.get(family, 0.0))
+    return found
+
+
+def seeds(data: Table) -> frozenset[int]:
+    """Of all runs, also those left out."""
+    found = (number(row, "seed") for row in data.rows)
+    return frozenset(int(seed) for seed in found if math.isfinite(seed))
+
+
+def _numbers(part: Points) -> Any:
+    """The numbers of each run in turn, as cells that read back to the same float."""
+    arrays = [getattr(part, name).tolist() for name in NUMBERS]
+    for values in zip(*arrays, strict=True):
+        cells = ("" if value != value else repr(value) for value in values)
+        yield dict(zip(NUMBERS, cells, strict=True))
+
+
+def _planned(row: dict[str, Any], runs: Runs) -> dict[str, str]:
+    """What is known of a run that left no loss."""
+    columns = {name: getattr(runs.columns, name) for name in ("flops", "params", "tokens")}
+    return {name: text(row, column) for name, column in columns.items()} | {
+        "budget": text(row, "budget")
     }
-
-
-def _debiased(family: FamilyFit, settings: Settings) -> dict[str, Any] | None:
-    part, level = family.debiased, settings.level
-    if part is None:
-        return None
-    rows = []
-    for k, (best, shift) in enumerate(zip(part.optima, part.shift_K, strict=True)):
-        draws = None if part.log_params_RxK is None else np.exp(part.log_params_RxK[:, k])
-        row = {name: float(getattr(best, name)) for name in ("flops", *QUANTITIES)}
-        row["interval"] = None if draws is None else approach2.interval(draws, level)
-        rows.append(row | {"shift": float(np.expm1(shift))})
-    ends = None if part.a_R is None else approach2.interval(part.a_R, level)
-    return {"a": part.a, "intervals": {"a": ends}, "optima": rows}
-
-
-def _approach1(family: FamilyFit, settings: Settings) -> dict[str, Any]:
-    part = family.envelope
-    line = part.line if part else None
-    if part is None or line is None:
-        warnings = [diagnostic.as_dict() for diagnostic in part.diagnostics] if part else []
-        none = {"a": None, "b": None, "intervals": {"a": None, "b": None}}
-        empty = {"optima": [], "envelope": {"flops": [], "loss": []}}
-        return {**none, "kind": part.kind if part else "", **empty, "warnings": warnings}
-    every = max(1, len(part.flops_g) // CURVE)
-    return {
-        "a": line.a,
-        "b": line.b,
-        "intervals": {
-            "a": approach2.interval(part.a_R, settings.level),
-            "b": approach2.interval(part.b_R, settings.level),
-        },
-        "kind": part.kind,
-        "optima": [dataclasses.asdict(best) for best in part.optima],
-        "envelope": {
-            "flops": part.flops_g[::every].tolist(),
-            "loss": part.loss_g[::every].tolist(),
-        },
-        "warnings": [diagnostic.as_dict() for diagnostic in part.diagnostics],
-    }
-
-
-def _intervals(draws: Optimum, level: float) -> dict[str, list[list[float]]]:
-    return {name: bootstrap.interval(getattr(draws, name), level) for name in QUANTITIES}
-
-
-def _with_model(
-    family: FamilyFit, best: Optimum, ends: list[list[float]], settings: Settings
-) -> list[list[float]] | None:
-    """Intervals of the loss moved apart by the error of held-out budgets, if that is known."""
-    error = validate.model_error(family.rollout) if family.rollout else None
-    if error is None:
-        return None
-    low, high = (np.asarray(end) for end in ends)
-    decades = validate.distance(family.points, best.flops)
-    wider = error.widen(np.asarray(best.loss), low, high, decades, settings.level)
-    return [end.tolist() for end in wider]
-
-
-def _lists(best: Optimum) -> dict[str, list[float]]:
-    return {name: np.asarray(getattr(best, name)).tolist() for name in QUANTITIES}

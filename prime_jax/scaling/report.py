@@ -5,15 +5,42 @@ they do not.
 """
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prime_jax.runtime.records import read_json
-from prime_jax.scaling import report_compare, report_tables
-from prime_jax.scaling.record import SCHEMA
-from prime_jax.scaling.report_page import figure, inline, notes, page
+from prime_jax.scaling import tables
+from prime_jax.scaling.laws import LAWS
+from prime_jax.scaling.results import SCHEMA
+from prime_jax.scaling.tables import Cell, Table
 
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --line: #dde1e7;
+  --page: #ffffff; --panel: #f5f7f9; --mark: #b45309; --stop: #b42318; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #333c49;
+  --page: #151a21; --panel: #1e252e; --mark: #f0a04b; --stop: #f97066; } }
+body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page);
+  color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin: 0 0 .25rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
+p { margin: .5rem 0; } .soft { color: var(--soft); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); }
+td.long { white-space: normal; min-width: 20rem; overflow-wrap: anywhere; }
+td small { color: var(--soft); display: block; }
+figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px;
+  padding: .75rem; } figure svg { max-width: 100%; height: auto; display: block; margin: auto; }
+figcaption { color: #444c58; font-size: .88rem; padding-top: .5rem; }
+.note { background: var(--panel); border-left: 4px solid var(--mark); padding: .6rem 1rem;
+  margin: .6rem 0; border-radius: 0 6px 6px 0; } .note.stop { border-color: var(--stop); }
+.answer { border: 1px solid var(--line); border-radius: 8px; padding: .25rem 1.1rem .6rem; }
+.answer h2 { margin-top: 1rem; }
+.note code { color: var(--soft); font-size: .8rem; } code { overflow-wrap: anywhere; }
+"""
 CAPTIONS = {
     "isoflop": "Loss against size at each budget. Solid: a parabola through the runs of one budget "
     "(approach 2); its minimum, the star, is the best size. Dashed: the law fitted to all runs of the "
@@ -29,15 +56,24 @@ CAPTIONS = {
     "the grey band are off by more than another seed explains.",
     "rollout": "Laws fitted to the smaller budgets predict the runs of larger ones. Points above zero: "
     "the prediction was too high. The band is what is added to intervals of the loss.",
+    "multiplier": "The multiplier against the compute that one side spends. Solid: both frontiers within their "
+    "data. Dashed: extrapolated. Points: between the optima of approach 2, without a law.",
 }
 Pictures = dict[str, str]
+
+
+INTRODUCTION = (
+    "<p>The multiplier m is how many times the compute of {base} a family needs for the same loss: "
+    "below one, the family is the cheaper one. It is a curve, not a number, because the two laws "
+    "differ in E. An m that needs a frontier beyond its data is an extrapolation.</p>"
+)
 
 
 def write(directory: Path) -> None:
     """Write report.html from what `fit` and `compare` left in the directory."""
     pictures = {
-        name: inline(directory / f"{name}.svg")
-        for name in (*CAPTIONS, "multiplier")
+        name: _inline(directory / f"{name}.svg")
+        for name in CAPTIONS
         if (directory / f"{name}.svg").is_file()
     }
     comparison = directory / "compare.json"
@@ -78,7 +114,7 @@ def render(
     parts = [
         *_top(record, source),
         "<h2>What was measured</h2>",
-        *report_tables.measured(record),
+        _table(tables.measured(record)),
         *_laws(record, figures),
         *_optima(families, figures),
         *_held_out(families, figures),
@@ -87,11 +123,11 @@ def render(
         *_warnings(families),
         *_trust(families, figures),
         "<h2>Runs left out</h2>",
-        report_tables.excluded(record["excluded"]),
+        _excluded(record["excluded"]),
         "<h2>How this was made</h2>",
-        report_tables.provenance(record),
+        _table(tables.provenance(record)),
     ]
-    return page(f"Scaling fit of {source}", parts)
+    return _page(f"Scaling fit of {source}", parts)
 
 
 def _top(record: dict[str, Any], source: str) -> Iterable[str]:
@@ -105,7 +141,7 @@ def _top(record: dict[str, Any], source: str) -> Iterable[str]:
         f'<p class="soft">{runs} runs of {len(families)} {plural}: '
         f"{html.escape(', '.join(families))}</p>"
     )
-    yield from notes(record["warnings"])
+    yield from _notes(record["warnings"])
     yield '<div class="answer">'
     yield "<h2>The answer</h2>"
     yield (
@@ -113,12 +149,12 @@ def _top(record: dict[str, Any], source: str) -> Iterable[str]:
         f"on, and the loss it reaches (approach 3). Small print: {level} intervals. N* grows as "
         "C<sup>a</sup>.</p>"
     )
-    yield report_tables.answer(families)
+    yield _table(tables.answer(families))
     refused = [
         (name, item) for name, f in families.items() for item in f["warnings"] if item["refusal"]
     ]
     for name, item in refused:
-        yield from notes([item], name)
+        yield from _notes([item], name)
     yield f"<p>{_sure(families, len(refused))}</p>"
     yield "</div>"
 
@@ -132,13 +168,13 @@ def _sure(families: dict[str, Any], refused: int) -> str:
 
 def _laws(record: dict[str, Any], figures: Pictures) -> Iterable[str]:
     families = record["families"]
+    formula = LAWS[record["method"]["settings"]["law"]][1].formula
     yield "<h2>The fitted laws</h2>"
     yield (
-        "<p>L(N, D) = E + A / N<sup>α</sup> + B / D<sup>β</sup>. E is the loss that no amount of "
-        "compute removes. Small print: the bootstrap interval, and below it the profile interval, "
-        "the range that the data themselves allow; “open” means that they set no end.</p>"
+        f"<p>{html.escape(formula)} Small print: the bootstrap interval, and below it the profile "
+        "interval, the range that the data themselves allow; “open” means that they set no end.</p>"
     )
-    yield report_tables.laws(families)
+    yield _table(tables.laws(families))
     yield from _figures(figures, "isoflop", "isoloss")
     yield "<h3>The exponent a by each approach</h3>"
     yield (
@@ -146,10 +182,10 @@ def _laws(record: dict[str, Any], figures: Pictures) -> Iterable[str]:
         "one law to all runs. A parabola misses the minimum of a lopsided curve; the de-biased "
         "approach 2 has that shift removed.</p>"
     )
-    yield report_tables.exponents(families)
+    yield _table(tables.exponents(families))
     for name, family in families.items():
         differ = [w for w in family["warnings"] if w["code"] == "approaches_disagree"]
-        yield from notes(differ, name)
+        yield from _notes(differ, name)
     yield from _figures(figures, "intervals")
 
 
@@ -161,16 +197,16 @@ def _optima(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
         "and the interval of the loss widened by the error of held-out budgets. Of the de-biased "
         "approach 2: by how much the parabola alone misses.</p>"
     )
-    yield report_tables.optima(families)
-    envelopes = report_tables.envelopes(families)
+    yield _table(tables.optima(families))
+    envelopes = tables.envelopes(families)
     if envelopes:
         yield "<h3>Approach 1: sizes that win along training</h3>"
-        yield envelopes
+        yield _table(envelopes)
 
 
 def _held_out(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
     yield "<h2>How wrong predictions of larger budgets were</h2>"
-    rollouts = report_tables.rollouts(families)
+    rollouts = tables.rollouts({n: family["rollout"] for n, family in families.items()})
     if not rollouts:
         yield "<p>Not known: a rollout needs four budgets or more.</p>"
         return
@@ -179,7 +215,7 @@ def _held_out(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
         "predicted over measured, less one: + means too high. L* and N* are the loss and the size at "
         "the optimum.</p>"
     )
-    yield rollouts
+    yield _table(rollouts)
     yield from _figures(figures, "rollout")
 
 
@@ -197,7 +233,7 @@ def _compared(
             "conventions; compare again.</p>"
         )
         return
-    yield from report_compare.section(comparison, figures.get("multiplier"))
+    yield from _comparison(comparison, figures.get("multiplier"))
 
 
 def _warnings(families: dict[str, Any]) -> Iterable[str]:
@@ -206,7 +242,7 @@ def _warnings(families: dict[str, Any]) -> Iterable[str]:
     for name, family in families.items():
         if family["warnings"]:
             yield f"<h3>{html.escape(name)}</h3>"
-            yield from notes(family["warnings"])
+            yield from _notes(family["warnings"])
 
 
 def _trust(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
@@ -215,15 +251,90 @@ def _trust(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
         "<p>A fit has converged when its gradient is zero and its curvature positive. The more of the "
         "independent starts end at the same minimum, the less it depends on where one began.</p>"
     )
-    yield report_tables.certificates(families)
+    yield _certificates(families)
     yield from _figures(figures, "residuals")
     yield "<h3>Error budget</h3>"
     yield (
         "<p>How far a loss is off for other reasons than N and D, as a fraction of it. Runs that are known "
         "less well weigh less.</p>"
     )
-    yield report_tables.error_budget(families)
+    yield _table(tables.error_budget(families))
+
+
+def _certificates(families: dict[str, Any]) -> str:
+    found = tables.certificates(families)
+    return _table(found) if found else "<p>Nothing was fitted by approach 3.</p>"
+
+
+def _excluded(runs: list[dict[str, str]]) -> str:
+    return _table(tables.excluded(runs)) if runs else "<p>None: every run is in the fit.</p>"
 
 
 def _figures(figures: Pictures, *names: str) -> Iterable[str]:
-    return (figure(figures[name], CAPTIONS[name]) for name in names if name in figures)
+    return (_figure(figures[name], CAPTIONS[name]) for name in names if name in figures)
+
+
+def _comparison(record: dict[str, Any], picture: str | None) -> Iterable[str]:
+    base = record["baseline"]["family"]
+    yield f"<h2>Compared with {html.escape(base)}</h2>"
+    yield INTRODUCTION.format(base=html.escape(base))
+    for name, family in record["families"].items():
+        yield f"<h3>{html.escape(name)} against {html.escape(base)}</h3>"
+        if family["mixed"]:
+            yield f'<div class="note stop">{html.escape(family["mixed"])}</div>'
+        if family["multiplier"]:
+            count = record["method"]["bootstrap"]
+            yield _table(tables.multipliers(name, base, family, count))
+            yield _table(tables.tests(base, family))
+        yield from _notes(family["warnings"])
+    if picture:
+        yield _figure(picture, CAPTIONS["multiplier"])
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"<head>{meta}<title>{title}</title><style>{STYLE}</style></head>"
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
+
+
+def _table(table: Table) -> str:
+    """A table as HTML, with its notes."""
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    body = "".join(f"<tr>{''.join(_cells(table, row))}</tr>" for row in table.rows)
+    shown = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in table.notes)
+    return f'<div class="wide">{shown}</div>{notes}'
+
+
+def _cells(table: Table, row: Sequence[Any]) -> Iterable[str]:
+    for k, cell in enumerate(row):
+        found = cell if isinstance(cell, Cell) else Cell(str(cell))
+        text = html.escape(found.text)
+        text = f"<b>{text}</b>" if found.strong else text
+        small = "".join(f"<small>{html.escape(line)}</small>" for line in found.small)
+        yield (
+            f'<td class="long">{text}{small}</td>' if k in table.long else f"<td>{text}{small}</td>"
+        )
+
+
+def _notes(warnings: Sequence[dict[str, Any]], where: str = "") -> Iterable[str]:
+    """A box for each warning, refusals first."""
+    for item in sorted(warnings, key=lambda item: not item["refusal"]):
+        style = "note stop" if item["refusal"] else "note"
+        what = "Refused" if item["refusal"] else "Warning"
+        sentence = f"{what}{where and f' ({where})'}: {item['message']}"
+        yield (
+            f'<div class="{style}">{html.escape(sentence)}. '
+            f"<b>Hint:</b> {html.escape(item['hint'])}. <code>{item['code']}</code></div>"
+        )
+
+
+def _figure(picture: str, caption: str) -> str:
+    return f'<figure role="group">{picture}<figcaption>{caption}</figcaption></figure>'
+
+
+def _inline(path: Path) -> str:
+    """The SVG element of an SVG file, without what only a file needs."""
+    text = path.read_text(encoding="utf-8")
+    return text[text.index("<svg") :]

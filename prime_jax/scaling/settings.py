@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from prime_jax.scaling import approach3
-from prime_jax.scaling.isoflop_curves import Method
+from prime_jax.scaling.approach2 import Method
+from prime_jax.scaling.laws import POWERS
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Settings:
     delta: float = approach3.DELTA
     objective: approach3.Objective = "huber"
     approach2: Method = "parabola"
+    law: str = POWERS  # of `laws.LAWS`
 
 
 DEFAULTS = Settings()

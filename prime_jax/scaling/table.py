@@ -1,20 +1,37 @@
-"""Reading a table of runs: a CSV of anybody's, or the directory of a sweep."""
+"""Reading what a fit starts from: a table of runs, its columns, and what was logged on the way.
+
+A table is a CSV of anybody's or the directory of a sweep, with a row for each run; `choose_columns`
+says which of its columns are read. Logs are those of a sweep, or a CSV as W&B exports it: long
+(columns run, step or tokens, loss), or wide (Step, then `<run> - <metric>` and its `__MIN` and
+`__MAX` for each run).
+"""
 
 import csv
 import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prime_jax.errors import UserError
+import numpy as np
 
+from prime_jax.errors import UserError
+from prime_jax.runtime.records import best_valid
+
+KINDS = ("nll", "nelbo", "train_loss")  # of losses
 MAX_ROWS = 100_000  # one row is one run; more than this is a training log
 MAX_CURVE_ROWS = 500_000
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
+DEFAULT_METRIC, DEFAULT_FLOPS, DEFAULT_PARAMS = "best-valid", "matmul", "nonembedding_plus_head"
+AS_GIVEN = "as given"  # plain `flops` and `params` columns, whatever they count
+MIN_EVALUATIONS = 3  # that make a curve
+WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
+CLOCKS = ("tokens", "step", "_step", "global_step", "trainer/global_step")
+RUNS = ("run", "name", "run_name")
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,43 @@ def read(source: Path) -> Table:
     if source.is_dir():
         return _read_sweep(source)
     return read_csv(source)
+
+
+def of_columns(columns: Any, source: str = "data") -> Table:
+    """A table of columns by name: a dict of sequences, or a data frame as pandas has it.
+
+    Raises:
+        UserError: it is neither, or its columns differ in length.
+    """
+    try:
+        named = {str(name): list(columns[name]) for name in columns.keys()}  # noqa: SIM118
+    except (AttributeError, TypeError):
+        kind = type(columns).__name__
+        raise UserError(
+            f"{kind} is no table of runs; give a path, a data frame or a dict of columns"
+        ) from None
+    lengths = {name: len(cells) for name, cells in named.items()}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise UserError(f"{source}: its columns differ in length: {shown}")
+    rows = [
+        dict(zip(named, map(_cell, cells), strict=True))
+        for cells in zip(*named.values(), strict=True)
+    ]
+    if not rows:
+        raise UserError(f"{source}: no runs in it")
+    hashed = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    names = [f"row {k}" for k in range(len(rows))]
+    return Table(rows, names, list(named), source, hashed)
+
+
+def _cell(value: Any) -> Any:
+    """A number or a text; empty for what stands for no value (None, NaN, NA, NaT)."""
+    if hasattr(value, "item"):  # numpy's scalars
+        value = value.item()
+    if value is None or str(value) in ("nan", "<NA>", "NaT"):
+        return ""
+    return value if isinstance(value, int | float) else str(value).strip()
 
 
 def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
@@ -149,3 +203,356 @@ def require(table: Table, column: str, good: Sequence[bool], problem: str) -> No
         )
         rest = f" (and {len(bad) - 4} more rows)" if len(bad) > 4 else ""
         raise UserError(f"{table.source}: {problem}: {', '.join(cells)}{rest}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to fit. A convention that is None is the default one where the table has it."""
+
+    metric: str = DEFAULT_METRIC
+    flops: str | None = None
+    params: str | None = None
+    allow_mixed_kinds: bool = False
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column names; "" for the one of flops, params, tokens that C = 6 N D gives."""
+
+    loss: str
+    loss_se: str
+    kind: str
+    flops: str
+    params: str
+    tokens: str
+    flops_convention: str
+    params_convention: str
+
+
+def choose_columns(table: Table, choice: Choice) -> Columns:
+    """Raises UserError for a column that is not there, with what there is."""
+    if any(name.endswith(("__MIN", "__MAX")) for name in table.columns):
+        raise UserError(
+            f"{table.source}: training curves as W&B exports them; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
+        )
+    if "family" not in table.columns:
+        raise UserError(f"{table.source}: no column 'family'; {_has(table)}")
+    loss, loss_se, kind = _loss(table, choice.metric)
+    flops, flops_convention = _convention(table, "flops", choice.flops, DEFAULT_FLOPS)
+    params, params_convention = _convention(table, "params", choice.params, DEFAULT_PARAMS)
+    found = {name: name if name in table.columns else "" for name in (flops, params, "tokens")}
+    missing = [name for name, column in found.items() if not column]
+    if len(missing) > 1:
+        raise UserError(
+            f"{table.source}: no columns {' and '.join(missing)}; two of flops, params, tokens are needed, and {_has(table)}"
+        )
+    if flops in missing:
+        flops_convention = "6 N D"
+    columns = found[flops], found[params], found["tokens"]
+    return Columns(loss, loss_se, kind, *columns, flops_convention, params_convention)
+
+
+def _loss(table: Table, metric: str) -> tuple[str, str, str]:
+    if metric == DEFAULT_METRIC:
+        names = "loss", "loss_se", "kind"
+    else:
+        names = f"loss_{metric}", f"se_{metric}", f"kind_{metric}"
+    if names[0] not in table.columns:
+        others = [c.removeprefix("kind_") for c in table.columns if c.startswith("kind_")]
+        known = f"; metrics here: {', '.join([DEFAULT_METRIC, *others])}" if others else ""
+        raise UserError(f"{table.source}: no column {names[0]!r}; {_has(table)}{known}")
+    return names
+
+
+def _has(table: Table) -> str:
+    """The columns there are; names as other tables have them are pointed out."""
+    known = {"n": "params", "d": "tokens", "c": "flops", "name": "run"}
+    known |= {name: name for name in ("family", "loss", "flops", "params", "tokens", "kind", "run")}
+    meant = {name: known.get(name.lower()) for name in table.columns}
+    hints = [
+        f"{name} is called {right}" for name, right in meant.items() if right not in (None, name)
+    ]
+    shown = ", ".join(table.columns[:20]) + (", ..." if len(table.columns) > 20 else "")
+    return f"it has {shown}" + (f" ({', '.join(hints)} here)" if hints else "")
+
+
+def _convention(table: Table, quantity: str, wanted: str | None, default: str) -> tuple[str, str]:
+    """The column that counts a quantity, and the name of the convention."""
+    column = f"{quantity}_{wanted or default}"
+    if column in table.columns:
+        return column, wanted or default
+    if wanted:
+        known = [c for c in table.columns if c.startswith(f"{quantity}_")]
+        has = f"it has {', '.join(known)}" if known else f"its {quantity} are taken as they are"
+        raise UserError(f"{table.source}: no column {column!r}; {has}")
+    return quantity, AS_GIVEN
+
+
+@dataclass
+class Log:
+    """One run: losses along its clock, and the learning rate along its own."""
+
+    clock: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    lr_clock: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    kind: str = ""
+    schedule: str = ""  # "decays" where that is known without the rates
+    tokens_per_step: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Of many runs, by name; the clocks count `tokens` or steps."""
+
+    runs: dict[str, Log]
+    in_tokens: bool
+    source: str
+
+
+def load_logs(source: Path, metric: str) -> Logs:
+    """Raises UserError: nothing there, or no training curves (with the rows that are wrong)."""
+    if source.is_dir():
+        return _of_sweep(source, metric)
+    return logs_of_table(read_csv(source, MAX_CURVE_ROWS))
+
+
+def logs_of_table(table: Table) -> Logs:
+    """A CSV, long or wide; cells without a loss are no points."""
+    if is_wide(table.columns):
+        table = _melt(table)
+    clock, run = (_column(table, names) for names in (CLOCKS, RUNS))
+    loss = _loss_column(table)
+    rows = [
+        (row, name) for row, name in zip(table.rows, table.names, strict=True) if text(row, loss)
+    ]
+    if not rows:
+        raise UserError(f"{table.source}: column {loss!r} is empty")
+    table = Table(*(list(side) for side in zip(*rows, strict=True)), *_rest(table))
+    clocks = np.array([number(row, clock) for row in table.rows])
+    losses = np.array([number(row, loss) for row in table.rows])
+    require(table, clock, clocks >= 0, f"{clock} must be a number, 0 or more")
+    require(table, loss, (losses > 0) & np.isfinite(losses), "loss must be a number above 0")
+    require(table, run, [text(row, run) != "" for row in table.rows], f"{run} is empty")
+    known = f"kind must be one of {', '.join(KINDS)}"
+    require(table, "kind", [text(row, "kind") in ("", *KINDS) for row in table.rows], known)
+    guess = "train_loss" if "train" in loss else ""
+    logs: dict[str, Log] = {}
+    seen: dict[tuple[str, float], str] = {}
+    for row, name, at, value in zip(table.rows, table.names, clocks, losses, strict=True):
+        key = text(row, run), float(at)
+        if key in seen:
+            raise UserError(
+                f"{table.source}: {seen[key]} and {name} are the same {clock} of run {key[0]}; drop one"
+            )
+        seen[key] = name
+        log = logs.setdefault(key[0], Log(kind=text(row, "kind", guess)))
+        log.clock.append(key[1])
+        log.loss.append(float(value))
+        log.tokens_per_step = number(row, "tokens_per_step")
+        rate = number(row, "lr")
+        if rate >= 0:
+            log.lr_clock.append(key[1])
+            log.lr.append(rate)
+    if all(len(set(log.lr)) < 2 for log in logs.values()):
+        for log in logs.values():  # the peak rate of each run, not its schedule
+            log.lr_clock, log.lr = [], []
+    return Logs(logs, clock == "tokens", table.source)
+
+
+def is_wide(columns: list[str]) -> bool:
+    return len(columns) > 1 and all(WIDE.fullmatch(name) for name in columns[1:])
+
+
+def _rest(table: Table) -> tuple[list[str], str, str]:
+    return table.columns, table.source, table.sha256
+
+
+def _column(table: Table, names: tuple[str, ...]) -> str:
+    for name in names:
+        if name in table.columns:
+            return name
+    raise UserError(
+        f"{table.source}: no column {' or '.join(map(repr, names[:2]))} for training curves; it has {_shown(table.columns)}"
+    )
+
+
+def _loss_column(table: Table) -> str:
+    """`loss`, or the only column whose name ends so (`train/loss`, `val_loss`)."""
+    if "loss" in table.columns:
+        return "loss"
+    found = [name for name in table.columns if name.lower().endswith("loss")]
+    if len(found) != 1:
+        what = f"several losses ({', '.join(found)}); keep one" if found else "no column 'loss'"
+        raise UserError(f"{table.source}: {what}; it has {_shown(table.columns)}")
+    return found[0]
+
+
+def _shown(columns: list[str]) -> str:
+    rest = f" and {len(columns) - 8} more" if len(columns) > 8 else ""
+    return ", ".join(columns[:8]) + rest
+
+
+def _melt(table: Table) -> Table:
+    """Wide to long."""
+    first = table.columns[0]
+    if "token" in first.lower():
+        clock = "tokens"
+    elif first.lower().endswith("step"):
+        clock = "step"
+    else:
+        raise UserError(
+            f"{table.source}: its first column is {first!r}; export the chart over steps or tokens"
+        )
+    cells = {name: WIDE.fullmatch(name) for name in table.columns[1:]}
+    cells = {
+        name: match
+        for name, match in cells.items()
+        if not match["bound"] and match["metric"] != "_step"
+    }
+    metrics = sorted({match["metric"] for match in cells.values()})
+    if len(metrics) != 1:
+        raise UserError(
+            f"{table.source}: curves of {', '.join(metrics) or 'nothing'}; export one loss"
+        )
+    loss = metrics[0] if metrics[0].endswith("loss") else "loss"
+    rows, names = [], []
+    for row, name in zip(table.rows, table.names, strict=True):
+        for column, match in cells.items():
+            if row[column]:
+                rows.append({"run": match["run"], clock: row[first], loss: row[column]})
+                names.append(name)
+    if not rows:
+        raise UserError(f"{table.source}: a header but no losses")
+    return Table(rows, names, ["run", clock, loss], table.source, table.sha256)
+
+
+def _of_sweep(root: Path, metric: str) -> Logs:
+    """Evaluations along training if every finished run has enough of them, else batch losses.
+
+    A batch loss is of other text than the evaluation set and of the objective trained, so it is a
+    `train_loss` whatever the family.
+    """
+    from prime_jax.sweep import state
+
+    state.check_root(root)
+    training, evaluated, decaying = {}, {}, {}
+    for run in state.list_runs(root):
+        if run.result is None or run.result["status"] != "done":
+            continue
+        if run.spec["config"]["optim"]["schedule"] != "wsd":
+            decaying[run.id] = Log(schedule="decays")
+            continue
+        rows = [row for k in range(run.k + 1) for row in _rows(root / "runs" / run.id / str(k))]
+        batches = {row["step"]: row for row in rows if row.get("loss") is not None}
+        evals = {row["step"]: loss for row in rows if (loss := _evaluation(row, metric))}
+        rates = {"lr_clock": list(batches), "lr": [row["lr"] for row in batches.values()]}
+        name = "joint" if metric == "joint" else "loss"
+        losses = [row[name] for row in batches.values()]
+        training[run.id] = Log(list(batches), losses, **rates, kind="train_loss")
+        values = [loss["value"] for loss in evals.values()]
+        kind = "+".join(sorted({loss["kind"] for loss in evals.values()}))
+        evaluated[run.id] = Log(list(evals), values, **rates, kind=kind)
+    enough = all(len(log.clock) >= MIN_EVALUATIONS for log in evaluated.values())
+    return Logs(decaying | (evaluated if enough else training), False, root.name)
+
+
+def _rows(attempt: Path) -> Iterator[dict[str, Any]]:
+    """Later attempts repeat the steps that an earlier one lost; a killed one ends mid-line."""
+    try:
+        lines = (attempt / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
+
+def _evaluation(row: dict[str, Any], metric: str) -> dict[str, Any] | None:
+    losses = row.get("eval", [])
+    if metric == DEFAULT_METRIC:
+        return best_valid(losses)
+    return next((loss for loss in losses if loss["estimator"] == metric), None)
+
+
+def read_with_curves(
+    source: Path | Table, curves: Path | Table | None, metric: str
+) -> tuple[Table, Logs | None]:
+    """The table of runs, and the logs of their training; a sweep has its own.
+
+    Args:
+        source: a sweep directory, a CSV of runs, or a table.
+        curves: a CSV of training curves, another sweep, or a table; the same CSV where its rows
+            are points of curves, the last row of each run being its result.
+        metric: which evaluation makes the curves of a sweep.
+
+    Raises:
+        UserError: one of them cannot be read, or they do not belong together.
+    """
+    if curves is None:
+        if isinstance(source, Table):
+            return source, None
+        return read(source), load_logs(source, metric) if source.is_dir() else None
+    if isinstance(curves, Table):
+        logs = logs_of_table(curves)
+    elif curves == source and not curves.is_dir():
+        data = read_csv(curves, MAX_CURVE_ROWS)
+        if is_wide(data.columns):
+            raise UserError(
+                f"{source}: curves alone; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
+            )
+        logs = logs_of_table(data)
+        return complete(_ends(data), logs), logs
+    else:
+        logs = load_logs(curves, metric)
+    return complete(source if isinstance(source, Table) else read(source), logs), logs
+
+
+def complete(data: Table, logs: Logs) -> Table:
+    """The table of runs with what the logs tell: the last loss and the tokens, where no column does.
+
+    Raises:
+        UserError: no column `run`, or a run without a curve to take its loss from.
+    """
+    if "run" not in data.columns:
+        raise UserError(
+            f"{data.source}: no column 'run'; its names tell which curve of {logs.source} belongs to which run"
+        )
+    if not any(text(row, "run") in logs.runs for row in data.rows):
+        names = ", ".join(list(logs.runs)[:4])
+        raise UserError(
+            f"{logs.source}: none of its {len(logs.runs)} runs ({names}, ...) is a `run` of {data.source}"
+        )
+    rows = [dict(row) for row in data.rows]
+    columns = list(data.columns)
+    steps = [name for name in CLOCKS if name in columns]
+    if "tokens" not in columns and steps and "tokens_per_step" in columns:
+        columns.append("tokens")
+        for row in rows:
+            row["tokens"] = number(row, steps[0]) * number(row, "tokens_per_step")
+    if not any(name == "loss" or name.startswith("loss_") for name in columns):
+        named = [text(row, "run") in logs.runs for row in rows]
+        require(data, "run", named, f"no column 'loss', and no curve in {logs.source}")
+        columns += ["loss"] if "kind" in columns else ["loss", "kind"]
+        for row in rows:
+            log = logs.runs[text(row, "run")]
+            row["loss"] = log.loss[int(np.argmax(log.clock))]
+            row.setdefault("kind", log.kind)
+    return Table(rows, data.names, columns, data.source, data.sha256)
+
+
+def _ends(data: Table) -> Table:
+    """Of a table of curves, the last row of each run: its point of the fit."""
+    clock = next(name for name in CLOCKS if name in data.columns)
+    last: dict[str, int] = {}
+    for k, row in enumerate(data.rows):
+        run = text(row, "run")
+        if run not in last or number(row, clock) > number(data.rows[last[run]], clock):
+            last[run] = k
+    keep = sorted(last.values())
+    rows, names = [data.rows[k] for k in keep], [data.names[k] for k in keep]
+    return Table(rows, names, data.columns, data.source, data.sha256)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach2, bootstrap, debias, labels, launchable, validate
+from prime_jax.scaling import approach2, labels, launchable
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
-from prime_jax.scaling.fit import FamilyFit, optima
+from prime_jax.scaling.intervals import known_percentiles, percentiles
 from prime_jax.scaling.launchable import Template
-from prime_jax.scaling.laws import optimum
+from prime_jax.scaling.laws import optima, optimum
+from prime_jax.scaling.results import FamilyFit
+from prime_jax.scaling.rollout import ModelError, distance, model_error
 from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.validate import ModelError
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class Prediction:
     unique_tokens: float | None
     epochs: float | None
     launch: Launch | None
-    diagnostics: tuple[Diagnostic, ...]
+    findings: tuple[Diagnostic, ...]
 
 
-def predict(
+def predict_family(
     family: FamilyFit,
     settings: Settings,
     flops: float,
@@ -110,15 +111,15 @@ def predict(
             f"{labels.flops(flops)} FLOPs lie below the data of {points.family}, "
             f"which begin at {labels.flops(lowest)}; train that size rather than predict it"
         )
-    if family.parametric is None and _no_line(family):
-        why = family.diagnostics[0].message if family.diagnostics else "nothing was fitted"
+    if not family.approach3 and _no_line(family):
+        why = family.warnings[0].message if family.warnings else "nothing was fitted"
         raise UserError(f"{points.family}: there is nothing to predict from; {why}")
-    error = validate.model_error(family.rollout) if family.rollout else None
+    error = model_error(family.rollout)
     three = _approach3(family, settings, flops, error)
     two = _approach2(family, settings, flops)
     best = three or two
     launch, refused = _launch(family, template, flops, best.params.value)
-    decades = float(validate.distance(points, flops))
+    decades = float(distance(points, flops))
     epochs = best.tokens.value / unique_tokens if unique_tokens else None
     diagnostics = [
         *_range_findings(family, flops, decades, error),
@@ -138,31 +139,31 @@ def predict(
         unique_tokens=unique_tokens,
         epochs=epochs,
         launch=launch,
-        diagnostics=tuple(diagnostics),
+        findings=tuple(diagnostics),
     )
 
 
 def _no_line(family: FamilyFit) -> bool:
-    return family.isoflop is None or family.isoflop.a is None
+    return family.approach2.a is None
 
 
 def _approach3(
     family: FamilyFit, settings: Settings, flops: float, error: ModelError | None
 ) -> Best | None:
-    if family.parametric is None:
+    if not family.approach3:
         return None
-    best = optimum(family.parametric.fit.law, family.compute, flops)
-    draws = optima(family.parametric.replicates, family.compute, np.array([flops]))
+    best = optimum(family.approach3.law, family.compute, flops)
+    draws = optima(family.approach3.replicates, family.compute, np.array([flops]))
     params, tokens, loss = (
         Estimate(
             float(getattr(best, name)),
-            bootstrap.interval(getattr(draws, name)[:, 0], settings.level),
+            percentiles(getattr(draws, name)[:, 0], settings.level),
         )
         for name in ("params", "tokens", "loss")
     )
     widened = None
     if error is not None:
-        decades = validate.distance(family.points, flops)
+        decades = distance(family.points, flops)
         ends = error.widen(loss.value, *loss.interval, decades, settings.level)
         widened = Estimate(loss.value, [float(end) for end in ends])
     return Best(params, tokens, loss, widened)
@@ -172,23 +173,27 @@ def _approach2(family: FamilyFit, settings: Settings, flops: float) -> Best | No
     """The power law through the optima, without their bias where it is known, read off at C."""
     if _no_line(family):
         return None
-    found = family.debiased
+    found = family.approach2.debiased
     if found:
         optima, a, log_params, a_R = found.optima, found.a, found.log_params_RxK, found.a_R
     else:
-        optima, a = [curve.optimum for curve in family.isoflop.inside], family.isoflop.a
-        log_params = None if family.draws is None else np.log(family.draws.params)
-        a_R = None if family.draws is None else family.draws.a
+        optima, a = [curve.optimum for curve in family.approach2.inside], family.approach2.a
+        log_params = (
+            None if family.approach2.draws is None else np.log(family.approach2.draws.params)
+        )
+        a_R = None if family.approach2.draws is None else family.approach2.draws.a
     x = np.log([best.flops for best in optima])
     y = np.log([best.params for best in optima])
     away = np.log(flops) - x.mean()
     value = float(np.exp(y.mean() + a * away))
     ends = None
     if log_params is not None:
-        scatter = debias.scatter(x, y, debias.errors(log_params)) / np.sqrt(len(x))
+        scatter = approach2.line_scatter(x, y, approach2.percentile_sd(log_params)) / np.sqrt(
+            len(x)
+        )
         noise = scatter * np.random.default_rng(settings.seed).standard_normal(len(a_R))
         draws = np.exp(log_params.mean(axis=1) + noise + a_R * away)
-        ends = approach2.interval(draws, settings.level)
+        ends = known_percentiles(draws, settings.level)
     tokens = float(family.compute.tokens(flops, value))
     spent = family.compute.tokens(flops, ends)[::-1].tolist() if ends else None
     return Best(Estimate(value, ends), Estimate(tokens, spent))
@@ -205,8 +210,8 @@ def _launch(
     size = launchable.count(template, shape)
     tokens = row.steps * row.batch_size * template.config.data.seq_len
     loss = None
-    if family.parametric:
-        loss = float(family.parametric.fit.law.loss(size, tokens))
+    if family.approach3:
+        loss = float(family.approach3.law.loss(size, tokens))
     launch = Launch(
         *shape,
         size,
@@ -235,7 +240,7 @@ def _range_findings(
                 f"budget of the data, {labels.flops(family.points.budgets[-1])}",
             )
         )
-    if family.parametric is None:
+    if not family.approach3:
         diagnostics.append(
             refuse(
                 "loss_not_predicted",

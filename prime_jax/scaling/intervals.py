@@ -1,7 +1,17 @@
-"""Profile intervals: how far a quantity can be pushed before the runs object.
+"""Intervals of everything that is computed from a fitted law: by resampling, and by profiles.
 
-The objective is minimised over everything else with the quantity held at c. Twice its rise above
-the minimum, over kappa, is compared with F(1, n - 5), where
+Resampling. Runs are drawn with replacement within each budget, as multinomial weights rather than
+copies, so thousands of replicates share one set of arrays and go through the same Newton solver
+together. Checkpoints of one run share its luck: where they enter, the errors of each run are kept
+together and multiplied by one random factor (the wild cluster bootstrap; Cameron, Gelbach and
+Miller 2008, Review of Economics and Statistics 90, with the six factors of Webb 2014). An error is
+a residual for least squares; for a robust objective it is psi(residual) / mean(psi'), by least
+squares of which the fit moves as it does by its own objective, and which has no kink for residuals
+to stay at.
+
+Profiles: how far a quantity can be pushed before the runs object. The objective is minimised over
+everything else with the quantity held at c. Twice its rise above the minimum, over kappa, is
+compared with F(1, n - 5), where
 
     kappa = mean(psi**2) n / (n - 5) / mean(psi'),    psi = rho'
 
@@ -11,27 +21,26 @@ taken over a kernel density of the residuals: of 60 runs too few lie within Hube
 counted. Runs of several checkpoints count once. An end is None where the objective never rises
 enough: the runs do not bound the quantity on that side.
 
-A quantity is any function of the unknowns of the form
-(constant + linear . theta + logs . log theta) / (plain + divide . theta), see `parameters` and
-`best_size`. It is held by a penalty instead of a constraint: the minimum of
+A quantity (`laws.Quantity`) is held by a penalty instead of a constraint: the minimum of
 objective + weight (g - c)**2 lies exactly on the profile, at the g that it ends with.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import f as f_distribution
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import fdtri
 
 from prime_jax.scaling import newton
-from prime_jax.scaling.approach3 import Fit, Problem
-from prime_jax.scaling.laws import Compute
+from prime_jax.scaling.approach3 import Fit, Problem, solve
+from prime_jax.scaling.laws import Law, Quantity
 
 Array = NDArray[np.float64]
-Ends = tuple[float | None, float | None]
 
-UNKNOWNS = 5
+BLOCK = 20_000  # runs x replicates per numpy call: arrays of this size stay in the cache
+WEBB = np.sqrt([0.5, 1.0, 1.5]).repeat(2) * np.tile([-1.0, 1.0], 3)  # mean 0, variance 1
 PENALTY = 100.0  # the penalty's curvature over that of the objective along the quantity
 CLOSE = 1e-3  # an end is found when the root of the rise is within this fraction of its limit
 ROUNDS, DOUBLINGS = 25, 10
@@ -40,46 +49,79 @@ FAR = 50.0  # an end this far from the fit, a factor of e**50, is none
 SILENT = 1e-6  # residuals of runs without noise
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """g(theta_5), and what people call its value."""
-
-    constant: float
-    linear_5: Array
-    logs_5: Array
-    plain: float
-    divide_5: Array
-    natural: Callable[[Array], Array]  # increasing
-
-
-def parameters(p: Problem, compute: Compute) -> dict[str, Quantity]:
-    """E, A, B, alpha, beta and the exponent a of N*(C)."""
-    n, d = p.centre[0] / p.scale[0], p.centre[1] / p.scale[1]
-    log_alpha, log_beta = -np.log(p.scale[0]), -np.log(p.scale[1])
-
-    def exponent(log_ratio: Array) -> Array:
-        return 1 / (np.exp(-log_ratio) + compute.q)
-
-    return {
-        "E": _quantity(linear=(1, 0, 0, 0, 0)),
-        "A": _quantity(linear=(0, 1, n, 0, 0)),
-        "B": _quantity(linear=(0, 0, 0, 1, d)),
-        "alpha": _quantity(log_alpha, logs=(0, 0, 1, 0, 0)),
-        "beta": _quantity(log_beta, logs=(0, 0, 0, 0, 1)),
-        "a": _quantity(log_beta - log_alpha, logs=(0, 0, -1, 0, 1), natural=exponent),
-    }
+def bootstrap_weights(strata_n: ArrayLike, replicates: int, seed: int) -> Array:
+    """Weights_Rxn: how often each run is drawn; every stratum keeps its number of runs."""
+    rng = np.random.default_rng(seed)
+    strata = np.asarray(strata_n)
+    out = np.empty((replicates, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        out[:, members] = rng.multinomial(
+            len(members), np.full(len(members), 1 / len(members)), size=replicates
+        )
+    return out
 
 
-def best_size(p: Problem, compute: Compute, flops: float) -> Quantity:
-    """N*(flops), as in laws.optimum."""
-    n, d = p.centre[0] / p.scale[0], p.centre[1] / p.scale[1]
-    work = (np.log(flops) - np.log(compute.k)) / p.scale[1]
-    constant = np.log(p.scale[1]) - np.log(p.scale[0]) - np.log(compute.q)
-    divide = (0, 0, 1 / p.scale[0], 0, compute.q / p.scale[1])
-    return _quantity(constant, (0, 1, n, -1, work - d), (0, 0, 1, 0, -1), 0.0, divide)
+def resample(p: Problem, fitted: Fit, weight_Rxn: Array) -> Law:
+    """The law refitted to each replicate, started at the fit: a `Law` of arrays [R]."""
+    return _refit(p, fitted, p.weight_n * weight_Rxn)
 
 
-def intervals(
+def wild_resample(p: Problem, fitted: Fit, run_n: ArrayLike, replicates: int, seed: int) -> Law:
+    """The law refitted to its own losses and the errors of the runs, each times a random factor."""
+    labels, run = np.unique(run_n, return_inverse=True)
+    factor_RxG = np.random.default_rng(seed).choice(WEBB, (replicates, len(labels)))
+    spread = np.sqrt(len(labels) / max(len(labels) - p.unknowns, 1))  # a fit hugs its data
+    residual = p.residual(fitted.theta_K)
+    error = -spread * np.clip(residual, -p.delta, p.delta) / p.curvature(residual)
+    drawn = p.log_loss_n + residual + factor_RxG[:, run] * error
+    squares = replace(p, log_loss_n=drawn, objective="ls", delta=np.inf)
+    return _refit(squares, fitted, np.broadcast_to(p.weight_n, drawn.shape))
+
+
+def _refit(p: Problem, fitted: Fit, weight_Rxn: Array) -> Law:
+    size = max(1, BLOCK // weight_Rxn.shape[1])
+    ends = []
+    for first in range(0, len(weight_Rxn), size):
+        block = np.arange(first, min(first + size, len(weight_Rxn)))
+        start = np.tile(fitted.theta_K, (len(block), 1))
+        ends.append(solve(p.at(block), start, weight_Rxn[block])[0])
+    return p.form.law(np.concatenate(ends))
+
+
+def at_bound(p: Problem, replicates: Law) -> dict[str, float]:
+    """The fraction of replicates that end at a bound of the search, by parameter."""
+    theta_RxK = p.form.theta(replicates)
+    lower, upper = p.box()
+    slack = 1e-9 * (upper - lower)
+    held = (theta_RxK <= lower + slack) | (theta_RxK >= upper - slack)
+    return dict(zip(p.form.names, held.mean(axis=0).tolist(), strict=True))
+
+
+def percentiles(values_R: Array, level: float = 0.95) -> list[float]:
+    """Percentile interval along the first axis, ends [lower, upper]."""
+    tail = 50 * (1 - level)
+    return np.percentile(values_R, [tail, 100 - tail], axis=0).tolist()
+
+
+def known_percentiles(draws_R: Array | None, level: float = 0.95) -> list[float] | None:
+    """Percentile interval of draws that may be NaN (no minimum, too few winners).
+
+    None without draws, or where more of them are missing than the tails may hold.
+    """
+    if draws_R is None:
+        return None
+    tail = (1 - level) / 2
+    missing = np.isnan(draws_R)
+    if missing.mean() > tail:
+        return None
+    return np.quantile(draws_R[~missing], [tail, 1 - tail]).tolist()
+
+
+Ends = tuple[float | None, float | None]
+
+
+def profiles(
     p: Problem,
     fit: Fit,
     quantities: Sequence[Quantity],
@@ -90,22 +132,22 @@ def intervals(
 
     Args:
         p, fit: the objective and its minimum.
-        quantities: of `parameters` and `best_size`.
+        quantities: of the form of the law.
         level: of each interval.
         runs: the run of each point, [n], where several may be checkpoints of one.
     """
-    if np.abs(p.residual(fit.theta_5)).max() < SILENT:
-        exact = [float(q.natural(values([q], fit.theta_5[None])[0])[0]) for q in quantities]
+    if np.abs(p.residual(fit.theta_K)).max() < SILENT:
+        exact = [float(q.natural(values([q], fit.theta_K[None])[0])[0]) for q in quantities]
         return [(value, value) for value in exact]
-    kappa, freedom = scale(p, p.residual(fit.theta_5), runs)
-    rise = 0.5 * kappa * f_distribution.ppf(level, 1, freedom)
-    both = _stack([q for q in quantities for _ in range(2)])
-    ends = _search(*_pushed(p, fit.theta_5, both, rise), far=FAR)
+    kappa, freedom = robust_scale(p, p.residual(fit.theta_K), runs)
+    rise = 0.5 * kappa * fdtri(1, freedom, level)
+    both = _Stack.of([q for q in quantities for _ in range(2)])
+    ends = _search(*_pushed(p, fit.theta_K, both, rise), far=FAR)
     pairs = zip(ends[::2], ends[1::2], quantities, strict=True)
     return [(_natural(q, low), _natural(q, high)) for low, high, q in pairs]
 
 
-def interval_of(
+def profile_of(
     objective: Callable[[float], float],
     best: float,
     rise: float,
@@ -128,39 +170,20 @@ def interval_of(
     return low, high
 
 
-def scale(p: Problem, residual: Array, runs: NDArray[np.int_] | None = None) -> tuple[float, int]:
+def robust_scale(
+    p: Problem, residual: Array, runs: NDArray[np.int_] | None = None
+) -> tuple[float, int]:
     """kappa of the residuals of a fit, and the degrees of freedom of its numerator."""
     count = len(residual)
     independent = count if runs is None else len(np.unique(runs))
-    freedom = max(independent - UNKNOWNS, 1)
+    freedom = max(independent - p.unknowns, 1)
     score = np.clip(residual, -p.delta, p.delta)
     squares = np.sum((p.weight_n * score) ** 2) / freedom
     return float(squares / (np.mean(p.weight_n) * p.curvature(residual))), freedom
 
 
-def _quantity(
-    constant: float = 0.0,
-    linear: Sequence[float] = (0,) * UNKNOWNS,
-    logs: Sequence[float] = (0,) * UNKNOWNS,
-    plain: float = 1.0,
-    divide: Sequence[float] = (0,) * UNKNOWNS,
-    natural: Callable[[Array], Array] = np.exp,
-) -> Quantity:
-    rows = (np.array(row, dtype=np.float64) for row in (linear, logs, divide))
-    linear_5, logs_5, divide_5 = rows
-    return Quantity(
-        constant=constant,
-        linear_5=linear_5,
-        logs_5=logs_5,
-        plain=plain,
-        divide_5=divide_5,
-        natural=natural,
-    )
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Several quantities [P], for as many settings of the unknowns."""
+class _Stack(NamedTuple):
+    """The coefficients of several quantities [P], for as many settings of the unknowns."""
 
     constant: Array
     linear: Array
@@ -168,28 +191,28 @@ class _Stack:
     plain: Array
     divide: Array
 
+    @classmethod
+    def of(cls, quantities: Sequence[Quantity]) -> "_Stack":
+        rows = [(q.constant, q.linear_K, q.logs_K, q.plain, q.divide_K) for q in quantities]
+        return cls(*(np.array(column) for column in zip(*rows, strict=True)))
+
     def at(self, which: NDArray[np.intp]) -> "_Stack":
-        return _Stack(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+        return _Stack(*(column[which] for column in self))
 
 
-def _stack(quantities: Sequence[Quantity]) -> _Stack:
-    names = ("constant", "linear_5", "logs_5", "plain", "divide_5")
-    return _Stack(*(np.array([getattr(q, name) for q in quantities]) for name in names))
+def values(quantities: Sequence[Quantity], theta_PxK: Array) -> tuple[Array, Array, Array]:
+    """The P quantities at P settings: g_P (before `natural`), its gradient_PxK, Hessian_PxKxK."""
+    return _values(_Stack.of(quantities), theta_PxK)
 
 
-def values(quantities: Sequence[Quantity], theta_Px5: Array) -> tuple[Array, Array, Array]:
-    """The P quantities at P settings: g_P (before `natural`), its gradient_Px5, Hessian_Px5x5."""
-    return _values(_stack(quantities), theta_Px5)
-
-
-def _values(g: _Stack, theta_Px5: Array) -> tuple[Array, Array, Array]:
-    used = np.where(g.logs != 0, theta_Px5, 1.0)
-    top = g.constant + np.sum(g.linear * theta_Px5 + g.logs * np.log(used), axis=1)
-    below = g.plain + np.sum(g.divide * theta_Px5, axis=1)
+def _values(g: _Stack, theta_PxK: Array) -> tuple[Array, Array, Array]:
+    used = np.where(g.logs != 0, theta_PxK, 1.0)
+    top = g.constant + np.sum(g.linear * theta_PxK + g.logs * np.log(used), axis=1)
+    below = g.plain + np.sum(g.divide * theta_PxK, axis=1)
     value = top / below
     gradient = (g.linear + g.logs / used - value[:, None] * g.divide) / below[:, None]
-    hessian = np.zeros((len(value), UNKNOWNS, UNKNOWNS))
-    diagonal = np.arange(UNKNOWNS)
+    diagonal = np.arange(theta_PxK.shape[1])
+    hessian = np.zeros((len(value), len(diagonal), len(diagonal)))
     hessian[:, diagonal, diagonal] = -g.logs / used**2
     cross = gradient[:, :, None] * g.divide[:, None, :]
     return value, gradient, (hessian - cross - cross.transpose(0, 2, 1)) / below[:, None, None]
@@ -199,13 +222,13 @@ def _values(g: _Stack, theta_Px5: Array) -> tuple[Array, Array, Array]:
 Push = Callable[[NDArray[np.intp], Array], tuple[Array, Array]]
 
 
-def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, Array, Array]:
+def _pushed(p: Problem, theta_K: Array, g: _Stack, rise: float) -> tuple[Push, Array, Array]:
     """Minima of the objective with each quantity near its aim, the values at the fit, and first
     steps: downward and upward by turns."""
     count = len(g.constant)
-    theta, deficit = np.tile(theta_5, (count, 1)), np.zeros(count)
-    weight = np.broadcast_to(p.weight_n, (count, len(p.x_n)))
-    lowest, _, hessian = p.derivatives(theta_5[None], p.weight_n[None])
+    theta, deficit = np.tile(theta_K, (count, 1)), np.zeros(count)
+    weight = np.broadcast_to(p.weight_n, (count, p.runs))
+    lowest, _, hessian = p.derivatives(theta_K[None], p.weight_n[None])
     best, slope, _ = _values(g, theta)
     spread = np.sum(slope * (slope @ np.linalg.pinv(hessian[0], hermitian=True)), axis=1)
     curvature = np.abs(1 / spread)
@@ -215,7 +238,7 @@ def _pushed(p: Problem, theta_5: Array, g: _Stack, rise: float) -> tuple[Push, A
         theta[which] = _held(
             p,
             g=g.at(which),
-            start_Px5=theta[which],
+            start_PxK=theta[which],
             weight_Pxn=weight[which],
             target_P=target,
             stiff_P=penalty,
@@ -274,7 +297,7 @@ def _search(push: Push, best_P: Array, step_P: Array, far: float = np.inf) -> li
 
 
 def _held(
-    p: Problem, g: _Stack, start_Px5: Array, weight_Pxn: Array, target_P: Array, stiff_P: Array
+    p: Problem, g: _Stack, start_PxK: Array, weight_Pxn: Array, target_P: Array, stiff_P: Array
 ) -> Array:
     """The minimum of objective + stiff / 2 (g - target)**2, [P, 5]."""
 
@@ -290,7 +313,7 @@ def _held(
             hessian + penalty[:, None, None] * outer + score[:, :, None] * second,
         )
 
-    return newton.minimise(derivatives, start_Px5, *p.box(), p.floor, steps=STEPS)[0]
+    return newton.minimise(derivatives, start_PxK, *p.box(), p.floor, steps=STEPS)[0]
 
 
 def _natural(quantity: Quantity, value: float | None) -> float | None:

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from prime_jax.scaling import approach2, approach3, noise
 from prime_jax.scaling.diagnostics import Diagnostic, warn
 from prime_jax.scaling.laws import Compute, Law, Optimum, fit_compute, optimum
 from prime_jax.scaling.points import Points
+from prime_jax.scaling.schema import hidden, key
 from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
 
-SCHEMA = 1  # of validate.json: {"schema", the origin as in fit.json, "families": {NAME: report}}
 MIN_FITTED = 3  # budgets, sizes and numbers of tokens of the smallest fit
 MIN_RUNS = 6
 MIN_SPAN = 0.25  # of the range of log C; a fit over less says little about the rest
@@ -33,76 +33,90 @@ BINS = (0.0, 0.25, 0.5, 1.0, 2.0, np.inf)  # decades of C beyond the fitted budg
 
 
 @dataclass(frozen=True)
+class Point:
+    params: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Foreseen(Point):
+    """What was predicted, and by how much it is off: predicted over measured, less 1."""
+
+    params_error: float | None
+    loss_error: float | None
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One held-out budget.
 
     Attributes:
         decades: log10 of its FLOPs over those of the largest fitted budget.
+        mean, rms: of the errors of its runs by approach 3.
+        measured: the minimum of the parabola through its runs; None without one.
+        approach3: the optimum that approach 3 predicts.
+        approach2: that of the power laws of N* and of the loss through the fitted minima; None
+            with fewer than three minima.
         params_n, errors_n: sizes of its runs, and approach 3's loss over the measured one, less 1.
-        parametric: the optimum that approach 3 predicts.
-        power: that of approach 2's power laws of N* and of the loss through the fitted minima;
-            None with fewer than three minima.
-        measured: the minimum of the parabola through the held-out runs; None without one.
     """
 
     flops: float
     decades: float
-    params_n: Array
-    errors_n: Array
-    parametric: Optimum
-    power: Optimum | None
-    measured: Optimum | None
+    in_range: bool
+    runs: int
+    mean: float
+    rms: float
+    measured: Point | None
+    approach3: Foreseen
+    approach2: Foreseen | None
+    params_n: Array = hidden()
+    errors_n: Array = hidden()
+
+
+@dataclass(frozen=True)
+class Winner(Foreseen):
+    """An optimum of approach 1 beyond the fitted budgets, and what its power laws say of it."""
+
+    flops: float
+    measured: Point
 
 
 @dataclass(frozen=True)
 class Step:
-    """A fit on some budgets, and the rest.
-
-    Attributes:
-        fitted: budgets.
-        law: approach 3 on their runs.
-        predictions: of the others.
-        envelope: optima of approach 1 beyond the fitted budgets, each with what the power laws
-            through those within say about it.
-    """
+    """A fit on the `fitted` budgets by `law`, and the rest; mean and rms of all its runs."""
 
     fitted: Array
-    law: Law
-    predictions: tuple[Prediction, ...]
-    envelope: tuple[tuple[Optimum, Optimum], ...] = ()
+    runs: int
+    mean: float
+    rms: float
+    budgets: tuple[Prediction, ...]
+    approach1: tuple[Winner, ...]
+    law: Law = hidden()
 
     @property
     def errors_n(self) -> Array:
-        return np.concatenate([prediction.errors_n for prediction in self.predictions])
+        return np.concatenate([prediction.errors_n for prediction in self.budgets])
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """All steps, and the relative residuals of the law of all runs."""
+class Distance:
+    """The errors of runs that lie between two distances beyond the data, in decades of C."""
 
-    steps: tuple[Step, ...]
-    residuals_n: Array
-    diagnostics: tuple[Diagnostic, ...] = ()
-
-    @property
-    def predictions(self) -> tuple[Prediction, ...]:
-        return tuple(prediction for step in self.steps for prediction in step.predictions)
+    from_: float
+    to: float  # may be infinite
+    runs: int
+    mean: float
+    rms: float
 
 
 @dataclass(frozen=True)
 class ModelError:
-    """How wrong predicted losses are, as a fraction of the loss.
+    """How wrong predicted losses are, as a fraction of the loss."""
 
-    Attributes:
-        bias, rms: of the held-out runs; a positive bias is a prediction that is too high.
-        inside: rms residual of the fitted runs.
-        per_decade: what a decade of extrapolation adds (in quadrature to `inside`).
-    """
-
-    bias: float
-    rms: float
-    inside: float
-    per_decade: float
+    bias: float = key("mean error of held-out runs, predicted over measured less 1")
+    rms: float = key("of those errors")
+    inside: float = key("rms residual of the fitted runs")
+    per_decade: float = key("what a decade of extrapolation adds, in quadrature to `inside`")
 
     def at(self, decades: ArrayLike) -> Array:
         """The expected error at a distance beyond the data; 0 is within it."""
@@ -112,8 +126,30 @@ class ModelError:
         self, loss: ArrayLike, low: ArrayLike, high: ArrayLike, decades: ArrayLike, level: float
     ) -> tuple[Array, Array]:
         """The ends of a bootstrap interval of the loss, moved apart by the model's error."""
-        extra = norm.ppf((1 + level) / 2) * self.at(decades) * np.asarray(loss)
+        extra = ndtri((1 + level) / 2) * self.at(decades) * np.asarray(loss)
         return loss - np.hypot(loss - low, extra), loss + np.hypot(high - loss, extra)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """All steps; numbers are None without one. Every held-out run of every step counts the same."""
+
+    bias: float | None = key("mean error of held-out runs: predicted over measured, less 1")
+    rms: float | None = key("of those errors")
+    inside: float | None = key("rms residual of the fitted runs")
+    per_decade: float | None = key("what a decade of extrapolation adds in quadrature to `inside`")
+    by_distance: tuple[Distance, ...] = key(
+        "`from, to` (decades; null: no end), `runs`, `mean`, `rms`"
+    )
+    steps: tuple[Step, ...] = key(
+        "`fitted` budgets, `runs`, `mean`, `rms` and, for each of the `budgets` predicted, "
+        "`measured`, `approach3` and `approach2` with their errors; `approach1` alike"
+    )
+    warnings: tuple[Diagnostic, ...] = hidden(default=())
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        return tuple(prediction for step in self.steps for prediction in step.budgets)
 
 
 def distance(points: Points, flops: ArrayLike) -> Array:
@@ -143,7 +179,7 @@ def rollout(
             "too_few_budgets",
             f"a rollout needs {MIN_FITTED + 1} budgets, so the error of predictions is not known",
         )
-        return Rollout((), np.array([]), (few,))
+        return _rollout((), np.array([]), (few,))
     if len(cuts) > MAX_STEPS:
         cuts = [cuts[k] for k in np.linspace(0, len(cuts) - 1, MAX_STEPS).round().astype(int)]
     compute = fit_compute(points.flops, points.params, points.tokens)
@@ -167,109 +203,75 @@ def rollout(
                 compute=compute,
             )
         )
-    found = Rollout(tuple(steps), residuals)
-    return replace(found, diagnostics=_findings(model_error(found)))
+    return _rollout(steps, residuals)
 
 
-def model_error(rollout: Rollout) -> ModelError | None:
-    """None without a step. Every held-out run of every step counts the same."""
-    if not rollout.steps:
+def model_error(rollout: Rollout | None) -> ModelError | None:
+    """None without a step."""
+    if rollout is None or not rollout.steps:
         return None
-    errors = np.concatenate([prediction.errors_n for prediction in rollout.predictions])
-    decades = np.concatenate([np.full(len(p.errors_n), p.decades) for p in rollout.predictions])
-    inside = np.mean(rollout.residuals_n**2)
+    return ModelError(rollout.bias, rollout.rms, rollout.inside, rollout.per_decade)
+
+
+def _rollout(
+    steps: Sequence[Step], residuals_n: Array, warnings: tuple[Diagnostic, ...] = ()
+) -> Rollout:
+    """Of the steps, and of the relative residuals of the law of all runs."""
+    predictions = [prediction for step in steps for prediction in step.budgets]
+    if not predictions:
+        return Rollout(None, None, None, None, (), (), warnings)
+    errors = np.concatenate([p.errors_n for p in predictions])
+    decades = np.concatenate([np.full(len(p.errors_n), p.decades) for p in predictions])
+    inside = np.mean(residuals_n**2)
     growth = max(0.0, np.mean(errors**2) - inside) / np.mean(decades**2)
-    return ModelError(
-        float(errors.mean()),
-        float(np.sqrt(np.mean(errors**2))),
-        float(np.sqrt(inside)),
-        float(np.sqrt(growth)),
+    bias, rms = float(errors.mean()), float(np.sqrt(np.mean(errors**2)))
+    bins = []
+    for low, high in itertools.pairwise(BINS):
+        mine = [p.errors_n for p in predictions if low < p.decades <= high]
+        if mine:
+            bins.append(Distance(low, high, **_summary(np.concatenate(mine))))
+    return Rollout(
+        bias=bias,
+        rms=rms,
+        inside=float(np.sqrt(inside)),
+        per_decade=float(np.sqrt(growth)),
+        by_distance=tuple(bins),
+        steps=tuple(steps),
+        warnings=_findings(bias),
     )
 
 
-def by_distance(rollout: Rollout) -> list[tuple[float, float, Array]]:
-    """Errors of held-out runs by decades of extrapolation: (from, to, errors_n), none empty."""
-    out = []
-    for low, high in itertools.pairwise(BINS):
-        mine = [p.errors_n for p in rollout.predictions if low < p.decades <= high]
-        if mine:
-            out.append((low, high, np.concatenate(mine)))
-    return out
+@dataclass(frozen=True)
+class HeldOutRuns:
+    """The errors of the single runs of one prediction."""
+
+    fitted_up_to: float
+    flops: float
+    params: Array
+    errors: Array
 
 
-def report(points: Points, settings: Settings) -> dict[str, Any]:
-    """A family of validate.json: its `rollout` with every run, and its warnings.
+@dataclass(frozen=True)
+class Validation(Rollout):
+    """A family of validate.json: its rollout with every run, and its warnings."""
 
-    {..., "kind", "runs": [{"fitted_up_to", "flops", "params": [N], "errors": [...]}], "warnings"}
-    """
+    kind: str = ""
+    runs: tuple[HeldOutRuns, ...] = ()
+    # The same field, written here: in fit.json they are among those of the family.
+    warnings: tuple[Diagnostic, ...] = key("of the family", default=())
+
+
+def validate_family(points: Points, settings: Settings) -> Validation:
     if any(diagnostic.refusal for diagnostic in points.diagnostics):
-        found = Rollout((), np.array([]), points.diagnostics)
+        found = _rollout((), np.array([]), points.diagnostics)
     else:
         found = rollout(points, settings)
-    runs = [
-        {
-            "fitted_up_to": float(step.fitted[-1]),
-            "flops": prediction.flops,
-            "params": prediction.params_n.tolist(),
-            "errors": prediction.errors_n.tolist(),
-        }
+    runs = tuple(
+        HeldOutRuns(float(step.fitted[-1]), one.flops, one.params_n, one.errors_n)
         for step in found.steps
-        for prediction in step.predictions
-    ]
-    warnings = [diagnostic.as_dict() for diagnostic in found.diagnostics]
-    return {**as_dict(found), "kind": points.measure.kind, "runs": runs, "warnings": warnings}
-
-
-def as_dict(rollout: Rollout) -> dict[str, Any]:
-    """The `rollout` of fit.json and validate.json.
-
-    {"bias", "rms", "inside", "per_decade": ModelError, all null without a step,
-     "by_distance": [{"from", "to" (decades; null: no end), "runs", "mean", "rms"}],
-     "steps": [{"fitted": [FLOPs], "mean", "rms",
-       "budgets": [{"flops", "decades", "in_range": false, "runs", "mean", "rms",
-         "measured": {"params", "loss"} | null (the minimum of the held-out budget),
-         "approach3" and "approach2": {"params", "loss", "params_error", "loss_error"} | null}],
-       "approach1": [alike, with "flops" and "measured"]}]}
-
-    Errors are predicted / measured - 1; `mean` and `rms` those of approach 3 on the single runs.
-    """
-    error = model_error(rollout)
-    names = ("bias", "rms", "inside", "per_decade")
-    return {
-        **{name: error and getattr(error, name) for name in names},
-        "by_distance": [
-            {"from": low, "to": high if np.isfinite(high) else None, **_summary(errors)}
-            for low, high, errors in by_distance(rollout)
-        ],
-        "steps": [
-            {
-                "fitted": step.fitted.tolist(),
-                **_summary(step.errors_n),
-                "budgets": [_prediction(prediction) for prediction in step.predictions],
-                "approach1": [
-                    {
-                        "flops": float(best.flops),
-                        "measured": _best(best),
-                        **_against(foreseen, best),
-                    }
-                    for best, foreseen in step.envelope
-                ],
-            }
-            for step in rollout.steps
-        ],
-    }
-
-
-def _prediction(p: Prediction) -> dict[str, Any]:
-    return {
-        "flops": p.flops,
-        "decades": p.decades,
-        "in_range": False,
-        **_summary(p.errors_n),
-        "measured": p.measured and _best(p.measured),
-        "approach3": _against(p.parametric, p.measured),
-        "approach2": p.power and _against(p.power, p.measured),
-    }
+        for one in step.budgets
+    )
+    return Validation(**vars(found), kind=points.measure.kind, runs=runs)
 
 
 def _summary(errors_n: Array) -> dict[str, Any]:
@@ -277,18 +279,19 @@ def _summary(errors_n: Array) -> dict[str, Any]:
     return {"runs": len(errors_n), "mean": float(errors_n.mean()), "rms": rms}
 
 
-def _best(best: Optimum) -> dict[str, float]:
-    return {"params": float(best.params), "loss": float(best.loss)}
-
-
 def _against(foreseen: Optimum, measured: Optimum | None) -> dict[str, float | None]:
+    """The fields of `Foreseen`."""
     errors = {
         f"{name}_error": float(getattr(foreseen, name) / getattr(measured, name) - 1)
         if measured
         else None
         for name in ("params", "loss")
     }
-    return _best(foreseen) | errors
+    return {"params": float(foreseen.params), "loss": float(foreseen.loss)} | errors
+
+
+def _point(best: Optimum) -> Point:
+    return Point(float(best.params), float(best.loss))
 
 
 def _enough(points: Points, k: int) -> bool:
@@ -305,29 +308,33 @@ def _problem(points: Points, fitted: NDArray[np.bool_], settings: Settings) -> a
         points.params[fitted],
         points.tokens[fitted],
         points.loss[fitted],
-        settings.delta,
-        settings.objective,
+        delta=settings.delta,
+        objective=settings.objective,
+        law=settings.law,
     )
 
 
 def _weights(points: Points, law: Law) -> Array:
     """Of all runs, as in their fit; most of all they tell repeats and tuned runs from others."""
-    scatter = noise.scatter(np.log(law.loss(points.params, points.tokens) / points.loss))
-    return noise.of(points).weights(scatter)
+    residual = np.log(law.loss(points.params, points.tokens) / points.loss)
+    scatter = noise.scatter(residual, len(vars(law)))
+    return noise.of(points).run_weights(scatter)
 
 
 def _law(problem: approach3.Problem, near: Law) -> Law:
-    start = np.vstack([problem.theta(near), approach3.starts(problem)[::START_STRIDE]])
-    weight = np.broadcast_to(problem.weight_n, (len(start), len(problem.x_n)))
+    start = np.vstack(
+        [problem.form.theta(near), problem.form.starts(problem.log_loss_n)[::START_STRIDE]]
+    )
+    weight = np.broadcast_to(problem.weight_n, (len(start), problem.runs))
     ends, values = approach3.solve(problem, start, weight)
-    return problem.law(ends[np.argmin(values)])
+    return problem.form.law(ends[np.argmin(values)])
 
 
 def _step(
     points: Points,
     k: int,
     law: Law,
-    isoflop: approach2.Isoflop,
+    isoflop: approach2.Approach2,
     envelope: Sequence[Optimum],
     compute: Compute,
 ) -> Step:
@@ -338,21 +345,35 @@ def _step(
     for flops in held_out.tolist():
         mine = points.budget == flops
         params, tokens, loss = points.params[mine], points.tokens[mine], points.loss[mine]
+        errors = law.loss(params, tokens) / loss - 1
+        measured, power = minima.get(flops), _power(known, compute, flops)
         predictions.append(
             Prediction(
                 flops=flops,
                 decades=float(np.log10(flops / fitted[-1])),
+                in_range=False,
+                **_summary(errors),
+                measured=measured and _point(measured),
+                approach3=Foreseen(**_against(optimum(law, compute, flops), measured)),
+                approach2=power and Foreseen(**_against(power, measured)),
                 params_n=params,
-                errors_n=law.loss(params, tokens) / loss - 1,
-                parametric=optimum(law, compute, flops),
-                power=_power(known, compute, flops),
-                measured=minima.get(flops),
+                errors_n=errors,
             )
         )
     winners = [best for best in envelope if best.flops <= fitted[-1]]
     later = [best for best in envelope if best.flops > fitted[-1]]
     foreseen = [(best, _power(winners, compute, float(best.flops))) for best in later]
-    return Step(fitted, law, tuple(predictions), tuple(pair for pair in foreseen if pair[1]))
+    return Step(
+        fitted=fitted,
+        **_summary(np.concatenate([one.errors_n for one in predictions])),
+        budgets=tuple(predictions),
+        approach1=tuple(
+            Winner(**_against(power, best), flops=float(best.flops), measured=_point(best))
+            for best, power in foreseen
+            if power
+        ),
+        law=law,
+    )
 
 
 def _power(known: list[Optimum], compute: Compute, flops: float) -> Optimum | None:
@@ -365,13 +386,13 @@ def _power(known: list[Optimum], compute: Compute, flops: float) -> Optimum | No
     return Optimum(flops, params, compute.tokens(flops, params), loss)
 
 
-def _findings(error: ModelError | None) -> tuple[Diagnostic, ...]:
-    if error is None or abs(error.bias) < LARGE_BIAS:
+def _findings(bias: float) -> tuple[Diagnostic, ...]:
+    if abs(bias) < LARGE_BIAS:
         return ()
-    side = "high" if error.bias > 0 else "low"
+    side = "high" if bias > 0 else "low"
     return (
         warn(
             "held_out_bias",
-            f"losses of larger budgets predicted from smaller ones are too {side} by {abs(error.bias):.1%} on average",
+            f"losses of larger budgets predicted from smaller ones are too {side} by {abs(bias):.1%} on average",
         ),
     )

@@ -1,10 +1,11 @@
 """Which runs next: those that tell most about N*(C) at a target budget, per FLOP.
 
-The variance of log N*(C) that any set of runs would leave is known before they are trained
-(linear.py). Runs are added one cell after another, each where it falls most per FLOP (a sequential
-c-optimal design; Pukelsheim, "Optimal design of experiments", chapter 2). Left alone, such a design trusts the law
-and runs to extreme sizes, so sizes stay within a factor of eight of the predicted optimum, every
-cell is run at least twice, and what the lopsided grid costs approach 2 is said.
+Around the fit log L is linear in five unknowns, so the variance of log N*(C) that any set of runs
+leaves is known before they are trained: g' (J'J)^-1 g times the variance of one run (`Linear`).
+Runs are added one cell after another, each where it falls most per FLOP (a sequential c-optimal
+design; Pukelsheim, "Optimal design of experiments", chapter 2). Left alone, such a design trusts
+the law and runs to extreme sizes, so sizes stay within a factor of eight of the predicted optimum,
+every cell is run at least twice, and what the lopsided grid costs approach 2 is said.
 """
 
 import math
@@ -14,19 +15,19 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2
+from scipy.special import gammaincinv, ndtr
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import debias, labels, validate
-from prime_jax.scaling.fit import FamilyFit, optima
-from prime_jax.scaling.laws import optimum
-from prime_jax.scaling.linear import Linear, linearise, noise_sd
+from prime_jax.scaling import approach2, labels
+from prime_jax.scaling.laws import Compute, PowerForm, PowerLaw, optima, optimum
 from prime_jax.scaling.points import Points
+from prime_jax.scaling.results import FamilyFit
+from prime_jax.scaling.rollout import distance
 from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
-Policy = Literal["per FLOP", "per run"]
 
+WORST_CONDITION = 1e14
 SPAN, SIZES = 8.0, 13  # candidate sizes: from N*/8 to 8 N*
 REPEATS, MAX_PICKS = 2, 2  # runs of a cell each time it is picked, and how often it may be
 MAX_BUDGETS = 12
@@ -34,6 +35,101 @@ MIN_STEP = 2.0  # between budgets beyond the data
 MIN_GAIN = 0.05  # of the sd: what the whole budget would have to gain at the rate of a next cell
 MIN_PICK = 0.01  # of the sd: what two more runs have to gain to be worth the trouble
 MIN_TOKENS_PER_PARAM = 1.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The law linearised at its fit, in log E, alpha and beta and the two terms at a centre.
+
+    Attributes:
+        free: which of the five unknowns the fit determines (the others are at a bound).
+        sigma: of log loss of one run, times what the objective loses against least squares.
+    """
+
+    law: PowerLaw
+    compute: Compute
+    centre: tuple[float, float]
+    free: NDArray[np.bool_]
+    sigma: float
+
+    def features(self, params: Array, tokens: Array) -> Array:
+        """d log L / d unknowns, [n, free]."""
+        law = self.law
+        x, y = np.log(params) - self.centre[0], np.log(tokens) - self.centre[1]
+        loss = law.loss(params, tokens)
+        a, b = law.A * params**-law.alpha / loss, law.B * tokens**-law.beta / loss
+        return np.stack([law.E / loss, a, -a * x, b, -b * y], -1)[..., self.free]
+
+    def optimum_gradient(self, flops: float) -> Array:
+        """d log N*(C) / d unknowns, [free], from the closed form of `laws.optimum`."""
+        law, q = self.law, self.compute.q
+        fraction = law.alpha + q * law.beta
+        log_params = float(np.log(optimum(law, self.compute, flops).params))
+        log_work = math.log(flops / self.compute.k)
+        alpha = (1 / law.alpha - log_params + self.centre[0]) / fraction
+        beta = (log_work - q * log_params - 1 / law.beta - self.centre[1]) / fraction
+        return np.array([0.0, 1 / fraction, alpha, -1 / fraction, beta])[self.free]
+
+    def covariance(self, params: Array, tokens: Array, weight: Array) -> Array:
+        """Of the unknowns over sigma**2, [free, free], once these runs are known.
+
+        Raises:
+            UserError: the runs do not determine the unknowns, not even to first order.
+        """
+        features = self.features(params, tokens)
+        information = features.T @ (features * weight[:, None])
+        size = np.sqrt(np.diag(information))
+        scaled = information / np.outer(size, size)
+        if not np.linalg.cond(scaled) < WORST_CONDITION:
+            raise UserError("the runs do not determine the law; a design has nothing to start from")
+        return np.linalg.inv(scaled) / np.outer(size, size)
+
+    def sd(self, flops: float, params: Array, tokens: Array, weight: Array) -> float:
+        """Of log N*(flops), once runs of these sizes, tokens and weights are known."""
+        gradient = self.optimum_gradient(flops)
+        covariance = self.covariance(params, tokens, weight)
+        return self.sigma * math.sqrt(gradient @ covariance @ gradient)
+
+
+def linearise(family: FamilyFit, settings: Settings) -> Linear:
+    """The family has approach 3."""
+    three, points = family.approach3, family.points
+    centre = float(np.log(points.params).mean()), float(np.log(points.tokens).mean())
+    free = np.array([name not in three.certificate.bounds for name in PowerForm.names])
+    noise = noise_sd(family)
+    return Linear(
+        three.law, family.compute, centre, free, noise * loss_of_efficiency(noise, settings)
+    )
+
+
+def noise_sd(family: FamilyFit) -> float:
+    """Residual standard deviation of the log loss about the law: noise, and what the law misses.
+
+    Of a run of weight one; those of the error budget differ between runs.
+    """
+    points, part = family.points, family.approach3
+    residual = np.log(points.loss) - np.log(part.law.loss(points.params, points.tokens))
+    squares = float(part.problem.weight_n @ residual**2)
+    return math.sqrt(squares / max(1, len(residual) - len(PowerForm.names)))
+
+
+def loss_of_efficiency(noise: float, settings: Settings) -> float:
+    """Standard error under the fit's objective over that of least squares, for normal noise.
+
+    Huber, "Robust estimation of a location parameter" (1964): E psi^2 / (E psi')^2.
+    """
+    if settings.objective == "ls":
+        return 1.0
+    k = settings.delta / noise if noise > 0 else math.inf
+    if k > 8:
+        return 1.0
+    density = math.exp(-(k**2) / 2) / math.sqrt(2 * math.pi)
+    inside = 2 * ndtr(k) - 1
+    psi2 = inside - 2 * k * density + 2 * k**2 * ndtr(-k)
+    return float(math.sqrt(psi2) / inside)
+
+
+Policy = Literal["per FLOP", "per run"]
 
 
 @dataclass(frozen=True)
@@ -107,14 +203,16 @@ def choose(
             buy one cell.
     """
     points = family.points
-    if family.parametric is None:
-        why = family.refusals[0].message if family.refusals else "its data were refused"
+    if not family.approach3:
+        why = next(warning.message for warning in family.warnings if warning.refusal)
         raise UserError(f"{points.family}: a design needs approach 3, which was refused: {why}")
     if not target >= points.budgets[0]:
         raise UserError(
             f"target {labels.flops(target)} FLOPs lies below the data of {points.family}, "
             f"which begin at {labels.flops(points.budgets[0])}"
         )
+    if not isinstance(family.approach3.law, PowerLaw):
+        raise UserError(f"{points.family}: a design knows only the law {PowerLaw.formula}")
     linear = linearise(family, settings)
     model_sd = _model_sd(family, linear, target)
     cells = candidates(points, linear, target, flops_budget)
@@ -135,9 +233,9 @@ def choose(
     ]
     # Greedy per FLOP may be left with change that buys nothing good; greedy per run spends it.
     picks, stop = min(plans, key=lambda plan: plan[0][-1].sd if plan[0] else math.inf)
-    weight = family.parametric.problem.weight_n
+    weight = family.approach3.problem.weight_n
     before = linear.sd(target, points.params, points.tokens, weight)
-    draws = optima(family.parametric.replicates, family.compute, np.array([target])).params
+    draws = optima(family.approach3.replicates, family.compute, np.array([target])).params
     added = _added(picks)
     return Design(
         family=points.family,
@@ -234,7 +332,7 @@ def _greedy(
     """The picks and why they end."""
     points = family.points
     gradient = linear.optimum_gradient(target)
-    inverse = linear.covariance(points.params, points.tokens, family.parametric.problem.weight_n)
+    inverse = linear.covariance(points.params, points.tokens, family.approach3.problem.weight_n)
     flops, sizes, tokens = np.array([(c.flops, c.params, c.tokens) for c in cells]).T
     features = linear.features(sizes, tokens)
     left, picks = np.full(len(cells), MAX_PICKS), []
@@ -287,38 +385,39 @@ def _model_sd(family: FamilyFit, linear: Linear, target: float) -> float | None:
     decades of extrapolation, as `validate.ModelError` has it for the loss.
     """
     points = family.points
-    known = points.params, points.tokens, family.parametric.problem.weight_n
-    squares, chance, distance, budgets = [], [], [], set()
+    known = points.params, points.tokens, family.approach3.problem.weight_n
+    squares, chance, decades, budgets = [], [], [], set()
     for step in family.rollout.steps:
         fitted = points.budget <= step.fitted[-1]
-        for prediction in step.predictions:
+        for prediction in step.budgets:
             minimum = _minimum_sd(family, prediction.flops)
             if prediction.measured is None or minimum is None:
                 continue
-            error = np.log(prediction.parametric.params / prediction.measured.params)
+            error = np.log(prediction.approach3.params / prediction.measured.params)
             try:
                 noise = linear.sd(prediction.flops, *(values[fitted] for values in known))
             except UserError:  # so few budgets do not determine the law
                 continue
             squares.append(float(error) ** 2)
             chance.append(noise**2 + minimum**2)
-            distance.append(prediction.decades**2)
+            decades.append(prediction.decades**2)
             budgets.add(prediction.flops)
     if not squares:
         return None
     # Predictions of one budget share its minimum, so they count as one.
-    if sum(squares) <= sum(chance) * chi2.ppf(0.975, len(budgets)) / len(budgets):
+    limit = 2 * gammaincinv(len(budgets) / 2, 0.975)  # of chi-squared
+    if sum(squares) <= sum(chance) * limit / len(budgets):
         return 0.0
-    per_decade = math.sqrt((sum(squares) - sum(chance)) / sum(distance))
-    return per_decade * float(validate.distance(points, target))
+    per_decade = math.sqrt((sum(squares) - sum(chance)) / sum(decades))
+    return per_decade * float(distance(points, target))
 
 
 def _minimum_sd(family: FamilyFit, flops: float) -> float | None:
     """Of log N* of approach 2 at a budget; None where it has none."""
-    inside = [curve.flops for curve in family.isoflop.inside]
-    if family.draws is None or flops not in inside:
+    inside = [curve.flops for curve in family.approach2.inside]
+    if family.approach2.draws is None or flops not in inside:
         return None
-    sd = float(debias.errors(np.log(family.draws.params))[inside.index(flops)])
+    sd = float(approach2.percentile_sd(np.log(family.approach2.draws.params))[inside.index(flops)])
     return sd if math.isfinite(sd) else None
 
 

@@ -1,0 +1,462 @@
+"""All fits of a set of runs: per family the three approaches, and whether they agree.
+
+Approach 3 of a family comes with all that says how far to trust it: the weights of the runs from
+their error budget, the bands from a bootstrap, and the interval of each parameter and best size
+also from a profile, which shows what the runs do not identify.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prime_jax.errors import UserError
+from prime_jax.scaling import approach1, approach2, approach3, labels, noise
+from prime_jax.scaling.approach1 import Approach1, Curves
+from prime_jax.scaling.approach2 import Approach2, Debiased
+from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.intervals import (
+    Ends,
+    at_bound,
+    bootstrap_weights,
+    percentiles,
+    profiles,
+    resample,
+    wild_resample,
+)
+from prime_jax.scaling.laws import Compute, Law, PowerLaw, exponent, fit_compute, optimum
+from prime_jax.scaling.noise import ErrorBudget, Held
+from prime_jax.scaling.points import Points, Runs, budget_levels, strata
+from prime_jax.scaling.results import Approach3, FamilyFit, ScalingFit, curve_budgets, origin
+from prime_jax.scaling.rollout import Rollout, model_error, rollout
+from prime_jax.scaling.settings import DEFAULTS, Settings
+from prime_jax.scaling.table import Table
+
+Estimate = tuple[float, list[float] | None]  # a, and its interval if it has one
+
+Array = NDArray[np.float64]
+
+MIN_RUNS, FEW_RUNS = 6, 15  # five unknowns; three runs for each of them
+MIN_LEVELS = 3  # different N, D and C without which the two terms cannot be told apart
+POWER_LAW_ERROR = 0.05
+PROFILED = 12  # most budgets at which N* is profiled
+SMALL_DELTA = 0.05  # of the scatter: a Huber delta below it is least absolute deviation in effect
+SMALL_SCALE = 1e17  # FLOPs
+
+
+def disagreements(estimates: dict[str, Estimate]) -> list[Diagnostic]:
+    """A warning for approaches that differ by more than their intervals allow.
+
+    The sides of two intervals that face each other add in quadrature, as for independent errors.
+    The errors share their data and so are closer than that: a difference that stands out is real.
+    """
+    out = []
+    for (one, (a, ends)), (other, (b, b_ends)) in itertools.combinations(estimates.items(), 2):
+        if ends is None or b_ends is None:
+            continue
+        facing = (ends[1] - a, b - b_ends[0]) if a < b else (a - ends[0], b_ends[1] - b)
+        if abs(a - b) > math.hypot(*facing):
+            out.append(
+                warn(
+                    "approaches_disagree",
+                    f"{one} gives a = {a:.3f} ({ends[0]:.3f} to {ends[1]:.3f}), {other} a = {b:.3f} ({b_ends[0]:.3f} to {b_ends[1]:.3f})",
+                )
+            )
+    return out
+
+
+def fit_law(points: Points, compute: Compute, settings: Settings) -> Approach3:
+    """Approach 3, but for its optima, which wait for the error of the rollout."""
+    problem, fitted, _ = weighted_fit(points, settings)
+    replicates = _resample(problem, fitted, points, settings)
+    ends, sizes = _profile(problem, fitted, points, compute, settings.level)
+    law, level = fitted.law, settings.level
+    diagnostics = [
+        *_fit_findings(points, fitted),
+        *_delta_findings(
+            problem, noise.scatter(problem.residual(fitted.theta_K), problem.unknowns)
+        ),
+        *_bound_findings(problem, fitted, replicates, settings),
+        *_profile_findings(ends, sizes, level),
+        *_optimum_findings(points, compute, law),
+    ]
+    spread = {name: percentiles(draws, level) for name, draws in vars(replicates).items()}
+    return Approach3(
+        params=law,
+        a=float(exponent(law, compute)),
+        objective=fitted.objective,
+        certificate=fitted.certificate,
+        intervals=spread | {"a": percentiles(exponent(replicates, compute), level)},
+        profile=ends,
+        warnings=tuple(diagnostics),
+        problem=problem,
+        fit=fitted,
+        replicates=replicates,
+        sizes=sizes,
+        data=points,
+        compute=compute,
+        level=level,
+    )
+
+
+def too_few(points: Points) -> Diagnostic | None:
+    """Why approach 3 is refused, if it is."""
+    levels = {
+        "size": len(np.unique(points.params)),
+        "number of tokens": len(np.unique(points.tokens)),
+        "budget": budget_levels(points.budget, points.flops),
+    }
+    runs = len(points.loss)
+    if runs < MIN_RUNS:
+        return refuse("too_few_points", f"{_count(runs, 'run')}; approach 3 needs {MIN_RUNS}")
+    for name, found in levels.items():
+        if found < MIN_LEVELS:
+            code = "too_few_budgets" if name == "budget" else "too_few_points"
+            return refuse(code, f"{_count(found, name)}; approach 3 needs {MIN_LEVELS}")
+    return None
+
+
+def _count(number: int, what: str) -> str:
+    plural = what.replace("number", "numbers") if "number" in what else f"{what}s"
+    return f"only {number} {what if number == 1 else plural}"
+
+
+def weighted_fit(
+    points: Points, settings: Settings
+) -> tuple[approach3.Problem, approach3.Fit, ErrorBudget]:
+    """The fit under the weights of the error budget, which needs the scatter of an even one."""
+    problem = approach3.problem(
+        points.params,
+        points.tokens,
+        points.loss,
+        settings.delta,
+        settings.objective,
+        law=settings.law,
+    )
+    fitted, errors = approach3.fit(problem), noise.of(points)
+    weight = errors.run_weights(noise.scatter(problem.residual(fitted.theta_K), problem.unknowns))
+    if np.ptp(weight) > 0:
+        problem = replace(problem, weight_n=weight)
+        fitted = approach3.fit(problem)
+    return problem, fitted, errors
+
+
+def _resample(
+    problem: approach3.Problem, fitted: approach3.Fit, points: Points, settings: Settings
+) -> Law:
+    if points.run is not None:
+        return wild_resample(problem, fitted, points.run, settings.replicates, settings.seed)
+    weights = bootstrap_weights(strata(points.budget), settings.replicates, settings.seed)
+    return resample(problem, fitted, weights)
+
+
+def _profile(
+    problem: approach3.Problem,
+    fitted: approach3.Fit,
+    points: Points,
+    compute: Compute,
+    level: float,
+) -> tuple[dict[str, Ends], dict[float, Ends]]:
+    named = problem.form.quantities(compute)
+    every = points.budgets
+    shown = np.linspace(0, len(every) - 1, min(len(every), PROFILED)).round().astype(int)
+    at = every[shown].tolist()
+    sizes = [problem.form.best_size(compute, flops) for flops in at]
+    ends = profiles(problem, fitted, [*named.values(), *sizes], level, points.run)
+    count = len(named)
+    return (
+        dict(zip(named, ends[:count], strict=True)),
+        dict(zip(at, ends[count:], strict=True)),
+    )
+
+
+def _fit_findings(points: Points, fit: approach3.Fit) -> list[Diagnostic]:
+    certificate, diagnostics = fit.certificate, []
+    runs = len(points.loss)
+    if runs < FEW_RUNS:
+        diagnostics.append(
+            warn(
+                "too_few_points",
+                f"{runs} runs for {len(vars(fit.law))} unknowns; {FEW_RUNS} or more are wanted",
+            )
+        )
+    if certificate.gradient > approach3.STATIONARY:
+        diagnostics.append(
+            refuse("not_converged", f"the scaled gradient is {certificate.gradient:.1e}")
+        )
+    elif certificate.smallest_eigenvalue <= approach3.FLAT:
+        diagnostics.append(
+            warn(
+                "negative_curvature",
+                "the fit is no proper minimum: its Hessian has a direction without curvature",
+            )
+        )
+    if certificate.agreeing < approach3.MIN_AGREEING:
+        diagnostics.append(
+            warn(
+                "starts_disagree",
+                f"{certificate.agreeing:.0%} of {certificate.starts} starts reach the best objective",
+            )
+        )
+    if points.loss.min() < fit.law.lowest:
+        diagnostics.append(
+            warn(
+                "e_above_lowest_loss",
+                f"E = {fit.law.lowest:.4g} is above the lowest loss, {points.loss.min():.4g}",
+            )
+        )
+    return diagnostics
+
+
+def _delta_findings(problem: approach3.Problem, scatter: float) -> list[Diagnostic]:
+    if problem.objective != "huber" or problem.delta >= SMALL_DELTA * scatter:
+        return []
+    return [
+        warn(
+            "delta_too_small",
+            f"delta = {problem.delta:.1g} is below {SMALL_DELTA:.0%} of the scatter of the runs ({scatter:.1g}): in effect least absolute deviation, which optimisers with absolute tolerances leave where they start",
+        )
+    ]
+
+
+def _bound_findings(
+    problem: approach3.Problem, fit: approach3.Fit, replicates: Law, settings: Settings
+) -> list[Diagnostic]:
+    if fit.certificate.bounds:
+        names = ", ".join(fit.certificate.bounds)
+        return [
+            warn(
+                "bound_hit", f"{names} ended at a bound of the search: the data do not determine it"
+            )
+        ]
+    fractions = at_bound(problem, replicates)
+    often = {
+        name: fraction
+        for name, fraction in fractions.items()
+        if fraction > (1 - settings.level) / 2
+    }
+    if often:
+        shown = ", ".join(f"{name} in {fraction:.0%}" for name, fraction in often.items())
+        return [
+            warn(
+                "bound_hit",
+                f"bootstrap replicates end at a bound of the search ({shown}): intervals are cut off there",
+            )
+        ]
+    return []
+
+
+def _profile_findings(
+    ends: dict[str, Ends], sizes: dict[float, Ends], level: float
+) -> list[Diagnostic]:
+    named = ends | {f"N* at {labels.flops(flops)} FLOPs": pair for flops, pair in sizes.items()}
+    sides = {(True, True): "neither end", (True, False): "no lower end", (False, True): "no upper end"}  # fmt: skip
+    open_ends = [
+        f"{name} has {sides[low is None, high is None]}"
+        for name, (low, high) in named.items()
+        if low is None or high is None
+    ]
+    if not open_ends:
+        return []
+    shown = "; ".join(open_ends)
+    return [warn("not_identified", f"{level:.0%} profile intervals do not close: {shown}")]
+
+
+def _optimum_findings(points: Points, compute: Compute, law: Law) -> list[Diagnostic]:
+    diagnostics, outside = [], []
+    for budget in points.budgets:
+        params = points.params[points.budget == budget]
+        best = optimum(law, compute, budget).params
+        if len(np.unique(params)) >= MIN_LEVELS and not params.min() <= best <= params.max():
+            outside.append(f"{labels.count(best)} at {labels.flops(budget)} FLOPs")
+    if outside:
+        diagnostics.append(
+            warn(
+                "extrapolation",
+                f"approach 3 puts the optimum outside the sampled sizes: {', '.join(outside)}",
+            )
+        )
+    if compute.error > POWER_LAW_ERROR:
+        diagnostics.append(
+            warn(
+                "flops_not_a_power_law",
+                f"FLOPs per token deviate from a power law of N by up to {compute.error:.0%}",
+            )
+        )
+    return diagnostics
+
+
+def fit_runs(
+    runs: Runs,
+    settings: Settings = DEFAULTS,
+    progress: Callable[[str], None] = lambda family: None,
+    curves: Mapping[str, Curves] | None = None,
+) -> ScalingFit:
+    """Fit every family.
+
+    Args:
+        runs: the points.
+        settings: how.
+        progress: called with the name of each family before its turn.
+        curves: training curves by family, for approach 1.
+
+    Raises:
+        UserError: not one family can be fitted, by any approach.
+    """
+    families = {}
+    for name, points in runs.families.items():
+        progress(name)
+        families[name] = fit_family(points, settings, (curves or {}).get(name))
+    if not any(family.fitted for family in families.values()):
+        reasons = (f"{name}: {family.reason}" for name, family in families.items())
+        raise UserError(f"{runs.source}: nothing can be fitted; {'; '.join(reasons)}")
+    return whole(runs, settings, families)
+
+
+def whole(
+    runs: Runs, settings: Settings, families: dict[str, FamilyFit], table: Table | None = None
+) -> ScalingFit:
+    """The fit of all families; `table` is what the runs were read from."""
+    groups = _groups(runs)
+    return ScalingFit(
+        **origin(runs, settings),
+        comparable=groups,
+        families=families,
+        excluded=runs.excluded,
+        warnings=_findings(runs, groups),
+        data=runs,
+        settings=settings,
+        table=table,
+    )
+
+
+def fit_family(
+    points: Points, settings: Settings = DEFAULTS, curves: Curves | None = None
+) -> FamilyFit:
+    compute = fit_compute(points.flops, points.params, points.tokens)
+    if any(warning.refusal for warning in points.diagnostics):
+        return _family(
+            points,
+            compute,
+            Approach3(None),
+            Approach2(settings.approach2),
+            Approach1(),
+        )
+    two = approach2.fit(points, compute, settings.approach2)
+    draws = approach2.redraw(two, settings.replicates, settings.seed)
+    two = approach2.with_errors(two, draws, settings.level)
+    one = approach1.fit(curves, settings.replicates, settings.seed, settings.level)
+    refusal = too_few(points)
+    if refusal:
+        return _family(points, compute, Approach3(None, warnings=(refusal,)), two, one)
+    three = fit_law(points, compute, settings)
+    held_out = rollout(points, settings, three.law, one.optima)
+    three = replace(three, error=model_error(held_out))
+    three = replace(
+        three,
+        optima=three.bests(points.budgets),
+        frontier=three.along(curve_budgets(points)),
+    )
+    if isinstance(three.law, PowerLaw) and not three.certificate.bounds:  # it knows the curves
+        two = replace(two, debiased=_debiased(two, three, settings))
+    return _family(points, compute, three, two, one, held_out)
+
+
+def _family(
+    points: Points,
+    compute: Compute,
+    three: Approach3,
+    two: Approach2,
+    one: Approach1,
+    rollout: Rollout | None = None,
+) -> FamilyFit:
+    """The parts put together; of approach 1 nothing is said that nobody asked for."""
+    shown = (three, two, one) if one.counts else (three, two)
+    own = [warning for part in shown for warning in part.warnings]
+    about = [] if rollout is None else rollout.warnings
+    return FamilyFit(
+        kind=points.measure.kind,
+        given=points.measure.given,
+        runs=len(points.loss),
+        budgets=points.budgets,
+        compute=compute,
+        approach3=three,
+        approach2=two,
+        approach1=one,
+        error_budget=_errors(points, three, rollout),
+        rollout=rollout,
+        warnings=(*points.diagnostics, *own, *about, *disagreements(exponents(three, two, one))),
+        points=points,
+    )
+
+
+def _errors(points: Points, three: Approach3, rollout: Rollout | None) -> ErrorBudget:
+    errors = noise.of(points)
+    if not three:
+        return errors
+    known, weight_n = model_error(rollout), three.problem.weight_n
+    return replace(
+        errors,
+        model=known and Held(known.bias, known.rms),
+        scatter=noise.scatter(three.problem.residual(three.fit.theta_K), three.problem.unknowns),
+        weights=[float(weight_n.min()), float(weight_n.max())],
+    )
+
+
+def exponents(three: Approach3, two: Approach2, one: Approach1) -> dict[str, Estimate]:
+    """The exponent a of each approach that has one, and its interval."""
+    parts = {"approach 1": one, "approach 2": two.debiased or two, "approach 3": three}
+    return {
+        name: (part.a, part.intervals["a"]) for name, part in parts.items() if part.a is not None
+    }
+
+
+def _debiased(two: Approach2, three: Approach3, settings: Settings) -> Debiased | None:
+    return approach2.take_shift_off(
+        two,
+        draws=two.draws,
+        law=three.law,
+        replicates=three.replicates,
+        compute=three.compute,
+        seed=settings.seed,
+        level=settings.level,
+    )
+
+
+def _groups(runs: Runs) -> tuple[tuple[str, ...], ...]:
+    if runs.choice.allow_mixed_kinds:
+        return (tuple(runs.families),)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, points in runs.families.items():
+        groups.setdefault(points.measure.group, []).append(name)
+    return tuple(tuple(names) for names in groups.values())
+
+
+def _findings(runs: Runs, groups: tuple[tuple[str, ...], ...]) -> tuple[Diagnostic, ...]:
+    diagnostics = []
+    measures = {points.measure.group: points.measure for points in runs.families.values()}
+    if len(measures) > 1:
+        shown = "; ".join(
+            f"{name}: {points.measure.label}" for name, points in runs.families.items()
+        )
+        how = "drawn on separate axes" if len(groups) > 1 else "drawn on one axis, as asked"
+        kinds = {group[0] for group in measures}
+        code = "mixed_kinds" if len(kinds) > 1 else "mixed_evaluations"
+        diagnostics.append(warn(code, f"families cannot be compared and are {how}: {shown}"))
+    for family in dict.fromkeys(run.family for run in runs.excluded):
+        if family not in runs.families:
+            diagnostics.append(
+                refuse("too_few_points", f"family {family} has no run that can be used")
+            )
+    largest = max(points.budgets[-1] for points in runs.families.values())
+    if largest < SMALL_SCALE:
+        diagnostics.append(
+            warn(
+                "small_scale",
+                f"the largest budget is {labels.flops(largest)} FLOPs: at this scale the exponents illustrate the tool and are not a scientific result",
+            )
+        )
+    return tuple(diagnostics)

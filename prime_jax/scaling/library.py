@@ -1,0 +1,326 @@
+"""What people import: fits of a path, a data frame or a dict of columns, and what one asks of them.
+
+Every function raises UserError with one line for bad input. docs/scaling-python.md has an example.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prime_jax.config import from_dict
+from prime_jax.errors import UserError
+from prime_jax.runtime import storage
+from prime_jax.runtime.records import write_json_atomic
+from prime_jax.scaling import launchable, record, tables
+from prime_jax.scaling.approach1 import join_curves
+from prime_jax.scaling.comparison import Comparison
+from prime_jax.scaling.comparison import compare as compare_runs
+from prime_jax.scaling.designs import Design, choose
+from prime_jax.scaling.fits import fit_runs
+from prime_jax.scaling.points import Runs, select
+from prime_jax.scaling.prediction import Prediction, predict_family
+from prime_jax.scaling.results import Origin, ScalingFit, origin
+from prime_jax.scaling.rollout import Validation, validate_family
+from prime_jax.scaling.schema import as_dict, hidden, key
+from prime_jax.scaling.settings import Settings
+from prime_jax.scaling.table import Choice, Logs, Table, of_columns, read_with_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Source = str | Path | Mapping[str, Sequence[Any]] | Any  # a path, a dict of columns, a data frame
+Progress = Callable[[str], None]
+Log = Callable[[str], None]
+
+MIN_REPLICATES = 100  # percentile intervals of 95 % need some in their tails
+
+
+def quiet(_: str) -> None:
+    """Say nothing."""
+
+
+class Fit(ScalingFit):
+    """The fit of all families; `families[NAME].approach3.optimum(flops)` and so on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of fit.json."""
+        return as_dict(self)
+
+    def summary(self) -> str:
+        """The numbers in short, and the warnings."""
+        found = self.to_dict()
+        return "\n".join([str(tables.summary(found)), *tables.warnings_of(found)])
+
+    def plot(self, name: str = "isoflop") -> "Figure":
+        """A matplotlib figure, one of `figures.NAMES`.
+
+        Raises:
+            UserError: no such figure, or the fit has nothing to draw in it.
+        """
+        from prime_jax.scaling import figures
+
+        figure = figures.draw(self, name)
+        if figure is None:
+            raise UserError(f"{self.source.name}: nothing to draw in the figure {name!r}")
+        return figure
+
+    def save(self, path: str | Path, formats: Sequence[str] = ("svg",)) -> Path:
+        """Write fit.json, points.csv, the figures and report.html; `load` reads them back.
+
+        Raises:
+            UserError: the directory cannot be written to.
+        """
+        path = Path(path)
+        record.write(self, path)
+        self.draw(path, formats)
+        return path
+
+    def draw(
+        self, path: Path, formats: Sequence[str] = ("svg",), log: Log | None = None
+    ) -> list[Path]:
+        """Draw each figure once beside fit.json, and write the report; returns the figures.
+
+        Args:
+            log: told in one line about each figure that cannot be drawn; without it that is raised.
+        """
+        from prime_jax.scaling import figures
+
+        return _publish(figures.draw_all(self, log), figures.NAMES, path, formats, log)
+
+
+class Compared(Comparison):
+    """Families against a baseline."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of compare.json."""
+        return as_dict(self)
+
+    def summary(self) -> str:
+        found = self.to_dict()
+        parts = [str(part) for part in tables.comparison(found)]
+        return "\n\n".join([*parts, "\n".join(tables.warnings_of(found))])
+
+    def plot(self) -> "Figure":
+        """The compute multiplier. Raises UserError where all was refused."""
+        from prime_jax.scaling import figures
+
+        drawn = figures.draw_comparison(self.to_dict(), list(self.data.families))
+        if not drawn:
+            raise UserError(f"{self.source.name}: nothing to draw; every comparison was refused")
+        return drawn["multiplier"]
+
+    def save(self, path: str | Path, formats: Sequence[str] = ("svg",)) -> Path:
+        """Write compare.json and the figure, and a section into the report of a fit there."""
+        path = record.make(Path(path))
+        write_json_atomic(path / "compare.json", self.to_dict())
+        self.draw(path, formats)
+        return path
+
+    def draw(
+        self, path: Path, formats: Sequence[str] = ("svg",), log: Log | None = None
+    ) -> list[Path]:
+        """The figure, and the report if a fit lies there; returns what was written."""
+        from prime_jax.scaling import figures
+
+        drawn = figures.draw_comparison(self.to_dict(), list(self.data.families), log)
+        return _publish(drawn, ("multiplier",), path, formats, log)
+
+
+@dataclass(frozen=True)
+class Validations(Origin):
+    """validate.json: how wrong predictions of larger budgets from smaller ones were."""
+
+    families: dict[str, Validation] = key("of each family")
+    data: Runs = hidden()
+
+    def to_dict(self) -> dict[str, Any]:
+        return as_dict(self)
+
+    def summary(self) -> str:
+        found = self.to_dict()
+        parts = [str(tables.validation(n, f)) for n, f in found["families"].items() if f["steps"]]
+        return "\n\n".join([*parts, "\n".join(tables.warnings_of(found))])
+
+
+class Predictions(dict[str, Prediction]):
+    """A prediction for each family."""
+
+    def summary(self) -> str:
+        rows = [as_dict(one) for one in self.values()]
+        return "\n".join([str(tables.predictions(rows)), *tables.prediction_notes(rows)])
+
+
+def fit(
+    source: Source,
+    *,
+    curves: Source | None = None,
+    metric: str = Choice.metric,
+    flops: str | None = None,
+    params: str | None = None,
+    allow_mixed_kinds: bool = False,
+    note: str = "",
+    progress: Progress = quiet,
+    **settings: Any,
+) -> Fit:
+    """Fit the laws of all families.
+
+    Args:
+        source: a sweep directory, a CSV, a data frame or a dict of columns, with a row for each
+            run: family, loss, and two of flops, params, tokens.
+        curves: training curves for approach 1, alike.
+        metric, flops, params, allow_mixed_kinds: as the options of `prime-jax fit`.
+        note: put behind the name of the source.
+        progress: called with what is being done.
+        settings: of `Settings`: replicates, seed, level, objective, delta, approach2.
+
+    Raises:
+        UserError: bad input, in one line.
+    """
+    choice = Choice(metric, flops, params, allow_mixed_kinds)
+    found = _settings(settings)
+    table, logs = _read(source, curves, metric)
+    if note:
+        table = replace(table, source=f"{table.source} ({note})")
+    runs = select(table, choice)
+    lines = join_curves(logs, table, runs, asked=curves is not None) if logs else None
+    fitted = fit_runs(runs, found, lambda name: progress(f"fitting {name}"), lines)
+    templates = _templates(source)
+    families = {
+        name: replace(family, template=templates.get(name))
+        for name, family in fitted.families.items()
+    }
+    return _as(Fit, replace(fitted, families=families, table=table))
+
+
+def load(path: str | Path, families: Sequence[str] | None = None) -> Fit:
+    """Read what `save` or `prime-jax fit` wrote, and fit it again: the same numbers to the bit.
+
+    Args:
+        families: only these; all of them by default.
+    """
+    return _as(Fit, record.load(Path(path), families))
+
+
+def compare(
+    source: ScalingFit | Source,
+    baseline: str,
+    against: Sequence[str] = (),
+    *,
+    progress: Progress = quiet,
+    **options: Any,
+) -> Compared:
+    """Compare families with a baseline: compute multipliers, probabilities, tests.
+
+    Args:
+        source: a fit, or what `fit` takes.
+        against: the families; all others if empty.
+        options: as those of `fit`; of a fit only allow_mixed_kinds, else they are its own.
+    """
+    runs, settings = _runs(source, options)
+    names = [against] if isinstance(against, str) else list(against)
+    return _as(Compared, compare_runs(runs, baseline, names, settings, progress))
+
+
+def validate(
+    source: ScalingFit | Source, *, progress: Progress = quiet, **options: Any
+) -> Validations:
+    """Predict larger budgets from smaller ones, and say how wrong that was."""
+    runs, settings = _runs(source, options)
+    families = {}
+    for name, points in runs.families.items():
+        progress(f"validating {name}")
+        families[name] = validate_family(points, settings)
+    return Validations(**origin(runs, settings), families=families, data=runs)
+
+
+def predict(
+    fit: ScalingFit,
+    flops: float,
+    family: str | None = None,
+    unique_tokens: float | None = None,
+) -> Predictions:
+    """The best size, tokens and loss at a budget, with intervals.
+
+    Args:
+        flops: C, in the FLOPs of the fit.
+        family: only this one.
+        unique_tokens: of the training data; by default what the runs say.
+    """
+    known = record.unique_tokens(fit.table) if fit.table else {}
+    out = Predictions()
+    for name in fit.families if family is None else [family]:
+        found = fit.family(name)
+        template = launchable.template(name, vars(fit.conventions), found.template)
+        limit = unique_tokens or known.get(name)
+        out[name] = predict_family(found, fit.settings, float(flops), template, limit)
+    return out
+
+
+def design(fit: ScalingFit, family: str, target: float, budget: float, **options: Any) -> Design:
+    """Which runs to add, for `budget` FLOPs, to know N* at `target` best; see `design.choose`."""
+    return choose(fit.family(family), fit.settings, float(target), float(budget), **options)
+
+
+def _read(source: Source, curves: Source | None, metric: str) -> tuple[Table, Logs | None]:
+    return read_with_curves(
+        _readable(source), None if curves is None else _readable(curves), metric
+    )
+
+
+def _readable(source: Source) -> Path | Table:
+    if isinstance(source, str):
+        return storage.path(source)
+    return source if hasattr(source, "read_bytes") else of_columns(source)
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    found = from_dict(Settings, dict(given), "fit") if given else Settings()
+    if found.replicates < MIN_REPLICATES:
+        raise UserError(f"replicates is {found.replicates}; give {MIN_REPLICATES} or more")
+    if not 0 < found.level < 1:
+        raise UserError(f"level is {found.level}; it lies between 0 and 1, such as 0.95")
+    return found
+
+
+def _runs(source: ScalingFit | Source, options: dict[str, Any]) -> tuple[Runs, Settings]:
+    if isinstance(source, ScalingFit):
+        mixed = options.pop("allow_mixed_kinds", source.data.choice.allow_mixed_kinds)
+        if options:
+            raise UserError(f"{', '.join(options)}: those of the fit are used; leave them out")
+        choice = replace(source.data.choice, allow_mixed_kinds=mixed)
+        return replace(source.data, choice=choice), source.settings
+    names = [field.name for field in fields(Choice)]
+    choice = Choice(**{name: options.pop(name) for name in names if name in options})
+    settings = _settings(options)
+    table, _ = _read(source, None, choice.metric)
+    return select(table, choice), settings
+
+
+def _templates(source: Source) -> dict[str, Any]:
+    """What new runs of each family would share with those of a sweep; a table does not say."""
+    path = storage.path(source) if isinstance(source, str) else source
+    return launchable.of_sweep(path) if hasattr(path, "is_dir") and path.is_dir() else {}
+
+
+def _publish(
+    drawn: Any, names: Iterable[str], path: Path, formats: Sequence[str], log: Log | None
+) -> list[Path]:
+    """Write figures, SVG for the report and what else is asked for; returns what was written."""
+    from prime_jax.scaling import drawing, report
+
+    for suffix in formats:
+        if suffix not in drawing.FORMATS:
+            raise UserError(f"no format {suffix!r}; figures are {', '.join(drawing.FORMATS)}")
+    formats = tuple(dict.fromkeys(("svg", *formats)))
+    try:
+        paths = drawing.publish(drawn, names, path, log, formats)
+        reports = [path / "report.html"] if report.refresh(path) else []
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from error
+    return [*paths.values(), *reports]
+
+
+def _as(kind: type, found: Any) -> Any:
+    """The same with the methods of `kind`, a subclass."""
+    return kind(**{field.name: getattr(found, field.name) for field in fields(found)})
