@@ -18,7 +18,7 @@ from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, Sub
 from prime_jax.errors import UserError
 from prime_jax.experiment import call
 from prime_jax.hardware import slices
-from prime_jax.hardware.slices import GIB
+from prime_jax.hardware.chips import GIB
 from prime_jax.sweep import grid
 from prime_jax.sweep.grid import Sweep
 

@@ -86,10 +86,10 @@ def lower_for():
     import jax
     from jax.sharding import AbstractDevice, AbstractMesh
 
-    from prime_jax.kernels.check_case import DEVICE_KINDS
+    from prime_jax.hardware.chips import CHIPS
 
     def lower(chip: str, case) -> str:
-        device = AbstractDevice(device_kind=DEVICE_KINDS[chip], num_cores=1, platform="tpu")
+        device = AbstractDevice(device_kind=CHIPS[chip].kind, num_cores=1, platform="tpu")
         mesh = AbstractMesh((1,), ("chip",), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
             traced = jax.jit(case.function).trace(*case.arguments)

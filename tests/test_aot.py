@@ -18,7 +18,7 @@ from prime_jax.compile_check import worker as aot_worker
 from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig
 from prime_jax.errors import UserError
 from prime_jax.hardware import roofline, slices
-from prime_jax.hardware.slices import GIB
+from prime_jax.hardware.chips import GIB, MIB
 from prime_jax.runtime import meshes
 from prime_jax.sweep import check, grid, plan
 from prime_jax.sweep.grid import Sweep
@@ -321,7 +321,7 @@ def test_the_table_is_readable_at_80_columns():
     ]
     assert rows[1][5:8] == ["1.22G", "147.24G", "148.46G"]
     assert rows[1][-1] == "OOM"
-    state = roofline.memory(small, verdicts[2].mesh)[0] / slices.MIB
+    state = roofline.memory(small, verdicts[2].mesh)[0] / MIB
     assert rows[2][5] == f"{state:.1f}M"
 
 

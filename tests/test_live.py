@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from prime_jax.cli import main
-from prime_jax.hardware.roofline import Prices
+from prime_jax.hardware.prices import Prices
 from prime_jax.sweep import grid, live, plan, state
 
 PRICES = Prices("2026-11-01", "USD", {"v5e": 2.0})

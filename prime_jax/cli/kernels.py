@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from prime_jax.kernels.check_case import CHIPS
+from prime_jax.hardware import chips
 
 KERNELS = ("embedding", "attention", "head")
 
@@ -28,7 +28,7 @@ def register(subparsers: Any) -> None:
     check.add_argument(
         "--chips",
         nargs="+",
-        choices=CHIPS,
+        choices=chips.tpus(),
         default=["v5e", "v5p", "v6e"],
         help="to compile for (v5e v5p v6e)",
     )

@@ -272,11 +272,11 @@ def show_status(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from prime_jax.hardware import roofline
+    from prime_jax.hardware.prices import load_prices
     from prime_jax.sweep import live, state, status
 
     state.check_root(args.root)
-    prices = roofline.load_prices(args.prices) if args.prices else None
+    prices = load_prices(args.prices) if args.prices else None
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
             live.watch(args.root, Console(), prices)

@@ -39,9 +39,7 @@ def devices_of(slice_: Slice) -> list[Any]:
         raise UserError(
             "no TPU compiler here (libtpu); get it with: pip install 'prime_jax[tpu-compile]'"
         ) from None
-    options: dict[str, Any] = {}
-    if slice_.generation == "v4":
-        options["chip_config_name"] = "megacore"  # two cores that are one device, as on Cloud TPU
+    options: dict[str, Any] = dict(slice_.chip.compiler)
     if slice_.chips == slice_.slices:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slice_.slices > 1:

@@ -1,21 +1,12 @@
 """One program of `prime-jax kernels check`: a kernel's forward or backward pass at given shapes.
 
 Each Pallas module lists its own: `cases(chip, width, vocab_size) -> list[Case]`, forward and
-backward apart, in bfloat16, at the block sizes that it would take on `chip` (one of `CHIPS`).
+backward apart, in bfloat16, at the block sizes that it would take on `chip` (a TPU of `hardware.chips.CHIPS`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-DEVICE_KINDS = {
-    "v4": "TPU v4",
-    "v5e": "TPU v5 lite",
-    "v5p": "TPU v5",
-    "v6e": "TPU v6 lite",
-    "tpu7x": "TPU7x",
-}
-CHIPS = tuple(DEVICE_KINDS)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from prime_jax.config import SubtokenConfig
-from prime_jax.kernels.check_case import DEVICE_KINDS, Case
+from prime_jax.hardware.chips import CHIPS
+from prime_jax.kernels.check_case import Case
 from prime_jax.kernels.subtoken_head_base import (
     PADDING,
     Coefficients,
@@ -147,7 +148,7 @@ def cases(chip: str, width: int, vocab_size: int) -> list[Case]:
     """Forward and backward of the marginal loss at the granularity of bits, 4096 tokens."""
     length = (vocab_size - 1).bit_length()
     head = Head(Codebook.create(vocab_size, SubtokenConfig(length=length)))
-    device = AbstractDevice(device_kind=DEVICE_KINDS[chip], num_cores=1, platform="tpu")
+    device = AbstractDevice(device_kind=CHIPS[chip].kind, num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("chip",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         options = {"blocks": tuple(fitted(head, width, 2))}

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prime_jax.hardware import slices
-from prime_jax.hardware.roofline import Prices
+from prime_jax.hardware.prices import Prices
 from prime_jax.runtime import storage
 from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state, status
