@@ -63,6 +63,7 @@ class Compiled:
         make: Callable[[RunConfig], Any],
     ):
         self.name, self.config, self.mesh, self.make = name, config, mesh, make
+        self.plain = dataclasses.replace(config, kernels=selection.PLAIN)
         self.executable: Any = None
 
     def __call__(self, clock: Clock, *args: Any) -> Any:
@@ -71,15 +72,21 @@ class Compiled:
                 self.executable = self.compile(*args)
         return self.executable(*args)
 
-    def compile(self, *args: Any) -> Any:
-        """Compiled for the mesh; `args` may be shapes with shardings."""
+    def compile(self, *args: Any, lowered: Any = None) -> Any:
+        """Compiled for the mesh; `args` may be shapes with shardings.
+
+        Args:
+            lowered: what `lowered(*args)` gave, where it is there already.
+        """
         options = chips.compiler_options(self.mesh.devices.flat[0].device_kind)
+        lowered = lowered or self.lowered(*args)
+        plain = lambda: self.lower(*args, config=self.plain).compile(options)  # noqa: E731
+        return selection.fallback(lambda: lowered.compile(options), plain, self.name)
 
-        def attempt(config: RunConfig) -> Any:
-            return self.lower(*args, config=config).compile(options)
-
-        plain = dataclasses.replace(self.config, kernels=selection.PLAIN)
-        return selection.fallback(lambda: attempt(self.config), lambda: attempt(plain), self.name)
+    def lowered(self, *args: Any) -> Any:
+        """The program that the compiler is shown: plain XLA where a kernel cannot be traced."""
+        plain = lambda: self.lower(*args, config=self.plain)  # noqa: E731
+        return selection.fallback(lambda: self.lower(*args), plain, self.name)
 
     def lower(self, *args: Any, config: RunConfig | None = None) -> Any:
         """Traced for the mesh, which may lack its devices."""

@@ -42,7 +42,7 @@ try:
     distributed.start(say)
     import jax
     from prime_jax import train
-    train.BEAT_SECONDS = 0.0
+    train.HEARTBEAT_SECONDS = 0.0
     config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
     slow = float(sys.argv[3])
     def beat(now):

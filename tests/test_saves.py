@@ -174,7 +174,7 @@ def beat(now):
     time.sleep(0.02 * (1 + now["step"] % 3))
     return True
 
-train.BEAT_SECONDS = 0.0
+train.HEARTBEAT_SECONDS = 0.0
 config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
 print(train.train(config, Path(sys.argv[2]), beat=beat)["status"])
 """
@@ -226,7 +226,7 @@ def test_two_processes_never_train_in_one_directory(tmp_path):
 
 
 def test_training_holds_the_lock(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("prime_jax.train.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("prime_jax.train.HEARTBEAT_SECONDS", 0.0)
 
     def heartbeat(_):
         with pytest.raises(checkpoint.UserError, match="another process"):
@@ -238,7 +238,7 @@ def test_training_holds_the_lock(quick, tmp_path, monkeypatch):
 
 
 def test_a_log_that_cannot_grow_ends_in_one_line(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("prime_jax.train.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("prime_jax.train.HEARTBEAT_SECONDS", 0.0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     long = dataclasses.replace(quick, steps=2000)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -257,7 +257,7 @@ def test_a_log_that_cannot_grow_ends_in_one_line(quick, tmp_path, monkeypatch):
 
 
 def test_a_save_that_takes_longer_than_the_grace_is_not_begun(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("prime_jax.train.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("prime_jax.train.HEARTBEAT_SECONDS", 0.0)
     config = dataclasses.replace(quick, checkpoint=CheckpointConfig(every=4, grace_seconds=5.0))
 
     def seconds(_):

@@ -62,7 +62,7 @@ def test_a_result_has_predictions_beside_what_was_measured(quick, tmp_path, monk
     """On a CPU with a data sheet, and with a count of the memory in use, which XLA's CPU has not."""
     sheet = dataclasses.replace(chips.CHIPS["v5e"], kind=jax.devices()[0].device_kind)
     monkeypatch.setitem(chips.CHIPS, "cpu", sheet)
-    for module in ("train", "metrics"):
+    for module in ("train", "runtime.metrics"):
         monkeypatch.setattr(f"prime_jax.{module}.memory_high_water", lambda: 123_456)
     result = train(quick, tmp_path / "run", log=SILENT)
     assert result == read_json(tmp_path / "run" / "result.json")
@@ -85,7 +85,7 @@ def test_without_a_data_sheet_nothing_is_predicted(whole):
 @pytest.fixture
 def every_step(monkeypatch):
     """Call `heartbeat` at every step."""
-    monkeypatch.setattr("prime_jax.train.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("prime_jax.train.HEARTBEAT_SECONDS", 0.0)
 
 
 def test_the_record_is_complete(whole, tiny):

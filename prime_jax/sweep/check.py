@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from prime_jax import flops
+from prime_jax import flops, step
 from prime_jax.compile_check import aot
 from prime_jax.compile_check.aot import Verdict
 from prime_jax.config import MeshConfig, RunConfig
@@ -46,7 +46,7 @@ def check(
         UserError: no compiler here, or a mesh that does not fit the slice.
     """
     out, verdicts = list(listed), []
-    families = _shapes(listed, slice_)
+    families = _shapes(listed)
     total = sum(len(shapes) if options.every else 1 for shapes in families.values())
     progress.expect(total)
     one = partial(aot.autofit if options.autofit else aot.check, progress=progress)
@@ -67,15 +67,13 @@ def check(
     return out, verdicts
 
 
-def _shapes(
-    listed: Sequence[Candidate], slice_: Slice
-) -> dict[str, list[tuple[RunConfig, list[int]]]]:
+def _shapes(listed: Sequence[Candidate]) -> dict[str, list[tuple[RunConfig, list[int]]]]:
     """By family: different compiled programs and the candidates that share each, largest first."""
-    groups: dict[tuple[str, str], tuple[RunConfig, list[int]]] = {}
+    groups: dict[tuple[str, RunConfig], tuple[RunConfig, list[int]]] = {}
     for i, candidate in enumerate(listed):
         if candidate.config is None or candidate.drop:
             continue
-        shape = (candidate.row.family, aot.key(candidate.config, slice_))
+        shape = (candidate.row.family, step.shape_of(candidate.config))
         groups.setdefault(shape, (candidate.config, []))[1].append(i)
     out: dict[str, list[tuple[RunConfig, list[int]]]] = {}
     for (family, _), group in sorted(groups.items(), key=lambda item: _size(item[1][0])):
