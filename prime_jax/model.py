@@ -16,6 +16,7 @@ from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.kernels import selection
 from prime_jax.kernels.attention import attention, attention_to_kept
 from prime_jax.kernels.attention_mask import SAVED
+from prime_jax.kernels.common import target_kind
 from prime_jax.kernels.embedding import subtoken_embedding
 from prime_jax.runtime.sharding import WHOLE, Shardings, enter_split, leave_split
 from prime_jax.subtokens import Codebook
@@ -270,7 +271,7 @@ def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -
     Args:
         shardings: of the parameters that `apply` is given; `init` makes whole ones by default.
     """
-    device_kind = selection.target_kind()
+    device_kind = target_kind()
     return Transformer(
         config=config.model,
         slots=codebook.length,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import corrupt, row_keys
 from prime_jax.kernels import selection
+from prime_jax.kernels.common import target_kind
 from prime_jax.kernels.subtoken_head import Head, HeadLoss, subtoken_loss
 from prime_jax.subtokens import Codebook
 
@@ -51,7 +52,7 @@ def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = Non
         axis_name: mesh axis of the surrounding `shard_map` that splits the head's rows.
     """
     o = config.objective
-    choice = selection.head(config, selection.target_kind())
+    choice = selection.head(config, target_kind())
     return Head(
         codebook=codebook,
         carry_over=o.carry_over,

@@ -13,8 +13,8 @@ from prime_jax import cli
 from prime_jax.cli import kernels as commands
 from prime_jax.config import DataConfig, KernelConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.hardware import chips
-from prime_jax.kernels import check, embedding_pallas, selection
-from prime_jax.kernels.check_case import Case
+from prime_jax.kernels import check, embedding_mosaic, selection
+from prime_jax.kernels.common import Case
 
 TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
 WIDTHS = (512, 1024, 2048)
@@ -128,14 +128,14 @@ def test_a_program_without_a_mosaic_call_is_a_failure():
 @pytest.mark.tpu_compile
 def test_too_little_vmem_is_a_kernels_failure_and_too_little_hbm_is_not(monkeypatch):
     check.set_environment()
-    monkeypatch.setattr(embedding_pallas, "TOKENS", 8192)
-    large = embedding_pallas.cases("v5e", 2048, 51200)[0]
+    monkeypatch.setattr(embedding_mosaic, "TOKENS", 8192)
+    large = embedding_mosaic.cases("v5e", 2048, 51200)[0]
     with pytest.warns(UserWarning, match=r"VMEM.*embedding_forward.*limit 16.00M"):
         selection.fallback(lambda: check.compile_case(large, "v5e"), lambda: None, "embedding")
 
     def matmul_and_kernel(x):
         big = jnp.broadcast_to(x, (1 << 18, 1 << 16)) @ jnp.ones((1 << 16, 1 << 16), x.dtype)
-        case = embedding_pallas.cases("v5e", 512, 51200)[0]
+        case = embedding_mosaic.cases("v5e", 512, 51200)[0]
         return big, case.function(*(jnp.ones(a.shape, a.dtype) for a in case.arguments))
 
     struct = jax.ShapeDtypeStruct((1, 1 << 16), jnp.bfloat16)

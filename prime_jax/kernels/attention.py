@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from prime_jax.errors import UserError
 from prime_jax.kernels.attention_mask import (
-    NEG,
     SAVED,
     allowed,
     by_blocks,
@@ -31,6 +30,7 @@ from prime_jax.kernels.attention_mask import (
     fitted,
     head_lanes,
 )
+from prime_jax.kernels.common import NEG, on_tpu, platform
 
 QUERY_ROWS = 256  # of a block: large enough for the cores, small enough for their caches
 
@@ -88,16 +88,16 @@ def attention(
     if implementation == "pallas":
         if block_length:
             raise UserError("attention implementation pallas has no block diffusion; use splash")
-        from prime_jax.kernels import attention_pallas  # loads Mosaic: only where it is used
+        from prime_jax.kernels import attention_mosaic  # loads Mosaic: only where it is used
 
-        return attention_pallas.masked_attention(
+        return attention_mosaic.masked_attention(
             q_BxLxHxK,
             k_BxLxGxK,
             v_BxLxGxK,
             causal,
             segment_ids_BxL,
             blocks,
-            interpret=_platform() == "cpu",
+            interpret=not on_tpu(),
         )
     if implementation not in PLAIN:
         raise UserError(
@@ -119,24 +119,16 @@ def attention_to_kept(q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, last_BxL) -> jax.Array:
     )
 
 
-def _platform() -> str:
-    """cpu, gpu or tpu: of the mesh that the program is traced for, else of this machine."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device else jax.default_backend()
-    return "gpu" if platform in ("cuda", "rocm") else platform
-
-
 def _best(q_BxLxHxK: jax.Array, block_length: int) -> str:
     _, length, _, size = q_BxLxHxK.shape
-    platform = _platform()
-    if platform == "tpu":
-        from prime_jax.kernels import attention_pallas
+    if platform() == "tpu":
+        from prime_jax.kernels import attention_mosaic
 
         # A whole head lies in VMEM; splash attention streams it, at any length and for any rule.
-        fits = attention_pallas.fits(length, size, q_BxLxHxK.dtype.itemsize)
+        fits = attention_mosaic.fits(length, size, q_BxLxHxK.dtype.itemsize)
         return "pallas" if fits and not block_length else "splash"
     gpu = "scan" if block_length else "cudnn"  # which would want the rule as a bias [B, H, L, L]
-    return {"cpu": "scan", "gpu": gpu}.get(platform, "xla")
+    return {"cpu": "scan", "gpu": gpu}.get(platform(), "xla")
 
 
 def _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length, library="xla"):
@@ -216,7 +208,7 @@ def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length
             use_fused_bwd_kernel=True,
         ),
         residual_checkpoint_name=SAVED,
-        interpret=_platform() == "cpu",
+        interpret=not on_tpu(),
     )
     q_BxLxHxK = (q_BxLxHxK.astype(jnp.float32) * size**-0.5).astype(q_BxLxHxK.dtype)
     out = jax.vmap(splash)(*(heads_first(x) for x in (q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)), ids)

@@ -22,14 +22,14 @@ import numpy as np
 
 from prime_jax.errors import UserError
 from prime_jax.hardware.chips import CHIPS
-from prime_jax.kernels import attention_pallas, embedding_pallas, subtoken_head_pallas
-from prime_jax.kernels.check_case import Case
+from prime_jax.kernels import attention_mosaic, embedding_mosaic, subtoken_head_mosaic
+from prime_jax.kernels.common import Case
 from prime_jax.kernels.selection import cause
 
 CASES: dict[str, Callable[[str, int, int], list[Case]]] = {
-    "embedding": embedding_pallas.cases,
-    "attention": attention_pallas.cases,
-    "head": subtoken_head_pallas.cases,
+    "embedding": embedding_mosaic.cases,
+    "attention": attention_mosaic.cases,
+    "head": subtoken_head_mosaic.cases,
 }
 MOSAIC_CALL = re.compile(r'%(\S+) = .*custom_call_target="tpu_custom_call"')
 FILLS = ("VLOAD:FILL", "VSTORE:SPILL")

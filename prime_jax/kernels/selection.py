@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar
 
-import jax
-
 from prime_jax.config import KernelConfig, RunConfig
 
 T = TypeVar("T")
@@ -134,12 +132,6 @@ def embedding(config: RunConfig, device_kind: str) -> Choice:
 
 
 PLAIN = KernelConfig(head="xla", attention="xla", embedding="xla")  # what a failure falls back to
-
-
-def target_kind() -> str:
-    """Device kind that the surrounding program is traced for: its mesh's, or this machine's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else jax.devices()[0].device_kind
 
 
 def cause(error: Exception) -> str:

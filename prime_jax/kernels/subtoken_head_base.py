@@ -19,7 +19,6 @@ import numpy as np
 
 from prime_jax.subtokens import Codebook
 
-NEG = -1e30  # finite stand-in for -inf: no NaN from inf - inf
 # Mass, relative to the likeliest token, below which a digit's sum has underflowed. As P_j >= p_x,
 # the true digit is then charged -log p_x, which is exact in log space: still a bound, and finite.
 TINY = 1e-30

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prime_jax.kernels.selection import target_kind
+from prime_jax.kernels.common import NEG, target_kind
 from prime_jax.kernels.subtoken_head_base import (
-    NEG,
     PADDING,
     Coefficients,
     Head,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prime_jax.kernels.subtoken_head_base import NEG
+from prime_jax.kernels.common import NEG
 
 COLDEST = 1e-4  # temperature at which a nucleus is measured when the draw itself takes the maximum
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prime_jax.kernels.selection import target_kind
-from prime_jax.kernels.subtoken_head_base import NEG, Head, consistent
+from prime_jax.kernels.common import NEG, target_kind
+from prime_jax.kernels.subtoken_head_base import Head, consistent
 from prime_jax.objectives import Network
 from prime_jax.sample.filters import Filters, draw
 
