@@ -213,13 +213,12 @@ class Transformer(nn.Module):
         # Read in float32, so that the gradient of a frequent token is summed in it.
         table_TxRxE = weight("embedding", (tables, rows, size)).astype(jnp.float32)
         digits_NxS = digits_BxLxS.reshape(-1, self.slots)
-        implementation = self.embedding.implementation
         x_NxD = subtoken_embedding(
             c.embedding,
             table_TxRxE=table_TxRxE,
             digits_NxS=digits_NxS,
             width=c.width,
-            implementation=implementation,
+            implementation=self.embedding.implementation,
             dtype=c.dtype,
         )
         block = Block
@@ -247,9 +246,8 @@ class Transformer(nn.Module):
             name="layers",
         )
         kept, start_B = (None, None) if cache is None else (cache[:2], cache.length_B)
-        x_NxD, kept = layers(
-            x_NxD, jnp.arange(c.layers), kept, segment_ids_BxL, dropout_keys_B, start_B
-        )
+        see = (segment_ids_BxL, dropout_keys_B, start_B)
+        x_NxD, kept = layers(x_NxD, jnp.arange(c.layers), kept, *see)
         if noisy_and_clean:  # the clean copy was there to be seen
             length //= 2
             x_NxD = x_NxD.reshape(batch, 2, -1)[:, 0].reshape(-1, c.width)

@@ -65,6 +65,7 @@ class Compiled:
         self.name, self.config, self.mesh, self.make = name, config, mesh, make
         self.plain = dataclasses.replace(config, kernels=selection.PLAIN)
         self.executable: Any = None
+        self.kernels = config.kernels  # of the program that was made at last
 
     def __call__(self, clock: Clock, *args: Any) -> Any:
         if self.executable is None:
@@ -80,13 +81,17 @@ class Compiled:
         """
         options = chips.compiler_options(self.mesh.devices.flat[0].device_kind)
         lowered = lowered or self.lowered(*args)
-        plain = lambda: self.lower(*args, config=self.plain).compile(options)  # noqa: E731
+        plain = lambda: self._lower_plain(*args).compile(options)  # noqa: E731
         return selection.fallback(lambda: lowered.compile(options), plain, self.name)
 
     def lowered(self, *args: Any) -> Any:
         """The program that the compiler is shown: plain XLA where a kernel cannot be traced."""
-        plain = lambda: self.lower(*args, config=self.plain)  # noqa: E731
+        plain = lambda: self._lower_plain(*args)  # noqa: E731
         return selection.fallback(lambda: self.lower(*args), plain, self.name)
+
+    def _lower_plain(self, *args: Any) -> Any:
+        self.kernels = selection.PLAIN
+        return self.lower(*args, config=self.plain)
 
     def lower(self, *args: Any, config: RunConfig | None = None) -> Any:
         """Traced for the mesh, which may lack its devices."""
@@ -141,7 +146,8 @@ def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) ->
     Args:
         codebook: codes that came with imported weights; by default those that the config makes.
     """
-    return _program(shape_of(config), eos_id, codebook)
+    kernels = selection.resolved(config, jax.devices()[0].device_kind)
+    return _program(dataclasses.replace(shape_of(config), kernels=kernels), eos_id, codebook)
 
 
 @lru_cache(maxsize=32)

@@ -10,6 +10,7 @@ os.environ.setdefault(
     " --xla_llvm_disable_expensive_passes=true",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["PRIME_JAX_CACHE"] = "/nonexistent"  # what a developer has measured counts for nothing
 
 import pytest
 from hypothesis import settings

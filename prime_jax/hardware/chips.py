@@ -47,6 +47,11 @@ class Chip:
     summed_whole: bool = False
     aliases: tuple[str, ...] = ()
 
+    @property
+    def device_kind(self) -> str:
+        """All of what JAX calls one."""
+        return self.kind
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tpu(Chip):
@@ -87,6 +92,10 @@ class Gpu(Chip):
     shared_block: int
     cache: int
     gigahertz: float
+
+    @property
+    def device_kind(self) -> str:
+        return self.full_name
 
 
 # Peaks, HBM and links: Cloud TPU's page of each version ("ICI bandwidth", in bits, counts one way)

@@ -30,7 +30,8 @@ from prime_jax.kernels.attention_mask import (
     fitted,
     head_lanes,
 )
-from prime_jax.kernels.common import NEG, on_tpu, platform
+from prime_jax.kernels.common import NEG, on_tpu, target_kind
+from prime_jax.kernels.selection import default_attention
 
 QUERY_ROWS = 256  # of a block: large enough for the cores, small enough for their caches
 
@@ -74,8 +75,8 @@ def attention(
         segment_ids_BxL: int32; positions see each other only within a run of equal ids, and
             nothing where the id is negative.
         implementation: `pallas` (interpreted, slowly, on a CPU), `splash`, `cudnn` (XLA where
-            cuDNN has no kernel), `xla`, `scan`, or `auto`: the best that serves these shapes on
-            the platform that the program is traced for.
+            cuDNN has no kernel), `xla`, `scan`, or `auto`: the default for the device
+            that the program is traced for.
         blocks: of `pallas`: queries and keys of a block; empty for the default.
         block_length: above 0 for block diffusion: tokens of a block; L counts both copies, and
             so do the segment ids. Not for `pallas`.
@@ -84,7 +85,8 @@ def attention(
         UserError: unknown implementation, or blocks of another form.
     """
     if implementation == "auto":
-        implementation = _best(q_BxLxHxK, block_length)
+        length = q_BxLxHxK.shape[1]
+        implementation = default_attention(target_kind(), length, block_length).implementation
     if implementation == "pallas":
         if block_length:
             raise UserError("attention implementation pallas has no block diffusion; use splash")
@@ -117,18 +119,6 @@ def attention_to_kept(q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, last_BxL) -> jax.Array:
     return jax.nn.dot_product_attention(
         q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, mask=mask_BxLxM[:, None], implementation="xla"
     )
-
-
-def _best(q_BxLxHxK: jax.Array, block_length: int) -> str:
-    _, length, _, size = q_BxLxHxK.shape
-    if platform() == "tpu":
-        from prime_jax.kernels import attention_mosaic
-
-        # A whole head lies in VMEM; splash attention streams it, at any length and for any rule.
-        fits = attention_mosaic.fits(length, size, q_BxLxHxK.dtype.itemsize)
-        return "pallas" if fits and not block_length else "splash"
-    gpu = "scan" if block_length else "cudnn"  # which would want the rule as a bias [B, H, L, L]
-    return {"cpu": "scan", "gpu": gpu}.get(platform(), "xla")
 
 
 def _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length, library="xla"):

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from prime_jax.hardware.chips import MIB
 from prime_jax.kernels.attention_mask import SAVED, Blocks, Visits, fitted, head_lanes, visits
-from prime_jax.kernels.common import LANES, LOG2E, NEG, Case, ceil_to, dot, vmem_capacity
+from prime_jax.kernels.common import LANES, LOG2E, NEG, Case, ceil_to, dot
 
 ONES = 16  # rows of ones, a whole tile of bfloat16
 PART = 512  # keys of a block that the forward pass takes at a time
@@ -50,11 +50,6 @@ def vmem_bytes(length: int, size: int, itemsize: int, blocks: Sequence[int] = ()
     whole = length * size * (6 * itemsize + 4)  # q, dout, dq, each twice; the float32 sum of dq
     by_keys = keys * size * (9 * itemsize + 8)  # k, v, dk, dv twice; k transposed; two sums
     return whole + by_keys + keys * queries * (8 + 3 * itemsize)  # scores and what is made of them
-
-
-def fits(length: int, size: int, itemsize: int) -> bool:
-    """Whether a head fits into the VMEM of the chip that the program is traced for."""
-    return vmem_bytes(length, size, itemsize) <= vmem_capacity()
 
 
 def masked_attention(

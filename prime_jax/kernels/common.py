@@ -15,25 +15,15 @@ NEG = -1e30  # finite stand-in for -inf: no NaN from inf - inf
 LOG2E = math.log2(math.e)
 
 
-def target_device() -> Any:
-    """What the surrounding program is traced for: its mesh's device, or this machine's first."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
 def target_kind() -> str:
-    """Its device kind."""
-    return target_device().device_kind
+    """Device kind that the surrounding program is traced for: its mesh's, or this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind
 
 
 def on_tpu() -> bool:
     """Whether Mosaic's kernels run there; elsewhere they are interpreted."""
     return target_kind().startswith("TPU")
-
-
-def platform() -> str:
-    """Its platform: cpu, gpu or tpu."""
-    name = target_device().platform
-    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def vmem_capacity() -> int:

@@ -64,6 +64,11 @@ def subtoken_embedding(
     return x_NxD.reshape(*shape, width)
 
 
+def subtoken_embedding_reference(kind, table_TxRxE, digits_NxS, width) -> jax.Array:
+    """Twin of `subtoken_embedding`: every digit's row is looked up."""
+    return _gather(kind, table_TxRxE, digits_NxS, width)
+
+
 def resolve(implementation: str, kind: str, slots: int, rows: int) -> str:
     """The way in which S tables of R rows are read: one of the four of this module."""
     limit = PALLAS_ROWS if implementation == "pallas" else MULTI_HOT_ROWS

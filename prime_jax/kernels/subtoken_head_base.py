@@ -35,7 +35,8 @@ class Head:
         carry_over: restrict the softmax to the tokens consistent with the visible sub-tokens.
         loss: the quantity that `subtoken_loss` differentiates.
         implementation: `pallas` needs one word per code and at most 127 columns, else XLA serves.
-        blocks: (rows, head rows, head rows at a time) of the Pallas kernels; empty for their own.
+        blocks: (rows, head rows, head rows at a time) of the Pallas kernels, (rows,) of a chunk of
+            the XLA form; empty for their own.
         axis_name: mesh axis of the surrounding `shard_map` over which head rows are split, each
             device holding ceil(V / devices) of them (the last ones padded). Hidden states and
             results are the same on all devices of the axis; gradients are taken inside.

@@ -7,6 +7,7 @@ others before every step of the loop what to do.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -39,6 +40,7 @@ def work(
     *,
     slice: str = "",
     minutes: float | None = None,
+    tune: bool = False,
     trainer: Trainer | None = None,
     console: Console | None = None,
     heartbeat_seconds: float = 30.0,
@@ -51,6 +53,7 @@ def work(
         root: the sweep.
         slice: canonical name of this machine; runs planned for another one are left alone.
         minutes: when this machine is taken away, counted from now.
+        tune: measure the kernels first, for what is open, if the sweep has no table of this chip.
         trainer: `prime_jax.train` unless a test brings its own.
         console: where progress goes.
         heartbeat_seconds: between two heartbeats.
@@ -70,7 +73,9 @@ def work(
     group = distributed.start(lambda text: console.print(text, highlight=False, soft_wrap=True))
     leads = group is None or group.process == 0
     with signals(group) as stopping, WorkerProgress.open(console) as progress:
-        trainer = trainer or _jax_trainer(root)
+        trainer = trainer or JaxTrainer(root)
+        if leads and isinstance(trainer, JaxTrainer):
+            trainer.choose(root, slice if tune else None, progress.log)
         worker = Worker(
             root=root,
             trainer=trainer,
@@ -230,15 +235,38 @@ def _compiled_shape(run: Run) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _jax_trainer(root: Path) -> Trainer:
-    import jax
+class JaxTrainer:
+    """`prime_jax.train`, with the kernels that were measured for a sweep on this kind of chip."""
 
-    from prime_jax import train
+    def __init__(self, root: Path):
+        import jax
 
-    cache = root / "cache" / "xla"
-    cache = cache if storage.is_remote(root) else cache.absolute()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    return train
+        from prime_jax import train
+
+        cache = root / "cache" / "xla"
+        cache = cache if storage.is_remote(root) else cache.absolute()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        self.Preempted, self.Stopped, self.look = train.Preempted, train.Stopped, train.look
+        self.train = train.train
+
+    def choose(self, root: Path, tune_for: str | None, log: Callable[[str], None]) -> None:
+        """Read the table, or first make it.
+
+        Args:
+            tune_for: the slice whose open runs give the shapes; None makes no table.
+        """
+        import jax
+
+        from prime_jax import tuned
+        from prime_jax.kernels import tune
+
+        kind = jax.local_devices()[0].device_kind
+        if tune_for is not None and not storage.exists(tuned.file_of(kind, root)):
+            runs = state.open_runs(root, tune_for)
+            configs = [from_dict(RunConfig, run.spec["config"], run.id) for run in runs]
+            made = tune.tune(configs, progress=log)
+            log(f"kernels measured: {tuned.save(made, root, replace=False)}")
+        self.train = functools.partial(self.train, choices=tuned.load(kind, root))
 
 
 @contextlib.contextmanager
