@@ -165,6 +165,17 @@ def cut(inputs: Inputs, length_B: jax.Array) -> Inputs:
     )
 
 
+def guided(h_BxLxD: jax.Array, unprompted_BxLxD: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """Classifier-free guidance: hidden states whose logits are z' + (1 + scale) (z - z').
+
+    Logits are linear in the hidden states, so these are moved instead; a bound stays one, of the
+    guided model. z' are those of a network that does not see the prompt.
+    """
+    dtype = jnp.promote_types(h_BxLxD.dtype, jnp.float32)
+    h, u = h_BxLxD.astype(dtype), unprompted_BxLxD.astype(dtype)
+    return (u + (1 + scale) * (h - u)).astype(h_BxLxD.dtype)
+
+
 def loss_sums(
     head: Head, network: Network, inputs: Inputs, dropout_key=None, row_B=None
 ) -> HeadLoss:
