@@ -281,19 +281,19 @@ def show_status(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from prime_jax.hardware.prices import load_prices
-    from prime_jax.sweep import live, state, status
+    from prime_jax.sweep import state, status
 
     state.check_root(args.root)
     prices = load_prices(args.prices) if args.prices else None
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            live.watch(args.root, Console(), prices)
+            status.watch(args.root, Console(), prices)
         return
     runs = state.list_runs(args.root)
     if args.json:
         print(json.dumps(status.as_dicts(runs), indent=2))
     else:
-        status.show(runs, Console(), live.summary(runs, prices))
+        status.show(runs, Console(), status.summary(runs, prices))
 
 
 def report(args: argparse.Namespace) -> int:
