@@ -89,7 +89,7 @@ def evaluate(
         kept = Partial(path, identity, len(window))
         told = functools.partial(tick, name, len(window))
         drawn = scorer.draws(
-            name, estimator=texts.windows, token_ExL=rows, levels=window, replicates=kept, tick=told
+            name, windows=texts.windows, rows=rows, window=window, partial=kept, tick=told
         )
         for label, nats in sorted(drawn.items(), key=lambda item: item[0] != name):
             shaped = nats.reshape(count, -1)
