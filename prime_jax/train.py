@@ -157,9 +157,10 @@ class Run:
             begun = next((read_json(file) for file in files if storage.exists(file)), None)
         config = self.config
         if begun := distributed.broadcast(begun):
-            config = selection.recorded(self.config, begun, kind) or config
-            if begun["device_kind"] != kind:
-                self.log(f"kernels chosen anew: the run began on {begun['device_kind']}")
+            kept = selection.recorded(config, begun, kind)
+            if kept is None:
+                self.log(f"kernels chosen anew: the run began on {begun.get('device_kind')}")
+            config = kept or config
         named = None
         if distributed.is_writer():  # whose tables count for all processes
             choices = tuned.load(kind) if choices is None else choices
