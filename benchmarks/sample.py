@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 from prime_jax import model  # noqa: E402
 from prime_jax.config import DataConfig, ModelConfig, RunConfig, SubtokenConfig  # noqa: E402
 from prime_jax.sample import Options, Sampler  # noqa: E402
-from prime_jax.sample.orders import idle_share, plan  # noqa: E402
+from prime_jax.sample.orders import idle_fraction, plan  # noqa: E402
 from prime_jax.subtokens import Codebook  # noqa: E402
 
 VOCAB, LAYERS, WIDTH = 4096, 2, 128
@@ -101,7 +101,7 @@ def _row(name: str, sampler: Sampler, batch: int, args: argparse.Namespace) -> N
     plain, cached = (batch * args.length / statistics.median(turn) for turn in seconds)
     hidden = np.ones((args.length, sampler.codebook.length), bool)
     rng = np.random.default_rng(0)
-    idle = np.mean([idle_share(plan(sides[0], hidden, rng)) for _ in range(50)])
+    idle = np.mean([idle_fraction(plan(sides[0], hidden, rng)) for _ in range(50)])
     expected = (1 - 1 / args.steps) ** hidden.size
     print(
         f"| {name} | {batch} | {idle:.1%} ({expected:.1%}) | {warm[0][1]} / {warm[1][1]} "

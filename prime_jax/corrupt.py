@@ -1,7 +1,7 @@
-"""The forward process: which sub-tokens are hidden, as a pure function of (seed, step, row).
+"""The forward process: which sub-tokens are masked, a pure function of (seed, step, row).
 
-Keys are folded per sequence of the global batch, so the same run hides the same sub-tokens on any
-mesh, host count or micro-batch split.
+Keys are folded per sequence of the global batch, so a run masks the same sub-tokens on any mesh,
+number of hosts or micro-batch split.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from prime_jax.config import ObjectiveConfig
 
 
 class Corruption(NamedTuple):
-    """What the forward process did to B sequences of L tokens with S sub-tokens each.
+    """Result of the forward process for B sequences of L tokens with S sub-tokens each.
 
     Attributes:
-        masked_BxLxS: hidden sub-tokens; only target positions are ever hidden.
+        masked_BxLxS: masked sub-tokens; only at target positions.
         weight_BxL: w(t) at each position (1 with the flat weight); one t per block.
         whole_B: sequences whose masks cover whole tokens (granularity mixing).
-        length_B: positions kept by random-length training (L otherwise).
+        length_B: length after the cut of random-length training (L otherwise).
     """
 
     masked_BxLxS: jax.Array
@@ -38,9 +38,9 @@ def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
 
 
 def hide(uniform_BxLxS: jax.Array, alpha_BxL: jax.Array, whole_B: jax.Array) -> jax.Array:
-    """Hide each sub-token with probability 1 - alpha, or whole tokens where `whole_B` says so.
+    """Mask each sub-token with probability 1 - alpha, or whole tokens where `whole_B` is set.
 
-    A token-level mask reuses the first sub-token's draw, so that both branches share keys.
+    A token-level mask reuses the draw of the first sub-token, so that both cases share keys.
     """
     u_BxLxS = jnp.where(whole_B[:, None, None], uniform_BxLxS[..., :1], uniform_BxLxS)
     return u_BxLxS >= alpha_BxL[..., None]
@@ -58,9 +58,9 @@ def corrupt(
 
     Args:
         key: `step_key(seed, step)`, shared by all hosts.
-        row_B: the rows of the global batch held here.
-        count: rows of the global batch (the strata of the times, together with their blocks).
-        target_BxL: positions that are charged for; others stay visible.
+        row_B: rows of the global batch on this device.
+        count: rows of the global batch; the times are stratified over them and their blocks.
+        target_BxL: positions of the loss; others are never masked.
         length: sub-tokens per token, S.
     """
     n_tokens = target_BxL.shape[1]
@@ -77,12 +77,12 @@ def corrupt(
         uniform = jax.random.uniform(mask_key, (n_tokens, length))
         whole = jax.random.uniform(whole_key) < config.token_mask_rho
         cut, size = jax.random.split(length_key)
-        kept = jnp.where(
+        cut_length = jnp.where(
             jax.random.uniform(cut) < config.random_length,
             jax.random.randint(size, (), 1, n_tokens + 1),
             n_tokens,
         )
-        return uniform, whole, kept
+        return uniform, whole, cut_length
 
     uniform_BxLxS, whole_B, length_B = jax.vmap(per_row)(row_keys(rows_key, row_B))
     masked_BxLxS = hide(uniform_BxLxS, schedule.alpha(config, t_BxL), whole_B)

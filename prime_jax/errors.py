@@ -1,12 +1,12 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""Exceptions for wrong input or environment, as opposed to errors of the program."""
 
 
 class UserError(Exception):
-    """Bad input or environment, told in one line: what is wrong, where, and what would be right.
+    """Bad input or environment. The message is one line: what is wrong, where, what is expected.
 
     The command line prints it without a traceback and exits with code 2.
     """
 
 
 class NoData(UserError):
-    """The data of a run is not here: a fault of the machine, which no run is charged for."""
+    """The data of a run is not on this machine; this does not count as a failure of the run."""

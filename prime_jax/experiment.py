@@ -1,6 +1,6 @@
 """Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many.
 
-A dataclass takes whatever it is given, so what a file builds is read again, strictly.
+Dataclasses do not check types, so the config that a file builds is validated again, strictly.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ def load_config(path: str | Path) -> RunConfig:
     """The run of an experiment file, see `call`.
 
     Raises:
-        UserError: also a setting of the wrong type, or none of its choices.
+        UserError: as `call`; a setting of the wrong type, or not one of its choices.
     """
     return typed(call(path, "config", RunConfig), f"{path}: config")
 
 
 def typed(config: RunConfig, where: str) -> RunConfig:
-    """`config` with every value of the type that its setting declares.
+    """`config`, checked: every value has the type that its setting declares.
 
     Raises:
-        UserError: a value that is not, with what the setting allows.
+        UserError: a value of another type, with what the setting allows.
     """
     return from_dict(RunConfig, to_dict(config), where)
 
@@ -40,8 +40,8 @@ def call(path: str | Path, function: str, returns: type[T]) -> T:
     """Execute an experiment file and return what its `function()` returns.
 
     Raises:
-        UserError: no such file, a syntax error, an exception while it runs (each with its line),
-            no such function, or a result of another type.
+        UserError: no such file, a syntax error or an exception (each with its line), no such
+            function, or a result of another type.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,7 +61,7 @@ def guarded(path: Path, run: Callable[[], T]) -> T:
     """`run()`, which executes code of the experiment file `path`.
 
     Raises:
-        UserError: in place of any exception, with the line of the file if it is known.
+        UserError: for any exception, with the line of the file if it is known.
     """
     try:
         return run()
@@ -79,7 +79,7 @@ def guarded(path: Path, run: Callable[[], T]) -> T:
 
 
 def _what(error: Exception, known: Mapping[str, Any]) -> str:
-    """An exception in words; for a keyword that a class in `known` lacks, the nearest that it has."""
+    """Message for an exception; for an unknown keyword of a class in `known`, the nearest one."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     cls = known.get(found[1]) if found else None
     if not dataclasses.is_dataclass(cls):

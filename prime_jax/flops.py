@@ -1,7 +1,7 @@
 """Exact parameter counts and training FLOPs of a run, in two conventions (theory.md, "FLOPs").
 
-* `reference`: what the authors report, `6 * 12 width^2 layers` per token, whatever the model is.
-* `matmul`: every matrix product of one training step, forward and backward, for the model as built.
+* `reference`: as published, `6 * 12 width^2 layers` per token for every model.
+* `matmul`: every matrix product of one training step, forward and backward, of the actual model.
 """
 
 from typing import Literal, get_args
@@ -12,16 +12,16 @@ from prime_jax.errors import UserError
 
 Convention = Literal["matmul", "reference"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
-BACKWARD = 3  # forward, plus a product for each of the two factors' gradients
+BACKWARD = 3  # forward and backward over forward: one product, and one per factor's gradient
 
 
 def param_counts(config: RunConfig) -> dict[str, int]:
-    """Numbers of parameters under the four names that every result carries.
+    """Parameter counts in the four conventions that every result has.
 
     Returns:
-        `total`: all trained numbers (a tied head counts once).
+        `total`: all trained parameters (a tied head counts once).
         `nonembedding`: without the embedding tables and the head.
-        `nonembedding_plus_head`: with the head `[V, width]`, tied or not, since it computes either way.
+        `nonembedding_plus_head`: with the head `[V, width]`, tied or not, since it is computed.
         `reference`: the published convention, `12 width^2 layers`.
     """
     m = config.model
@@ -38,14 +38,14 @@ def param_counts(config: RunConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: RunConfig, convention: Convention) -> float:
-    """Training FLOPs per token, a multiply-add being two.
+    """Training FLOPs per token; a multiply-add counts as two.
 
-    Block diffusion trains on two copies of a sequence: in both conventions its layers count twice.
-    `matmul` counts attention scores and values that the mask lets through (half of them under the
-    causal mask of ARM; seq_len + block_length keys for a token's two copies together), the
-    head, and the marginal columns `P @ onehot(C)` of the marginal loss (forward and one backward
-    product: the codebook has no gradient). The embedding is a lookup, hence 0; recomputation is
-    not counted.
+    Block diffusion reads a sequence twice, noisy and clean: in both conventions its layers count
+    twice. `matmul` counts attention scores and values that the mask allows (half of them under the
+    causal mask of ARM; seq_len + block_length keys for a token's noisy and clean position
+    together), the head, and the marginal columns `P @ onehot(C)` of the marginal loss (forward and
+    one backward product: the codebook has no gradient). The embedding is a lookup, so 0;
+    recomputation is not counted.
 
     Raises:
         UserError: no such convention.
@@ -73,11 +73,11 @@ def train_flops(config: RunConfig, convention: Convention) -> float:
 def evaluation_flops(config: RunConfig, convention: Convention) -> float:
     """FLOPs of one evaluation: R forward passes over its blocks for each estimator, one for ARM.
 
-    A bound with T steps reads a block T times. 0 where all blocks are to be taken, however many.
+    `finite:T` is counted as T passes. 0 if `eval.examples` is 0 (all blocks).
     """
     e, names = config.eval, set(config.eval.estimators) - {"ar"}
     if config.subtokens.length == 1 and "subtoken" in names:
-        names -= {"token"}  # the same
+        names -= {"token"}  # the same number
     times = sum(int(name.partition("finite:")[2] or 1) for name in names)
     passes = 1 if config.family == "arm" else e.replicates * times
     tokens = e.examples * config.data.seq_len
@@ -85,7 +85,7 @@ def evaluation_flops(config: RunConfig, convention: Convention) -> float:
 
 
 def _layer_matrices(m: ModelConfig) -> int:
-    """Weights of one layer that take part in matrix products."""
+    """Weights of one layer in matrix products."""
     kv_width = m.width // m.heads * (m.kv_heads or m.heads)
     attention = 2 * m.width * m.width + 2 * m.width * kv_width  # q, output; k, v
     return attention + 3 * m.width * (m.ffn_multiple * m.width)
@@ -102,7 +102,7 @@ def _embedding(config: RunConfig) -> int:
 
 
 def _marginal_columns(config: RunConfig) -> int:
-    """Columns `l * b` of the codebook; none where a token is one sub-token or the loss is joint."""
+    """Columns `l * b` of the codebook; 0 if l = 1 or the loss is joint."""
     length = config.subtokens.length
     if config.family != "prime" or length == 1 or config.objective.loss == "joint":
         return 0

@@ -1,8 +1,8 @@
 """One transformer for all families: sub-token digits in, hidden states and head rows out.
 
 Pre-norm RMSNorm, SwiGLU, RoPE over tokens, RMSNorm on q and k per head, no biases (theory.md,
-"The backbone"). The network never sees the time; L positions, not l * L. Activations are kept as
-[B*L, D] between the attention calls, which is what XLA's CPU and TPU matmuls like best.
+"The backbone"). The time is not an input; there are L positions, not l * L. Activations have shape
+[B*L, D] between the attention calls, which is fastest for XLA's matmuls on CPU and TPU.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 
 from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.kernels import selection
-from prime_jax.kernels.attention import attention, attention_to_kept
+from prime_jax.kernels.attention import attention, attention_to_cache
 from prime_jax.kernels.attention_mask import SAVED
 from prime_jax.kernels.common import target_kind
 from prime_jax.kernels.embedding import subtoken_embedding
@@ -31,7 +31,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def rope_tables(
     length: int, size: int, base: float, rounded: str = "float32"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """cos, sin float32 [L, K/2] of the rotate-half convention, rounded to a dtype before."""
+    """cos, sin float32 [L, K/2] of the rotate-half convention, first rounded to `rounded`."""
     angle = np.arange(length)[:, None] / base ** (np.arange(0, size, 2) / size)
     cos, sin = (f(angle).astype(jnp.dtype(rounded)) for f in (np.cos, np.sin))
     return cos.astype(np.float32), sin.astype(np.float32)
@@ -45,7 +45,7 @@ def rotate(x_BxLxHxK: jax.Array, cos_BxLxK: jax.Array, sin_BxLxK: jax.Array) -> 
 
 
 def dropout(x_NxD: jax.Array, keys_B: jax.Array | None, rate: float, salt: jax.Array) -> jax.Array:
-    """Dropout keyed per sequence, so that it does not depend on the mesh; off without keys."""
+    """Dropout with a key per sequence, so independent of the mesh; off without keys."""
     if keys_B is None or rate == 0.0:
         return x_NxD
     shape = (x_NxD.shape[0] // keys_B.shape[0], x_NxD.shape[1])
@@ -58,10 +58,10 @@ def dropout(x_NxD: jax.Array, keys_B: jax.Array | None, rate: float, salt: jax.A
 
 
 class Cache(NamedTuple):
-    """Keys and values of what Z layers have read, so that a sequence can be read in parts.
+    """KV cache of Z layers, so that a sequence can be read in parts.
 
     Attributes:
-        k_ZxBxMxGxK, v_ZxBxMxGxK: room for M positions; those from `length_B` on are not yet read.
+        k_ZxBxMxGxK, v_ZxBxMxGxK: capacity of M positions; those from `length_B` on are not used.
         length_B: positions read of each sequence.
     """
 
@@ -70,18 +70,18 @@ class Cache(NamedTuple):
     length_B: jax.Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, room: int) -> "Cache":
+    def empty(cls, config: ModelConfig, batch: int, capacity: int) -> "Cache":
         groups = config.kv_heads or config.heads
-        shape = (config.layers, batch, room, groups, config.width // config.heads)
+        shape = (config.layers, batch, capacity, groups, config.width // config.heads)
         zeros = jnp.zeros(shape, config.dtype)
         return cls(zeros, zeros, jnp.zeros(batch, jnp.int32))
 
 
-def _written(kept_BxMxGxK: jax.Array, new_BxLxGxK: jax.Array, start_B: jax.Array) -> jax.Array:
-    def write(kept, new, start):
-        return jax.lax.dynamic_update_slice_in_dim(kept, new, start, axis=0)
+def _updated(old_BxMxGxK: jax.Array, new_BxLxGxK: jax.Array, start_B: jax.Array) -> jax.Array:
+    def write(old, new, start):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
 
-    return jax.vmap(write)(kept_BxMxGxK, new_BxLxGxK, start_B)
+    return jax.vmap(write)(old_BxMxGxK, new_BxLxGxK, start_B)
 
 
 class Block(nn.Module):
@@ -95,8 +95,8 @@ class Block(nn.Module):
     shardings: Shardings = WHOLE
 
     @nn.compact
-    def __call__(self, x_NxD, layer, kept, segment_ids_BxL, keys_B, start_B):
-        """`kept` are the layer's (keys, values) of a `Cache`, which come back extended, or None."""
+    def __call__(self, x_NxD, layer, kv, segment_ids_BxL, keys_B, start_B):
+        """`kv`: the layer's (keys, values) of a `Cache`, returned updated, or None."""
         c = self.config
         size, ffn = c.width // c.heads, c.ffn_multiple * c.width
         split = self.shardings.model
@@ -122,29 +122,29 @@ class Block(nn.Module):
             return leave_split(y_NxD) if split > 1 else y_NxD
 
         h_NxD = columns(norm("attention_norm", x_NxD))
-        # Columns by group: its query heads, its key, its value. So groups can be split.
+        # Columns by group (its query heads, its key, its value), so that groups can be split.
         qkv = h_NxD @ weight("qkv", (c.width, groups * (shared + 2) * size), inward)
         qkv = qkv.reshape(-1, self.length, groups // split, shared + 2, size)
         q, k, v = jnp.split(qkv, [shared, shared + 1], axis=3)
         q, k, v = (y.reshape(*y.shape[:2], -1, size) for y in (q, k, v))
         if c.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
-        if kept is None:
-            copies = 2 if self.block_length else 1  # which share their positions
+        if kv is None:
+            copies = 2 if self.block_length else 1  # noisy and clean have the same positions
             tables = rope_tables(self.length // copies, size, c.rope_base, c.rope_tables)
             tables = [np.tile(x, (copies, 1))[None] for x in tables]
             q, k = rotate(q, *tables), rotate(k, *tables)
-            self.sow("attention", "query_key", (q, k))  # nothing, unless `apply` asks for it
+            self.sow("attention", "query_key", (q, k))  # stored only if `apply` collects it
             see = (self.causal, segment_ids_BxL, *self.attention[:2], self.block_length)
             a = attention(q, k, v, *see)
         else:
             at_BxL = start_B[:, None] + jnp.arange(self.length)
-            tables = rope_tables(kept[0].shape[1], size, c.rope_base, c.rope_tables)
+            tables = rope_tables(kv[0].shape[1], size, c.rope_base, c.rope_tables)
             tables = [jnp.asarray(x)[at_BxL] for x in tables]
             q, k = rotate(q, *tables), rotate(k, *tables)
-            kept = tuple(_written(old, new, start_B) for old, new in zip(kept, (k, v), strict=True))
+            kv = tuple(_updated(old, new, start_B) for old, new in zip(kv, (k, v), strict=True))
             last_BxL = at_BxL if self.causal else jnp.broadcast_to(at_BxL[:, -1:], at_BxL.shape)
-            a = attention_to_kept(q, *kept, last_BxL)
+            a = attention_to_cache(q, *kv, last_BxL)
         a_NxD = a.reshape(x_NxD.shape[0], -1) @ weight(
             "attention_out", (c.width, c.width), residual
         )
@@ -154,7 +154,7 @@ class Block(nn.Module):
         gate_NxF = h_NxD @ weight("gate", (c.width, ffn), inward)
         h_NxF = jax.nn.silu(gate_NxF) * (h_NxD @ weight("up", (c.width, ffn), inward))
         m_NxD = summed(h_NxF @ weight("down", (ffn, c.width), residual))
-        return x_NxD + dropout(m_NxD, keys_B, c.dropout, 2 * layer + 1), kept
+        return x_NxD + dropout(m_NxD, keys_B, c.dropout, 2 * layer + 1), kv
 
 
 class Transformer(nn.Module):
@@ -163,11 +163,11 @@ class Transformer(nn.Module):
     Attributes:
         slots: sub-tokens per token, S.
         base: digits per slot; the digit `base` is the mask (for ARM: BOS).
-        attention, embedding: what computes them.
+        attention, embedding: their implementations.
         remat: `none`, `dots` (keep matmul outputs) or `full` (recompute each block).
-        block_length: above 0 for block diffusion. The digits are then two copies of a sequence
-            [B, 2, L, S], noisy and clean, and the hidden states those of the noisy one
-            (kernels/attention.py). One copy [B, L, S] stands for both: a text that is being written.
+        block_length: above 0 for block diffusion. The digits are then [B, 2, L, S], a noisy and a
+            clean sequence, and the hidden states are those of the noisy one
+            (kernels/attention.py). Digits [B, L, S] are used for both (sampling).
     """
 
     config: ModelConfig
@@ -190,9 +190,9 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, ...]:
         """Hidden states [B, L, D] and head rows [V, D] in code order, both in `config.dtype`.
 
-        With a cache the digits continue what it holds: all of that is visible, and the cache,
-        extended, is returned as well. Segments are not supported there. Block diffusion then reads
-        one copy of one block: noisy to denoise it, clean to keep it for the blocks behind it.
+        With a cache the digits continue the cached positions, all of which are visible, and the
+        updated cache is returned as well; segments are not supported. Block diffusion then reads
+        one block at a time: noisy to denoise it, clean to add it to the cache.
         """
         c = self.config
 
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         rows, size = self.base + 1, c.width if c.embedding == "sum" else c.width // self.slots
         tables = 1 if c.embedding == "cat_shared" else self.slots
         init = nn.initializers.normal(c.init_std)
-        # Read in float32, so that the gradient of a frequent token is summed in it.
+        # In float32, so that gradients of frequent tokens are summed in float32.
         table_TxRxE = weight("embedding", (tables, rows, size)).astype(jnp.float32)
         digits_NxS = digits_BxLxS.reshape(-1, self.slots)
         x_NxD = subtoken_embedding(
@@ -221,34 +221,18 @@ class Transformer(nn.Module):
             implementation=self.embedding.implementation,
             dtype=c.dtype,
         )
-        block = Block
-        if self.remat != "none":
-            policies = jax.checkpoint_policies
-            dots = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable,
-                policies.save_only_these_names(SAVED),
-            )
-            policy = dots if self.remat == "dots" else None
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
-            block,
+            _recomputed(Block, self.remat),
             variable_axes={"params": 0, "attention": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
-        )(
-            c,
-            self.causal,
-            length,
-            self.attention,
-            self.block_length,
-            self.shardings,
-            name="layers",
+        )(c, self.causal, length, self.attention, self.block_length, self.shardings, name="layers")
+        kv, start_B = (None, None) if cache is None else (cache[:2], cache.length_B)
+        x_NxD, kv = layers(
+            x_NxD, jnp.arange(c.layers), kv, segment_ids_BxL, dropout_keys_B, start_B
         )
-        kept, start_B = (None, None) if cache is None else (cache[:2], cache.length_B)
-        see = (segment_ids_BxL, dropout_keys_B, start_B)
-        x_NxD, kept = layers(x_NxD, jnp.arange(c.layers), kept, *see)
-        if noisy_and_clean:  # the clean copy was there to be seen
+        if noisy_and_clean:  # the clean part is only context
             length //= 2
             x_NxD = x_NxD.reshape(batch, 2, -1)[:, 0].reshape(-1, c.width)
         scale = self.param("final_norm", nn.initializers.ones, (c.width,))
@@ -260,14 +244,25 @@ class Transformer(nn.Module):
         h_BxLxD = h_NxD.reshape(batch, length, c.width)
         if cache is None:
             return h_BxLxD, head_VxD
-        return h_BxLxD, head_VxD, Cache(*kept, start_B + length)
+        return h_BxLxD, head_VxD, Cache(*kv, start_B + length)
+
+
+def _recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """`block`, whose backward pass recomputes what `remat` does not keep."""
+    if remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    )
+    return nn.remat(block, prevent_cse=False, policy=dots if remat == "dots" else None)
 
 
 def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -> Transformer:
     """The network of a run: causal for ARM, bidirectional otherwise.
 
     Args:
-        shardings: of the parameters that `apply` is given; `init` makes whole ones by default.
+        shardings: of the parameters passed to `apply`; by default they are not sharded.
     """
     device_kind = target_kind()
     return Transformer(

@@ -1,9 +1,9 @@
 """ARM, MDM and MDM-Prime behind one signature: a batch of tokens in, loss sums out.
 
 The network is any function from digits to (hidden states, head rows): the transformer in training,
-a probability table in the enumeration tests. ARM reads BOS, x_1 .. x_{L-1} and is charged for
-x_1 .. x_L; a diffusion model is charged for its hidden sub-tokens, weighted by w(t). Every family
-is charged for the same targets (theory.md, "Two losses").
+a probability table in the enumeration tests. ARM reads BOS, x_1 .. x_{L-1} and predicts x_1 .. x_L;
+the loss of a diffusion model is over its masked sub-tokens, weighted by w(t). The targets are the
+same for every family (theory.md, "Two losses").
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ Network = Callable[..., tuple[jax.Array, jax.Array]]  # digits, segment ids, dro
 
 
 class Inputs(NamedTuple):
-    """What the network sees and what it is charged for.
+    """Inputs of the network and of the loss.
 
     Attributes:
-        digits_BxLxS: network input; the digit b stands for "masked" (ARM: BOS). In block diffusion
-            [B, 2, L, S]: noisy, and clean, of which a position sees the blocks before its own.
-        token_BxL: the truth.
+        digits_BxLxS: network input; the digit b means "masked" (ARM: BOS). In block diffusion
+            [B, 2, L, S]: noisy and clean; a noisy block attends to the clean blocks before it.
+        token_BxL: the true tokens.
         masked_BxLxS: sub-tokens to predict (all of them for ARM).
         weight_BxL: weight of each position's loss; 0 where it is not a target.
         target_BxL: positions that count in the denominator.
-        segment_ids_BxL: attention segments, or None where everything sees everything.
+        segment_ids_BxL: attention segments, or None for attention between all positions.
         whole_BxL: positions revealed token by token (granularity mixing), or None.
     """
 
@@ -64,7 +64,7 @@ def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = Non
 
 
 def segments(config: RunConfig, token_BxL: jax.Array, eos_id: int) -> jax.Array | None:
-    """Document index of every position if the run keeps attention inside documents, else None."""
+    """Document index of every position if attention is restricted to documents, else None."""
     if not config.data.segment_ids:
         return None
     ends_BxL = (token_BxL == eos_id).astype(jnp.int32)
@@ -72,14 +72,14 @@ def segments(config: RunConfig, token_BxL: jax.Array, eos_id: int) -> jax.Array 
 
 
 def targets(config: RunConfig, token_BxL: jax.Array, eos_id: int) -> jax.Array:
-    """Positions charged for: all, or all but EOS where segment ids give the lengths away."""
+    """Positions of the loss: all, or all but EOS where segment ids reveal the lengths."""
     if config.data.segment_ids:
         return token_BxL != eos_id
     return jnp.ones(token_BxL.shape, bool)
 
 
 def autoregressive_inputs(config: RunConfig, book: Codebook, token_BxL, eos_id) -> Inputs:
-    """ARM: shift right behind a BOS, which also opens every segment."""
+    """ARM: shift right, with a BOS at the start of the sequence and of every segment."""
     segment_BxL = segments(config, token_BxL, eos_id)
     digit_BxL = jnp.asarray(book.digits)[token_BxL, 0]
     shifted_BxL = jnp.pad(digit_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=book.base)
@@ -100,7 +100,7 @@ def autoregressive_inputs(config: RunConfig, book: Codebook, token_BxL, eos_id) 
 def masked_inputs(
     config: RunConfig, book: Codebook, token_BxL, masked_BxLxS, weight_BxL, eos_id
 ) -> Inputs:
-    """Diffusion: the given sub-tokens hidden, the others visible."""
+    """Diffusion: the given sub-tokens masked, the others visible."""
     clean_BxLxS = jnp.asarray(book.digits)[token_BxL]
     digits_BxLxS = jnp.where(masked_BxLxS, book.base, clean_BxLxS)
     if config.objective.block_length:
@@ -128,7 +128,7 @@ def training_inputs(
     if config.family == "arm":
         return autoregressive_inputs(config, book, token_BxL, eos_id)
     target_BxL = targets(config, token_BxL, eos_id)
-    hidden = corrupt(
+    corruption = corrupt(
         config.objective,
         key=key,
         row_B=row_B,
@@ -140,28 +140,28 @@ def training_inputs(
         config,
         book=book,
         token_BxL=token_BxL,
-        masked_BxLxS=hidden.masked_BxLxS,
-        weight_BxL=hidden.weight_BxL,
+        masked_BxLxS=corruption.masked_BxLxS,
+        weight_BxL=corruption.weight_BxL,
         eos_id=eos_id,
     )
     if config.objective.token_mask_rho > 0 and book.length > 1:
         inputs = inputs._replace(
-            whole_BxL=jnp.broadcast_to(hidden.whole_B[:, None], token_BxL.shape)
+            whole_BxL=jnp.broadcast_to(corruption.whole_B[:, None], token_BxL.shape)
         )
     if config.objective.random_length > 0:
-        inputs = cut(inputs, hidden.length_B)
+        inputs = cut(inputs, corruption.length_B)
     return inputs
 
 
 def cut(inputs: Inputs, length_B: jax.Array) -> Inputs:
-    """Random-length training: positions from `length_B` on are padding, in a segment of their own."""
-    kept_BxL = jnp.arange(inputs.token_BxL.shape[1]) < length_B[:, None]
+    """Random-length training: positions from `length_B` on are padding, with segment id -1."""
+    inside_BxL = jnp.arange(inputs.token_BxL.shape[1]) < length_B[:, None]
     segment_BxL = inputs.segment_ids_BxL
     segment_BxL = jnp.zeros_like(inputs.token_BxL) if segment_BxL is None else segment_BxL
     return inputs._replace(
-        weight_BxL=inputs.weight_BxL * kept_BxL,
-        target_BxL=inputs.target_BxL & kept_BxL,
-        segment_ids_BxL=jnp.where(kept_BxL, segment_BxL, -1),
+        weight_BxL=inputs.weight_BxL * inside_BxL,
+        target_BxL=inputs.target_BxL & inside_BxL,
+        segment_ids_BxL=jnp.where(inside_BxL, segment_BxL, -1),
     )
 
 

@@ -1,7 +1,7 @@
-"""AdamW with decay on matrices only, and learning rates whose length is a traced value.
+"""AdamW with weight decay on matrices only, and learning-rate schedules with traced settings.
 
-Steps, warm-up and peak are arguments of the compiled step, not constants in it: cells of one shape
-that differ in budget or learning rate share one executable.
+Steps, warm-up and peak are arguments of the compiled step, not constants: cells of one shape that
+differ in budget or learning rate share one executable.
 """
 
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ def horizon(config: RunConfig) -> Horizon:
 def learning_rate(schedule: str, h: Horizon, step: jax.Array) -> jax.Array:
     """Learning rate of step 0, 1, ...: linear warm-up, then cosine to the end or WSD.
 
-    The first step already moves (lr = peak / warmup) and the last one uses the final rate.
+    The first step has lr = peak / warmup, and the last one the final rate.
     """
     rise = jnp.minimum(1.0, (step + 1) / jnp.maximum(h.warmup, 1))
     if schedule == "cosine":
@@ -70,6 +70,6 @@ def apply(params: Any, updates: Any, lr: jax.Array) -> Any:
 
 
 def averaged(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
-    """Exponential moving average, warmed up so that early averages are not the initial values."""
+    """Exponential moving average, with a warm-up so that initial values do not dominate early."""
     d = jnp.minimum(decay, (step + 1) / (step + 10))
     return jax.tree.map(lambda a, p: d * a + (1 - d) * p, ema, params)

@@ -1,8 +1,12 @@
 """Masking schedules: alpha_t, the NELBO weight w(t), and stratified training times.
 
-`alpha` is the probability that a sub-token is still visible at time t. Any schedule gives the same
-bound if 1 - alpha covers [0, 1] (theory.md, "Forward process"); `check` refuses those that do not.
+`alpha` is the probability that a sub-token is visible at time t. Every schedule gives the same bound
+if 1 - alpha covers [0, 1] (theory.md, "Forward process"); `check` rejects others.
 """
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,48 +19,63 @@ LOG_LINEAR_FLOOR = 1e-3  # MDLM's eps: alpha_1
 EDGE = 1e-3  # alpha must reach within this of 1 and of 0
 
 
-def alpha(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
-    """Probability that a sub-token is visible at time t, elementwise."""
-    match config.schedule:
-        case "linear":
-            return 1 - t
-        case "log-linear":
-            return 1 - (1 - LOG_LINEAR_FLOOR) * t
-        case "cosine":
-            return 1 - jnp.cos(jnp.pi / 2 * (1 - t))
-        case "poly":
-            return 1 - t**config.power
-        case "geometric":
-            return jnp.exp(-_sigma(config, t))
+class Schedule(NamedTuple):
+    """How sub-tokens become hidden; both functions are elementwise in t.
 
-
-def weight(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
-    """w(t) = -alpha'_t / (1 - alpha_t), the rate at which masked sub-tokens are revealed.
-
-    With discrete times it is n (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/n: n times the chance
-    that a step reveals a masked sub-token. The mean over the n times is then D3PM's bound.
+    Attributes:
+        hidden: 1 - alpha_t.
+        weight: w(t) = -alpha'_t / (1 - alpha_t), the rate at which hidden ones are revealed.
     """
-    if config.time_steps:
-        n, alpha_t = config.time_steps, alpha(config, t)
-        return n * (alpha(config, t - 1 / n) - alpha_t) / (1 - alpha_t)
-    match config.schedule:
-        case "linear" | "log-linear":
-            return 1 / t
-        case "cosine":
-            return jnp.pi / 2 * jnp.tan(jnp.pi / 2 * (1 - t))
-        case "poly":
-            return config.power / t
-        case "geometric":
-            sigma = _sigma(config, t)
-            return sigma * np.log(config.sigma_max / config.sigma_min) / jnp.expm1(sigma)
+
+    hidden: Callable[[ObjectiveConfig, jax.Array], jax.Array]
+    weight: Callable[[ObjectiveConfig, jax.Array], jax.Array]
+
+
+def _cosine_weight(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
+    """pi / 2 cot(pi t / 2), from the nearer end: there 1 - t, or t, is exact."""
+    angle = jnp.pi / 2 * jnp.minimum(t, 1 - t)
+    tangent = jnp.tan(angle)
+    return jnp.pi / 2 * jnp.where(t < 0.5, 1 / jnp.where(t < 0.5, tangent, 1.0), tangent)
 
 
 def _sigma(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
     return config.sigma_min ** (1 - t) * config.sigma_max**t
 
 
+def _geometric_weight(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
+    sigma = _sigma(config, t)
+    return sigma * math.log(config.sigma_max / config.sigma_min) / jnp.expm1(sigma)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "linear": Schedule(lambda _, t: t, lambda _, t: 1 / t),
+    "log-linear": Schedule(lambda _, t: (1 - LOG_LINEAR_FLOOR) * t, lambda _, t: 1 / t),
+    "cosine": Schedule(lambda _, t: jnp.sin(jnp.pi / 2 * t), _cosine_weight),
+    "poly": Schedule(lambda c, t: t**c.power, lambda c, t: c.power / t),
+    "geometric": Schedule(lambda c, t: -jnp.expm1(-_sigma(c, t)), _geometric_weight),
+}
+
+
+def alpha(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
+    """Probability that a sub-token is visible at time t, elementwise."""
+    return 1 - SCHEDULES[config.schedule].hidden(config, t)
+
+
+def weight(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
+    """The weight of the cost at time t, elementwise: w(t).
+
+    With discrete times it is n (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/n: n times the chance
+    that a step reveals a masked sub-token. The mean over the n times is then D3PM's bound.
+    """
+    chosen, n = SCHEDULES[config.schedule], config.time_steps
+    if n:
+        hidden = chosen.hidden(config, t)
+        return n * (hidden - chosen.hidden(config, t - 1 / n)) / hidden
+    return chosen.weight(config, t)
+
+
 def check(config: ObjectiveConfig) -> None:
-    """Refuse a schedule whose mask probability does not cover [0, 1].
+    """Reject a schedule whose mask probability does not cover [0, 1].
 
     Raises:
         UserError: alpha_0 below 1 - 1e-3 or alpha_1 above 1e-3, with the values.
@@ -72,8 +91,8 @@ def check(config: ObjectiveConfig) -> None:
 
 def stratum(index: jax.Array, count: int) -> jax.Array:
     """Interleaved strata: a permutation of range(count) in which every contiguous run of indices
-    spreads over the whole range, so that each device and micro-batch sees all noise levels."""
-    # As far apart as the golden ratio says, if that many products fit into int32.
+    covers the whole range evenly, so that each device and micro-batch sees all noise levels."""
+    # The stride is count times the golden ratio, but small enough for int32 products.
     stride = max(1, min(round(count * 0.6180339887), (2**31 - 1) // count - 64))
     while np.gcd(stride, count) != 1:
         stride += 1
@@ -85,7 +104,7 @@ def times(config: ObjectiveConfig, offset: jax.Array, row: jax.Array, count: int
 
     Args:
         offset: [] in [0, 1), shared by all hosts (drawn from seed and step).
-        row: int, any shape: the blocks of the global batch that live here (without block
+        row: int, any shape: the blocks of the global batch on this device (without block
             diffusion a sequence is one block).
         count: blocks in the global batch.
     """

@@ -1,7 +1,7 @@
 """The training step: a pure, compiled function of (state, batch, horizon).
 
 Everything that differs between cells of one shape is an argument, so a sweep compiles each shape
-once. A step is a function of (seed, step, tokens): resuming continues to the bit.
+once. A step is a function of (seed, step, tokens): a resumed run is identical bit for bit.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from prime_jax.subtokens import Codebook
 
 
 class State(NamedTuple):
-    """What a checkpoint holds. `ema` is an empty dict unless an average is kept."""
+    """The content of a checkpoint. `ema` is an empty dict without a moving average."""
 
     step: jax.Array
     params: Any
@@ -48,11 +48,11 @@ class Metrics(NamedTuple):
 
 
 class Compiled:
-    """A function of one shape, compiled at its first call; the clock is told how long.
+    """A function of one shape, compiled at its first call and timed by the clock.
 
     Args:
-        name: for the warning that a kernel does not compile and plain XLA takes its place.
-        make: the jitted function that computes what a config says; called inside the mesh.
+        name: for the warning that a kernel does not compile and plain XLA replaces it.
+        make: returns the jitted function for a config; called inside the mesh.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Compiled:
         return self.lower(*args, config=self.plain)
 
     def lower(self, *args: Any, config: RunConfig | None = None) -> Any:
-        """Traced for the mesh, which may lack its devices."""
+        """Lowered for the mesh, which may be abstract."""
         config = config or self.config
         if isinstance(self.mesh, AbstractMesh):
             with jax.sharding.use_abstract_mesh(self.mesh):
@@ -123,7 +123,7 @@ class Program:
 
 
 def shape_of(config: RunConfig) -> RunConfig:
-    """`config` with everything that the compiled step does not depend on set to a constant."""
+    """`config` with all settings that the compiled step does not depend on set to constants."""
     o = dataclasses.replace(
         config.optim, peak_lr=1.0, warmup_steps=0, final_lr_fraction=0.0, cooldown_fraction=0.0
     )
@@ -144,7 +144,7 @@ def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) ->
     """The functions that train `config`; shared by all configs of one shape.
 
     Args:
-        codebook: codes that came with imported weights; by default those that the config makes.
+        codebook: that of imported weights; by default the one that the config describes.
     """
     kernels = selection.resolved(config, jax.devices()[0].device_kind)
     return _program(dataclasses.replace(shape_of(config), kernels=kernels), eos_id, codebook)
@@ -162,9 +162,9 @@ def make_program(
     devices: Sequence[Any] | int,
     codebook: Codebook | None = None,
 ) -> Program:
-    """The program of `config` on `devices`, which may be described by a topology only.
+    """The program of `config` on `devices`, which may be those of a topology description.
 
-    Given just their number, it can be lowered for a TPU and neither compiled nor run.
+    Given only their number, it can be lowered for a TPU but neither compiled nor run.
     """
     codebook = codebook or Codebook.create(config.model.vocab_size, config.subtokens)
     mesh, choice = meshes.make(config, devices)
@@ -193,7 +193,7 @@ def make_program(
 
 
 class Parts(NamedTuple):
-    """What a network is computed from on a mesh; all functions of a program share it."""
+    """What all functions of a program share: config, codebook, mesh and shardings."""
 
     config: RunConfig
     codebook: Codebook
@@ -213,7 +213,9 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     """(clock, seed) -> State, and the shapes and shardings of that state."""
     digits = jnp.zeros((1, config.data.seq_len, codebook.length), jnp.int32)
 
-    plain = dataclasses.replace(config, kernels=selection.PLAIN)  # no kernel makes a parameter
+    plain = dataclasses.replace(
+        config, kernels=selection.PLAIN
+    )  # parameters do not depend on kernels
 
     def values(seed):
         network = build(plain, codebook)
@@ -226,7 +228,7 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
         params = jax.tree.map(place, values(seed), specs)
         ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
         step = place(jnp.zeros((), jnp.int32), sharding.REPLICATED)
-        return State(step, params, tx.init(params), ema)  # which takes over their shardings
+        return State(step, params, tx.init(params), ema)  # which inherits their shardings
 
     compiled = Compiled("initialisation", config, mesh, lambda _: jax.jit(init))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -262,7 +264,7 @@ def _train_function(p: Parts, tx) -> Any:
         return gradient, losses, inputs.target_BxL.sum().astype(jnp.float32)
 
     def device_sums(params, tokens_BxL, row_B, key):
-        """Sums over micro-batches and devices: what is divided is always the whole batch."""
+        """Sums over micro-batches and devices; they are normalised by the whole batch later."""
         split = lambda x: x.reshape(parts, -1, *x.shape[1:])  # noqa: E731
 
         def micro(carry, part):
@@ -275,10 +277,10 @@ def _train_function(p: Parts, tx) -> Any:
             start = (jax.tree.map(jnp.zeros_like, params), HeadLoss(zero, zero), zero)
             total, _ = jax.lax.scan(micro, start, (split(tokens_BxL), split(row_B)))
         gradient, losses, n_tokens = total
-        sums_everywhere = jax.lax.psum((losses, n_tokens), (sharding.REPLICA, sharding.DATA))
-        return p.shardings.summed(gradient, p.specs), *sums_everywhere
+        total_sums = jax.lax.psum((losses, n_tokens), (sharding.REPLICA, sharding.DATA))
+        return p.shardings.summed(gradient, p.specs), *total_sums
 
-    shared = sharding.per_device(
+    all_sums = sharding.per_device(
         device_sums,
         p.mesh,
         (p.specs, sharding.BATCH, sharding.BATCH, sharding.REPLICATED),
@@ -288,7 +290,7 @@ def _train_function(p: Parts, tx) -> Any:
     @jax.jit(donate_argnames="state")
     def train(state: State, tokens_BxL, row_B, seed, horizon: optim.Horizon):
         key = step_key(seed, state.step)
-        gradient, losses, n_tokens = shared(state.params, tokens_BxL, row_B, key)
+        gradient, losses, n_tokens = all_sums(state.params, tokens_BxL, row_B, key)
         gradient = jax.tree.map(lambda g: g / n_tokens, gradient)
         losses = jax.tree.map(lambda x: x / n_tokens, losses)
         lr = optim.learning_rate(config.optim.schedule, horizon, state.step)

@@ -13,7 +13,7 @@ import numpy as np
 from prime_jax.config import SubtokenConfig
 from prime_jax.errors import UserError
 
-MAX_PERMUTED = 1 << 26  # a permutation over all codes is stored whole
+MAX_PERMUTED = 1 << 26  # largest permutation over all codes, which is stored whole
 
 
 def base(vocab_size: int, length: int) -> int:
@@ -33,7 +33,7 @@ def digits_of(codes: np.ndarray, length: int, base: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """One code per token; part of the model, stored with it.
+    """One code per token; part of the model and stored with it.
 
     Attributes:
         length: sub-tokens per token, l.
@@ -50,8 +50,8 @@ class Codebook:
         """The codebook that a config describes.
 
         Raises:
-            UserError: a shuffle over all codes that would be too large to store, or codes that
-                no shuffle makes: they are kept with the weights.
+            UserError: a permutation over all codes that would be too large to store, or codes that
+                came with imported weights and cannot be generated.
         """
         if config.codes:
             raise UserError(
@@ -105,7 +105,7 @@ class Codebook:
         return self.digits[tokens]
 
     def decode(self, digits: np.ndarray) -> np.ndarray:
-        """Exact inverse of `encode`: digits [..., l] to tokens [...]; -1 where no token has them."""
+        """Inverse of `encode`: digits [..., l] to tokens [...]; -1 where no token has them."""
         powers = np.array([self.base**j for j in reversed(range(self.length))], np.int64)
         codes = (np.asarray(digits, np.int64) * powers).sum(-1)
         order = self.tokens
@@ -115,6 +115,6 @@ class Codebook:
 
     @cached_property
     def hash(self) -> str:
-        """Twelve hex digits that name the permutation, the granularity and the base."""
+        """Twelve hex digits that identify the permutation, the granularity and the base."""
         head = f"{self.vocab_size} {self.length} {self.base} ".encode()
         return hashlib.sha256(head + self.codes.astype("<i8").tobytes()).hexdigest()[:12]

@@ -1,7 +1,7 @@
 """One run from config to result.json: data -> step -> checkpoints -> evaluation -> record.
 
-A run directory can be stopped at any moment and continued: the state comes from the newest
-undamaged checkpoint, the data order and all randomness from (seed, step).
+A run can be stopped at any moment and continued: the state comes from the newest undamaged
+checkpoint, the data order and all random numbers from (seed, step).
 """
 
 import contextlib
@@ -37,15 +37,15 @@ OnHeartbeat = Callable[[dict[str, Any]], bool]
 
 
 class Interrupted(Exception):
-    """The run stopped early after saving a checkpoint; running it again continues it."""
+    """The run stopped early after saving a checkpoint; a new start continues it."""
 
 
 class Preempted(Interrupted):
-    """A signal (SIGTERM, SIGINT) asked the process to stop."""
+    """The process received SIGTERM or SIGINT."""
 
 
 class Stopped(Interrupted):
-    """`heartbeat` returned False: this process is to leave the run."""
+    """`heartbeat` returned False: this process must stop the run."""
 
 
 class Diverged(Exception):
@@ -64,16 +64,17 @@ def train(
     """Train to the end, evaluate, write result.json and return it.
 
     Args:
-        earlier: directories of other attempts at this run; the newest step of any is continued.
-        choices: kernels that were measured on this kind of chip; by default what this user's table
-            says. A run that has begun, here or in `earlier`, holds on to the kernels that it has.
-        heartbeat: called about once a second with step, steps, loss, tokens_per_second, mfu and phase.
-        log: told, in one line each, about resumption and damaged checkpoints.
+        earlier: directories of other attempts at this run; training continues from the newest step.
+        choices: kernels measured on this kind of chip; by default those in this user's table. A run
+            that has begun, here or in `earlier`, keeps the kernels that it recorded.
+        heartbeat: called about once a second with step, steps, loss, tokens_per_second, mfu, phase
+            and save_seconds; returns whether to continue.
+        log: receives one line for each event: resumption, damaged checkpoints, evaluations.
     Returns:
         The record (records.py); status `diverged` after a non-finite loss.
     Raises:
-        NoData: its data is not here.
-        UserError: bad config, checkpoint or disk, or another process trains there.
+        NoData: the data of the run is not on this machine.
+        UserError: bad config, checkpoint or disk, or another process uses the run directory.
         Preempted, Stopped: interrupted after saving.
     """
     with watchdog.explaining():
@@ -82,7 +83,7 @@ def train(
             return run.complete()
 
 
-def look(config: RunConfig) -> None:
+def check_data(config: RunConfig) -> None:
     """Raises: NoData: the data of a run is not on this machine."""
     manifest.of_run(config)
 
@@ -91,7 +92,7 @@ def prepare_directory(config: RunConfig, run_dir: Path) -> None:
     """Create or check a run directory.
 
     Raises:
-        UserError: it cannot be made, or holds another run.
+        UserError: it cannot be created, or holds another run.
     """
     storage.make_folder(run_dir)
     existing = run_dir / "config.json"
@@ -105,7 +106,7 @@ def prepare_directory(config: RunConfig, run_dir: Path) -> None:
 
 
 def fill_fingerprint(config: RunConfig, data: manifest.Manifest) -> RunConfig:
-    """`config` with the identity of the dataset that it names by path."""
+    """`config` with the fingerprint of its dataset."""
     known = dataclasses.replace(config.data, fingerprint=data.fingerprint)
     return dataclasses.replace(config, data=known)
 
@@ -133,16 +134,17 @@ class Run:
         self.id = run_id(self.config)
         self.kernels_written = False
         self.program: Program = program(self._with_kernels(choices), self.data.eos_id)
-        likelihood.estimators_of(self.config, self.program.codebook)  # known, before any training
+        # Validates the names before training.
+        likelihood.estimators_of(self.config, self.program.codebook)
         origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
         self.checkpoints = checkpoint.Writer(
             self.run_dir / "checkpoints", self._about(), config.checkpoint, log, origin
         )
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
-        self.pending: tuple[int, Metrics] | None = None  # the step whose numbers are still unread
+        self.pending: tuple[int, Metrics] | None = None  # the step whose metrics are not read yet
         self.last_heartbeat = time.monotonic()
         self.speed = 0.0
-        self.first_seconds: float | None = None  # from the start to the first step's numbers
+        self.first_seconds: float | None = None  # from the start to the metrics of the first step
         tokens = config.batch_size * config.data.seq_len
         by_convention = {n: flops.flops_per_token(config, n) for n in flops.CONVENTIONS}
         self.pace = Pace(self.clock, tokens, by_convention, self._peak())
@@ -204,7 +206,7 @@ class Run:
         return result
 
     def _prepare(self) -> dict[str, Any] | None:
-        """The run directory: made by one process, then read by all."""
+        """Create the run directory on one process; the stored result if the run is finished."""
         if distributed.is_writer():
             prepare_directory(self.config, self.run_dir)
             self._write_arrays("codebook.npy", lambda s: np.save(s, self.program.codebook.codes))
@@ -237,22 +239,22 @@ class Run:
         for step in range(self.first_step, steps):
             with self.clock.measure("input"):
                 tokens, example = next(batches)
-                if row is None:  # the same rows of every global batch live here
+                if row is None:  # this process has the same rows of every batch
                     row = (example - step * c.batch_size).astype(np.int32)
-                    row = sharding.share_batch(self.program.mesh, row, c.batch_size)
-                tokens = sharding.share_batch(self.program.mesh, tokens, c.batch_size)
+                    row = sharding.shard_local_rows(self.program.mesh, row, c.batch_size)
+                tokens = sharding.shard_local_rows(self.program.mesh, tokens, c.batch_size)
             state, metrics = self.program.train(self.clock, state, tokens, row, seed, horizon)
             self.last_step = step + 1
-            self._read_pending()  # only now: the device already has work
+            self._read_pending()  # only now, while the device is busy
             profile.step(step + 1 - self.first_step)
             self.pending = (step + 1, metrics)
             now = time.perf_counter()
             if now - mark >= HEARTBEAT_SECONDS:
                 self.speed = (step - marked_step) * c.batch_size * c.data.seq_len / (now - mark)
                 mark, marked_step = now, step
-            if step + 1 < steps and saves.due(step + 1):  # the last one is saved below
+            if step + 1 < steps and saves.should_save(step + 1):  # the last step is saved below
                 self._save(step + 1, state)
-                saves.saved(step + 1)
+                saves.restart(step + 1)
             if c.eval.every and (step + 1) % c.eval.every == 0 and step + 1 < steps:
                 self._evaluate(state, final=False)
             self._poll(step + 1, state, "train")
@@ -263,7 +265,7 @@ class Run:
         return state
 
     def _read_pending(self) -> None:
-        """Log the newest step's metrics (1 is the first step) and stop if they are not finite."""
+        """Log the metrics of the pending step (counted from 1); raise if they are not finite."""
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
@@ -319,7 +321,8 @@ class Run:
     # --- interruption
 
     def _poll(self, step: int, state: State, phase: str) -> None:
-        """Between two units of work: tell `heartbeat`, and stop if a signal or `heartbeat` says so."""
+        """Between steps and batches: call `heartbeat`; save and stop on a signal or if it returns
+        False."""
         now = time.monotonic()
         wanted = True
         if now - self.last_heartbeat >= HEARTBEAT_SECONDS and distributed.is_writer():
@@ -336,23 +339,26 @@ class Run:
                 }
             )
         if not wanted and jax.process_count() > 1:
-            self.guard.tell_all()
-        if not self.guard.due() and (wanted or jax.process_count() > 1):
+            self.guard.stop_all()
+        if not self.guard.should_stop() and (wanted or jax.process_count() > 1):
             return
         saved = self._save_before_leaving(step, state)
         if not wanted and self.guard.number is None:
-            raise Stopped(f"told to leave run {self.id}: {saved}")
-        raise Preempted(f"asked to stop: {saved} of run {self.id}")
+            raise Stopped(f"stopped run {self.id}: {saved}")
+        raise Preempted(f"received a signal to stop: {saved} of run {self.id}")
 
     def _save_before_leaving(self, step: int, state: State) -> str:
-        """Save, unless that took longer than the grace period the last time."""
+        """Save, unless the last save took longer than the grace period."""
         grace, needed = self.config.checkpoint.grace_seconds, self.checkpoints.seconds
         steps = storage.retry(self.checkpoints.steps, self.log, checkpoint.PATIENCE)
         saved, slow = distributed.broadcast([step in steps, bool(grace) and needed > grace])
         if not saved and slow:
             self.checkpoints.wait()
             last = (self.checkpoints.steps() or [0])[-1]
-            return f"a save takes {needed:.0f} s, longer than the grace of {grace:g} s: step {last} is the last saved"
+            return (
+                f"a save takes {needed:.0f} s, longer than the grace period of {grace:g} s: "
+                f"the last saved step is {last}"
+            )
         if not saved:
             self._save_with_retries(step, state, grace or checkpoint.PATIENCE)
         return f"saved step {step}"
@@ -387,7 +393,7 @@ class Run:
         return losses
 
     def _peak(self) -> float | None:
-        """FLOP/s of all devices of the run, where their kind is known."""
+        """Peak FLOP/s of all devices of the run; None if their kind is unknown."""
         devices = self.program.mesh.devices.reshape(-1)
         peak = chips.peak_flops(devices[0].device_kind)
         return peak and peak * len(devices)

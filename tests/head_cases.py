@@ -9,7 +9,7 @@ import numpy as np
 
 from prime_jax.config import SubtokenConfig
 from prime_jax.kernels.subtoken_head import Head, subtoken_log_probs, subtoken_loss
-from prime_jax.kernels.subtoken_head_base import charged
+from prime_jax.kernels.subtoken_head_base import in_joint_loss
 from prime_jax.kernels.subtoken_head_reference import (
     subtoken_head_reference,
     subtoken_log_probs_reference,
@@ -50,7 +50,7 @@ def reference_loss(head: Head, h, rows, true, masked, weight, whole=None):
     marginal = -slots.sum(1)
     if whole is not None:
         marginal = jnp.where(whole & masked.any(1), -joint, marginal)
-    pays = jnp.where(charged(head, masked), weight, 0)
+    pays = jnp.where(in_joint_loss(head, masked), weight, 0)
     return (weight * marginal).sum(), -(pays * joint).sum()
 
 

@@ -149,5 +149,5 @@ def test_a_dataset_that_is_none_is_one_line(tiny_run, tmp_path, capsys):
 
 def test_a_family_that_hides_nothing_has_no_noise(subject):
     arm = replace(subject.run, config=replace(subject.run.config, family="arm"))
-    with pytest.raises(UserError, match="hides nothing"):
+    with pytest.raises(UserError, match="masks nothing"):
         subjects.diffusion_only([replace(subject, run=arm)], "analyse noise")

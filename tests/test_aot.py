@@ -155,7 +155,7 @@ def test_autofit_without_success_gives_the_closest():
     assert not verdict.fits
     assert len(compiler.asked) == 1  # no setting makes room for the state
     (said,) = aot.fixes(verdict)
-    assert "--autofit compiled fits" in said
+    assert "--autofit tried fits" in said
     assert "try --autofit" not in said
 
 
@@ -169,11 +169,11 @@ def test_what_autofit_compiled_in_vain_is_not_recommended():
 
 def test_a_mesh_says_the_true_reason():
     split = dataclasses.replace(BIG, batch_size=1, mesh=MeshConfig(model=8))
-    assert meshes.choose(split, 8).why == "as asked"
+    assert meshes.choose(split, 8).why == "as configured"
     forced = dataclasses.replace(BIG, batch_size=1)
     assert meshes.choose(forced, 8).why == "1 sequences for 8 devices"
     assert meshes.choose(BIG, 1).why == "one device"
-    assert meshes.choose(BIG, 8).why == "parameters shared by all"
+    assert meshes.choose(BIG, 8).why == "parameters sharded over all devices"
 
 
 TINY = RunConfig(

@@ -98,7 +98,7 @@ ENTRY main.1 {
 
 def test_a_refused_program_is_read_as_it_was_written():
     """Elementwise operations will be joined with others; what a loop stacks stays."""
-    found = hlo.largest(AS_WRITTEN, hlo.KEPT)
+    found = hlo.largest(AS_WRITTEN, hlo.NOT_FUSED)
     assert (found.shape, found.source) == ("f32[12,64,8]", "jit(train)/scan")
     (collective,) = hlo.collectives(AS_WRITTEN)
     assert (collective.kind, collective.count, collective.bytes) == (

@@ -37,25 +37,25 @@ from pathlib import Path
 from prime_jax.runtime import distributed
 from prime_jax.config import RunConfig, from_dict
 from prime_jax.errors import UserError
-say = lambda line: print(line, flush=True)
+log = lambda line: print(line, flush=True)
 try:
-    distributed.start(say)
+    distributed.start(log)
     import jax
     from prime_jax import train
     train.HEARTBEAT_SECONDS = 0.0
     config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
     slow = float(sys.argv[3])
-    def beat(now):
+    def heartbeat(now):
         import time
         time.sleep(slow)
         return True
-    train.train(config, Path(sys.argv[2]), beat=beat, say=say)
-    say("done")
+    train.train(config, Path(sys.argv[2]), heartbeat=heartbeat, log=log)
+    log("done")
 except train.Preempted as stop:
-    say(f"preempted: {stop}")
+    log(f"preempted: {stop}")
     sys.exit(85)
 except UserError as error:
-    say(f"error: {error}")
+    log(f"error: {error}")
     sys.exit(2)
 """
 
@@ -235,9 +235,9 @@ def test_every_wait_for_the_others_is_told():
         from prime_jax.runtime import distributed
         distributed.start(print)
         distributed.barrier("the door", print)
-        distributed.meet("the table", 100, print)
+        distributed.barrier_with_timeout("the table", 100, print)
         if distributed.is_writer():
-            distributed.meet("the garden", 0.2, print)
+            distributed.barrier_with_timeout("the garden", 0.2, print)
     """
     codes, texts = ended(process_groups.start(["-c", textwrap.dedent(code)], 2, devices=2))
     assert codes == [0, 0], texts
@@ -268,9 +268,9 @@ def test_a_second_sigterm_ends_a_process_of_a_gang_at_once():
         from prime_jax.runtime import distributed
         jax.distributed.initialize("127.0.0.1:" + os.environ["PORT"], 1, 0)
         jax.process_count = lambda: 2
-        with distributed.Notice() as notice:
+        with distributed.PreemptionGuard() as guard:
             os.kill(os.getpid(), signal.SIGTERM)
-            while not notice.due():
+            while not guard.should_stop():
                 pass
             print("saving", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -304,6 +304,6 @@ def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path
         line for line in text.splitlines() if line.startswith(f"process {1 - dies}: process")
     ]
     assert f"process {dies}" in line
-    assert "the same command on every host continues" in line
+    assert "run the same command on every host" in line
     assert dies == 0 or "stack trace" not in text  # JAX itself sees the end of its coordinator
     group[dies].communicate()

@@ -250,7 +250,7 @@ BAD = [
     (["--estimators", "subtokens"], "unknown"),
     (["--estimators", "ar"], "chain:l2r"),
     (["--estimators", "chain:up"], "ORDER"),
-    (["--estimators", "chain:l2r:4"], "chain:ORDER (reveals one token per call)"),
+    (["--estimators", "chain:l2r:4"], "chain:ORDER (one token per network call)"),
     (["--data", "text:nowhere/*"], "no file matches"),
     (["--data", "nowhere"], "no dataset"),
     (["--stride", "12", "--context", "8"], "at most 16"),

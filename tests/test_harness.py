@@ -187,8 +187,8 @@ def test_generation_is_cut_at_the_first_stop(scorer, monkeypatch):
     model = PrimeJax(scorer=scorer, gen_length=8)
     asked = []
 
-    def fake(prompts, length, heat):
-        asked.append((prompts, length, heat))
+    def fake(prompts, length, temperature):
+        asked.append((prompts, length, temperature))
         return [model.encode("one\ntwo. three") for _ in prompts]
 
     monkeypatch.setattr(model, "_generate", fake)

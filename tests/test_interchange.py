@@ -149,7 +149,7 @@ def test_an_exported_run_is_a_run(tiny_run, tiny, tmp_path, capsys):
     about = json.loads((out / "config.json").read_text())
     assert (about["mask_id"], about["base"], about["length"]) == (2, 2, 4)
     assert cli.main(["export", str(tiny_run), str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_an_exported_folder_needs_no_dataset_and_any_devices(tiny_run, tiny, tmp_path):

@@ -82,7 +82,7 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         "no such file": tmp_path / "nowhere.pth",
         "neither safetensors nor a zip": bare,
         "damaged": torch_file(tmp_path / "cut.pth", pickle.dumps({"a": [1, 2]})[:-3]),
-        "no tensors by name": torch_file(tmp_path / "none.pth", pickle.dumps({"a": 1})),
+        "no named tensors": torch_file(tmp_path / "none.pth", pickle.dumps({"a": 1})),
         "big-endian": torch_file(tmp_path / "big.pth", pickle.dumps({}), byteorder=b"big"),
     }
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:

@@ -30,9 +30,9 @@ jax.monitoring.register_event_listener(
 from prime_jax import train
 from prime_jax.config import RunConfig, from_dict
 config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
-say = lambda line: print(line, flush=True)
-train.train(config, Path(sys.argv[2]), say=say)
-say(f"compiled from the cache: {len(hits)}")
+log = lambda line: print(line, flush=True)
+train.train(config, Path(sys.argv[2]), log=log)
+log(f"compiled from the cache: {len(hits)}")
 """
 
 

@@ -29,7 +29,7 @@ def members(packed) -> dict[str, tarfile.TarInfo]:
 
 def test_tracked_and_fresh_files_go_in_the_rest_is_named(checkout):
     (checkout / "fresh.py").write_text("y = 2\n")
-    (checkout / "weights.bin").write_bytes(bytes(archive.LARGEST + 1))
+    (checkout / "weights.bin").write_bytes(bytes(archive.MAX_BYTES + 1))
     (checkout / "ignored").mkdir()
     (checkout / "ignored" / "secret.txt").write_text("s")
     for name in (".env", "my-credentials.json", "server.key"):

@@ -50,7 +50,9 @@ def test_what_is_only_rendered(root, capsys):
 def test_no_slurm_here(root, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for command in ("up", "down"):
-        assert "no Slurm here" in refused(capsys, command, root, "--on", "slurm", "--yes")
+        assert "no Slurm on this machine" in refused(
+            capsys, command, root, "--on", "slurm", "--yes"
+        )
 
 
 def test_a_missing_library_is_one_line_with_the_command(root, capsys, monkeypatch):

@@ -21,10 +21,12 @@ def test_an_input_is_spared_under_every_name(tmp_path):
     os.link(data, tmp_path / "hard.csv")
     for name in ("runs.csv", "link.csv", "hard.csv", "here/runs.csv", "here/here/runs.csv"):
         with pytest.raises(UserError, match="write somewhere else"):
-            outputs.spare([data], [other, tmp_path / name])
+            outputs.refuse_overwrite([data], [other, tmp_path / name])
         with pytest.raises(UserError):
-            outputs.spare([tmp_path / name], [data])
-    outputs.spare([data, tmp_path / "nothing"], [other, tmp_path / "gone.csv", tmp_path / "new"])
+            outputs.refuse_overwrite([tmp_path / name], [data])
+    outputs.refuse_overwrite(
+        [data, tmp_path / "nothing"], [other, tmp_path / "gone.csv", tmp_path / "new"]
+    )
 
 
 def test_what_lies_in_a_folder_that_is_read_is_spared(tmp_path):
@@ -33,8 +35,10 @@ def test_what_lies_in_a_folder_that_is_read_is_spared(tmp_path):
     (tmp_path / "short").symlink_to(tmp_path / "runs" / "a" / "spec")
     for name in ("runs/a/spec", "short"):
         with pytest.raises(UserError):
-            outputs.spare(outputs.of_sweep(tmp_path), [tmp_path / name])
-    outputs.spare(outputs.of_sweep(tmp_path), [tmp_path / "runs" / "new", tmp_path / "runs.csv"])
+            outputs.refuse_overwrite(outputs.of_sweep(tmp_path), [tmp_path / name])
+    outputs.refuse_overwrite(
+        outputs.of_sweep(tmp_path), [tmp_path / "runs" / "new", tmp_path / "runs.csv"]
+    )
 
 
 def test_names_in_a_bucket_are_compared():
@@ -43,7 +47,7 @@ def test_names_in_a_bucket_are_compared():
             return "gs://bucket/sweep/runs/a"
 
     with pytest.raises(UserError):
-        outputs.spare([Bucket()], [Bucket()])
+        outputs.refuse_overwrite([Bucket()], [Bucket()])
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from prime_jax.sample import Options, Sampler, generate
 from prime_jax.sample.filters import Filters, draw, keep_likeliest
 from prime_jax.sample.grids import Rates, _cheapest, best, fewest, measure
 from prime_jax.sample.options import validate
-from prime_jax.sample.orders import NEVER, idle_share, plan, time_grid
+from prime_jax.sample.orders import NEVER, idle_fraction, plan, time_grid
 from prime_jax.sample.quality import distinct, entropy, repetition
 from prime_jax.sample.sampler import sampler
 from prime_jax.subtokens import Codebook
@@ -101,7 +101,7 @@ def test_idle_steps_are_as_rare_as_the_formula_says(slots, idle):
     hidden = np.ones((1024, slots), bool)
     rng = np.random.default_rng(slots)
     options = Options(steps=1024)
-    fractions = [idle_share(plan(options, hidden, rng)) for _ in range(20)]
+    fractions = [idle_fraction(plan(options, hidden, rng)) for _ in range(20)]
     assert np.mean(fractions) == pytest.approx(idle, abs=0.006)
 
 
@@ -335,7 +335,7 @@ def test_quality_numbers():
         ({"threshold": 0.9}, "prime", "needs --order confidence"),
         ({"remasking": 0.5, "order": "random"}, "prime", "needs --order ancestral"),
         ({"top_p": 0.0}, "arm", "above 0"),
-        ({"order": "random"}, "arm", "writes left to right"),
+        ({"order": "random"}, "arm", "generates left to right"),
         ({"time_grid": (1.0, 0.5, 0.5, 0.0)}, "mdm", "fall from 1 to 0"),
     ],
 )

@@ -36,10 +36,10 @@ class Machine:
         found = []
         for step, pace in enumerate(paces, 1):
             self.now += pace
-            if schedule.due(step):
+            if schedule.should_save(step):
                 found.append(self.now - 1000.0)
                 self.now += save_seconds
-                schedule.saved(step)
+                schedule.restart(step)
         return found
 
 
@@ -73,9 +73,9 @@ def test_process_0_decides_for_all_and_is_asked_seldom(monkeypatch):
     schedule, saved = checkpoint.Schedule(config, 0), set()
     for step in range(1, 2001):
         machine.now += 0.2
-        if schedule.due(step):
+        if schedule.should_save(step):
             saved.add(step)
-            schedule.saved(step)
+            schedule.restart(step)
     assert (saved, told) == (steps, [])
 
 
@@ -84,7 +84,7 @@ def test_steps_and_minutes_together(monkeypatch):
     machine = Machine(monkeypatch)
     times = machine.saves(checkpoint.Schedule(config, 0), [1.0] * 200)
     assert times == [60, 70, 130, 140, 200]
-    assert not checkpoint.Schedule(CheckpointConfig(minutes=0), 0).due(10**6)
+    assert not checkpoint.Schedule(CheckpointConfig(minutes=0), 0).should_save(10**6)
 
 
 def test_every_nth_save_is_kept(tmp_path):
@@ -102,8 +102,8 @@ def test_it_is_said_when_no_whole_save_is_left(tmp_path):
         (tmp_path / f"{step:09d}.json").write_text("{")
     said = []
     assert checkpoint.restore([tmp_path], None, {}, said.append) is None
-    assert ["trying the one before" in line for line in said] == [True, False]
-    assert "beginning at step 0" in said[1]
+    assert ["trying the previous one" in line for line in said] == [True, False]
+    assert "starting at step 0" in said[1]
 
 
 def saved(folder, steps, **config):
@@ -169,14 +169,14 @@ from prime_jax.config import RunConfig, from_dict
 distributed.start(print)
 from prime_jax import train
 
-def beat(now):
+def heartbeat(now):
     import time
     time.sleep(0.02 * (1 + now["step"] % 3))
     return True
 
 train.HEARTBEAT_SECONDS = 0.0
 config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
-print(train.train(config, Path(sys.argv[2]), beat=beat)["status"])
+print(train.train(config, Path(sys.argv[2]), heartbeat=heartbeat)["status"])
 """
 
 
@@ -233,7 +233,7 @@ def test_training_holds_the_lock(quick, tmp_path, monkeypatch):
             train(quick, tmp_path, log=SILENT)
         return False
 
-    with pytest.raises(Exception, match="told to leave"):
+    with pytest.raises(Exception, match="stopped run"):
         train(quick, tmp_path, heartbeat=heartbeat, log=SILENT)
 
 
@@ -266,7 +266,9 @@ def test_a_save_that_takes_longer_than_the_grace_is_not_begun(quick, tmp_path, m
     monkeypatch.setattr(
         checkpoint.Writer, "seconds", property(seconds, lambda *_: None), raising=False
     )
-    with pytest.raises(Exception, match=r"longer than the grace of 5 s: step 4 is the last saved"):
+    with pytest.raises(
+        Exception, match=r"longer than the grace period of 5 s: the last saved step is 4"
+    ):
         train(config, tmp_path, heartbeat=lambda now: now["step"] < 6, log=SILENT)
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
 
@@ -301,11 +303,11 @@ import os, signal, sys, time
 from prime_jax.runtime import distributed
 from prime_jax.sweep import worker
 
-with worker.signals() as stopping, distributed.Notice() as notice:
+with worker.signals() as stopping, distributed.PreemptionGuard() as guard:
     print("ready", flush=True)
     while not stopping.is_set():
         time.sleep(0.01)
-    print("saving", notice.due(), flush=True)
+    print("saving", guard.should_stop(), flush=True)
     time.sleep(60)
 """
 

@@ -1,6 +1,7 @@
 """Training times, exactly: integrals over them are integrals over [eps, 1)."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from math import comb
 
@@ -109,3 +110,32 @@ def test_discrete_times_are_drawn_equally_often(steps):
     values, counts = np.unique(np.round(np.asarray(t) * steps, 9), return_counts=True)
     np.testing.assert_array_equal(values, np.arange(1, steps + 1))
     np.testing.assert_array_equal(counts, 3)
+
+
+NAMES = typing.get_args(typing.get_type_hints(ObjectiveConfig)["schedule"])
+
+
+def test_every_name_of_the_config_has_a_schedule():
+    assert tuple(schedule.SCHEDULES) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_single_precision_is_enough_for_a_weight_everywhere(name):
+    """From both ends of (0, 1), against double precision."""
+    config = dataclasses.replace(CONFIG, schedule=name)
+    near = np.geomspace(1e-7, 0.5, 400, dtype=np.float32)
+    t = np.unique(np.concatenate([near, 1 - near]))
+    t = t[(t > 0) & (t < 1)]
+    single, double = (np.asarray(schedule.weight(config, jnp.asarray(t, d))) for d in ("f4", "f8"))
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, double, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_is_the_rate_of_its_schedule(name):
+    """w = -alpha' / (1 - alpha), by differentiation."""
+    config = dataclasses.replace(CONFIG, schedule=name)
+    t = jnp.linspace(0.01, 0.99, 99)
+    slope = jax.vmap(jax.grad(lambda x: schedule.alpha(config, x)))(t)
+    expected = -slope / (1 - schedule.alpha(config, t))
+    np.testing.assert_allclose(schedule.weight(config, t), expected, rtol=1e-9)

@@ -176,7 +176,7 @@ def test_the_mesh_that_is_chosen(devices, slices, batch, width, expected):
     ("mesh", "message"),
     [
         (MeshConfig(data=16), "there are 8"),
-        (MeshConfig(data=3), "cannot share 8 sequences"),
+        (MeshConfig(data=3), "8 sequences do not divide evenly"),
         (MeshConfig(model=4), "mesh.model = 4"),  # two key-value heads
     ],
 )
@@ -194,5 +194,5 @@ def test_hosts_without_work_are_refused():
         platform: str = "cpu"
 
     config = dataclasses.replace(TINY, mesh=MeshConfig(replica=1, data=2, model=2))
-    with pytest.raises(UserError, match="2 hosts would have nothing to do"):
+    with pytest.raises(UserError, match="2 hosts would be idle"):
         meshes.make(config, [Device(i // 2) for i in range(8)])

@@ -101,8 +101,8 @@ def test_a_server_in_maintenance_is_asked_again():
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"agent-worker-number": "1"}, "names no host"),
-        ({**host(1), "worker-network-endpoints": "a:b"}, "'a:b' names no host"),
+        ({"agent-worker-number": "1"}, "has no host"),
+        ({**host(1), "worker-network-endpoints": "a:b"}, "'a:b' has no host"),
         (host(5), "process 5 of 2"),
         (host(1, MEGASCALE_NUM_SLICES="2"), "slice None of '2'"),
         (host(1, MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="0"), "COORDINATOR_ADDRESS"),

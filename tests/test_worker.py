@@ -224,7 +224,7 @@ def test_other_versions_and_unwritable_places_are_refused(root, monkeypatch):
 class Reader(Trainer):
     """A trainer that reads data."""
 
-    look = staticmethod(manifest.of_run)
+    check_data = staticmethod(manifest.of_run)
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ def test_a_pool_finishes_a_sweep_and_replaces_a_killed_worker(root, progress, wo
     assert sorted(run.k for run in runs) == [1] * 7 + [2]
     text = shown(progress)
     assert len(re.findall(r"^[0-9a-f]{10} .* done", text, re.M)) == 8
-    assert ("started again" in text) or workers == 2  # else the other may have done all in time
+    assert ("restarted" in text) or workers == 2  # else the other may have done all in time
 
 
 def test_a_pool_passes_a_signal_on_and_says_so(root, progress):
@@ -422,11 +422,11 @@ def test_a_worker_saves_and_leaves_before_its_time_is_up(root):
 
 def test_the_limit_leaves_time_for_what_saving_and_starting_took():
     limit = worker.Limit(60.0)
-    assert not limit.late(60.0)
-    assert limit.late(1801.0)
+    assert not limit.out_of_time(60.0)
+    assert limit.out_of_time(1801.0)
     assert limit.allows(1700.0)
     assert not limit.allows(1800.0)
-    assert not worker.Limit(None).late(1e9)
+    assert not worker.Limit(None).out_of_time(1e9)
 
 
 def test_an_unreachable_store_is_an_interruption_of_the_run_not_a_failure(root):

@@ -1,11 +1,11 @@
-"""Where attention goes: maps of every layer and head, and three numbers for their shape.
+"""Attention maps of every layer and head, and three statistics.
 
-By the fraction of hidden sub-tokens (an autoregressive model hides none), averaged over validation
+By the fraction of masked sub-tokens (an autoregressive model masks none), averaged over validation
 blocks, with the standard error over blocks:
 
-* sink: the mean weight that queries give to the one position that gets the most in that block;
+* sink: the mean weight on the position with the largest mean weight in the block;
 * band: the mean weight within `BAND` positions of the query;
-* entropy: of a query's weights, nats; uniform attention has log of the positions it sees.
+* entropy: of a query's weights, nats; that of uniform attention is the log of the key count.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from prime_jax.model import build
 from prime_jax.objectives import autoregressive_inputs
 
 BAND = 4
-CELLS = 64  # a map has at most so many cells a side: neighbouring positions share one
+CELLS = 64  # maximum cells per side of a map: neighbouring positions are summed
 STATISTICS = ("sink", "band", "entropy")
 
 
@@ -32,16 +32,17 @@ def measure(
     subject: Subject, ratios: list[float], examples: int, tick: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray], dict[str, Any]]:
     """A row for each ratio, layer and head; mean maps [layers, heads, cells, cells] by
-    `RUN/ratio`; what they are over."""
+    `RUN/ratio`; and a description of the data."""
     run, blocks = subject.run, subject.blocks(examples)
     tokens = blocks.tokens
     causal = run.config.family == "arm"
-    look = jax.jit(partial(_look, subject))
+    statistics_of = jax.jit(partial(_block_statistics, subject))
     rows, maps = [], {}
     for ratio in [0.0] if causal else ratios:
         parts = []
-        for e in range(len(tokens)):  # one block at a time: its scores are [H, L, L] a layer
-            parts.append(look(subject.params, tokens[e : e + 1], np.array([e]), np.float32(ratio)))
+        for e in range(len(tokens)):  # one block at a time: scores are [H, L, L] per layer
+            block = tokens[e : e + 1], np.array([e]), np.float32(ratio)
+            parts.append(statistics_of(subject.params, *block))
             tick()
         *statistics, map_ExZxHxCxC = (np.stack(x) for x in zip(*jax.device_get(parts), strict=True))
         maps[f"{subject.name}/{ratio:g}"] = map_ExZxHxCxC.mean(axis=0)
@@ -57,7 +58,7 @@ def measure(
     return rows, maps, about | {"uniform": uniform(tokens.shape[1], causal)}
 
 
-def _look(subject: Subject, params, token_1xL, example_1, ratio):
+def _block_statistics(subject: Subject, params, token_1xL, example_1, ratio):
     """(sink, band, entropy) [layers, heads] and maps [layers, heads, cells, cells] of one block."""
     run = subject.run
     if run.config.family == "arm":
@@ -96,17 +97,17 @@ def describe(a_HxLxL: jax.Array) -> tuple[jax.Array, ...]:
     sink_H = a_HxLxL.mean(axis=1).max(axis=1)
     band_H = jnp.where(near_LxL, a_HxLxL, 0).sum(axis=2).mean(axis=1)
     entropy_H = jax.scipy.special.entr(a_HxLxL).sum(axis=2).mean(axis=1)
-    side = -(-length // CELLS)  # positions of a cell
+    side = -(-length // CELLS)  # positions per cell
     cells = -(-length // side)
-    spare = cells * side - length
-    padded = jnp.pad(a_HxLxL, ((0, 0), (0, spare), (0, spare)))
+    padding = cells * side - length
+    padded = jnp.pad(a_HxLxL, ((0, 0), (0, padding), (0, padding)))
     sums = padded.reshape(heads, cells, side, cells, side).sum(axis=(2, 4))
     queries_C = np.minimum(side, length - side * np.arange(cells))
     return sink_H, band_H, entropy_H, sums / queries_C[:, None]
 
 
 def uniform(length: int, causal: bool) -> dict[str, float]:
-    """The three numbers of attention that is spread evenly over what a query sees."""
+    """The three statistics of uniform attention."""
     seen = np.tril(np.ones((length, length))) if causal else np.ones((length, length))
     even = jnp.asarray(seen / seen.sum(axis=1, keepdims=True))[None]
     return {n: float(x[0]) for n, x in zip(STATISTICS, describe(even), strict=False)}

@@ -1,9 +1,9 @@
-"""How hard each sub-token of a token is: its part of the bound, and how often it is guessed wrong.
+"""Difficulty of each sub-token of a token: its part of the bound, and its error rate.
 
-For hidden sub-token j of slot j (0 = most significant), averaged over noise levels as the bound
-does: `nats`, its -log P_j (the slots' sum is the sub-token NELBO, nats per token), and `error`,
-how often the likeliest digit is not the true one. Beside them what the unigram distribution of the
-corpus alone would pay and miss.
+For the masked sub-token of slot j (0 = most significant), averaged over noise levels as in the
+bound: `nats`, its -log P_j (summed over slots: the sub-token NELBO, nats per token), and `error`,
+the rate at which the most likely digit is wrong. For comparison, both for the unigram distribution
+of the corpus.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from prime_jax.subtokens import Codebook
 
 
 def hide(subject: Subject, token_BxL, key_B, uniform_B) -> tuple[Inputs, jax.Array]:
-    """Inputs with exactly k of n sub-tokens hidden, and their weight n / k [B]."""
+    """Inputs with exactly k of n sub-tokens masked, and their weight n / k [B]."""
     c, book, eos_id = subject.run.config, subject.run.codebook, subject.run.eos_id
     shape = (*token_BxL.shape, book.length)
     may = jnp.broadcast_to(targets(c, token_BxL, eos_id)[..., None], shape).reshape(shape[0], -1)
@@ -48,7 +48,7 @@ def keys_of(replicate_B, example_B) -> jax.Array:
 
 
 def _draw(subject: Subject, head: Head, params, token_BxL, replicate_B, example_B, uniform_B):
-    """Weighted nats and wrong guesses of each slot, both [B, S]."""
+    """Weighted nats and errors of each slot, both [B, S]."""
     inputs, weight_B = hide(subject, token_BxL, keys_of(replicate_B, example_B), uniform_B)
     network = subject.run.network(params)
     h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
@@ -76,7 +76,7 @@ def _draw(subject: Subject, head: Head, params, token_BxL, replicate_B, example_
 def measure(
     subject: Subject, examples: int, replicates: int, tick: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A row for each slot, and what they add up to."""
+    """A row for each slot, and their sum, the bound."""
     run, blocks = subject.run, subject.blocks(examples)
     count = len(blocks.tokens)
     rows = likelihood.grid(count, replicates)
@@ -118,7 +118,7 @@ def measure(
 
 
 def unigram(book: Codebook, count_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entropy in nats and error of the best guess of each slot, from counts of the tokens alone."""
+    """Entropy in nats and minimal error rate of each slot, from token counts only."""
     p_SxC = np.zeros((book.length, book.base))
     for slot in range(book.length):
         np.add.at(p_SxC[slot], book.digits[:, slot], count_V / count_V.sum())

@@ -195,7 +195,7 @@ def attention(rows: list[dict[str, Any]], abouts: list[dict[str, Any]]) -> Figur
         line[-1].set_xlabel("layer")
     for name, panel in zip(STATISTICS, panels[:, 0], strict=True):
         panel.set_ylabel(MEASURES[name])
-        panel.set_ylim(bottom=0)  # shared by the row: last, for it ends the automatic range
+        panel.set_ylim(bottom=0)  # shared by the row; last, since it disables autoscaling
     handles = [
         Line2D(
             [],

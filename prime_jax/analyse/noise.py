@@ -1,12 +1,12 @@
-"""Where on the way from noise to text the bound is paid.
+"""Contributions of noise levels to the bound.
 
-Two decompositions over the fraction of hidden sub-tokens, both in nats per token:
+Two decompositions over the fraction of masked sub-tokens, both in nats per token:
 
 * the integrand of the sub-token NELBO at each noise level: its mean over the levels is the bound
-  (divided by l it is the mean cost of one hidden sub-token at that level);
-* the cost of each step of the ancestral sampler on the uniform grid of as many steps, within-token
-  joint reveals: their sum is the bound `finite:T`, and where a step costs more than the integrand
-  over its interval, finer steps would pay.
+  (divided by l it is the mean cost of one masked sub-token at that level);
+* the cost of each step of the ancestral sampler on the uniform grid with that many steps and
+  within-token joint reveals: their sum is the bound `finite:T`. Where a step costs more than the
+  integrand over its interval, smaller steps reduce the loss.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ BOUND, STEPS = "subtoken", "finite"
 def measure(
     subject: Subject, levels: int, examples: int, replicates: int, tick: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A row for each noise level, and the two bounds that they add up to."""
+    """A row for each noise level, and the two bounds."""
     blocks = subject.blocks(examples)
     about = (subject.target_counts(blocks.tokens), blocks.doc, subject.given)
     density = draws(
@@ -80,10 +80,10 @@ def draws(
     replicates: int,
     tick: Callable[[], None],
 ) -> np.ndarray:
-    """Nats float64 [levels, R, E]: an estimator's draws with the noise kept inside each level."""
+    """Nats float64 [levels, R, E]: draws of an estimator, stratified within each noise level."""
     run, examples = subject.run, len(token_ExL)
     count = levels * replicates
-    replicate = np.repeat(np.arange(count, dtype=np.int32), examples)  # masks of their own
+    replicate = np.repeat(np.arange(count, dtype=np.int32), examples)  # different masks per level
     example = np.tile(np.arange(examples, dtype=np.int32), count)
     inside = [
         (stratum(np.arange(examples) + 7919 * r, examples) + 0.5) / examples for r in range(count)
@@ -91,7 +91,7 @@ def draws(
     level = np.repeat(np.arange(levels), replicates)[:, None]
     uniform = ((level + np.array(inside)) / levels).reshape(-1).astype(np.float32)
     devices = run.program.mesh_choice.replica * run.program.mesh_choice.data
-    size = likelihood.batch_size(run.config, devices)  # the one that is compiled
+    size = likelihood.batch_size(run.config, devices)  # the size that is compiled
     draw, pending = compiled.of_program(run.program), []
     for row in likelihood.batches(likelihood.Row(replicate, example, uniform), size):
         found = draw(Clock(), estimator, run.params, token_ExL[row.example], row)
@@ -102,6 +102,6 @@ def draws(
 
 
 def batches(subject: Subject, levels: int, examples: int, replicates: int) -> int:
-    """Network calls of `measure`, nearly."""
+    """Approximate number of network calls of `measure`."""
     size = subject.run.config.eval.batch_size
     return 2 * -(-levels * replicates * examples // size)

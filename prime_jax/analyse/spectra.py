@@ -1,12 +1,12 @@
-"""Singular values of the weight matrices, and three numbers for their shape.
+"""Singular values of the weight matrices, and three statistics of their shape.
 
 * stable rank: sum s^2 / max s^2.
 * effective rank: exp of the entropy of s / sum s (Roy and Vetterli 2007).
 * tail exponent a: the density of the eigenvalues s^2 of W^T W falls as x^-a beyond a threshold.
-  Maximum likelihood given the threshold, and the threshold that brings the tail closest to a power
-  law in Kolmogorov and Smirnov's distance (Clauset, Shalizi and Newman 2009). The interval is a
-  percentile bootstrap of eigenvalues, threshold chosen anew each time; eigenvalues of one matrix
-  repel each other, so it is a guide, not a guarantee. A smaller exponent is a heavier tail.
+  Maximum likelihood given the threshold, and the threshold that minimises the Kolmogorov-Smirnov
+  distance of the tail to a power law (Clauset, Shalizi and Newman 2009). The interval is a
+  percentile bootstrap over eigenvalues, including the choice of the threshold; eigenvalues of a
+  matrix are not independent, so it is approximate. A smaller exponent is a heavier tail.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from prime_jax.analyse.subjects import Subject
 from prime_jax.interchange import folder
 
 MATRICES = ("qkv", "attention_out", "gate", "up", "down")
-MIN_TAIL = 8  # eigenvalues that a tail needs
+MIN_TAIL = 8  # minimum eigenvalues in a tail
 THRESHOLDS = 48  # tried, evenly spaced in rank
 BOOTSTRAP, LEVEL = 200, 0.95
 
 
 class Tail(NamedTuple):
-    """A power law's exponent with its interval, None where there are too few eigenvalues."""
+    """A power law's exponent with its interval, None if there are too few eigenvalues."""
 
     exponent: float | None
     low: float | None
@@ -50,7 +50,7 @@ def measure(
 
 
 def summary(singular: np.ndarray) -> dict[str, Any]:
-    """The shape of a spectrum in numbers; singular values in any order."""
+    """Statistics of a spectrum; singular values in any order."""
     s = np.sort(np.asarray(singular, np.float64))[::-1]
     p = s / s.sum()
     found = tail(s**2)
@@ -87,7 +87,7 @@ def _fit(x: np.ndarray) -> tuple[float, int, float]:
     best = (np.inf, 0.0, 0)
     for start in starts:
         logs = np.log(x[start:] / x[start])
-        if logs[-1] == 0:  # all alike
+        if logs[-1] == 0:  # all equal
             continue
         n = len(logs)
         slope = n / logs.sum()  # exponent - 1

@@ -1,4 +1,4 @@
-"""What is analysed: finished runs with a name each, and the validation blocks they are shown."""
+"""Analysed runs: finished runs with a label each, and validation blocks."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +14,12 @@ from prime_jax.evaluate import trained
 from prime_jax.evaluate.trained import Trained
 from prime_jax.objectives import targets
 
-SEED = 4_711  # of masks; the same for all runs, so that they are compared on the same ones
+SEED = 4_711  # of masks; the same for all runs, for paired comparisons
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A run, its name in tables and figures, and the dataset it is shown (its own, or given)."""
+    """A run, its label in tables and figures, and its dataset (its own, or a given one)."""
 
     name: str
     run: Trained
@@ -29,17 +29,17 @@ class Subject:
         """Validation blocks.
 
         Raises:
-            UserError: no dataset, or one with other tokens than the run's.
+            UserError: no dataset, or one of another tokenizer.
         """
         if self.data is None:
             raise UserError(
-                f"{self.name}: its dataset {self.run.config.data.path} is not on this machine; give "
-                "--data DIR"
+                f"{self.name}: its dataset {self.run.config.data.path} is not on this machine; "
+                "give --data DIR"
             )
         return loader.eval_blocks(self.data, "valid", examples)
 
     def target_counts(self, token_ExL: np.ndarray) -> np.ndarray:
-        """int [E]: tokens of each block that are charged for."""
+        """int [E]: target tokens of each block."""
         return np.asarray(targets(self.run.config, token_ExL, self.run.eos_id)).sum(axis=1)
 
     @property
@@ -48,7 +48,7 @@ class Subject:
 
     @cached_property
     def params(self) -> Any:
-        """Whole, on one device."""
+        """All parameters, on one device."""
         return jax.device_put(jax.device_get(self.run.params), jax.devices()[0])
 
     def about(self) -> dict[str, Any]:
@@ -67,12 +67,12 @@ class Subject:
 
 
 def load(attempts: list[list[Any]], data: Path | None = None) -> list[Subject]:
-    """The runs, each with a name of its own: family, l, the beginning of its id (and a number).
+    """The runs, each with a unique label: family, l, a prefix of its id (and a number).
 
     Args:
         attempts: the directories of each run (`trained.load`).
     Raises:
-        UserError: no such run, an unfinished one, or a dataset that is not for it.
+        UserError: no such run, an unfinished one, or a dataset that does not match it.
     """
     runs = [trained.load(*directories) for directories in attempts]
     labels = [_label(run) for run in runs]
@@ -95,15 +95,15 @@ def _label(run: Trained) -> str:
 
 
 def diffusion_only(subjects: list[Subject], what: str) -> None:
-    """Raises: UserError: an autoregressive run, which hides nothing, or block diffusion, whose
-    network reads two copies of a sequence and hides each block at its own level."""
+    """Raises: UserError: an autoregressive run, which masks nothing, or block diffusion, whose
+    network reads noisy and clean sequences and masks each block at its own level."""
     for subject in subjects:
         if subject.run.config.family == "arm":
             raise UserError(
-                f"{subject.name}: {what} needs a diffusion model; family arm hides nothing"
+                f"{subject.name}: {what} needs a diffusion model; family arm masks nothing"
             )
         if subject.run.config.objective.block_length:
             raise UserError(
-                f"{subject.name}: {what} is not made for block diffusion (objective.block_length); "
-                "`prime-jax eval` gives its bound"
+                f"{subject.name}: {what} does not support block diffusion "
+                "(objective.block_length); `prime-jax eval` gives its bound"
             )

@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.emit:
         read = [args.fit / "fit.json", args.fit / saved.POINTS]
-        outputs.spare([*read, *(outputs.of_sweep(args.sweep) if args.sweep else ())], [args.emit])
+        outputs.refuse_overwrite(
+            [*read, *(outputs.of_sweep(args.sweep) if args.sweep else ())], [args.emit]
+        )
     fitted = saved.read(args.fit)
     name = args.family or _only(fitted)
     template = fit_options.template(args, fitted, name)

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
         tasks.check(args.tasks, args.include_path, args.task_data)  # before anything is loaded
     if args.out:
-        outputs.spare(_inputs(args), [args.out])
+        outputs.refuse_overwrite(_inputs(args), [args.out])
     found = runs.load(args.run_name, log)
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []
@@ -207,7 +207,7 @@ def progress(console: Any, guard: Any) -> Iterator[Any]:
         if what not in started:
             started[what] = bar.add_task(what, total=total)
         bar.update(started[what], advance=done)
-        if guard.due():
+        if guard.should_stop():
             raise KeyboardInterrupt
 
     with bar:

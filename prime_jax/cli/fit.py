@@ -184,7 +184,7 @@ def spare(
     given = [source for source in (args.runs, getattr(args, "curves", None)) if source]
     read = [part for g in given for part in (outputs.of_sweep(g) if g.is_dir() else [g])]
     pictures = [f"{name}.{suffix}" for name in figures for suffix in plots.FORMATS]
-    outputs.spare(read, [out / name for name in (*files, "report.html", *pictures)])
+    outputs.refuse_overwrite(read, [out / name for name in (*files, "report.html", *pictures)])
 
 
 def make(out: Path) -> Path:

@@ -119,7 +119,7 @@ def _spare(args: argparse.Namespace) -> None:
     from prime_jax.runtime import outputs
 
     if args.out:
-        outputs.spare(outputs.of_run(runs.attempts(args.run_name)), [args.out])
+        outputs.refuse_overwrite(outputs.of_run(runs.attempts(args.run_name)), [args.out])
 
 
 def _options(args: argparse.Namespace, run: Any, sampler: Any, **more: Any) -> Any:

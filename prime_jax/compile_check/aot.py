@@ -1,8 +1,8 @@
-"""Does a run fit a slice that nobody has rented? The compiler for its chips answers.
+"""Ahead-of-time check whether a run fits a slice, with the compiler for its chips.
 
-The real training step, optimizer and donation included, is compiled for the slice's topology in a
-process of its own (`worker`), which needs the compiler (libtpu) and no TPU. Compiling takes
-half a minute to some minutes; the worker keeps its answers where the caller says.
+The real training step, including optimizer and donation, is compiled for the slice's topology in a
+separate process (`worker`), which needs the compiler (libtpu) but no TPU. Compiling takes half a
+minute to some minutes; the worker caches verdicts in a directory of the caller.
 """
 
 import os
@@ -26,27 +26,27 @@ from prime_jax.runtime.records import read_json, write_json_atomic
 TRIES = 6  # of autofit
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu waits for the metadata server of a cloud
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process waits for a lock
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu waits for a metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process waits for a lock
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these three only keep libtpu quiet
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these three only silence libtpu
     "TPU_WORKER_ID": "0",
 }
-UNWANTED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the caller: virtual devices, dumps
+UNWANTED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # not inherited: virtual devices, dumps
 Compile = Callable[[RunConfig, Slice, storage.Path | None], dict[str, Any]]
 
 
 class Progress:
-    """Told about compilations; this one shows nothing."""
+    """Interface for the progress of compilations; this one shows nothing."""
 
     def expect(self, total: int) -> None:
-        """So many are known to be needed."""
+        """The number of compilations that are known to be needed."""
 
     def expect_more(self) -> None:
-        """One that did not fit makes another one necessary."""
+        """One more compilation is needed, because one did not fit."""
 
     def watch(self, config: RunConfig, text: str) -> AbstractContextManager[None]:
-        """Entered for as long as one takes."""
+        """Context of one compilation."""
         return nullcontext()
 
 
@@ -55,13 +55,13 @@ SILENT = Progress()
 
 @dataclass(frozen=True)
 class Verdict:
-    """A shape on a slice, judged by the compiler.
+    """The compiler's verdict on a shape and a slice.
 
     Attributes:
-        config: with the mesh settings that were tried.
+        config: with the mesh settings that were compiled.
         slice_: the slice.
-        record: what `worker.check` found.
-        tried: all that `autofit` compiled in vain, this one included; empty otherwise.
+        record: result of `worker.check`.
+        tried: if `autofit` failed, all configs that it compiled; empty otherwise.
     """
 
     config: RunConfig
@@ -83,7 +83,7 @@ class Verdict:
 
     @property
     def total(self) -> float:
-        """Bytes per chip; where the compiler refused without a number, ours."""
+        """Bytes per chip; our estimate if the compiler failed without a number."""
         memory = self.record["memory"]
         if "total" in memory:
             return memory["total"]
@@ -91,7 +91,7 @@ class Verdict:
 
     @property
     def temporaries(self) -> float:
-        """Bytes per chip; a refused program's are what is not state."""
+        """Bytes per chip; of a program that failed to compile, the total less the state."""
         found = self.record["memory"].get("temporaries")
         return self.total - roofline.memory(self.config, self.mesh)[0] if found is None else found
 
@@ -108,27 +108,27 @@ def check(
     progress: Progress = SILENT,
     text: str = "as written",
 ) -> Verdict:
-    """Compile the training step of `config` for `slice_`, or remember that it was.
+    """Compile the training step of `config` for `slice_`, or read the cached verdict.
 
     Args:
-        cache: directory of earlier answers.
-        compile: stands in for the compiler (tests).
-        progress: told about the compilation, with `text`.
+        cache: directory of cached verdicts.
+        compile: replaces the compiler (tests).
+        progress: entered around the compilation, with `text`.
 
     Raises:
-        UserError: no compiler for these chips here, a mesh that does not fit, or the compiler
-            failed for another reason than memory.
+        UserError: no compiler for these chips on this machine, a mesh that does not fit, or a
+            compiler error other than memory.
     """
     meshes.choose(config, slice_.devices, slice_.slices)
     with progress.watch(config, text):
-        return Verdict(config, slice_, (compile or compile_apart)(config, slice_, cache))
+        return Verdict(config, slice_, (compile or compile_in_subprocess)(config, slice_, cache))
 
 
-def compile_apart(
+def compile_in_subprocess(
     config: RunConfig, slice_: Slice, cache: storage.Path | None = None
 ) -> dict[str, Any]:
-    """`worker.check` in its own process: its environment is set, and a crash is its own."""
-    kept = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+    """`worker.check` in its own process, for its environment and in case the compiler crashes."""
+    inherited = {name: value for name, value in os.environ.items() if name not in UNWANTED}
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
         where = str(cache if storage.is_remote(cache) else cache.absolute()) if cache else ""
@@ -142,13 +142,13 @@ def compile_apart(
             str(answer),
         ]
         done = subprocess.run(
-            command, env=kept | ENVIRONMENT, capture_output=True, text=True, check=False
+            command, env=inherited | ENVIRONMENT, capture_output=True, text=True, check=False
         )
         if not answer.exists():
-            if done.returncode < 0:  # libtpu has died, and its last line says nothing
+            if done.returncode < 0:  # libtpu crashed; its last line is not informative
                 raise UserError(
-                    f"the compiler for {slice_.name} crashed (signal {-done.returncode}): a fault of "
-                    "its own, which another seq_len, batch or slice may not meet"
+                    f"the compiler for {slice_.name} crashed (signal {-done.returncode}): a bug in "
+                    "the compiler; try another seq_len, batch or slice"
                 )
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"the compiler for {slice_.name} failed ({done.returncode}): {last}")
@@ -159,9 +159,9 @@ def compile_apart(
 
 
 def alternatives(config: RunConfig, slice_: Slice) -> list[RunConfig]:
-    """`config` under other recomputation, micro-batches and tensor parallelism, fastest first.
+    """`config` with other recomputation, micro-batches and tensor parallelism, fastest first.
 
-    What the config says of replicas and shared parameters stays. No chip is idle that need not be.
+    Settings of replica and data parallelism do not change. Only meshes with the fewest idle chips.
     """
     found = []
     for candidate in _variants(config):
@@ -188,14 +188,14 @@ def _variants(config: RunConfig) -> Iterator[RunConfig]:
 
 
 def expected(config: RunConfig, slice_: Slice, seen: Sequence[Verdict] = ()) -> float:
-    """Bytes per chip on paper, corrected by how far off the paper was for the last verdict seen on
-    the same mesh. What another mesh was off by says nothing: other arrays fill its memory."""
+    """Estimated bytes per chip, corrected by the error of the estimate for the last verdict on the
+    same mesh. Errors on other meshes are not used: other arrays dominate their memory."""
     mesh = meshes.choose(config, slice_.devices, slice_.slices)
     state, temporaries = roofline.memory(config, mesh)
     for verdict in reversed(seen):
         if verdict.mesh[:3] == mesh[:3]:
-            paper = roofline.memory(verdict.config, verdict.mesh)[1]
-            return state + temporaries * verdict.temporaries / paper
+            estimate = roofline.memory(verdict.config, verdict.mesh)[1]
+            return state + temporaries * verdict.temporaries / estimate
     return state + temporaries
 
 
@@ -208,15 +208,13 @@ def autofit(
 ) -> Verdict:
     """The fastest combination that fits, among at most `TRIES` that are compiled.
 
-    Tried in the order of predicted speed, leaving out those that by what was seen cannot fit; the
-    last try is the one that should need least. Without success, the verdict that came closest.
+    Tried in the order of predicted speed, without those that cannot fit by the estimate so far; the
+    last try is the one with the smallest estimate. If none fits, the verdict that came closest.
     """
     found, seen = alternatives(config, slice_), []
     if not found:
-        return check(
-            config, slice_, cache, compile, progress
-        )  # which says what is wrong with its mesh
-    # The state is known exactly. Where it alone is too much everywhere, one try proves it.
+        return check(config, slice_, cache, compile, progress)  # raises: its mesh does not fit
+    # The size of the state is exact. If it is too large for every candidate, one try is enough.
     waiting = [c for c in found if _state(c, slice_) <= slice_.chip.memory] or [
         min(found, key=lambda c: expected(c, slice_))
     ]
@@ -244,13 +242,13 @@ def _state(config: RunConfig, slice_: Slice) -> float:
 
 
 def fixes(verdict: Verdict) -> list[str]:
-    """Single changes that should make an oversized run fit, each with the memory expected."""
+    """Single changes that should make an oversized run fit, each with the expected memory."""
     config, slice_ = verdict.config, verdict.slice_
     now, out = config.mesh, []
     changes = [replace(now, remat="full")] if now.remat != "full" else []
     changes += _more_parts(config)
     mesh = verdict.mesh
-    if mesh.replica > slice_.slices:  # parameters are copied that could be shared
+    if mesh.replica > slice_.slices:  # replicated parameters could be sharded
         groups = mesh.replica * mesh.data
         changes.append(replace(now, replica=slice_.slices, data=groups // slice_.slices))
     changes += [replace(now, model=size) for size in (2, 4, 8) if size > mesh.model]
@@ -269,13 +267,13 @@ def fixes(verdict: Verdict) -> list[str]:
             wanted.add(kind)
             out.append(f"{names} (about {human_bytes(size)})")
     if not out:
-        # Shared by all, a chip's part of the state is smallest.
+        # Sharded over all devices, the state per chip is smallest.
         state = roofline.state_bytes(config, flops.param_counts(config)["total"])
         chips = state / verdict.limit / slice_.chip.per_chip
-        search = "none that --autofit compiled fits: use" if verdict.tried else "try --autofit or"
+        search = "nothing that --autofit tried fits: use" if verdict.tried else "try --autofit or"
         out.append(
             f"no single change is enough; {search} more chips"
-            f" (the state alone, shared by all, fills {chips:.1f} chips)"
+            f" (the state alone, sharded over all chips, needs {chips:.1f} chips)"
         )
     return out
 
@@ -291,7 +289,7 @@ def _more_parts(config: RunConfig) -> list[MeshConfig]:
 
 
 def describe(mesh: MeshConfig, before: MeshConfig | None = None) -> str:
-    """Settings in words; with `before`, only those that differ."""
+    """The settings as text; with `before`, only those that differ."""
     old = to_dict(before) if before else {}
     changed = {k: v for k, v in to_dict(mesh).items() if v != old.get(k) and (before or v)}
     return ", ".join(f"mesh.{name} = {value}" for name, value in changed.items())

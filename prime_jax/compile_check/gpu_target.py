@@ -1,4 +1,4 @@
-"""NVIDIA GPUs described to XLA's CUDA compiler, which then needs neither a GPU nor a driver."""
+"""Descriptions of NVIDIA GPUs for XLA's CUDA compiler, which then needs no GPU or driver."""
 
 import importlib.metadata
 from typing import Any
@@ -19,7 +19,9 @@ def devices(slice_: Slice) -> list[Any]:
     from jax.experimental import topologies
 
     if not any(_installed(plugin) for plugin in PLUGINS):
-        raise UserError("no CUDA compiler here; get it with: pip install 'prime_jax[cuda]'")
+        raise UserError(
+            "no CUDA compiler on this machine; install it with: pip install 'prime_jax[cuda]'"
+        )
     each = slice_.devices // slice_.slices
     found = topologies.get_topology_desc(
         platform="cuda",

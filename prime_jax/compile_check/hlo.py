@@ -1,7 +1,7 @@
-"""What a program does, read from its HLO text: collectives between devices, big arrays.
+"""Analysis of HLO text: collectives between devices, large arrays.
 
-Loops count as often as they run: a scan over layers sends its message once per layer. The text is
-that of a compiled program or, where the compiler refuses, of the program as it was written.
+Loop bodies count once per iteration: a scan over layers has its collectives once per layer. The
+text is that of a compiled program or, if compilation fails, of the lowered program.
 """
 
 import math
@@ -13,8 +13,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 VIEWS = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
-# Of a program as written: what makes arrays that fusing does not do away with.
-KEPT = ("dot", "convolution", "custom-call", "scatter", "dynamic-update-slice", "all-gather")
+# In a lowered program: operations whose results fusion does not remove.
+NOT_FUSED = ("dot", "convolution", "custom-call", "scatter", "dynamic-update-slice", "all-gather")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)(?: \(.*)? \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -28,9 +28,9 @@ class Collective(NamedTuple):
     """Collectives of one kind in a step.
 
     Attributes:
-        count: how often, loops included.
-        bytes: what every device sends in all of them, by the bandwidth-optimal algorithm.
-        background: of these, what travels while the device computes.
+        count: number of executions, including loops.
+        bytes: sent per device in all of them, with the bandwidth-optimal algorithm.
+        background: bytes of these that are overlapped with computation.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Collective(NamedTuple):
 class Array(NamedTuple):
     bytes: float
     shape: str
-    source: str  # the operation in the program that made it
+    source: str  # the operation that made it
 
 
 class _Instruction(NamedTuple):
@@ -53,7 +53,7 @@ class _Instruction(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Collectives by kind, those with the most bytes first."""
+    """Collectives by kind, in descending order of bytes."""
     computations = _computations(text)
     count, chains = dict.fromkeys(KINDS, 0), set()
     total, background = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
@@ -62,7 +62,7 @@ def collectives(text: str) -> list[Collective]:
             kind = i.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            # An asynchronous collective is repeated in every operation that it overlaps.
+            # An asynchronous collective appears in every operation that it overlaps.
             chain = re.search(r'chain_id="(\d+)"', i.rest)
             if chain and (kind, chain[1]) in chains:
                 continue
@@ -80,7 +80,7 @@ def largest(text: str, opcodes: Collection[str] = ()) -> Array | None:
     """The largest array that an operation outside of fusions writes to memory.
 
     Args:
-        opcodes: of the operations that count; all by default.
+        opcodes: restrict to these operations; all by default.
     """
     computations, best = _computations(text), None
     fused = {i_called for body in computations.values() for i in body for i_called in _fused(i)}
@@ -117,7 +117,7 @@ def _entry(text: str) -> str:
 
 
 def _executions(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, int]:
-    """How often every computation runs in one call of the program."""
+    """Number of executions of every computation in one call of the program."""
     out: dict[str, int] = {}
     waiting = [(entry, 1)]
     while waiting:
@@ -133,7 +133,7 @@ def _executions(computations: dict[str, list[_Instruction]], entry: str) -> dict
 
 
 def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> int:
-    """Rounds of a loop: said by the compiler, or the constant its counter is compared with."""
+    """Trip count of a loop: annotated by the compiler, or the constant in its condition."""
     if known := re.search(r'known_trip_count\D*"(\d+)"', loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
@@ -145,7 +145,7 @@ def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> i
 def _sent(kind: str, i: _Instruction) -> float:
     n = _group(i.rest)
     size = sum(_size(dtype, dims) for dtype, dims, *_ in _ARRAY.findall(i.shapes))
-    if i.opcode == "all-gather-start":  # its result lists the operands too
+    if i.opcode == "all-gather-start":  # its result includes the operands
         size *= n / (n + 1)
     elif i.opcode == "collective-permute-start":
         size /= 2

@@ -1,9 +1,9 @@
-"""Compiles one training step for devices that are not here; `aot` runs it as a process of its own.
+"""Compiles one training step for absent devices; `aot` runs it as a separate process.
 
-The process computes on the CPU, whatever it compiles for. Reads a JSON object {config, slice,
-cache} from the file named first and writes its answer to the file named second. Answers are kept
-under the digest of the program that the compiler is shown: whatever changes the program, a rule of
-the mesh or the choice of a kernel, asks again, and nothing else does.
+The process itself uses the CPU. It reads a JSON object {config, slice, cache} from the file in the
+first argument and writes its result to the file in the second. Verdicts are cached under the digest
+of the program that the compiler is given: whatever changes the program, a rule of the mesh or the
+choice of a kernel, changes the key, and nothing else does.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")
 
 
 def devices_of(slice_: Slice) -> list[Any]:
-    """The devices of a slice, described to the compiler.
+    """The devices of a slice, from a topology description.
 
     Raises:
-        UserError: no compiler for them on this machine, with how to get it.
+        UserError: no compiler for them on this machine; with how to install it.
     """
     from jax.experimental import topologies
 
@@ -42,7 +42,8 @@ def devices_of(slice_: Slice) -> list[Any]:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "no TPU compiler here (libtpu); get it with: pip install 'prime_jax[tpu-compile]'"
+            "no TPU compiler (libtpu) on this machine; install it with: "
+            "pip install 'prime_jax[tpu-compile]'"
         ) from None
     options: dict[str, Any] = dict(slice_.chip.compiler)
     if slice_.chips == slice_.slices:
@@ -56,7 +57,7 @@ def devices_of(slice_: Slice) -> list[Any]:
 
 
 def arguments(program: step.Program) -> tuple:
-    """Shapes, types and shardings of what the training step is called with."""
+    """Shapes, types and shardings of the arguments of the training step."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
@@ -126,7 +127,7 @@ def judged(program: step.Program, lowered: Any, slice_: Slice) -> dict[str, Any]
             raise
         seconds = time.perf_counter() - start
         text = lowered.as_text(dialect="hlo", debug_info=True)
-        found = _found(hlo.largest(text, hlo.KEPT), hlo.collectives(text))
+        found = _found(hlo.largest(text, hlo.NOT_FUSED), hlo.collectives(text))
         return out | _refused(str(error)) | found | {"as_written": True, "compile_seconds": seconds}
     stats, text = compiled.memory_analysis(), compiled.as_text()
     memory = {
@@ -152,10 +153,10 @@ def _found(largest: hlo.Array | None, collectives: list[hlo.Collective]) -> dict
 
 
 def _refused(message: str) -> dict[str, Any]:
-    """What can be learnt from the compiler's refusal: the total, and its own limit.
+    """The total and the limit from the compiler's out-of-memory message.
 
-    It speaks of temporaries and counts the donated state among them: of programs that grow past
-    the limit, the number is the sum of what it says of the last that fits.
+    The message reports temporaries, but includes the donated state: for programs that grow past the
+    limit, the number continues the total of the last program that fits.
     """
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     sizes = [float(n) * units[u] for n, u in re.findall(r"\((\d+\.?\d*)([KMGT])\)", message)]

@@ -1,4 +1,4 @@
-"""Second pass of a preparation: the parts, in order, are one stream per split; cut it into shards."""
+"""Second pass of a preparation: join the parts into one stream per split and cut it into shards."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from prime_jax.runtime.records import read_json, write_json_atomic
 SHARD_BYTES = 128 << 20
 
 
-class Kept(NamedTuple):
+class PartPrefix(NamedTuple):
     """The first documents of a part."""
 
     stem: Path
@@ -23,12 +23,12 @@ class Kept(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one part gives to the stream of one split."""
+    """The tokens of one part in the stream of one split."""
 
-    part: Kept
+    part: PartPrefix
     tokens: int
     documents: int
-    first_token: int  # of the stream
+    first_token: int  # position in the stream
     first_document: int
 
 
@@ -37,7 +37,7 @@ class Assemble:
     """One task of the second pass: blocks [first_block, first_block + blocks) of a split."""
 
     split: int
-    pieces: tuple[Piece, ...]  # those that overlap it
+    pieces: tuple[Piece, ...]  # those that overlap these blocks
     first_block: int
     blocks: int
     seq_len: int
@@ -47,12 +47,12 @@ class Assemble:
     stem: Path  # of the counts: STEM.npy and, last, STEM.json
 
 
-def _table(part: Kept) -> np.ndarray:
+def _table(part: PartPrefix) -> np.ndarray:
     return np.load(f"{part.stem}.docs.npy", mmap_mode="r")[: part.documents]
 
 
-def keep_first(parts: Iterable[Kept], what: str, limit: float) -> list[Kept]:
-    """The shortest beginning that holds at least `limit` documents, bytes or tokens."""
+def keep_first(parts: Iterable[PartPrefix], what: str, limit: float) -> list[PartPrefix]:
+    """The shortest prefix that holds at least `limit` documents, bytes or tokens."""
     kept, left = [], limit
     for part in parts:
         if left <= 0:
@@ -64,14 +64,15 @@ def keep_first(parts: Iterable[Kept], what: str, limit: float) -> list[Kept]:
     return kept
 
 
-def _amounts(part: Kept, what: str) -> np.ndarray:
+def _amounts(part: PartPrefix, what: str) -> np.ndarray:
     if what == "documents":
         return np.ones(part.documents, np.int64)
     return _table(part)[:, {"tokens": TOKENS, "bytes": BYTES}[what]]
 
 
-def mix(sources: list[list[Kept]], weights: list[float]) -> list[Kept]:
-    """The longest beginnings whose tokens are in the proportion of the weights, to a document."""
+def mix(sources: list[list[PartPrefix]], weights: list[float]) -> list[PartPrefix]:
+    """The longest prefixes of the sources whose tokens are in proportion to the weights, up to one
+    document."""
     totals = [sum(int(_amounts(p, "tokens").sum()) for p in parts) for parts in sources]
     scale = min(total / weight for total, weight in zip(totals, weights, strict=True))
     return [
@@ -81,7 +82,7 @@ def mix(sources: list[list[Kept]], weights: list[float]) -> list[Kept]:
     ]
 
 
-def streams(parts: list[Kept]) -> list[list[Piece]]:
+def streams(parts: list[PartPrefix]) -> list[list[Piece]]:
     """The pieces of each split's stream."""
     out: list[list[Piece]] = [[] for _ in SPLITS]
     for part in parts:
@@ -130,7 +131,7 @@ def assemble_shard(task: Assemble) -> Assemble:
     """Write one shard and its counts.
 
     Raises:
-        UserError: nowhere to write.
+        UserError: the files cannot be written.
     """
     begin = task.first_block * task.seq_len
     end = begin + task.blocks * task.seq_len
@@ -173,7 +174,7 @@ def counts(tasks: list[Assemble], vocab_size: int) -> np.ndarray:
 
 
 def summary(pieces: list[Piece], tasks: list[Assemble], token_bytes: np.ndarray) -> Split:
-    """What the manifest says of a split whose shards are finished."""
+    """The manifest entry of a split whose shards are finished."""
     tokens = sum(task.blocks * task.seq_len for task in tasks)
     written = [read_json(Path(f"{task.stem}.json")) for task in tasks]
     return Split(

@@ -17,7 +17,7 @@ from prime_jax.data.manifest import SPLITS, Request
 from prime_jax.runtime.records import write_json_atomic
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
-CHECKED = 32  # documents of each part that are decoded and compared; of all, bytes are counted
+CHECKED = 32  # documents of each part that are decoded and compared; all are checked by size
 SPLIT, TOKENS, BYTES = range(3)  # columns of the table of documents
 
 
@@ -41,7 +41,7 @@ def encode_part(task: Encode) -> Encode:
     """Write the files of one part; see the module docstring.
 
     Raises:
-        UserError: damaged input, a tokenizer that loses text, or nowhere to write.
+        UserError: damaged input, a tokenizer that is not lossless, or unwritable files.
     """
     tokenizer = _tokenizer(task.dataset, task.tokenizer_hash)
     end = [] if task.endless else [np.array([tokenizer.eos_id])]
@@ -72,7 +72,7 @@ def _tokenizer(dataset: Path, _hash: str) -> tokenizers.Tokenizer:
 
 
 def _limited(task: Encode, counts: dict[str, int]) -> Iterator[readers.Document]:
-    """The documents that have text, counted, until one part alone would meet the limits."""
+    """The documents that have text, counted, until this part alone reaches the limits."""
     request = task.request
     for document in task.part.documents():
         if document is None:
@@ -103,7 +103,7 @@ def _batches(documents: Iterable[readers.Document]) -> Iterator[list[readers.Doc
 
 
 def _split(request: Request, document: readers.Document) -> int:
-    """Index in SPLITS: as the source says, else by position, else by the hash of the text."""
+    """Index in SPLITS: that of the source, else by position, else by the hash of the text."""
     if document.split:
         return SPLITS.index(document.split)
     position = document.position

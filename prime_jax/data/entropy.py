@@ -1,7 +1,7 @@
-"""How evenly sub-tokens are used: entropies and mutual information for a codebook and a corpus.
+"""Entropies and mutual information of sub-tokens, for a codebook and a corpus.
 
-All numbers are in bits and come from the token frequencies alone (theory.md, "Sub-token codes"), so
-they cost nothing and guide the choice of the granularity before any training.
+All numbers are in bits and computed from token frequencies only (theory.md, "Sub-token codes"), so
+they are cheap and help to choose the granularity before any training.
 """
 
 import math
@@ -25,7 +25,7 @@ class Entropies:
         length, base, shuffle: the codebook.
         slots: entropy of each sub-token, most significant first.
         mean: their mean.
-        maximum: log2 of the base, which no slot can exceed.
+        maximum: log2 of the base, the upper bound for each slot.
         token: entropy of the token itself.
         total_correlation: sum of the slots less `token`; 0 where sub-tokens are independent.
         mutual_information: mean over the pairs of slots; 0 if there is one slot only.

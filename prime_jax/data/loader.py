@@ -1,7 +1,7 @@
 """Batches of a prepared dataset: the order is a pure function of (seed, step).
 
-Position p = step * batch + row of the stream shows block shuffle(p): each epoch a permutation of
-its own (grain). No iterator state exists, so a run resumes at any step, on any number of hosts.
+Position p = step * batch + row of the stream is block shuffle(p), with another permutation for each
+epoch (grain). There is no iterator state, so a run can resume at any step and number of hosts.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from prime_jax.data.manifest import Manifest
 from prime_jax.data.shards import Reader
 from prime_jax.errors import UserError
 
-THREADS, AHEAD = 2, 4  # read-ahead of batches
+THREADS, AHEAD = 2, 4  # prefetching of batches
 
 
 class Blocks:
@@ -52,7 +52,7 @@ class Blocks:
         return tokens_NxL, doc_N
 
     def _reader(self, shard: int) -> Reader:
-        if shard not in self._readers:  # two threads may open it twice; either serves
+        if shard not in self._readers:  # harmless if two threads open it twice
             path = self._manifest.path / self._shards[shard].file
             advice = self._manifest.rebuild()
             self._readers[shard] = Reader(path, self._shards[shard].blocks, advice)
@@ -77,7 +77,7 @@ def train_batches(
     """This host's part of the global batches of steps start .. stop-1.
 
     Args:
-        rows: of each global batch, to be read here (sharding.local_rows); all by default.
+        rows: those of each global batch to read here (sharding.local_rows); all by default.
     Yields:
         tokens_bxL int32, and example_b int64: step * batch_size + row, the position in the stream.
     Raises:
@@ -109,7 +109,7 @@ class EvalBlocks:
         tokens: int32 [E, L].
         doc: int64 [E], document of each block's first token (clusters of the standard error).
         n_bytes: int64 [E], bytes of text in each block.
-        hash: twelve hex digits of the tokens; results are comparable where it is equal.
+        hash: twelve hex digits of the tokens; results with the same hash are comparable.
     """
 
     tokens: np.ndarray

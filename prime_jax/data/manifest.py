@@ -1,4 +1,4 @@
-"""The record of a prepared dataset: what it was made from, what it holds, and that it is whole.
+"""The manifest of a prepared dataset: its sources, contents and checksums.
 
 DIR/manifest.json is written last. Beside it: shards of fixed-length blocks (ArrayRecord; a record
 is a little-endian int64, the document that its first token belongs to, then the tokens),
@@ -29,14 +29,14 @@ UNIGRAM, TOKEN_BYTES = "unigram.npy", "token_bytes.npy"
 
 @dataclass(frozen=True)
 class Request:
-    """What `data prepare` was asked for."""
+    """The arguments of `data prepare`."""
 
     source: str
     tokenizer: str
     seq_len: int = 128
     valid_fraction: float = 0.05
     test_fraction: float = 0.05
-    max_documents: int = 0  # the first so many of each source; 0: all
+    max_documents: int = 0  # at most this many of each source; 0: all
     max_bytes: int = 0  # of text, of each source; 0: all
     seed: int = 0  # of the split
 
@@ -71,7 +71,7 @@ class Split:
 
     documents: int
     tokens: int
-    bytes: int  # of text; EOS is none
+    bytes: int  # of text; EOS has none
     blocks: int
     dropped_tokens: int  # at the end of the stream, fewer than one block
     shards: tuple[Shard, ...]
@@ -83,7 +83,7 @@ class Manifest:
 
     Attributes:
         fingerprint: sixteen hex digits: tokenizer, block length and the content of every shard.
-        eos_policy: `append` (after each document) or `none` (an endless stream).
+        eos_policy: `append` (after each document) or `none` (a stream without documents).
         skipped: documents left out because they are not valid text.
         empty: documents left out because they hold no text.
         tokens_per_second: of the preparation; the only field that differs between repetitions.
@@ -148,7 +148,7 @@ class Manifest:
 
 
 def fingerprint(tokenizer_hash: str, seq_len: int, eos: str, splits: list[Split]) -> str:
-    """The identity of the content, wherever it came from."""
+    """The identity of the content, independent of its sources."""
     digest = hashlib.sha256(f"{SCHEMA} {tokenizer_hash} {seq_len} {eos}".encode())
     for split in splits:
         digest.update(f" {split.blocks}:".encode())
@@ -163,13 +163,13 @@ def save(manifest: Manifest, directory: Path) -> None:
 
 
 def load(path: str | Path, *, verify: bool = False) -> Manifest:
-    """Read a manifest and check that its shards are there.
+    """Read a manifest and check that its shards exist.
 
     Args:
         path: the dataset's directory.
         verify: read every record and check the hashes as well.
     Raises:
-        UserError: no manifest, a damaged one, another schema, a missing or damaged shard; names
+        UserError: no manifest, a damaged one, another schema, a missing or damaged shard; with
             the file and the command that rebuilds it.
     """
     directory = Path(path)
@@ -213,7 +213,7 @@ def of_run(config: configs.RunConfig) -> Manifest:
     """The dataset that a run trains on.
 
     Raises:
-        NoData: it is not here, damaged or unreadable, or another one lies in its place.
+        NoData: it is missing, damaged or unreadable, or another dataset is at its path.
     """
     path = config.data.path
     try:
@@ -228,10 +228,10 @@ def of_run(config: configs.RunConfig) -> Manifest:
 
 
 def check(manifest: Manifest, config: configs.RunConfig) -> None:
-    """Refuse to train on data that the config does not describe.
+    """Check that the dataset is the one that the config describes.
 
     Raises:
-        UserError: vocabulary, length or fingerprint differ; says what would be right.
+        UserError: vocabulary, length or fingerprint differ; with both values.
     """
     pairs = {
         "model.vocab_size": (config.model.vocab_size, manifest.vocab_size),

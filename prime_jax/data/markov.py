@@ -1,9 +1,9 @@
 """A synthetic source whose entropies are known exactly: a stationary Markov chain.
 
 `markov:V=16,order=1,seed=0,tokens=2000000,concentration=0.3,doc_mean=0`. Rows of the transition
-table are Dirichlet draws; order 0 is the uniform i.i.d. source. By default it is one endless
-stream. With `doc_mean`, documents have geometric lengths of that mean (EOS not counted) and EOS is
-the symbol V, so that the concatenated stream is again a chain with exactly known entropies.
+table are Dirichlet draws; order 0 is the uniform i.i.d. source. By default it is one stream
+without documents. With `doc_mean`, documents have geometric lengths of that mean (EOS not counted)
+and EOS is the symbol V, so that the concatenated stream is again a chain with exactly known entropies.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Markov:
     seed: int = 0
     tokens: int = 2_000_000
     concentration: float = 0.3  # of the Dirichlet rows: smaller is more predictable
-    doc_mean: float = 0.0  # mean tokens of a document; 0: one endless stream
+    doc_mean: float = 0.0  # mean tokens of a document; 0: no documents
 
     def __post_init__(self) -> None:
         if self.V < 2 or self.order < 0 or self.tokens < 1 or self.concentration <= 0:
@@ -68,7 +68,9 @@ class Markov:
         full = np.zeros((self.V + 1, self.V + 1))
         full[: self.V, : self.V] = (1 - stop) * table
         full[: self.V, self.V] = stop
-        full[self.V, : self.V] = _stationary(table)  # a document starts like the chain
+        full[self.V, : self.V] = _stationary(
+            table
+        )  # a document starts from the stationary distribution
         return full
 
     @cached_property

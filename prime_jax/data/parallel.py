@@ -1,4 +1,4 @@
-"""Run independent tasks in worker processes that die with their parent and import no JAX."""
+"""Run independent tasks in worker processes that end with their parent and import no JAX."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ Task, Result = TypeVar("Task"), TypeVar("Result")
 def run(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[Result]:
-    """Results in the order of completion; tasks are drawn as workers become free.
+    """Results in the order of completion; tasks are taken from the iterable as workers become free.
 
     Raises:
         UserError: from a task, or because a worker died.
@@ -41,7 +41,7 @@ def run(
                 yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process died (out of memory?); run the same command again to go on, "
+            "a worker process died (out of memory?); run the same command again to continue, "
             "with fewer --workers"
         ) from error
     finally:
@@ -52,7 +52,7 @@ def run(
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and stop when it is gone, even by kill -9."""
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent has died."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

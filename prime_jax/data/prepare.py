@@ -1,8 +1,8 @@
 """Prepare a dataset: tokenize in parallel, then cut the stream of each split into blocks.
 
-Two passes over files in OUT/parts (encode.py, assemble.py). Each file appears whole and each task
-ends with a `.json`, so an interruption, even kill -9, loses the tasks in work and no more. The
-result does not depend on the number of workers. The manifest comes last and OUT/parts goes.
+Two passes over files in OUT/parts (encode.py, assemble.py). Files are written atomically and each
+task ends with a `.json`, so an interruption, even kill -9, loses only unfinished tasks. The result
+does not depend on the number of workers. The manifest is written last; then OUT/parts is removed.
 """
 
 import dataclasses
@@ -35,20 +35,20 @@ def prepare(
     workers: int = 0,
     **options: float,
 ) -> Manifest:
-    """Make the dataset in `out`, go on where an earlier call stopped, or return the finished one.
+    """Make the dataset in `out`, continue an interrupted call, or return the finished dataset.
 
     Args:
         source: see sources.py.
-        tokenizer: see tokenizer.py.
+        tokenizer: see tokenizers.py.
         seq_len: tokens of a block.
-        workers: processes; 0 for one per core. They start afresh and import the calling script,
-            which must keep its work under `if __name__ == "__main__"`, or pass 1.
+        workers: processes; 0 for one per core. They are spawned and import the calling script, so
+            that needs `if __name__ == "__main__"`, or pass 1.
         options: `valid_fraction` and `test_fraction` of the documents, chosen by the hash of their
-            text and `seed` (of an endless stream: at its end); `max_documents` and `max_bytes`,
-            the beginning of each source to use.
+            text and `seed` (of a stream without documents: its end); `max_documents` and
+            `max_bytes` of each source.
     Raises:
-        UserError: wrong or empty input, a tokenizer that loses text, a directory that holds
-            something else, nowhere to write.
+        UserError: wrong or empty input, a tokenizer that is not lossless, a directory with other
+            content, or one that cannot be written.
     """
     request = Request(source, tokenizer, seq_len, **options)
     _validate(request, workers)
@@ -66,7 +66,7 @@ def prepare(
                 return _prepare(request, directory, workers or os.cpu_count() or 1)
             except UserError:
                 if not _finished_parts(directory):
-                    _forget(directory)
+                    _remove_leftovers(directory)
                 raise
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
@@ -102,8 +102,8 @@ def _finished_parts(directory: Path) -> bool:
     return any((directory / "parts").glob("[0-9]*.json"))
 
 
-def _forget(directory: Path) -> None:
-    """Leave nothing that would stand in the way of another request."""
+def _remove_leftovers(directory: Path) -> None:
+    """Remove files that would block another request."""
     shutil.rmtree(directory / "parts", ignore_errors=True)
     for name in ("tokenizer.json", "tokenizer.model"):
         (directory / name).unlink(missing_ok=True)
@@ -154,7 +154,7 @@ def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
         leftover.unlink(missing_ok=True)
     eos_policy = "none" if endless else "append"
     identity = (tokenizer.hash, request.seq_len, eos_policy, splits)
-    left_out = [read_json(Path(f"{part.stem}.json")) for kept in parts for part in kept]
+    left_out = [read_json(Path(f"{part.stem}.json")) for prefix in parts for part in prefix]
     manifests.save(
         Manifest(
             schema=manifests.SCHEMA,
@@ -211,9 +211,9 @@ def _tokenizer(
         return tokenizers.load(directory)
 
     def sample(n_bytes: int) -> Iterator[str]:
-        fraction = sum(source.weight for source in corpus)
+        total = sum(source.weight for source in corpus)
         for source in corpus:
-            yield from sources.sample(source, round(n_bytes * source.weight / fraction))
+            yield from sources.sample(source, round(n_bytes * source.weight / total))
 
     tokenizer = tokenizers.make(request.tokenizer, sample)
     tokenizer.save(directory)
@@ -226,8 +226,8 @@ def _encode_all(
     corpus: list[sources.Source],
     tokenizer_hash: str,
     workers: int,
-) -> tuple[list[list[assemble.Kept]], int]:
-    """First pass: the parts of each source, within the limits, and the tokens made by this call."""
+) -> tuple[list[list[assemble.PartPrefix]], int]:
+    """First pass: the parts of each source, within the limits, and tokens encoded by this call."""
     stems = [
         [directory / "parts" / f"{i:02d}-{k:06d}" for k in range(len(source.parts))]
         for i, source in enumerate(corpus)
@@ -273,7 +273,7 @@ def _prefix(stems: list[Path]) -> Iterator[tuple[Path, dict]]:
 
 
 def _reached(request: Request, stems: list[Path]) -> bool:
-    """Whether the finished beginning of a source already meets its limits."""
+    """Whether the finished parts of a source already reach its limits."""
     limits = {"documents": request.max_documents, "bytes": request.max_bytes}
     if not any(limits.values()):
         return False
@@ -281,8 +281,8 @@ def _reached(request: Request, stems: list[Path]) -> bool:
     return any(limit and sum(c[k] for c in counts) >= limit for k, limit in limits.items())
 
 
-def _within(request: Request, stems: list[Path]) -> list[assemble.Kept]:
-    kept = [assemble.Kept(stem, counts["documents"]) for stem, counts in _prefix(stems)]
+def _within(request: Request, stems: list[Path]) -> list[assemble.PartPrefix]:
+    kept = [assemble.PartPrefix(stem, counts["documents"]) for stem, counts in _prefix(stems)]
     for what, limit in (("documents", request.max_documents), ("bytes", request.max_bytes)):
         if limit:
             kept = assemble.keep_first(kept, what, limit)
@@ -295,7 +295,7 @@ def _check_enough(request: Request, directory: Path, pieces: list[list[assemble.
     for name, stream, wanted in zip(SPLITS, pieces, asked, strict=True):
         tokens = sum(piece.tokens for piece in stream)
         if wanted and tokens < request.seq_len:
-            _forget(directory)
+            _remove_leftovers(directory)
             what = f"only {tokens} tokens" if documents else "no text"
             raise UserError(
                 f"source {request.source}: {what} in the {name} split, less than one block of "

@@ -1,4 +1,4 @@
-"""Readers: each yields the documents of one part of a source, or None for one that is not text."""
+"""Readers: each yields the documents of one part of a source; None for an invalid document."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from prime_jax.data.markov import Markov
 from prime_jax.errors import UserError
 
-STREAM_CHUNKS = 1000  # pieces of an endless stream, so that splits fall on a tenth of a percent
+STREAM_CHUNKS = 1000  # pieces of a stream without documents: splits are exact to 0.1 %
 
 
 class Document(NamedTuple):
@@ -22,8 +22,8 @@ class Document(NamedTuple):
 
     Attributes:
         text: what is tokenized.
-        position: number in [0, 1) that decides the split; None: the hash of the text decides.
-        split: the split, where the source says so itself.
+        position: number in [0, 1) that determines the split; None: the hash of the text does.
+        split: the split, if the source defines it.
     """
 
     text: str
@@ -39,7 +39,7 @@ def uniform(text: str, seed: int = 0) -> float:
 
 
 def file_systems() -> ModuleType:
-    """The module fsspec, whose stores else log the traceback of whatever they then raise."""
+    """The module fsspec, with silent stores: they log exceptions that they also raise."""
     import fsspec
 
     for name in ("gcsfs", "s3fs"):
@@ -51,7 +51,7 @@ def _open(path: str) -> BinaryIO:
     fsspec = file_systems()
     if not path.endswith(".zst"):
         return fsspec.open(path, "rb", compression="infer").open()
-    import pyarrow  # unlike other readers it notices a truncated file, and reads every frame
+    import pyarrow  # unlike other readers it detects a truncated file, and reads every frame
 
     raw = fsspec.open(path, "rb").open()
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
@@ -82,7 +82,7 @@ def texts(paths: tuple[str, ...]) -> Iterator[Document]:
 
 
 def python_files(paths: tuple[str, ...]) -> Iterator[Document | None]:
-    """A few files of the library's tests are in other encodings on purpose: left out."""
+    """Test files of the library in other encodings give None."""
     for path in paths:
         try:
             yield Document(Path(path).read_bytes().decode("utf-8"))
@@ -95,7 +95,7 @@ def python_files(paths: tuple[str, ...]) -> Iterator[Document | None]:
 def stream(
     path: str, begin: int, end: int, chunk: int, start: int, total: int
 ) -> Iterator[Document]:
-    """Pieces of `chunk` bytes of [begin, end), moved to the next character where they cut one."""
+    """Pieces of `chunk` bytes of [begin, end), with boundaries moved to the next character."""
     with _open(path) as file:
         for at in range(begin, end, chunk):
             stop = min(at + chunk, end)
@@ -107,7 +107,7 @@ def stream(
 
 
 def _continuation(data: bytes, at: int) -> int:
-    """UTF-8 continuation bytes from `at` on: how far a cut moves to leave a character whole."""
+    """Number of UTF-8 continuation bytes from `at` on: offset to the next character."""
     n = 0
     while n < 3 and at + n < len(data) and data[at + n] & 0xC0 == 0x80:
         n += 1
@@ -136,7 +136,7 @@ def _json_document(line: bytes, where: str) -> Document | None:
 
 
 def _valid(text: str) -> Document | None:
-    """None for text with lone surrogates (a JSON escape can hold them): it has no bytes."""
+    """None for text with lone surrogates (possible in JSON escapes), which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -166,10 +166,10 @@ def _tfds_builder(name: str) -> Any:
         builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
         if not builder.info.splits:
             raise ValueError("it is not prepared on this machine")
-    except Exception as error:  # the library raises many kinds; each means the same to the user
+    except Exception as error:  # the library raises many types
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"tfds:{name}: {reason}; prepare it as array_record first, or point TFDS_DATA_DIR at it"
+            f"tfds:{name}: {reason}; prepare it as array_record first, or set TFDS_DATA_DIR"
         ) from error
     if "text" not in (builder.info.features or {}):
         raise UserError(f"tfds:{name} has no feature named text")

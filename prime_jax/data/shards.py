@@ -1,4 +1,4 @@
-"""ArrayRecord files of fixed-length blocks, with errors that name the file."""
+"""ArrayRecord files of fixed-length blocks; errors include the file name."""
 
 import hashlib
 import io
@@ -12,12 +12,12 @@ import numpy as np
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 
-OPTIONS = "group_size:1,uncompressed"  # random access to single records, the same bytes each time
+OPTIONS = "group_size:1,uncompressed"  # random access to single records, deterministic bytes
 BATCH = 1024
 
 
 class Reader:
-    """Random access to the records of one file; safe to share between threads."""
+    """Random access to the records of one file; thread-safe."""
 
     def __init__(self, path: Path, records: int, advice: str):
         from array_record.python import array_record_module
@@ -58,10 +58,10 @@ def digest(path: Path, records: int, advice: str) -> str:
 
 
 def write(path: Path, records_NxR: np.ndarray) -> str:
-    """Write rows uint8 [N, R] as records; returns the digest. Appears whole or not at all.
+    """Write rows uint8 [N, R] as records, atomically; returns the digest.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the file cannot be written.
     """
     try:
         with storage.replacing(path) as [temporary]:
@@ -81,7 +81,7 @@ def _writer(path: Path) -> Any:
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
-    """Write a .npy file, whole or not at all; returns the SHA-256 of the file."""
+    """Write a .npy file atomically; returns the SHA-256 of the file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     storage.write(path, buffer.getvalue())
@@ -90,10 +90,10 @@ def write_array(path: Path, array: np.ndarray) -> str:
 
 @contextmanager
 def whole_files(paths: Sequence[str | Path]) -> Iterator[list[BinaryIO]]:
-    """Files open for writing that take their names only when the block ends well.
+    """Files open for writing that get their names only if the block ends without an error.
 
     Raises:
-        UserError: a place cannot be written to.
+        UserError: a file cannot be written.
     """
     try:
         with storage.replacing(*map(Path, paths)) as temporary, ExitStack() as stack:

@@ -1,16 +1,16 @@
-"""Where text comes from: parts that can be read independently, in a fixed order.
+"""Text sources, divided into parts that can be read independently, in a fixed order.
 
 Specs:
-    pysource                 the Python standard library's own sources, one document per file
+    pysource                 the sources of the Python standard library, one document per file
     text:GLOB                one document per file
-    stream:GLOB              files joined into one endless text, split by position (text8)
+    stream:GLOB              files joined into one text, without documents, split by position (text8)
     jsonl:GLOB               one document per line, key `text`
     parquet:GLOB             one document per row, column `text`
     tfds:NAME                a prepared TensorFlow dataset, feature `text`, its own splits if any
     markov:V=16,order=1,...  synthetic, entropies known exactly (markov.py)
     A*0.7+B*0.3              a mixture: fractions of the tokens, as many as fit without repetition;
                              each source contributes its first documents
-GLOB is local or remote (`gs://...`, through fsspec); .gz, .zst, .bz2 and .xz are read as they are.
+GLOB is local or remote (`gs://...`, through fsspec); .gz, .zst, .bz2 and .xz are decompressed.
 """
 
 import os
@@ -32,8 +32,8 @@ class Part:
     """A part of a source that one worker reads; equal parts give equal documents.
 
     Attributes:
-        read: yields documents, and None for one that is not valid text and is left out.
-        args: its arguments.
+        read: yields documents, and None for one that is not valid text.
+        args: of `read`.
         size: bytes on disk, for progress.
     """
 
@@ -50,10 +50,10 @@ class Source:
     """One corpus.
 
     Attributes:
-        spec: what the user wrote.
+        spec: as given by the user.
         parts: in the order of the stream.
         weight: fraction of the tokens in a mixture.
-        endless: one text without documents, so without EOS.
+        endless: one stream without documents, so without EOS.
     """
 
     spec: str
@@ -105,7 +105,7 @@ def _files(spec: str, glob: str) -> list[tuple[str, int]]:
     try:
         fs, path = readers.file_systems().url_to_fs(glob)
         found = fs.glob(path, detail=True)
-    except Exception as error:  # every store has exceptions of its own
+    except Exception as error:  # every store has its own exceptions
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"source {spec}: {line}") from error
     files = [(p, info.get("size") or 0) for p, info in found.items() if info["type"] == "file"]
@@ -118,8 +118,8 @@ def _files(spec: str, glob: str) -> list[tuple[str, int]]:
 def _group(
     files: list[tuple[str, int]], read: Callable[..., Iterator[readers.Document | None]]
 ) -> list[Part]:
-    """Parts of whole files: small ones together, a large one alone."""
-    largest = max(PART_BYTES, sum(n for _, n in files) // 1000)  # never too many parts
+    """Parts of whole files: small files together, large ones in parts of their own."""
+    largest = max(PART_BYTES, sum(n for _, n in files) // 1000)  # limits the number of parts
     parts: list[Part] = []
     paths: list[str] = []
     size = 0
@@ -162,7 +162,7 @@ def _stream_parts(files: list[tuple[str, int]]) -> list[Part]:
 
 
 def _tfds_parts(name: str) -> list[Part]:
-    """Ranges of rows; `validation` and `test` splits stay what they are, the rest is hashed."""
+    """Ranges of rows; `validation` and `test` splits are used as such, other rows are hashed."""
     known = readers.tfds_splits(name)
     pins = {"train": "train" if "validation" in known else ""}
     pins |= {"validation": "valid", "test": "test"}

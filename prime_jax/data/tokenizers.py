@@ -1,7 +1,7 @@
-"""Tokenizers: text to ids and back without loss, with the bytes of text that each id stands for.
+"""Lossless tokenizers: text to ids and back, with the bytes of text of each id.
 
 A tokenizer here is an encoder plus a table of pieces, one byte string per id. Decoding concatenates
-pieces, so it is exact whatever library encodes, and bits per byte follow from the same table.
+pieces, so it is exact for any encoder library, and bits per byte use the same table.
 
 Specs:
     bytes               256 byte values and EOS
@@ -32,7 +32,7 @@ from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
 
 NO_EOS = -1
-SPACE = "\u2581"  # how sentencepiece writes a space; the character itself needs care
+SPACE = "\u2581"  # sentencepiece's sign for a space; needs escaping if it occurs in the text
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -43,11 +43,11 @@ class Tokenizer(ABC):
     """Text to ids and back.
 
     Attributes:
-        kind: names the class in a saved dataset.
-        spec: what it was made from; not part of its identity.
+        kind: identifies the class in a saved dataset.
+        spec: the spec it was made from; not part of its identity.
         pieces: the bytes of text of every id; empty for EOS and unused ids.
         eos_id: id that ends a document, or -1 if there is none.
-        model: the file that defines it, empty if the spec alone does.
+        model: the file that defines it, empty if the spec is enough.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Tokenizer(ABC):
         return b"".join([self.pieces[i] for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are not UTF-8 (a cut character) show as U+FFFD."""
+        """The text of ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     @property
@@ -82,7 +82,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def hash(self) -> str:
-        """Twelve hex digits that name the mapping from text to ids."""
+        """Twelve hex digits that identify the mapping from text to ids."""
         digest = hashlib.sha256(f"{self.kind} {self.vocab_size} {self.eos_id} ".encode())
         digest.update(self.model)
         for piece in self.pieces:
@@ -130,7 +130,7 @@ class Chars(Tokenizer):
         if len(ids) and ids.min() < 0:
             bad = re.search("[^a-z ]", text)
             raise UserError(
-                f"chars:27 knows a-z and space only; found {bad[0]!r} at character {bad.start()}"
+                f"chars:27 has only a-z and space; found {bad[0]!r} at character {bad.start()}"
             )
         return ids
 
@@ -187,12 +187,12 @@ def _optional(name: str) -> ModuleType:
 def train_sentencepiece(
     kind: str, vocab_size: int, sample: Callable[[int], Iterable[str]]
 ) -> bytes:
-    """Train a lossless model: no normalisation, no dummy prefix, runs of spaces kept.
+    """Train a lossless model: no normalisation, no dummy prefix, repeated spaces kept.
 
-    Newline and tab are pieces of their own, other rare characters fall back to bytes.
+    Newline and tab are separate pieces, other rare characters fall back to bytes.
 
     Raises:
-        UserError: the sample is too small for `vocab_size`, or it is below 300.
+        UserError: the sample is too small for `vocab_size`, or `vocab_size` is below 300.
     """
     import sentencepiece
 
@@ -245,8 +245,8 @@ def _too_small(kind: str, vocab_size: int) -> UserError:
 class SentencePiece(Tokenizer):
     """A sentencepiece model, used without dummy prefix and without removal of spaces.
 
-    A model whose normalisation rewrites characters, or without byte fallback, is not lossless and
-    is refused when data is prepared with it.
+    A model with normalisation of characters, or without byte fallback, is not lossless;
+    `data prepare` rejects it.
     """
 
     kind = "sentencepiece"
@@ -279,7 +279,7 @@ class SentencePiece(Tokenizer):
         ]
 
     def _with_space_sign(self, text: str) -> np.ndarray:
-        """U+2581 in the text would come back as a space: write it as its three bytes."""
+        """Encode U+2581 in the text as its three bytes: its piece would decode to a space."""
         out: list[np.ndarray] = []
         for ids in self._sp.encode(text.split(SPACE), num_threads=1):
             out += [self._space_ids, np.array(ids, np.int32)]
@@ -311,7 +311,7 @@ class HuggingFace(Tokenizer):
 
     def __init__(self, spec: str, model: bytes):
         library = _optional("tokenizers")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are ours
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we run our own processes
         self.model = model
         try:
             self._tokenizer = library.Tokenizer.from_str(model.decode())
@@ -376,7 +376,7 @@ class Tiktoken(Tokenizer):
                 raise ValueError("a single byte has no rank")
         except ValueError as error:
             raise UserError(f"tokenizer {spec}: not a .tiktoken rank file ({error})") from error
-        self.model = _rank_file(ranks)  # one order and one layout, so that the hash is stable
+        self.model = _rank_file(ranks)  # canonical order and layout, so that the hash is stable
         pieces = [b""] * (max(ranks.values()) + 2)
         for piece, rank in ranks.items():
             pieces[rank] = piece
@@ -390,7 +390,7 @@ class Tiktoken(Tokenizer):
 
 
 def read_ranks(path: str) -> bytes:
-    """A rank file; GPT-2's own `encoder.json`, whose ids are the ranks, is turned into one."""
+    """A rank file; GPT-2's `encoder.json`, whose ids are the ranks, is converted to one."""
     data = read(path)
     if not path.endswith(".json"):
         return data
@@ -411,7 +411,7 @@ def make(spec: str, sample: Callable[[int], Iterable[str]]) -> Tokenizer:
 
     Args:
         spec: see the module docstring.
-        sample: gives about so many bytes of text, for tokenizers that are trained here.
+        sample: yields about the given number of bytes of text, to train a tokenizer.
     Raises:
         UserError: unknown spec, missing file or extra, or a sample too small to train on.
     """
@@ -463,10 +463,10 @@ def load(directory: Path) -> Tokenizer:
 
 
 def check_lossless(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> None:
-    """Refuse a tokenizer that loses text.
+    """Check that a text is tokenized without loss.
 
     Raises:
-        UserError: decoding does not give the text back; shows the first difference.
+        UserError: decoding does not reproduce the text; with the first difference.
     """
     got, want = tokenizer.decode_bytes(ids), text.encode()
     if got == want:
@@ -475,7 +475,7 @@ def check_lossless(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> None:
     at = min(len(got), len(want)) if at is None else at
     raise UserError(
         f"tokenizer {tokenizer.spec} loses text: at byte {at} of a document "
-        f"{json.dumps(_around(want, at))} came back as {json.dumps(_around(got, at))}"
+        f"{json.dumps(_around(want, at))} was decoded as {json.dumps(_around(got, at))}"
     )
 
 

@@ -1,10 +1,11 @@
-"""Chain-rule likelihoods: the cost of revealing a text in a fixed order, one network call a step.
+"""Chain-rule likelihoods: the cost of revealing a text in some order, one network call per step.
 
-`l2r` reveals from left to right. `confidence`, `margin` and `entropy` reveal what the network is
-most confident of, judged by what is visible alone: each text is then reached along one path only, and the
-sum of its costs is the exact negative log-likelihood of that sampler (DUEL, arXiv 2603.01367).
-`random` draws an order of the tokens, `subtokens` one of all sub-tokens; their mean over orders
-bounds the likelihood of the any-order model and equals the `token` and the `subtoken` NELBO.
+`l2r` reveals from left to right. `confidence`, `margin` and `entropy` reveal the token of which the
+network is most confident, given the visible ones only: there is then exactly one order for each
+text, and the sum of its costs is the exact negative log-likelihood of that sampler (DUEL, arXiv
+2603.01367). `random` draws an order of the tokens, `subtokens` one of all sub-tokens; their mean
+over orders bounds the likelihood of the any-order model and equals the `token` and the `subtoken`
+NELBO.
 """
 
 from typing import NamedTuple
@@ -18,14 +19,14 @@ from prime_jax.objectives import Network
 from prime_jax.sample.orders import SCORES
 
 ORDERS = ("l2r", "confidence", "margin", "entropy", "random", "subtokens")
-ROWS = 256  # positions whose logits exist at one time
+ROWS = 256  # positions whose logits are computed at a time
 
 
 class Readout(NamedTuple):
-    """What the network thinks of hidden tokens, nothing of them being visible."""
+    """Predictions for fully masked tokens."""
 
-    confidence_N: jax.Array  # the larger, the sooner revealed
-    best_N: jax.Array  # head row of the likeliest token
+    confidence_N: jax.Array  # larger is revealed earlier
+    best_N: jax.Array  # head row of the most likely token
 
 
 def readout(order: str, h_NxD: jax.Array, head_VxD: jax.Array) -> Readout:
@@ -41,18 +42,18 @@ def readout(order: str, h_NxD: jax.Array, head_VxD: jax.Array) -> Readout:
 
 
 def chain(order: str, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
-    """Sum over the reveal steps of the cost of what each reveals, nats [B]."""
+    """Sum over the reveal steps of the cost of each, nats [B]."""
     return {f"chain:{order}": reveal(order, task, network, text, key_B)[0]}
 
 
 def reveal(order: str, task: Task, network: Network, text: Text, key_B) -> tuple:
-    """(nats [B], whether every revealed token was the likeliest one [B]; token orders only)."""
+    """(nats [B], whether every revealed token was the most likely one [B]; token orders only)."""
     batch, length = text.token_BxL.shape
     slots = task.book.length
-    units = slots if order == "subtokens" else 1  # revealed on their own, per position
+    units = slots if order == "subtokens" else 1  # units per position, revealed one by one
     row_BxL = jnp.asarray(task.book.rows)[text.token_BxL]
     fixed_BxU = _fixed(order, key_B, length, units)
-    most = length if text.most is None else text.most
+    steps = length if text.max_targets is None else text.max_targets
     rows_B = jnp.arange(batch)
 
     def wide(unit_BxU):
@@ -65,16 +66,16 @@ def reveal(order: str, task: Task, network: Network, text: Text, key_B) -> tuple
         h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
         confidence_BxU = fixed_BxU
         if fixed_BxU is None:
-            said = readout(order, h_BxLxD.reshape(batch * length, -1), head_VxD)
-            confidence_BxU = said.confidence_N.reshape(batch, length)
-            likeliest_BxL = said.best_N.reshape(batch, length) == row_BxL
+            out = readout(order, h_BxLxD.reshape(batch * length, -1), head_VxD)
+            confidence_BxU = out.confidence_N.reshape(batch, length)
+            likeliest_BxL = out.best_N.reshape(batch, length) == row_BxL
         ranked_BxU = jnp.where(open_BxU, confidence_BxU, -jnp.inf)
         unit_B = ranked_BxU.argmax(axis=1)
         taken_B = open_BxU[rows_B, unit_B]  # False where none is left
         left_BxU = open_BxU.at[rows_B, unit_B].set(False)
         here = rows_B, unit_B // units
-        charged = row_BxL[here], wide(open_BxU)[here], wide(left_BxU)[here]
-        log_p_B = subtoken_log_masses(task.head, h_BxLxD[here], head_VxD, *charged)[1]
+        revealed = row_BxL[here], wide(open_BxU)[here], wide(left_BxU)[here]
+        log_p_B = subtoken_log_masses(task.head, h_BxLxD[here], head_VxD, *revealed)[1]
         if fixed_BxU is None:
             greedy_B &= likeliest_BxL[here] | ~taken_B
         return left_BxU, nats_B + jnp.where(taken_B, -log_p_B, 0.0), greedy_B
@@ -82,12 +83,12 @@ def reveal(order: str, task: Task, network: Network, text: Text, key_B) -> tuple
     target = jnp.broadcast_to(text.target_BxL[..., None], (batch, length, units))
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(float))
     start = (target.reshape(batch, -1), jnp.zeros(batch, dtype), jnp.ones(batch, bool))
-    _, nats_B, greedy_B = jax.lax.fori_loop(0, most * units, step, start)
+    _, nats_B, greedy_B = jax.lax.fori_loop(0, steps * units, step, start)
     return nats_B, greedy_B
 
 
 def _fixed(order: str, key_B, length: int, units: int) -> jax.Array | None:
-    """What an order that does not look at the text ranks units by [B, length * units], or None."""
+    """Ranks [B, length * units] of an order that does not depend on the text; None for others."""
     if order == "l2r":
         return jnp.broadcast_to(-jnp.arange(length, dtype=jnp.float32), (len(key_B), length))
     if order in ("random", "subtokens"):
@@ -98,7 +99,7 @@ def _fixed(order: str, key_B, length: int, units: int) -> jax.Array | None:
 def greedy(task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
     """1 where greedy decoding gives exactly these targets, else 0 [B].
 
-    An autoregressive model decodes left to right, a diffusion model its most confident token first.
+    An autoregressive model decodes left to right, a diffusion model the most confident token first.
     """
     if task.config.family != "arm":
         return {"greedy": reveal("confidence", task, network, text, key_B)[1] * 1.0}

@@ -19,7 +19,7 @@ Draw = Callable[[Clock, str, Any, np.ndarray, likelihood.Row], Values]
 
 @lru_cache(maxsize=32)
 def of_program(program: Program) -> Draw:
-    """The draws of a run, compiled once for all runs that share its program."""
+    """The compiled estimators of a run, shared by all runs of the same program."""
     return make(program.parts)
 
 

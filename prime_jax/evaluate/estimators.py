@@ -1,8 +1,8 @@
-"""The estimators of a likelihood: each maps rows of tokens to one unbiased draw of its bound, nats.
+"""Likelihood estimators: each maps rows of tokens to one unbiased draw of its bound, in nats.
 
-Sub-tokens are hidden by fixed-count masking: exactly k of n, weight n / k, no schedule and no end
-points. What is charged, and which kind of number that is: docs/theory.md, "What is reported". The
-chain rule under fixed orders is in chain.py.
+Sub-tokens are masked by fixed-count masking: exactly k of n, weight n / k, without a schedule. For
+the cost of each and the kind of number it is see docs/theory.md, "What is reported". The chain rule
+under fixed orders is in chain.py.
 """
 
 from typing import NamedTuple
@@ -27,9 +27,9 @@ Values = dict[str, jax.Array]  # estimator name -> nats [B]
 
 
 class Task(NamedTuple):
-    """What an estimator needs besides the tokens; static under `jit`.
+    """Inputs of an estimator besides the tokens; static under `jit`.
 
-    `guidance` is the scale w of classifier-free guidance by the context; 0 is none.
+    `guidance` is the scale w of classifier-free guidance by the context; 0 for none.
     """
 
     config: RunConfig
@@ -46,23 +46,23 @@ class Text(NamedTuple):
     """Rows to score.
 
     Attributes:
-        token_BxL: the truth.
-        target_BxL: positions that are hidden and charged; the others are context, visible and free.
-        stop_B: positions from here on are padding that nothing sees; None where there is none.
-        most: at least the targets of any row, the same on all devices; None for the whole length.
+        token_BxL: the true tokens.
+        target_BxL: positions that are masked and scored; the others are visible context.
+        stop_B: positions from here on are padding, masked in attention; None for no padding.
+        max_targets: upper bound on the targets of any row, the same on all devices; None for L.
     """
 
     token_BxL: jax.Array
     target_BxL: jax.Array
     stop_B: jax.Array | None = None
-    most: jax.Array | None = None
+    max_targets: jax.Array | None = None
 
 
 def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> tuple:
     """Per sequence: (marginal, joint) weighted cost in nats of the sub-tokens in `masked & ~later`.
 
-    The marginal cost charges each of them alone, the joint cost within-token together. Without
-    `later_BxLxS` nothing is left for later.
+    The marginal cost scores each of them separately, the joint cost those of a token jointly.
+    Without `later_BxLxS` all masked sub-tokens are scored.
     """
     h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
     row_BxL = jnp.asarray(head.codebook.rows)[inputs.token_BxL]
@@ -75,7 +75,7 @@ def row_nats(head: Head, network: Network, inputs: Inputs, later_BxLxS=None) -> 
 
 
 def hidden(task: Task, text: Text, masked_BxLxS, weight_BxL=None) -> Inputs:
-    """The rows with these sub-tokens hidden; what a position costs is weighted, by 1 if not given."""
+    """The rows with these sub-tokens masked; the costs are weighted by position (default 1)."""
     if weight_BxL is None:
         weight_BxL = jnp.ones(text.token_BxL.shape, jnp.float32)
     inputs = masked_inputs(
@@ -90,7 +90,7 @@ def hidden(task: Task, text: Text, masked_BxLxS, weight_BxL=None) -> Inputs:
 
 
 def shifted(task: Task, text: Text) -> Inputs:
-    """The rows as an autoregressive model reads them, charged at the targets."""
+    """The inputs of an autoregressive model, scored at the targets."""
     inputs = autoregressive_inputs(task.config, task.book, text.token_BxL, task.eos_id)
     inputs = inputs._replace(
         masked_BxLxS=text.target_BxL[..., None], weight_BxL=text.target_BxL.astype(jnp.float32)
@@ -104,7 +104,7 @@ def exact(task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
 
 
 def fixed_count(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.Array) -> tuple:
-    """Hide exactly k of the n candidates, k uniform on 1..n: (mask [B, N], weight n / k [B])."""
+    """Mask exactly k of the n candidates, k uniform on 1..n: (mask [B, N], weight n / k [B])."""
     n_B = candidate_BxN.sum(axis=1)
     k_B = 1 + jnp.minimum(jnp.floor(uniform_B * n_B).astype(n_B.dtype), n_B - 1)
     rank_BxN = jnp.argsort(jnp.argsort(jnp.where(candidate_BxN, score_BxN, 2.0), axis=1), axis=1)
@@ -113,11 +113,11 @@ def fixed_count(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.A
 
 
 def independent(score_BxN: jax.Array, candidate_BxN: jax.Array, uniform_B: jax.Array) -> tuple:
-    """Hide each candidate with probability t, t uniform: (mask [B, N], weight 1 / t [B]).
+    """Mask each candidate with probability t, t uniform: (mask [B, N], weight 1 / t [B]).
 
     The same bound as `fixed_count` with more variance, for comparison with published numbers.
     """
-    t_B = jnp.maximum(uniform_B, 1e-7)  # below that nothing is hidden in float32
+    t_B = jnp.maximum(uniform_B, 1e-7)  # below that no float32 score is masked
     return (score_BxN < t_B[:, None]) & candidate_BxN, 1 / t_B
 
 
@@ -125,9 +125,9 @@ MASKINGS = {"": fixed_count, "independent": independent}
 
 
 def _hide(masking: str, task: Task, score_BxLxU, candidate_BxLxU, uniform_B) -> tuple:
-    """(mask [B, L, U], weight [B, L]): each block of block diffusion, or the sequence, on its own.
+    """(mask [B, L, U], weight [B, L]), separately for each block of block diffusion.
 
-    Blocks shift the stratified draw by a golden ratio each: every level stays uniform.
+    Each block shifts the stratified draw by the golden ratio, so every level stays uniform.
     """
     batch, length, _ = score_BxLxU.shape
     block = task.config.objective.block_length or length
@@ -140,14 +140,14 @@ def _hide(masking: str, task: Task, score_BxLxU, candidate_BxLxU, uniform_B) -> 
 
 
 def _scores(key_B, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform [B, *shape], each row from its own key."""
+    """Uniform [B, *shape], one key per row."""
     return jax.vmap(lambda key: jax.random.uniform(key, shape))(key_B)
 
 
 def subtoken(masking: str, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
     """Marginal NELBO over sub-tokens, nats [B].
 
-    With fixed-count masking and l > 1 the same pass gives the published joint loss, no bound.
+    With fixed-count masking and l > 1 the same pass gives the published joint loss (not a bound).
     """
     shape = (*text.token_BxL.shape, task.book.length)
     candidate_BxLxS = jnp.broadcast_to(text.target_BxL[..., None], shape)
@@ -162,7 +162,7 @@ def subtoken(masking: str, task: Task, network: Network, text: Text, key_B, unif
 
 
 def token(masking: str, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
-    """NELBO of the token-level mask process: whole tokens hidden, joint cost, nats [B]."""
+    """NELBO of the token-level mask process: whole tokens masked, joint cost, nats [B]."""
     score = _scores(key_B, text.token_BxL.shape[1:])
     whole = (score[..., None], text.target_BxL[..., None])
     masked_BxLx1, weight_BxL = _hide(masking, task, *whole, uniform_B)
@@ -175,7 +175,7 @@ def token(masking: str, task: Task, network: Network, text: Text, key_B, uniform
 def finite(steps: int, task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
     """NELBO of the sampler with `steps` linear steps and within-token joint reveals, nats [B].
 
-    A step is drawn, and of it what `one_step` says: every draw charges something.
+    One step is drawn at random, with the importance sampling of `one_step`.
     """
     shape = (*text.token_BxL.shape[1:], task.book.length)
     candidate_BxLxS = jnp.broadcast_to(text.target_BxL[..., None], (len(text.token_BxL), *shape))
@@ -197,19 +197,19 @@ def finite(steps: int, task: Task, network: Network, text: Text, key_B, uniform_
 def one_step(
     steps: int, step_B, pick_B, hide_BxLxS, reveal_BxLxS, candidate_BxLxS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What one of `steps` linear steps hides, what it leaves hidden, what each position weighs.
+    """For one of `steps` linear steps: (masked before it, masked after it, weight per position).
 
-    At step i each of the n candidates is hidden with probability t = i / steps, and each hidden one
-    revealed with probability 1 / i. Nearly all steps of many reveal nothing, so a draw does not wait
-    for it: one candidate is always hidden (k of them then weigh n / k), and each token with h > 0
-    hidden ones reveals at least one of them (weight i (1 - (1 - 1/i)**h), at most h). Both laws with
-    these weights are exact: for a step's law p, k p(k) / (n t) and p(R | R is not empty) p(R is not
-    empty) (docs/theory.md). A weight is never more than n, whatever `steps` is; with infinitely many
-    each hidden token charges one of its digits h times, and the mean is that of `subtoken`.
+    At step i each of the n candidates is masked with probability t = i / steps, and each masked one
+    revealed with probability 1 / i. With many steps most reveal nothing, so draws are conditioned:
+    one candidate is always masked (with k masked the weight is n / k), and each token with h > 0
+    masked ones reveals at least one of them (weight i (1 - (1 - 1/i)**h), at most h). Both are
+    exact: for the distribution p of a step, k p(k) / (n t) and p(R | R not empty) p(R not empty)
+    (docs/theory.md). A weight is at most n for any `steps`; in the limit of infinitely many, each
+    masked token scores one of its digits h times, and the mean is that of `subtoken`.
 
     Args:
         step_B: i, in 1..steps.
-        pick_B: uniform in [0, 1): which candidate is hidden for certain.
+        pick_B: uniform in [0, 1): the candidate that is always masked.
         hide_BxLxS, reveal_BxLxS: uniform in [0, 1).
     """
     shape = candidate_BxLxS.shape
@@ -222,12 +222,12 @@ def one_step(
     k_B = masked_BxLxS.sum((1, 2))
 
     def some(count):
-        """1 - (1 - 1/i)**count, the chance that `count` hidden ones reveal any; exact for large i."""
+        """1 - (1 - 1/i)**count: probability that any of `count` is revealed; exact for large i."""
         log_none = jnp.log1p(-1 / jnp.maximum(step_Bx1x1, 2))
         chance = jnp.where(step_Bx1x1 > 1, -jnp.expm1(count * log_none), 1.0)
         return jnp.where(count > 0, chance, 0.0)
 
-    # Digit by digit: revealed with probability 1/i, but until one is, as it is given that one will.
+    # Digit by digit with probability 1/i, given that at least one of the token is revealed.
     left_BxLxS = jnp.cumsum(masked_BxLxS[..., ::-1], axis=-1)[..., ::-1]
     first_BxLxS = masked_BxLxS & (reveal_BxLxS * some(left_BxLxS) * step_Bx1x1 < 1)
     before_BxLxS = jnp.cumsum(first_BxLxS, axis=-1) > first_BxLxS
@@ -243,7 +243,7 @@ def guided_by_context(task: Task, network: Network, context_BxL: jax.Array) -> N
     def combined(digits_BxLxS, segment_ids_BxL, keys_B):
         h_BxLxD, head_VxD = network(digits_BxLxS, segment_ids_BxL, keys_B)
         context = context_BxL[..., None]
-        if digits_BxLxS.ndim == 4:  # both copies of block diffusion
+        if digits_BxLxS.ndim == 4:  # noisy and clean, in block diffusion
             context = context[:, None]
         blind_BxLxS = jnp.where(context, task.book.base, digits_BxLxS)
         without_BxLxD, _ = network(blind_BxLxS, segment_ids_BxL, keys_B)

@@ -1,8 +1,8 @@
 """The adapter to EleutherAI's lm-evaluation-harness (0.4.13, without torch): `prime_jax`.
 
 Importing this module registers the model; `prime-jax eval RUN --tasks ...` does so and calls the
-harness. Requests are scored together, in batches across tasks and documents. A request's number
-depends on its own tokens and the settings only.
+harness. Requests are scored in batches across tasks and documents. The result of a request depends
+only on its own tokens and the settings.
 """
 
 import dataclasses
@@ -22,22 +22,22 @@ from prime_jax.evaluate.likelihood import Row
 from prime_jax.evaluate.score import Scorer, Windows, cut, replicated
 
 Tick = Callable[[str, int, int], None]
-NAMES = {"mc": "subtoken", "chain_rule": "chain:l2r"}  # what other adapters call them
+NAMES = {"mc": "subtoken", "chain_rule": "chain:l2r"}  # names of other adapters
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One preset for all tasks, under the names that users of diffusion models know.
+    """Settings for all tasks, under the names that are usual for diffusion models.
 
     Attributes:
         nll_type: estimator of a continuation's likelihood; `mc` is subtoken, `chain_rule` is
-            chain:l2r. An autoregressive run has its own, ar.
+            chain:l2r. Autoregressive runs always use ar.
         mc_num: draws per request, stratified over noise levels (exact estimators need one).
         cfg: scale of classifier-free guidance by the context.
-        gen_length: tokens to write; 0: half of the model's length, at most 256.
+        gen_length: tokens to generate; 0: half of the model's length, at most 256.
         steps: network calls of a generation; 0: one per token.
-        block_length: generation goes block by block of so many tokens.
-        replicates, stride, context: of rolling likelihoods, as `prime-jax eval` has them.
+        block_length: generation proceeds in blocks of this many tokens.
+        replicates, stride, context: of rolling likelihoods, as in `prime-jax eval`.
     """
 
     nll_type: str = "subtoken"
@@ -91,7 +91,7 @@ class PrimeJax(LM):
 
     Args:
         run: as on the command line, if no scorer is given.
-        scorer: an already loaded run; its guidance is that of the settings.
+        scorer: an already loaded run; must have the guidance of the settings.
         settings: fields of `Settings`.
     """
 
@@ -124,12 +124,12 @@ class PrimeJax(LM):
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both; spaces between them belong to the continuation."""
-        kept = context.rstrip(" ")
-        continuation = context[len(kept) :] + continuation
-        before, whole = self.encode(kept), self.encode(kept + continuation)
+        stripped = context.rstrip(" ")
+        continuation = context[len(stripped) :] + continuation
+        before, whole = self.encode(stripped), self.encode(stripped + continuation)
         if whole[: len(before)] == before:
             return before, whole[len(before) :]
-        return before, self.encode(continuation)  # a token would reach over the border
+        return before, self.encode(continuation)  # a token would span the boundary
 
     # --- likelihood of continuations
 
@@ -140,8 +140,8 @@ class PrimeJax(LM):
         total = np.zeros(len(requests))
         np.add.at(total, owner, nats)
         greedy = np.zeros(len(requests), bool)
-        alone = _alone(requests)
-        if alone.any():  # a choice among several needs no decoding
+        alone = _single_requests(requests)
+        if alone.any():  # multiple-choice requests need no decoding
             mine = np.flatnonzero(alone[owner])
             some = Windows([windows.tokens[i] for i in mine], windows.start[mine])
             right = self._scored(some, "greedy", "greedy decoding")
@@ -152,8 +152,7 @@ class PrimeJax(LM):
         return out
 
     def _windows(self, pairs: list[tuple[list[int], list[int]]]) -> tuple[Windows, np.ndarray]:
-        """Windows of all requests and the request of each: as much context as fits, all of the
-        continuation."""
+        """Windows of all requests, with as much context as fits, and the request of each window."""
         size = self.scorer.length
         tokens, starts, owner = [], [], []
         for i, (before, after) in enumerate(pairs):
@@ -169,7 +168,7 @@ class PrimeJax(LM):
         return Windows(tokens, np.array(starts, np.int32)), np.array(owner, np.int64)
 
     def _scored(self, windows: Windows, name: str, what: str) -> np.ndarray:
-        """Mean draw of each window, nats [W]; keys and strata come from the window's own tokens."""
+        """Mean draw of each window, nats [W]; keys and strata depend on its tokens only."""
         count = len(windows.tokens)
         if not count:
             return np.zeros(0)
@@ -195,7 +194,7 @@ class PrimeJax(LM):
     # --- likelihood of whole texts
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Each text on its own, cut and drawn exactly as `prime-jax eval --data text:...` does."""
+        """Each text separately, with the windows and draws of `prime-jax eval --data text:...`."""
         s, size = self.settings, self.scorer.length
         stride = s.stride or size - s.context
         tokens, starts, owner = [], [], []
@@ -274,7 +273,7 @@ class PrimeJax(LM):
             batch_size=self.scorer.batch_size,
         )
         if self.run.config.family != "arm":
-            own = self.run.config.objective.block_length  # block diffusion has its blocks
+            own = self.run.config.objective.block_length  # block diffusion: the trained blocks
             options = dataclasses.replace(
                 options,
                 steps=self.settings.steps or length,
@@ -285,14 +284,14 @@ class PrimeJax(LM):
         return generate(self.run, prompts, options)
 
     def _cut(self, tokens: list[int], until: list[str] | str) -> str:
-        text = self.run.tokenizer.decode(tokens)  # EOS stands for no text
+        text = self.run.tokenizer.decode(tokens)  # EOS decodes to nothing
         stops = [until] if isinstance(until, str) else until
         found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
         return text[: min(found)] if found else text
 
 
-def _alone(requests: list[Any]) -> np.ndarray:
-    """Requests that are their document's only one: their task asks whether they are decoded."""
+def _single_requests(requests: list[Any]) -> np.ndarray:
+    """Requests that are the only one of their document: they need greedy decoding."""
     seen: dict[Any, int] = {}
     for request in requests:
         key = (request.task_name, request.doc_id)

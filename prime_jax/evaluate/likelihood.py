@@ -1,10 +1,9 @@
-"""Valid likelihood numbers with standard errors: exact NLL, NELBOs by fixed-count masking.
+"""Likelihoods with standard errors: exact NLL, NELBOs by fixed-count masking.
 
-Each estimator maps sequences to one unbiased draw of their bound in nats. A draw is repeated over
-independent replicates of the whole evaluation set, inside which the noise level is stratified over
-the examples; `se_mc` therefore comes from the spread over replicates, never from inside one
-(theory.md, "What is reported"). Keys depend on (replicate, example) only: all runs of a sweep are
-paired.
+Each estimator maps sequences to one unbiased draw of their bound in nats. Draws are repeated over
+independent replicates of the whole evaluation set, in each of which the noise level is stratified
+over the examples; `se_mc` is therefore the standard error over replicates (theory.md, "What is
+reported"). Keys depend on (replicate, example) only, so all runs of a sweep are paired.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,15 +33,15 @@ from prime_jax.runtime.records import Kind, Loss
 from prime_jax.schedule import stratum
 from prime_jax.subtokens import Codebook
 
-MAX_STEPS = 10**9  # of `finite`: float32 tells the chances of such a step from none
-EVAL_SEED = 20_260  # fixed: every run of every sweep hides the same sub-tokens
+MAX_STEPS = 10**9  # of `finite`: float32 still resolves the probabilities of such a step
+EVAL_SEED = 20_260  # fixed: every run of every sweep has the same masks
 
 
 def estimator(name: str) -> Callable[..., Values]:
     """The function behind an estimator's name.
 
     `ar`, `subtoken`, `token` (and `subtoken:independent`, `token:independent`), `finite:T`,
-    `chain:ORDER`; and `greedy`, which is no likelihood (chain.py).
+    `chain:ORDER`; and `greedy`, which is not a likelihood (chain.py).
 
     Raises:
         UserError: an unknown name.
@@ -57,8 +56,9 @@ def estimator(name: str) -> Callable[..., Values]:
     if head == "chain" and rest in chain.ORDERS:
         return partial(chain.chain, rest)
     raise UserError(
-        f"estimator {name!r} is unknown; use subtoken, token, finite:T (T a number of steps, at most {MAX_STEPS}) or "
-        f"chain:ORDER (reveals one token per call), ORDER one of {', '.join(chain.ORDERS)}"
+        f"estimator {name!r} is unknown; use subtoken, token, finite:T (T steps, at most "
+        f"{MAX_STEPS}) or chain:ORDER (one token per network call), ORDER one of "
+        f"{', '.join(chain.ORDERS)}"
     )
 
 
@@ -77,8 +77,8 @@ def estimators_of(config: RunConfig, book: Codebook) -> list[str]:
 def kind(name: str) -> Kind:
     """Whether an estimator's number is a likelihood, a bound on it, or neither.
 
-    A fixed order, or one that the visible tokens decide, leads to every text along one path only:
-    its chain rule is an exact likelihood of that sampler. A random order is bounded by Jensen.
+    With a fixed order, or one determined by the visible tokens, the chain rule is the exact
+    likelihood of that sampler. With a random order it is a bound (Jensen).
     """
     head, _, order = name.partition(":")
     if head == "joint":
@@ -97,14 +97,14 @@ def draw(
     uniform_B,
     start_B=None,
     stop_B=None,
-    most_B=None,
+    max_targets_B=None,
 ) -> Values:
     """One draw for every row; keys depend on (replicate, example) alone.
 
     Args:
-        start_B, stop_B: of the positions that are scored; before them is context, behind them
-            padding. None: everything is scored.
-        most_B: the largest number of them in any row of the call, in every row.
+        start_B, stop_B: range of the scored positions; before it is context, after it padding.
+            None: everything is scored.
+        max_targets_B: the largest number of them in any row of the call, repeated for each row.
     """
     target_BxL = targets(task.config, token_BxL, task.eos_id)
     if start_B is not None:
@@ -115,19 +115,20 @@ def draw(
             network = guided_by_context(task, network, before_BxL)
     key = jax.random.key(EVAL_SEED)
     fold = jax.vmap(lambda r, e: jax.random.fold_in(jax.random.fold_in(key, r), e))
-    text = Text(token_BxL, target_BxL, stop_B, None if most_B is None else most_B[0])
+    text = Text(token_BxL, target_BxL, stop_B, None if max_targets_B is None else max_targets_B[0])
     return estimator(name)(task, network, text, fold(replicate_B, example_B), uniform_B)
 
 
 class Row(NamedTuple):
-    """A batch of (replicate, example) pairs, their stratified draw in [0, 1), their spans (`draw`)."""
+    """A batch of (replicate, example) pairs, with the other arguments of `draw`; `uniform` is the
+    stratified draw in [0, 1)."""
 
     replicate: np.ndarray
     example: np.ndarray
     uniform: np.ndarray
     start: np.ndarray | None = None
     stop: np.ndarray | None = None
-    most: np.ndarray | None = None
+    max_targets: np.ndarray | None = None
 
     def take(self, index: np.ndarray) -> "Row":
         return Row(*(None if x is None else x[index] for x in self))
@@ -138,19 +139,19 @@ def grid(examples: int, replicates: int) -> Row:
     replicate = np.repeat(np.arange(replicates, dtype=np.int32), examples)
     example = np.tile(np.arange(examples, dtype=np.int32), replicates)
     offset = np.random.default_rng(EVAL_SEED).random(replicates)
-    # A shuffled stratum per replicate: an example meets a new noise level each time.
+    # Other strata in each replicate: an example gets a new noise level each time.
     strata = [stratum(np.arange(examples) + 7919 * r, examples) for r in range(replicates)]
     uniform = (offset[:, None] + np.array(strata) / examples) % 1.0
     return Row(replicate, example, uniform.reshape(-1).astype(np.float32))
 
 
 def batch_size(config: RunConfig, devices: int) -> int:
-    """Rows of a batch: `eval.batch_size`, rounded up to a multiple of the devices that share it."""
+    """Rows of a batch: `eval.batch_size`, rounded up to a multiple of the devices."""
     return -(-config.eval.batch_size // devices) * devices
 
 
 def batches(rows: Row, size: int) -> Iterator[Row]:
-    """Equal batches; the last one is filled up by repeating its final row."""
+    """Batches of equal size; the last one is padded by repeating the final row."""
     total = len(rows.example)
     for start in range(0, total, size):
         index = np.minimum(np.arange(start, start + size), total - 1)
@@ -162,8 +163,8 @@ def summarise(
 ) -> Loss:
     """Mean per target token with its two standard errors.
 
-    `se_mc` is the spread of the replicate means; `se_data` is clustered by document (the document
-    of a block's first token) and contains what Monte-Carlo noise is left in the example means.
+    `se_mc` is that of the replicate means; `se_data` is clustered by document (that of a block's
+    first token) and includes the Monte-Carlo noise that remains in the example means.
     """
     replicates, total = len(nats_RxE), int(n_tokens_E.sum())
     mean_R = nats_RxE.sum(axis=1) / total
@@ -187,7 +188,7 @@ def summarise(
 
 
 class Evaluation(NamedTuple):
-    """Losses, and the draws behind them: {estimator: nats [R, E]} and target tokens [E].
+    """Losses and their draws: {estimator: nats [R, E]}, and target tokens [E].
 
     Runs that share an evaluation set share its draws, so differences can be paired.
     """
@@ -210,9 +211,9 @@ def evaluate(
     """All estimators of a run on an evaluation set.
 
     Args:
-        run_batch: compiled `draw` for a batch of rows of the set; batches all have one size.
+        run_batch: compiled `draw` for a batch of rows of the set; all batches have the same size.
         tick: called after every batch (progress, preemption).
-        devices: that share a batch; its size is rounded up to a multiple of them.
+        devices: over which a batch is sharded; its size is rounded up to a multiple of them.
     """
     size = batch_size(config, devices)
     losses, nats = [], {}

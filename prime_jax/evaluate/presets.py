@@ -1,10 +1,10 @@
-"""The zero-shot perplexity sets: how each is cleaned and laid out. Versioned: a rule that changes a
-number gets a new version, which every result names.
+"""The zero-shot perplexity sets: their cleaning and layout. Versioned: a rule that changes a result
+gets a new version, which every result records.
 
-The files are the user's. A preset undoes the set's own tokenisation (`detokenise`), says what one
-text is in a plain file (`unit`), and how texts meet the model (`layout`): as one stream in which an
-EOS follows each text and is scored, as in training, or each on its own, without EOS. Nothing is
-put before a text: every family pays for its first token (an arm reads BOS there).
+The user provides the files. A preset undoes the tokenisation of the set (`detokenise`), and defines
+what one text is in a plain file (`unit`) and the `layout`: one stream in which an EOS follows each
+text and is scored, as in training, or each text separately, without EOS. Texts get no prefix: every
+family scores the first token (ARM reads BOS there).
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Literal
 
 Rule = tuple[str, str]
 
-# Marks that hug the word before them, behind it, or both.
+# Punctuation without a space before it, after it, or (quotes) on the inside.
 CLOSING: list[Rule] = [(r" +([.,;:!?%)\]}])", r"\1")]
 OPENING: list[Rule] = [(r"([(\[{$£€]) +", r"\1")]
 QUOTED: list[Rule] = [(r'" ([^"\n]*?) "', r'"\1"')]

@@ -1,4 +1,4 @@
-"""The numbers of one run on sets of text, and their record `eval.json`.
+"""Likelihoods of one run on sets of text, and their record `eval.json`.
 
 eval.json (beside result.json; readable without this package):
 
@@ -28,16 +28,16 @@ from prime_jax.runtime.records import Loss, as_dict, read_json, write_json_atomi
 
 SCHEMA = 1
 FILE, WORK = "eval.json", "eval"
-WIDTH = 110  # columns that the tables need; a narrower terminal wraps their lines
+WIDTH = 110  # columns that the tables need
 COLUMNS = ("estimator", "kind", "valid", "nats/token", "se (MC)", "se (data)")
 COLUMNS += ("perplexity", "bits/byte", "tokens")
 
 
 def names_of(run: Trained, asked: str) -> list[str]:
-    """The estimators to run; all that apply by default.
+    """The estimators to run; by default all that apply.
 
     Args:
-        asked: names separated by commas, or nothing.
+        asked: names separated by commas, or empty.
     Raises:
         UserError: an unknown estimator, or one that this family does not have.
     """
@@ -48,7 +48,7 @@ def names_of(run: Trained, asked: str) -> list[str]:
     for name in names:
         likelihood.estimator(name)
         if name == "greedy":
-            raise UserError("estimator 'greedy' is no likelihood; it serves the task harness")
+            raise UserError("estimator 'greedy' is not a likelihood; it is for the task harness")
         if arm != (name == "ar"):
             right = "its only estimator is ar" if arm else "use chain:l2r for left to right"
             raise UserError(
@@ -68,8 +68,8 @@ def evaluate(
     """All estimators on one set.
 
     Args:
-        work: directory where unfinished draws are kept for a later call; None: nowhere.
-        tick: told the estimator, how many draws it makes, and how many of them are newly done.
+        work: directory in which unfinished draws are saved for a later call; None: not saved.
+        tick: called with the estimator, its number of draws, and how many were newly done.
     """
     run = scorer.run
     given = "lengths" if run.config.data.segment_ids else ""
@@ -86,20 +86,18 @@ def evaluate(
             "replicates": count,
         }
         path = work and work / f"{texts.windows.hash}-{name.replace(':', '-')}.npz"
-        kept = Partial(path, identity, len(window))
-        told = functools.partial(tick, name, len(window))
-        drawn = scorer.draws(
-            name, windows=texts.windows, rows=rows, window=window, partial=kept, tick=told
-        )
+        partial = Partial(path, identity, len(window))
+        report = functools.partial(tick, name, len(window))
+        drawn = scorer.draws(name, texts.windows, rows, window, partial=partial, tick=report)
         for label, nats in sorted(drawn.items(), key=lambda item: item[0] != name):
             shaped = nats.reshape(count, -1)
             losses.append(likelihood.summarise(label, shaped, n_tokens_W, texts.cluster, given))
-        kept.discard()
+        partial.discard()
     return losses
 
 
 def scored_tokens(run: Trained, texts: TextSet) -> np.ndarray:
-    """int [W]: targets in each window; EOS is none where segment ids give the lengths away."""
+    """int [W]: targets in each window, without EOS where segment ids reveal the lengths."""
     scored = [t[s:] for t, s in zip(texts.windows.tokens, texts.windows.start, strict=True)]
     if run.config.data.segment_ids:
         scored = [tokens[tokens != run.eos_id] for tokens in scored]
@@ -107,7 +105,7 @@ def scored_tokens(run: Trained, texts: TextSet) -> np.ndarray:
 
 
 def described(loss: Loss, n_bytes: int | None) -> dict[str, Any]:
-    """A loss as it is stored: perplexity and bits only where it is a likelihood or a bound."""
+    """A loss for the record, with perplexity and bits if it is a likelihood or a bound."""
     valid = loss.kind != "train_loss"
     out = as_dict(loss) | {"valid": valid}
     if valid:
@@ -129,12 +127,12 @@ def as_record(texts: TextSet, losses: list[Loss]) -> dict[str, Any]:
 
 
 def store(run: Trained, path: Path, key: str, entry: dict[str, Any], same: tuple[str, ...]) -> None:
-    """Add an entry to a list of eval.json, in the place of one that agrees in the fields `same`.
+    """Add an entry to a list of eval.json, replacing one that agrees in the fields `same`.
 
-    Losses of the same set stay side by side: a new estimator joins those that are there.
+    Losses of other estimators in the replaced entry are kept.
 
     Raises:
-        UserError: the file is of another run, damaged or cannot be written.
+        UserError: the file belongs to another run, is damaged or cannot be written.
     """
     about = {"schema": SCHEMA, "run": run.id, "step": run.step, "family": run.config.family}
     found = read_json(path) if path.exists() else about

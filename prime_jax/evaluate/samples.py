@@ -1,9 +1,9 @@
 """Generative perplexity: samples of one run, scored by another (or the same) run.
 
 A sample file is JSON lines, each {"tokens": [ids], "text": "..."} as `prime-jax sample` writes.
-Where both runs share a tokenizer the ids are scored, else the text, tokenized anew. A low number
-alone proves nothing, repetitive samples score well: their quality (sample/quality.py) stands beside
-it.
+If both runs have the same tokenizer the ids are scored, else the text is tokenized again. A low
+perplexity alone is not evidence of quality, since repetitive samples score well: the measures of
+sample/quality.py are reported as well.
 """
 
 import json
@@ -22,10 +22,10 @@ from prime_jax.sample.quality import Quality, quality
 
 
 def load(path: Path, of: Trained, scorer: Trained) -> tuple[TextSet, Quality]:
-    """The samples as windows of the scorer, and what they look like without it.
+    """The samples as windows of the scorer, and their quality measures.
 
     Raises:
-        UserError: not such a file, or ids outside the vocabulary.
+        UserError: not a sample file, or ids outside the vocabulary.
     """
     tokens_N, texts = _read(path)
     seen = quality([tokens.tolist() for tokens in tokens_N])
@@ -82,7 +82,7 @@ def score(
     replicates: int,
     tick: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """The entry of eval.json: losses under the scorer, and the samples' own quality."""
+    """The entry of eval.json: losses under the scorer, and quality measures."""
     texts, seen = load(path, of, scorer.run)
     losses = report.evaluate(scorer, texts, names, replicates, tick=tick)
     by = {"run": scorer.run.id, "step": scorer.run.step, "family": scorer.run.config.family}

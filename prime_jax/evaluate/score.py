@@ -1,9 +1,8 @@
-"""Scoring windows of tokens with a finished run: padded, batched, over devices, resumable.
+"""Scoring windows of tokens with a finished run: padded, batched, sharded, resumable.
 
-A window is a stretch of a text: the tokens from `start` on are scored, those before are context.
-Windows are padded to a few lengths, padding that nothing sees; a window's numbers depend on itself,
-its replicate and its keys, never on the batch it is in, so any part of the work can be done again
-or left to another time.
+A window is a contiguous part of a text: the tokens from `start` on are scored, those before are
+context. Windows are padded to a few lengths, with padding masked; the result of a window depends on
+itself, its replicate and its keys, not on its batch, so the work can be interrupted and resumed.
 """
 
 import dataclasses
@@ -32,11 +31,11 @@ from prime_jax.step import Parts
 
 SHORTEST = 32  # the shortest length that windows are padded to
 SAVE_SECONDS = 20.0
-AHEAD = 2  # batches on the device while earlier ones are read
+AHEAD = 2  # batches queued on the device while earlier ones are read
 
 
 class Windows(NamedTuple):
-    """Stretches of texts.
+    """Parts of texts.
 
     Attributes:
         tokens: int32 arrays, each no longer than the model's length.
@@ -48,7 +47,7 @@ class Windows(NamedTuple):
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits of the tokens and of what is scored."""
+        """Twelve hex digits of the tokens and of the scored ranges."""
         digest = hashlib.sha256(self.start.astype("<i4").tobytes())
         for tokens in self.tokens:
             digest.update(len(tokens).to_bytes(4, "little") + tokens.astype("<i4").tobytes())
@@ -58,8 +57,7 @@ class Windows(NamedTuple):
 def cut(length: int, size: int, stride: int, context: int) -> Iterator[tuple[int, int, int]]:
     """(begin, start, stop) of the windows of a text: each token is scored in exactly one.
 
-    A window scores `stride` tokens (the last one what is left) after at most `context` tokens
-    before them.
+    A window scores `stride` tokens (the last one the rest) after at most `context` context tokens.
 
     Args:
         length: of the text; size: of the model.
@@ -83,10 +81,10 @@ def padded_to(length: int, longest: int, block: int = 1) -> int:
 
 
 class Partial:
-    """Draws that are done, in a file that a later call continues; without a path, in memory.
+    """Finished draws, in a file from which a later call continues; without a path, in memory.
 
     Args:
-        identity: of the work; another one in the file is refused by starting anew.
+        identity: of the work; a file with another identity is ignored.
     """
 
     def __init__(self, path: Path | None, identity: dict[str, Any], rows: int):
@@ -100,10 +98,10 @@ class Partial:
                     if str(stored["identity"]) == self.identity:
                         self.nats = {k: stored[k] for k in stored.files if k != "identity"}
             except (OSError, ValueError, KeyError):
-                pass  # damaged: it is only saved work
+                pass  # damaged: start again
 
-    def open(self) -> np.ndarray:
-        """Rows that are still to do."""
+    def remaining(self) -> np.ndarray:
+        """Rows without a draw."""
         for values in self.nats.values():
             return np.flatnonzero(np.isnan(values))
         return np.arange(self.rows)
@@ -133,7 +131,7 @@ class Scorer:
     """Draws of any estimator for windows of tokens, over some devices.
 
     Args:
-        devices: how many share a batch; 0: all.
+        devices: number of devices; 0: all.
         batch_size: windows of full length per call, more of shorter ones; 0: that of the run's
             config. Rounded up to the devices.
         guidance: scale of classifier-free guidance by the context (diffusion runs only).
@@ -143,7 +141,9 @@ class Scorer:
         self, run: Trained, *, devices: int = 0, batch_size: int = 0, guidance: float = 0.0
     ):
         if guidance and run.config.family == "arm":
-            raise UserError(f"{run.path}: guidance (cfg) needs a diffusion run, this is an arm")
+            raise UserError(
+                f"{run.path}: guidance (cfg) needs a diffusion run, this run is of family arm"
+            )
         available = jax.devices()
         if not 0 <= devices <= len(available):
             raise UserError(f"--devices {devices}: this machine has {len(available)}")
@@ -161,19 +161,20 @@ class Scorer:
 
     @property
     def length(self) -> int:
-        """Tokens that a window can have."""
+        """Maximum tokens of a window."""
         return self.config.data.seq_len
 
     def _batch(self, length: int, rows: int) -> int:
-        """Windows of a padded length per call: so many tokens, and not many more than there are."""
-        devices, most = self.mesh.size, self.batch_size * (self.length // length)
-        return min(most, devices * (1 << (-(-rows // devices) - 1).bit_length()))
+        """Windows of a padded length per call: at most a full batch of tokens, and at most twice as
+        many as there are."""
+        devices, limit = self.mesh.size, self.batch_size * (self.length // length)
+        return min(limit, devices * (1 << (-(-rows // devices) - 1).bit_length()))
 
     def _draw(self, length: int, whole: bool, batch: int) -> Any:
         """The compiled estimators for `batch` windows of this padded length.
 
         Args:
-            whole: they are scored from end to end and need no padding.
+            whole: all positions are scored and there is no padding.
         """
         if (length, whole, batch) not in self._draws:
             data = dataclasses.replace(self.config.data, seq_len=length)
@@ -201,15 +202,15 @@ class Scorer:
 
         Args:
             rows: keys and noise levels; `window` [rows]: the window that each one scores.
-            partial: where draws are kept until all are done.
-            tick: told how many rows are newly done.
+            partial: stores draws until all are done.
+            tick: called with the number of newly done rows.
         """
         partial = partial or Partial(None, {}, len(window))
         lengths = np.array([len(tokens) for tokens in windows.tokens], np.int32)
         block = self.config.objective.block_length or 1
         sizes = np.array([padded_to(n, self.length, block) for n in lengths])
         wholes = (windows.start == 0) & (lengths == sizes)
-        todo = partial.open()
+        todo = partial.remaining()
         tick(len(window) - len(todo))
         waiting: deque[tuple[np.ndarray, Any]] = deque()
 
@@ -223,14 +224,14 @@ class Scorer:
                 group = ((sizes == size) & (wholes == whole))[window]
                 batch = self._batch(size, int(group.sum()))
                 for index in _batches(todo[group[todo]], batch):
-                    full = np.resize(index, batch)  # a last batch is filled up by repetition
+                    full = np.resize(index, batch)  # the last batch is padded by repetition
                     values = self._run(name, windows, rows.take(full), window[full], size)
                     waiting.append((index, values))
                     if len(waiting) > AHEAD:
                         read()
             while waiting:
                 read()
-        except BaseException:  # whatever stops the work, what is done stays
+        except BaseException:  # keep what is done
             partial.save()
             raise
         return partial.nats
@@ -243,8 +244,8 @@ class Scorer:
         stop = np.array([len(windows.tokens[w]) for w in window], np.int32)
         whole = not start.any() and bool((stop == size).all())
         if not whole:
-            most = np.full(len(window), (stop - start).max(), np.int32)
-            row = row._replace(start=start, stop=stop, most=most)
+            count = np.full(len(window), (stop - start).max(), np.int32)
+            row = row._replace(start=start, stop=stop, max_targets=count)
         return self._draw(size, whole, len(window))(self.clock, name, self.params, tokens, row)
 
 

@@ -1,8 +1,8 @@
 """Tasks of the lm-evaluation-harness for a finished run, from local files or the network.
 
-The eight tasks of the published table are in offline/: each takes the harness's own questions and
-reads DIR/NAME.jsonl, records with the field names of the original dataset. Every other task of the
-harness works where its data can be downloaded.
+The eight tasks of the published table are in offline/: each uses the harness's prompts and reads
+DIR/NAME.jsonl, with the field names of the original dataset. All other tasks of the harness work
+where their data can be downloaded.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from prime_jax.evaluate.score import Scorer
 from prime_jax.evaluate.trained import Trained
 
 OFFLINE = Path(__file__).parent / "offline"
-FEWSHOT_SEED = 1234  # as the harness has it
+FEWSHOT_SEED = 1234  # default of the harness
 MEASURES = ("acc", "acc_norm", "f1", "exact_match", "bits_per_byte", "perplexity")
 LIKELIHOOD = {
     "nll_type": ("subtoken", "token", "chain:l2r"),
@@ -32,7 +32,7 @@ GENERATION = {"gen_length": (64, 256), "steps": (32, 128), "block_length": (8, 3
 
 @dataclass(frozen=True)
 class Call:
-    """What to run.
+    """One call of the harness.
 
     Attributes:
         names: tasks, separated by commas.
@@ -48,7 +48,7 @@ class Call:
 
 
 def check(names: str, include: Path | None, data: Path | None) -> None:
-    """Refuse what can be refused before a run is loaded.
+    """Check the options before a run is loaded.
 
     Raises:
         UserError: the harness is not installed, a directory is missing, an unknown offline task.
@@ -71,7 +71,7 @@ def available() -> list[str]:
 
 
 def expanded(names: str) -> list[str]:
-    """Task names, a shipped group replaced by its members."""
+    """Task names, with the group `anli` replaced by its members."""
     out: list[str] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         out += ["anli_r1", "anli_r2", "anli_r3"] if name == "anli" else [name]
@@ -87,10 +87,10 @@ def settings(text: str, *, offline: bool) -> Any:
 
 
 def _prepare(*, offline: bool) -> None:
-    """Before the harness is imported: it reads the environment once, and talks a lot."""
+    """Set the environment and log levels; the harness reads them when it is imported."""
     if offline:
         os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TQDM_DISABLE"] = "1"  # our progress bar is the one
+    os.environ["TQDM_DISABLE"] = "1"  # we have our own progress bar
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -116,7 +116,7 @@ def load(call: Call) -> dict[str, Any]:
     specs = [offline(name, call.data) if name in local else name for name in names]
     try:
         loaded = manager.load(specs)
-    except Exception as error:  # datasets raise many kinds for files and networks that fail
+    except Exception as error:  # datasets raise many types for file and network errors
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise UserError(f"--tasks {call.names}: {type(error).__name__}: {reason}") from error
     for task in loaded["tasks"].values():
@@ -132,7 +132,7 @@ def _close(name: str, known: list[str]) -> str:
 
 
 def offline(name: str, data: Path) -> dict[str, Any]:
-    """The harness's definition of a shipped task, its records read from a local file."""
+    """The harness's definition of an offline task, with its records in a local file."""
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -144,7 +144,7 @@ def offline(name: str, data: Path) -> dict[str, Any]:
 
 
 def evaluate(scorer: Scorer, call: Call, chosen: Any, tick: Any) -> dict[str, Any]:
-    """Run the tasks once; the entry of eval.json. Call `settings` before."""
+    """Run the tasks once; returns the entry of eval.json. Call `settings` before."""
     import lm_eval
     from lm_eval import evaluator
 
@@ -187,7 +187,7 @@ def _measures(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def mean_accuracy(results: dict[str, Any]) -> float | None:
-    """Over tasks; the rounds of anli count as one, as in the published table."""
+    """Mean over tasks; the rounds of anli count as one task, as in the published table."""
     by_task: dict[str, list[float]] = {}
     for name, values in results.items():
         if "acc" in values:
@@ -203,7 +203,7 @@ def output_types(call: Call) -> set[str]:
 
 
 def variations(chosen: Any, run: Trained, kinds: set[str]) -> list[Any]:
-    """The settings with one of them changed at a time: those that can matter for these tasks.
+    """The settings with one changed at a time, limited to those that affect these tasks.
 
     Args:
         kinds: output types of the tasks (`output_types`).

@@ -1,4 +1,4 @@
-"""What is evaluated on: a prepared dataset, text files or a zero-shot set, as windows of tokens.
+"""Evaluation sets as windows of tokens: a prepared dataset, text files or a zero-shot set.
 
 DIR                    a prepared dataset, its blocks as in training
 text:GLOB              each file one text; jsonl:GLOB, parquet:GLOB and the others of sources.py
@@ -20,7 +20,7 @@ from prime_jax.evaluate.score import Windows, cut
 from prime_jax.evaluate.trained import Trained
 
 SUFFIXES = {".txt": "text", ".tokens": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-CLUSTERS = 20  # texts from which the standard error over texts is trusted
+CLUSTERS = 20  # texts needed for a standard error clustered by text
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cutting:
     """How texts become windows: `stride` scored tokens after at most `context` tokens.
 
     Attributes:
-        stride: 0 for what the context leaves of the model's length.
+        stride: 0 for the model's length less the context.
         examples: blocks of a prepared dataset, evenly spaced; 0 for all.
         split: of a prepared dataset.
     """
@@ -41,12 +41,13 @@ class Cutting:
 
 @dataclass(frozen=True, eq=False)
 class TextSet:
-    """Windows to score, and what the result says about them.
+    """Windows to score and their description for the record.
 
     Attributes:
-        name: what the user asked for; `rules`: the preset and its version, or empty.
-        cluster: int64 [W], what windows' errors are grouped by: `clusters`, texts or windows.
-        n_bytes: of the scored text; None where the tokenizer loses some of it.
+        name: as given by the user; `rules`: the preset and its version, or empty.
+        cluster: int64 [W], cluster of each window for the standard error; `clusters`: its kind,
+            texts or windows.
+        n_bytes: of the scored text; None if the tokenizer is not lossless on it.
     """
 
     name: str
@@ -61,7 +62,7 @@ class TextSet:
 
     @property
     def identity(self) -> dict:
-        """What makes two results comparable."""
+        """Two results are comparable if this is equal."""
         return {"hash": self.windows.hash, "stride": self.stride, "context": self.context}
 
 
@@ -69,13 +70,13 @@ def load(spec: str, run: Trained, cutting: Cutting) -> list[TextSet]:
     """The sets that a spec names.
 
     Raises:
-        UserError: nothing there, text that cannot be read, or another tokenizer's tokens.
+        UserError: no such data, unreadable text, or a dataset of another tokenizer.
     """
     kind, colon, rest = spec.partition(":")
     size = run.config.data.seq_len
     stride = cutting.stride or size - cutting.context
     cutting = dataclasses.replace(cutting, stride=stride)
-    list(cut(1, size, stride, cutting.context))  # refused before anything is read
+    list(cut(1, size, stride, cutting.context))  # raises before anything is read
     if kind == "zero-shot":
         return [_preset(f"{n}:{p}", n, p, run, cutting) for n, p in _found(rest)]
     if kind in PRESETS and colon:
@@ -86,7 +87,7 @@ def load(spec: str, run: Trained, cutting: Cutting) -> list[TextSet]:
 
 
 def read(spec: str) -> list[str]:
-    """The texts of a source (`sources.parse`), without those that are empty or no text."""
+    """The texts of a source (`sources.parse`), without empty or invalid ones."""
     documents = [
         document.text
         for source in sources.parse(spec)
@@ -189,9 +190,8 @@ def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
         )
     if cutting.examples:
         raise UserError(
-            f"{name}: blocks of {data.seq_len} tokens, picked with gaps, are not cut anew with "
-            f"stride {cutting.stride} and context {cutting.context}; add --examples 0 for the whole "
-            "split"
+            f"{name}: blocks of {data.seq_len} tokens, picked with gaps, cannot be cut again with "
+            f"stride {cutting.stride} and context {cutting.context}; add --examples 0 for the whole split"
         )
     stream, number = blocks.tokens.reshape(-1), np.repeat(blocks.doc, data.seq_len)
     found = len(np.unique(blocks.doc))

@@ -27,10 +27,10 @@ class Trained:
     """A run's parameters and what is needed to use them.
 
     Attributes:
-        path: the run directory, for messages and for what is written beside it.
-        params: float32, sharded over `program.mesh`; the average where one was kept.
-        data: the dataset of the run, None where it is not on this machine.
-        separator: EOS where there is no dataset: what an exported folder says, else -1.
+        path: the run directory, for messages and output files.
+        params: float32, sharded over `program.mesh`; the moving average if the run has one.
+        data: the dataset of the run, None if it is not on this machine.
+        separator: EOS id if there is no dataset: that of an exported folder, else -1.
     """
 
     path: storage.Path
@@ -68,14 +68,14 @@ class Trained:
     def network(self) -> Callable[[Any], Network]:
         """params -> (digits [B, L, l], segment ids, dropout keys) -> (hidden states, head rows).
 
-        For one device, or inside a `shard_map` over parameters that are whole on each.
+        For one device, or inside a `shard_map` over replicated parameters.
         """
         model = build(self.config, self.codebook)
         return lambda params: partial(model.apply, {"params": params})
 
 
 def read_config(*attempts: storage.Path) -> RunConfig:
-    """What the run in these directories is (`load`), an exported folder's too.
+    """The config of the run in these directories (`load`), or of an exported folder.
 
     Raises:
         UserError: no such run, or a damaged config.
@@ -93,12 +93,12 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
     """The finished run in a directory, on all devices.
 
     Args:
-        attempts: the run's directories, newest first (a run of a sweep has one an attempt); the
-            newest complete step of any counts. Or one exported folder.
-        log: told in one line about each damaged checkpoint that was skipped.
+        attempts: the run's directories, newest first (a run of a sweep has one per attempt); the
+            newest complete step of any is loaded. Or one exported folder.
+        log: receives one line for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: no such run, one that is not finished, or data or a permutation that is not its.
+        UserError: no such run, an unfinished one, or data or a permutation of another run.
     """
     directories = [storage.path(directory) for directory in attempts]
     run, config, data = directories[0], read_config(*directories), None
@@ -123,7 +123,7 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
 
 
 def _load_exported(directory: Path) -> Trained:
-    """An exported folder stands alone: a dataset that is not the one of its run is no dataset."""
+    """Load an exported folder; a dataset with another fingerprint is ignored."""
     weights = folder.read(directory)
     config, data = weights.config, None
     if (Path(config.data.path) / manifest.FILE).exists():

@@ -1,6 +1,6 @@
-"""Slices of accelerators by name. No JAX.
+"""Slices of accelerators by name. Imports no JAX.
 
-`v5e-16` is the name that Google's Cloud uses: v4, v5p and tpu7x count cores (two per chip), v5e and
+`v5e-16` is the name in Google Cloud: v4, v5p and tpu7x count cores (two per chip), v5e and
 v6e count chips. `2xv6e-256` is two such slices on the data-centre network, `h100-8` eight GPUs of
 one host.
 """
@@ -16,7 +16,7 @@ from prime_jax.hardware.chips import CHIPS, GIB, MIB, Chip, generation_of
 
 @dataclass(frozen=True)
 class Slice:
-    """What a run is given.
+    """The accelerators of a run.
 
     Attributes:
         name: canonical, e.g. `2xv6e-256`.
@@ -36,24 +36,24 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """What is rented."""
+        """Number of chips."""
         return self.devices // self.chip.per_chip
 
     @property
     def hosts(self) -> int:
-        """Machines, each with a process of its own."""
+        """Number of machines, each with one process."""
         return self.chips // self.chips_per_host
 
     @property
     def chips_per_host(self) -> int:
-        """All GPUs of one machine; 4 TPUs, but up to 8 of the flat kinds where they are all."""
+        """All GPUs of one machine; 4 TPUs, but up to 8 (2-D) if these are the whole slice."""
         chips = self.chips // self.slices
-        alone = 8 if self.chip.dimensions in (0, 2) else 4
-        return chips if chips <= alone else 4
+        single_host = 8 if self.chip.dimensions in (0, 2) else 4
+        return chips if chips <= single_host else 4
 
     @property
     def sides(self) -> str:
-        """Of one slice, e.g. `4x4`."""
+        """Topology of one slice, e.g. `4x4`."""
         return "x".join(map(str, torus(self.chips // self.slices, self.chip.dimensions)))
 
     @property
@@ -66,7 +66,7 @@ def parse(name: str) -> Slice:
     """The slice of a canonical or cloud name.
 
     Raises:
-        UserError: another form, an unknown chip, or a size that is not rented.
+        UserError: another form, an unknown chip, or an unavailable size.
     """
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name.strip().lower())
     if not match:
@@ -84,7 +84,7 @@ def parse(name: str) -> Slice:
     if chip.platform == "cuda":
         if chips > 8:
             raise UserError(
-                f"slice {name!r}: at most 8 GPUs a host; write {chips // 8}x{generation}-8"
+                f"slice {name!r}: at most 8 GPUs per host; write {chips // 8}x{generation}-8"
             )
     elif chips & (chips - 1) or chips == 2 or chips > chip.largest:
         limit = chip.largest * unit
@@ -95,7 +95,7 @@ def parse(name: str) -> Slice:
 
 
 def torus(chips: int, dimensions: int) -> tuple[int, ...]:
-    """The usual sides of a slice, smallest first, except that 4 chips of a cube lie flat."""
+    """The default topology of a slice, smallest side first, except 2x2x1 for 4 chips in 3-D."""
     if dimensions == 3 and chips == 4:
         return (2, 2, 1)
     exponent = round(math.log2(chips))
@@ -104,5 +104,5 @@ def torus(chips: int, dimensions: int) -> tuple[int, ...]:
 
 
 def human_bytes(n: float) -> str:
-    """`12.89 GiB`, below one `16.3 MiB`."""
+    """E.g. `12.89 GiB`, or `16.3 MiB` below 1 GiB."""
     return f"{n / GIB:.2f} GiB" if abs(n) >= GIB else f"{n / MIB:.1f} MiB"

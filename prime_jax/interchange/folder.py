@@ -1,6 +1,6 @@
 """The exported folder: `model.safetensors`, `config.json` and the tokenizer; readable as RUN.
 
-Inside, the head (and the embedding where l = 1) is in the order of codes; in the folder it is in
+In memory, the head (and the embedding where l = 1) is in the order of codes; in the folder it is in
 the order of token ids, see `layouts`.
 """
 
@@ -29,7 +29,7 @@ class Weights:
 
     Attributes:
         tensors: `layers.0.qkv`, ...: float32 [out, in], rows by token id (`layouts`).
-        step: at which it was taken; 0 if nobody knows.
+        step: training step of the weights; 0 if unknown.
     """
 
     config: RunConfig
@@ -71,7 +71,7 @@ def from_params(params: Any, book: Codebook) -> dict[str, np.ndarray]:
 
 
 def to_params(tensors: dict[str, np.ndarray], config: RunConfig, book: Codebook) -> Any:
-    """Inverse of `from_params`: arrays of NumPy, layers stacked."""
+    """Inverse of `from_params`: NumPy arrays, layers stacked."""
     tree = {"embedding": tensors["embedding"], "final_norm": tensors["final_norm"]}
     if book.length == 1:
         tree["embedding"] = tree["embedding"][:, np.argsort([*book.codes, book.base])]
@@ -87,7 +87,7 @@ def to_params(tensors: dict[str, np.ndarray], config: RunConfig, book: Codebook)
 
 
 def place(tree: Any, abstract: Any) -> Any:
-    """Arrays of NumPy on the devices, sharded as `abstract` says."""
+    """Put NumPy arrays on the devices, with the shardings of `abstract`."""
 
     def put(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
         x = np.ascontiguousarray(x, like.dtype)
@@ -97,16 +97,16 @@ def place(tree: Any, abstract: Any) -> Any:
 
 
 def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
-    """Make the folder; `config.json` comes last.
+    """Write the folder; `config.json` last.
 
     Raises:
-        UserError: `out` holds something already, or cannot be written.
+        UserError: `out` is not empty, or cannot be written.
     """
     from safetensors.numpy import save_file
 
     c, book = weights.config, weights.codebook
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; give a new folder")
+        raise UserError(f"{out}: already exists; give a new folder")
     tensors = {f"{name}.weight": np.ascontiguousarray(x) for name, x in weights.tensors.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -146,14 +146,16 @@ def _about(directory: Path) -> dict[str, Any]:
     about = read_json(directory / CONFIG)
     wanted = ("run", "step", "eos_id", "permutation_hash")
     if not isinstance(about, dict) or about.get("schema") != SCHEMA:
-        raise UserError(f"{directory / CONFIG}: not the config of a folder that this version wrote")
-    if lacking := [key for key in wanted if key not in about]:
-        raise UserError(f"{directory / CONFIG}: lacks {', '.join(lacking)}")
+        raise UserError(
+            f"{directory / CONFIG}: not the config of a folder exported by this version"
+        )
+    if missing := [key for key in wanted if key not in about]:
+        raise UserError(f"{directory / CONFIG}: lacks {', '.join(missing)}")
     return about
 
 
 def read(directory: Path) -> Weights:
-    """An exported folder.
+    """Read an exported folder.
 
     Raises:
         UserError: a damaged file, unknown or missing tensors, wrong shapes, altered codes.
@@ -166,7 +168,7 @@ def read(directory: Path) -> Weights:
     book = Codebook(slots, base(config.model.vocab_size, slots), codes)
     if book.hash != about["permutation_hash"]:
         raise UserError(
-            f"{file}: its codes ({book.hash}) are not those of config.json "
+            f"{file}: its codes ({book.hash}) differ from those of config.json "
             f"({about['permutation_hash']})"
         )
     ours = body_tensors(OURS, config.model, tensors)

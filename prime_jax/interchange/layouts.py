@@ -33,13 +33,13 @@ SHOWN = 6  # names in a message
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family of files names what we have.
+    """Names of our tensors in a family of files.
 
     Attributes:
         layer: prefix of a layer's tensors, by number.
         layers: tensor of a layer -> our tensors, stacked along its rows.
         embedding, final_norm, head: the others.
-        spare_mask: the embedding's last row means "masked" (l = 1), after padded ids.
+        spare_mask: the embedding's last row, after padding rows, means "masked" (l = 1).
     """
 
     layer: str
@@ -105,7 +105,7 @@ MEGATRON = Layout(
     final_norm="encoder.final_layernorm.weight",
     head="output_layer.weight",
 )
-# With Transformer Engine a norm belongs to the matrix behind it; ARM's layers are a decoder.
+# With Transformer Engine a norm is part of the following matrix; ARM's layers are a decoder.
 MEGATRON_ALIASES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -140,7 +140,7 @@ def layer_shapes(m: ModelConfig) -> dict[str, Shape]:
 
 
 def body(layout: Layout, m: ModelConfig) -> dict[str, tuple[Shape, list[str]]]:
-    """Every tensor of a file but embedding and head: its shape, and our tensors in it."""
+    """Every tensor of a file except embedding and head: its shape, and our tensors in it."""
     ours = layer_shapes(m)
     out: dict[str, tuple[Shape, list[str]]] = {layout.final_norm: ((m.width,), ["final_norm"])}
     for layer in range(m.layers):
@@ -153,10 +153,10 @@ def body(layout: Layout, m: ModelConfig) -> dict[str, tuple[Shape, list[str]]]:
 
 
 def check(where: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape | None]) -> None:
-    """Refuse a file with other tensors than expected.
+    """Check the tensors of a file.
 
     Args:
-        expected: shape of each tensor; None where somebody else looks at it.
+        expected: shape of each tensor; None if it is checked elsewhere.
     Raises:
         UserError: unknown names, missing names, wrong shapes, all of them listed.
     """
@@ -185,7 +185,7 @@ def listed(names: Iterable[str]) -> str:
 def body_tensors(
     layout: Layout, m: ModelConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, np.ndarray]:
-    """Our tensors but embedding and head, float32 [out, in], from those of a file."""
+    """Our tensors except embedding and head, float32 [out, in], from those of a file."""
     out: dict[str, np.ndarray] = {}
     for name, (_, parts) in body(layout, m).items():
         out |= zip(parts, np.split(tensors[name].float32(), len(parts)), strict=True)

@@ -1,8 +1,8 @@
-"""Weights of the published layouts: what a file's shapes say about the model, and the conversion.
+"""Weights of the published layouts: inference of the model from shapes, and conversion.
 
-`lit_gpt` is the SlimPajama code (also SMDM's), `megatron` that of the C4 grid. What the forward
-pass needs is taken from the shapes; the rest is asked for. How the weights were trained is not in
-a file: the training settings of the result are this package's defaults.
+`lit_gpt` is the layout of the SlimPajama code (also of SMDM), `megatron` that of the C4 grid. Model
+settings are inferred from the shapes; what cannot be inferred must be given. Training settings are
+not in a file: the result has this package's defaults.
 """
 
 from collections.abc import Mapping
@@ -33,14 +33,14 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file does not say. None: find out from the shapes, or refuse to guess.
+    """Information that is not in a file. None: infer from the shapes, or raise if ambiguous.
 
     Attributes:
-        vocab_size: ids of the tokenizer; rows beyond are padding.
+        vocab_size: ids of the tokenizer; further rows are padding.
         length: sub-tokens per token.
-        bos: ARM: the id whose embedding opens a sequence.
+        bos: ARM: the id whose embedding is the BOS.
         codes: int [>= V], the code of each id; None for the identity.
-        rope_tables: what the published code rounded RoPE's tables to.
+        rope_tables: dtype to which the published code rounded RoPE tables.
     """
 
     family: Family | None = None
@@ -60,10 +60,10 @@ def convert(kind: str, where: str, tensors: Tensors, facts: Facts, out: Path) ->
 
     Args:
         kind: `lit_gpt` or `megatron`.
-        out: where it will be; the dataset of the result, which has none.
+        out: folder of the result; also its `data.path`, since it has no dataset.
     Raises:
         UserError: unknown or missing tensors, wrong shapes, or facts that are missing or do not
-            fit; every message names them.
+            fit; with their names.
     """
     layout = LIT_GPT if kind == "lit_gpt" else MEGATRON
     causal = any(name.startswith("decoder.") for name in tensors)
@@ -87,14 +87,14 @@ def convert(kind: str, where: str, tensors: Tensors, facts: Facts, out: Path) ->
 
 
 def infer(layout: Layout, where: str, tensors: Tensors, facts: Facts, out: Path) -> RunConfig:
-    """The config whose network a file holds."""
+    """The config of the network in a file."""
     first = dict.fromkeys(("qkv", "gate", "q_norm"), "") | {
         part: layout.layer_name(0, name) for name, parts in layout.layers.items() for part in parts
     }
     needed = [layout.embedding, layout.final_norm, first["qkv"], first["gate"]]
-    if lacking := [name for name in needed if name not in tensors]:
+    if missing := [name for name in needed if name not in tensors]:
         raise UserError(
-            f"{where}: missing tensors {', '.join(lacking)}; is it another layout? It holds "
+            f"{where}: missing tensors {', '.join(missing)}; is it another layout? It holds "
             f"{', '.join(sorted(tensors)[:3])}, ..."
         )
     start, end = layout.layer.split("{}")
@@ -103,7 +103,7 @@ def infer(layout: Layout, where: str, tensors: Tensors, facts: Facts, out: Path)
     qk_norm = first["q_norm"] in tensors
     heads = width // tensors[first["q_norm"]].shape[0] if qk_norm else facts.heads
     if not heads or width % heads:
-        raise UserError(f"{where}: the number of heads cannot be read off it; give --heads")
+        raise UserError(f"{where}: the number of heads cannot be inferred; give --heads")
     size = width // heads
     rows = tensors[first["qkv"]].shape[0]
     groups, odd = divmod(rows // size - heads, 2)
@@ -148,7 +148,7 @@ def infer(layout: Layout, where: str, tensors: Tensors, facts: Facts, out: Path)
 def subtokens(
     layout: Layout, where: str, tensors: Tensors, facts: Facts, vocab: int, width: int
 ) -> tuple[Family, int, str]:
-    """(family, sub-tokens per token, kind of embedding) from the embedding's shape and the facts."""
+    """(family, sub-tokens per token, embedding kind) from the embedding's shape and the facts."""
     rows, size = tensors[layout.embedding].shape
     lengths = range(1, min(32, width) + 1) if facts.length is None else (facts.length,)
     found = []
@@ -157,7 +157,7 @@ def subtokens(
         kinds = {
             "sum": size == width and rows == (b + 1) * slots,
             "cat": size == width // slots and rows == (b + 1) * slots,
-            # Padded at will, but not by as many rows as other tables would need.
+            # Any padding, but fewer rows than the other kinds would need.
             "cat_shared": not layout.spare_mask
             and size == width // slots
             and b < rows < 2 * b + 64,
@@ -175,7 +175,7 @@ def subtokens(
         may = ", ".join(f"--length {slots} --embedding {kind}" for slots, kind in found)
         raise UserError(
             f"{where}: {layout.embedding} {[rows, size]} with {vocab} ids and width {width} could "
-            f"be {may or 'no embedding that is known'}; give --family, --vocab-size, --length or "
+            f"be {may or 'no known embedding'}; give --family, --vocab-size, --length or "
             "--embedding"
         )
     slots, kind = found[0]
@@ -189,7 +189,7 @@ def codebook(where: str, config: RunConfig, codes: np.ndarray) -> Codebook:
     """The codebook that gives id `v` the code `codes[v]`.
 
     Raises:
-        UserError: too few codes, codes twice, or codes that do not fit the digits.
+        UserError: too few codes, duplicate codes, or codes out of range.
     """
     vocab, slots = config.model.vocab_size, config.subtokens.length
     b = base(vocab, slots)
@@ -197,7 +197,7 @@ def codebook(where: str, config: RunConfig, codes: np.ndarray) -> Codebook:
     fits = len(codes) == vocab and codes.min() >= 0 and codes.max() < b**slots
     if not fits or len(np.unique(codes)) < vocab:
         raise UserError(
-            f"{where}: the permutation must give each of {vocab} ids another code below "
+            f"{where}: the permutation must give each of {vocab} ids a distinct code below "
             f"{b}**{slots} = {b**slots}"
         )
     return Codebook(slots, b, codes)
@@ -214,7 +214,7 @@ def rows_of(where: str, name: str, tensors: Tensors, count: int, width: int) -> 
 def embedding(
     layout: Layout, where: str, config: RunConfig, tensors: Tensors, bos: int | None
 ) -> np.ndarray:
-    """Our tables [T, b+1, E]; where l = 1 by token id, with the row of "masked" (ARM: BOS) last."""
+    """Our tables [T, b+1, E]; if l = 1 by token id, with the row of "masked" (ARM: BOS) last."""
     m, slots = config.model, config.subtokens.length
     tables, rows, size = folder.embedding_shape(m, slots)
     if slots > 1:

@@ -1,7 +1,7 @@
 """Files of named tensors: safetensors, and PyTorch's zip files read without PyTorch.
 
-A pickle is a program. The one in a PyTorch file may name tensors, storages and plain containers
-here; any other name ends the reading before it is looked up.
+A pickle can execute code. Only tensors, storages and plain containers are allowed in the pickle of
+a PyTorch file; any other name raises an error before it is imported.
 """
 
 import collections
@@ -30,7 +30,7 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-WRAPPERS = ("model", "state_dict", "module")  # where checkpoints keep their weights
+WRAPPERS = ("model", "state_dict", "module")  # keys of the weights in checkpoints
 NO_WEIGHTS = "._extra_state"  # Megatron's bookkeeping for 8-bit training
 
 
@@ -49,8 +49,8 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file or of a checkpoint that `torch.save` wrote.
 
     Raises:
-        UserError: no such file, a damaged one, one that holds no tensors by name, or a pickle with
-            anything but tensors in it.
+        UserError: no such file, a damaged one, one without named tensors, or a pickle with other
+            objects than tensors.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -113,8 +113,8 @@ class _TensorsOnly(pickle.Unpickler):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         raise UserError(
-            f"{self.path}: its pickle names {module}.{name}, and only tensors are read; save the "
-            "weights alone: torch.save(model.state_dict(), FILE), or as safetensors"
+            f"{self.path}: its pickle contains {module}.{name}, but only tensors are read; save "
+            "the weights alone: torch.save(model.state_dict(), FILE), or as safetensors"
         )
 
     def persistent_load(self, pid: Any) -> Any:
@@ -149,7 +149,7 @@ def _unpickle(path: Path) -> Any:
             folder = inside[0].removesuffix("data.pkl")
             order = f"{folder}byteorder"
             if order in names and archive.read(order) != b"little":
-                raise UserError(f"{path}: written on a big-endian machine; not read here")
+                raise UserError(f"{path}: written on a big-endian machine, which is not supported")
             return _TensorsOnly(path, archive, folder).load()
     except zipfile.BadZipFile as error:
         raise UserError(
@@ -169,5 +169,5 @@ def _named(path: Path, content: Any) -> dict[str, Tensor]:
     tensors = content if isinstance(content, Mapping) else {}
     tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"{path}: holds no tensors by name")
+        raise UserError(f"{path}: holds no named tensors")
     return tensors

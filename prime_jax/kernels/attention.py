@@ -3,13 +3,13 @@
 One function, several implementations: our Mosaic kernels or JAX's splash attention on a TPU, cuDNN
 on a GPU, plain XLA anywhere. On a CPU heads and blocks of queries are scanned, and the scores are
 recomputed in the backward pass, so that they stay in cache and are never stored.
-`attention_reference` is the plain twin of all.
+`attention_reference` is the reference for all of them.
 
-A document is a run of equal segment ids; a negative id is padding. Positions see each other within
-their document only; padding sees nothing and gives zeros.
+A document is a run of equal segment ids; a negative id is padding. Attention is restricted to a
+document; outputs of padding are zero.
 
-Block diffusion reads two copies of a sequence, the noisy one first. A noisy block sees itself and
-the clean blocks before it; a clean block sees the clean blocks up to itself (BD3-LM, section 3.2).
+Block diffusion reads a noisy and a clean sequence, concatenated. A noisy block attends to itself
+and to the clean blocks before it; a clean block to the clean blocks up to itself (BD3-LM, section 3.2).
 """
 
 import math
@@ -39,7 +39,7 @@ QUERY_ROWS = 256  # of a block: large enough for the cores, small enough for the
 def attention_reference(
     q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal=False, segment_ids_BxL=None, block_length=0
 ):
-    """Twin of `attention` with every score stored, in float32."""
+    """Reference for `attention`, with all scores stored, in float32."""
     heads, groups = q_BxLxHxK.shape[2], k_BxLxGxK.shape[2]
     k_BxLxHxK = jnp.repeat(k_BxLxGxK, heads // groups, axis=2)
     v_BxLxHxK = jnp.repeat(v_BxLxGxK, heads // groups, axis=2)
@@ -72,14 +72,14 @@ def attention(
     """Attention output [B, L, H, K]; H query heads share G key-value heads in groups of H / G.
 
     Args:
-        segment_ids_BxL: int32; positions see each other only within a run of equal ids, and
-            nothing where the id is negative.
+        segment_ids_BxL: int32; attention is restricted to runs of equal ids; negative ids are
+            padding.
         implementation: `pallas` (interpreted, slowly, on a CPU), `splash`, `cudnn` (XLA where
             cuDNN has no kernel), `xla`, `scan`, or `auto`: the default for the device
             that the program is traced for.
         blocks: of `pallas`: queries and keys of a block; empty for the default.
-        block_length: above 0 for block diffusion: tokens of a block; L counts both copies, and
-            so do the segment ids. Not for `pallas`.
+        block_length: above 0 for block diffusion: tokens of a block; L and the segment ids then
+            include both the noisy and the clean sequence. Not for `pallas`.
 
     Raises:
         UserError: unknown implementation, or blocks of another form.
@@ -89,8 +89,10 @@ def attention(
         implementation = default_attention(target_kind(), length, block_length).implementation
     if implementation == "pallas":
         if block_length:
-            raise UserError("attention implementation pallas has no block diffusion; use splash")
-        from prime_jax.kernels import attention_mosaic  # loads Mosaic: only where it is used
+            raise UserError(
+                "attention implementation pallas does not support block diffusion; use splash"
+            )
+        from prime_jax.kernels import attention_mosaic  # imports Mosaic only if used
 
         return attention_mosaic.masked_attention(
             q_BxLxHxK,
@@ -106,15 +108,15 @@ def attention(
             f"attention implementation {implementation!r}: choose auto, pallas, "
             + ", ".join(sorted(PLAIN))
         )
-    # Here padding forms documents of its own, so that no row is without keys; no NaN can arise.
+    # Padding forms separate documents, so that every row has keys and no NaN occurs.
     runs_BxL = None if segment_ids_BxL is None else documents(segment_ids_BxL, block_length)
     see = (causal, runs_BxL, block_length)
     out_BxLxHxK = PLAIN[implementation](q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, *see)
     return _without_padding(out_BxLxHxK, segment_ids_BxL)
 
 
-def attention_to_kept(q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, last_BxL) -> jax.Array:
-    """Attention [B, L, H, K] of new positions, each to the keys 0 .. `last` of M kept ones."""
+def attention_to_cache(q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, last_BxL) -> jax.Array:
+    """Attention [B, L, H, K] of new positions, each to the keys 0 .. `last` of a KV cache of M."""
     mask_BxLxM = jnp.arange(k_BxMxGxK.shape[1]) <= last_BxL[..., None]
     return jax.nn.dot_product_attention(
         q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, mask=mask_BxLxM[:, None], implementation="xla"
@@ -126,7 +128,7 @@ def _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length, l
     mask = None
     if documents_BxL is not None or block_length:
         mask = allowed(length, causal, documents_BxL, block_length)[:, None]
-        if library == "cudnn":  # takes no mask that is broadcast
+        if library == "cudnn":  # does not support broadcast masks
             mask = jnp.broadcast_to(mask, (batch, heads, length, length))
     return jax.nn.dot_product_attention(
         q_BxLxHxK,
@@ -152,21 +154,22 @@ def cudnn_serves(q_BxLxHxK: jax.Array, packed: bool) -> bool:
 
 
 def _splash_rule(base: type, length: int, padded: int, block_length: int) -> Any:
-    """The rule of block diffusion as a splash mask, made tile by tile."""
+    """The mask of block diffusion as a splash mask, computed tile by tile."""
 
     class Rule(base):
         shape = (padded, padded)
 
         def __getitem__(self, tile):
             query, key = (np.arange(padded)[part] for part in tile)
-            padding = query[:, None] >= length  # has documents of its own
+            padding = query[:, None] >= length  # in separate documents
             return padding | by_blocks(query[:, None], key, length, block_length)
 
     return Rule()
 
 
 def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length):
-    """JAX's splash attention; skips what no rule lets through; documents mask, and skip nothing."""
+    """JAX's splash attention; skips tiles that the causal or block mask excludes, but not those of
+    other documents, which are only masked."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -180,8 +183,8 @@ def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length
         ids = kernel.SegmentIds(ids_BxL, ids_BxL)
 
     def heads_first(x_BxLxHxK):
-        spare = (0, 0), (0, padded - length), (0, 0), (0, head_lanes(size) - size)
-        return jnp.swapaxes(jnp.pad(x_BxLxHxK, spare), 1, 2)
+        padding = (0, 0), (0, padded - length), (0, 0), (0, head_lanes(size) - size)
+        return jnp.swapaxes(jnp.pad(x_BxLxHxK, padding), 1, 2)
 
     mask = (masks.CausalMask if causal else masks.FullMask)((padded, padded))
     if block_length:
@@ -224,7 +227,7 @@ def _blocks(rows: Any) -> Any:
     """Split [B, L, ...] arrays into [L / R, B, R, ...] blocks of query rows."""
     length = jax.tree.leaves(rows)[0].shape[1]
     size = math.gcd(length, QUERY_ROWS)
-    size = size if size >= QUERY_ROWS // 8 else length  # an odd length is not worth splitting
+    size = size if size >= QUERY_ROWS // 8 else length  # too small blocks are not worth splitting
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, size, x.shape[-1]), 1, 0), rows
     )

@@ -1,4 +1,4 @@
-"""Who sees whom, and so what block-wise attention has to visit."""
+"""Attention masks, and the blocks that block-wise attention visits."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,23 +9,23 @@ import jax.numpy as jnp
 from prime_jax.errors import UserError
 from prime_jax.kernels.common import LANES, ceil_to
 
-SAVED = "attention"  # name of what a remat policy should keep: scores are recomputed anyway
+SAVED = "attention"  # checkpoint name of outputs that a remat policy should save
 
 
 def documents(segment_ids_BxL: jax.Array, block_length: int = 0) -> jax.Array:
-    """int32 [B, L]: number of the document of every position; runs of padding count as well."""
-    if block_length:  # a document has the same number in both copies
+    """int32 [B, L]: document number of every position; runs of padding count as documents."""
+    if block_length:  # the same numbers in the noisy and the clean sequence
         return jnp.tile(documents(segment_ids_BxL[:, : segment_ids_BxL.shape[1] // 2]), 2)
     new_BxL = jnp.pad(segment_ids_BxL[:, 1:] != segment_ids_BxL[:, :-1], ((0, 0), (1, 0)))
     return jnp.cumsum(new_BxL.astype(jnp.int32), axis=1)
 
 
 def by_blocks(query: Any, key: Any, length: int, block_length: int) -> Any:
-    """Whether a query sees a key in block diffusion.
+    """Whether a query attends to a key in block diffusion.
 
     Args:
-        query, key: positions in both copies, arrays of JAX or NumPy that broadcast.
-        length: of both copies.
+        query, key: positions in [noisy, clean], JAX or NumPy arrays that broadcast.
+        length: of noisy and clean together.
     """
     half = length // 2
     query_block, key_block = query % half // block_length, key % half // block_length
@@ -36,7 +36,7 @@ def by_blocks(query: Any, key: Any, length: int, block_length: int) -> Any:
 def allowed(
     length: int, causal: bool, documents_BxL: jax.Array | None, block_length: int = 0
 ) -> jax.Array | None:
-    """bool mask broadcastable to [B, L, L] (query, key), or None where everything is visible."""
+    """bool mask broadcastable to [B, L, L] (query, key), or None for no mask."""
     mask = None
     if causal:
         mask = jnp.tril(jnp.ones((length, length), bool))[None]
@@ -57,10 +57,10 @@ class Blocks(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """Who sees whom. Each query sees one run of keys.
+    """The keys of each query, one contiguous range, and the blocks to visit.
 
     Attributes:
-        span_Bx2xL: int32; query i sees the keys span[0, i] <= j < span[1, i].
+        span_Bx2xL: int32; query i attends to the keys span[0, i] <= j < span[1, i].
         keys_Bx2xI: int32; first block of keys that a block of queries visits, and how many.
         queries_Bx2xJ: int32; the same for the blocks of queries that visit a block of keys.
     """
@@ -78,26 +78,26 @@ def fitted(length: int, blocks: Sequence[int] = ()) -> tuple[Blocks, int]:
     """
     if blocks and (len(blocks) != 2 or min(blocks) < 1):
         raise UserError(f"attention blocks {tuple(blocks)}: give queries and keys of a block")
-    wish = Blocks(*blocks)
-    queries = min(wish.queries, ceil_to(length, LANES))
+    wanted = Blocks(*blocks)
+    queries = min(wanted.queries, ceil_to(length, LANES))
     padded = ceil_to(length, queries)
-    keys = max(n for n in range(queries, max(wish.keys, queries) + 1, queries) if padded % n == 0)
+    keys = max(n for n in range(queries, max(wanted.keys, queries) + 1, queries) if padded % n == 0)
     return Blocks(queries, keys), padded
 
 
 def head_lanes(size: int) -> int:
-    """Lanes that a head of `size` numbers takes."""
+    """Lanes for a head of size `size`."""
     return 64 if size <= 64 else ceil_to(size, LANES)
 
 
 def visits(
     length: int, causal: bool, documents_BxL: jax.Array, padding_BxL: jax.Array, blocks: Blocks
 ) -> Visits:
-    """Spans of keys, and from them the blocks to visit.
+    """Spans of keys, and the blocks to visit.
 
     Args:
-        documents_BxL: int32, equal within a document and different in neighbours.
-        padding_BxL: positions that see nothing and that nobody sees.
+        documents_BxL: int32, equal within a document, different in adjacent ones.
+        padding_BxL: positions that are masked as queries and keys.
     """
     position_L = jnp.arange(length, dtype=jnp.int32)
     new_BxL = documents_BxL[:, 1:] != documents_BxL[:, :-1]
@@ -116,13 +116,13 @@ def visits(
     last_BxI = last_BxL.reshape(first_BxL.shape[0], -1, blocks.queries).max(-1)
     start_J = jnp.arange(0, length, blocks.keys, dtype=jnp.int32)
     first, last = jnp.maximum(first_BxI[..., None], start_J), last_BxI[..., None]
-    meet_BxIxJ = first < jnp.minimum(last, start_J + blocks.keys)
+    overlap_BxIxJ = first < jnp.minimum(last, start_J + blocks.keys)
     span_Bx2xL = jnp.stack([first_BxL, last_BxL], axis=1)
-    return Visits(span_Bx2xL, _hull(meet_BxIxJ), _hull(jnp.swapaxes(meet_BxIxJ, 1, 2)))
+    return Visits(span_Bx2xL, _hull(overlap_BxIxJ), _hull(jnp.swapaxes(overlap_BxIxJ, 1, 2)))
 
 
-def _hull(meet: jax.Array) -> jax.Array:
-    """First true element along the last axis, and how many to the last one."""
-    first = jnp.argmax(meet, axis=-1)
-    stop = meet.shape[-1] - jnp.argmax(meet[..., ::-1], axis=-1)
-    return jnp.stack([first, jnp.where(meet.any(-1), stop - first, 0)], axis=1).astype(jnp.int32)
+def _hull(overlap: jax.Array) -> jax.Array:
+    """Along the last axis: index of the first true element, and the count up to the last one."""
+    first = jnp.argmax(overlap, axis=-1)
+    stop = overlap.shape[-1] - jnp.argmax(overlap[..., ::-1], axis=-1)
+    return jnp.stack([first, jnp.where(overlap.any(-1), stop - first, 0)], axis=1).astype(jnp.int32)

@@ -1,11 +1,11 @@
 """Flash attention for TPUs: two Mosaic kernels, and padding, documents and gradients around them.
 
-Queries lie on lanes: scores are made transposed, so that the statistics of the softmax are sublane
-reductions and no lane is ever shuffled. A head's keys and values stay in VMEM, and the kernel loops
-over the blocks of keys that some query of its block can see: the range comes from the documents at
-run time, and what lies outside costs nothing. Scores are made one block ahead of their softmax.
-The backward pass makes the scores once more and loops over the blocks of queries that can see its
-block of keys; the gradient of the queries of a whole head waits in VMEM meanwhile.
+Queries are on lanes: scores are computed transposed, so that softmax statistics are sublane
+reductions without lane shuffles. The keys and values of a head stay in VMEM, and the kernel loops
+over the blocks of keys to which some query of its block attends: the range is computed from the
+documents at run time, and blocks outside it cost nothing. Scores are computed one block ahead of
+their softmax. The backward pass recomputes the scores and loops over the blocks of queries that
+attend to its block of keys; the query gradient of a whole head is accumulated in VMEM.
 
 Letters besides the usual: Q queries and M keys of a block.
 """
@@ -25,14 +25,14 @@ from prime_jax.kernels.attention_mask import SAVED, Blocks, Visits, fitted, head
 from prime_jax.kernels.common import LANES, LOG2E, NEG, Case, ceil_to, dot
 
 ONES = 16  # rows of ones, a whole tile of bfloat16
-PART = 512  # keys of a block that the forward pass takes at a time
+PART = 512  # keys of a block that the forward pass processes at a time
 
 
 class Plan(NamedTuple):
-    """What the kernels are specialised to.
+    """Static settings of the kernels.
 
     Attributes:
-        masked: some query does not see every key.
+        masked: some query does not attend to every key.
         scale: of the scores.
         interpret: run without a TPU: True, or `pltpu.InterpretParams`.
     """
@@ -44,12 +44,14 @@ class Plan(NamedTuple):
 
 
 def vmem_bytes(length: int, size: int, itemsize: int, blocks: Sequence[int] = ()) -> int:
-    """An upper estimate of the VMEM that the larger kernel, the backward one, needs."""
+    """An upper bound on the VMEM of the larger kernel, the backward pass."""
     (queries, keys), length = fitted(length, blocks)
     size = ceil_to(head_lanes(size), LANES)
     whole = length * size * (6 * itemsize + 4)  # q, dout, dq, each twice; the float32 sum of dq
     by_keys = keys * size * (9 * itemsize + 8)  # k, v, dk, dv twice; k transposed; two sums
-    return whole + by_keys + keys * queries * (8 + 3 * itemsize)  # scores and what is made of them
+    return (
+        whole + by_keys + keys * queries * (8 + 3 * itemsize)
+    )  # scores and arrays computed from them
 
 
 def masked_attention(
@@ -81,8 +83,8 @@ def masked_attention(
     seen = visits(padded, causal, segment_ids_BxL, segment_ids_BxL < 0, fit)
 
     def heads_first(x_BxLxHxK):
-        spare = (0, 0), (0, padded - length), (0, 0), (0, head_lanes(size) - size)
-        return jnp.swapaxes(jnp.pad(x_BxLxHxK, spare), 1, 2)
+        padding = (0, 0), (0, padded - length), (0, 0), (0, head_lanes(size) - size)
+        return jnp.swapaxes(jnp.pad(x_BxLxHxK, padding), 1, 2)
 
     plan = Plan(fit, masked, size**-0.5, interpret)
     qkv = [heads_first(x) for x in (q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)]
@@ -113,8 +115,8 @@ def forward(plan, q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, seen: Visits) -> tuple[jax.Ar
     queries, keys = plan.blocks
     groups = k_BxGxLxK.shape[1]
     shared, rows = heads // groups, size + ONES
-    # Rows of ones below the values: the matrix unit sums the probabilities with them, as rounded
-    # as those that weight the values.
+    # Rows of ones below the values: the same matmul sums the probabilities, with the same rounding
+    # as the weighted values.
     ones = jnp.ones((batch, groups, ONES, length), v_BxGxLxK.dtype)
     vt_BxGxRxL = jnp.concatenate([jnp.swapaxes(v_BxGxLxK, 2, 3), ones], axis=2)
     by_queries = pl.BlockSpec((1, 1, queries, size), lambda b, h, i, _: (b, h, i, 0))
@@ -143,7 +145,7 @@ def forward(plan, q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, seen: Visits) -> tuple[jax.Ar
 
 
 def backward(plan, q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, seen, out_BxHxLxK, lse_BxHx1xL, dout_BxHxLxK):
-    """Gradients of q, k and v; those of heads that share k and v are summed in float32."""
+    """Gradients of q, k and v; for shared k and v summed over heads in float32."""
     batch, heads, length, size = q_BxHxLxK.shape
     groups, keys = k_BxGxLxK.shape[1], plan.blocks.keys
     product = dout_BxHxLxK.astype(jnp.float32) * out_BxHxLxK.astype(jnp.float32)
@@ -185,14 +187,14 @@ def backward(plan, q_BxHxLxK, k_BxGxLxK, v_BxGxLxK, seen, out_BxHxLxK, lse_BxHx1
 
 
 def _whole(rows: int, columns: int, shared: int = 1) -> pl.BlockSpec:
-    """All of a head, or of the one that `shared` heads share."""
+    """A whole head, or the key-value head of a group of `shared` heads."""
     return pl.BlockSpec((1, 1, rows, columns), lambda b, h, i, _: (b, h // shared, 0, 0))
 
 
 def _call(
     kernel, plan, q_BxHxLxK, blocks, in_specs, out_specs, out_shapes, scratch_shapes, matmuls
 ):
-    """The kernel over sequences, heads and blocks; ranges of blocks are its first argument."""
+    """The kernel on a grid of sequences, heads and blocks; its first argument are block ranges."""
     batch, heads, length, size = q_BxHxLxK.shape
     itemsize = q_BxHxLxK.dtype.itemsize
     scores = batch * heads * length**2
@@ -228,9 +230,9 @@ def _dot(plan: Plan, x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> j
 
 
 def _exponents(plan: Plan, k_MxK, q_QxK, start: Any, span_2xQ: jax.Array) -> jax.Array:
-    """Scores as powers of 2 [M, Q], NEG where a query does not see a key; keys from `start` on.
+    """Scores as exponents of 2 [M, Q], NEG where masked; keys from `start` on.
 
-    Scaled here, in float32: queries scaled before would be rounded once more.
+    Scaled here, in float32: scaling the queries before would round once more.
     """
     s_MxQ = _dot(plan, k_MxK, q_QxK, (1, 1)) * (plan.scale * LOG2E)
     if not plan.masked:
@@ -269,17 +271,17 @@ def _forward_kernel(
         return start, pl.ds(start, part.stop - part.start)
 
     def score(j, part, top_1xQ):
-        """Keep the scores of a part of block j; their maximum, or `top`."""
+        """Store the scores of a part of block j; returns the running maximum."""
         start, here = columns(j, part)
         s_MxQ = _exponents(plan, k_ref[0, 0, here, :], q_QxK, start, span_2xQ)
         scores_ref[part, :] = s_MxQ
         return jnp.maximum(top_1xQ, s_MxQ.max(0, keepdims=True))
 
     def visit(j, follows):
-        """Add block j, whose scores are there; and make those of the block that follows.
+        """Accumulate block j, whose scores are stored, and compute those of the next block.
 
-        A part's scores are taken just before their place is filled again: the products of one
-        block overlap the softmax of the other, to which they owe nothing.
+        Scores of a part are read just before they are overwritten: the matmul of one block
+        overlaps with the independent softmax of the other.
         """
         top_1xQ = next_top_1xQ = next_top_ref[...]
         sum_RxQ = sum_ref[...] * jnp.exp2(top_ref[...] - top_1xQ)
@@ -301,8 +303,8 @@ def _forward_kernel(
         jax.lax.fori_loop(first, last, lambda j, _: visit(j, follows=True), None)
         visit(last, follows=False)
 
-    # What a query gathered before its first visible key was scaled to nothing when it met that
-    # key; a query that sees no key at all still holds it.
+    # Sums before the first visible key of a query were rescaled by 0 at that key; only a query
+    # without any key still has them.
     alive_1xQ = top_ref[...] > NEG / 2
     size = q_QxK.shape[1]
     total_1xQ = jnp.where(alive_1xQ, sum_ref[size : size + 1, :], 1)

@@ -1,8 +1,8 @@
-"""Compile kernels for TPUs that are not there, with libtpu, and read its static schedule.
+"""Compile kernels for absent TPUs with libtpu, and read its static schedule.
 
-libtpu holds the whole TPU compiler: layouts, VMEM limits and register allocation are checked as on
-the chip. It can also write the final program, one VLIW bundle (about one cycle) per line. What it
-cannot tell is numbers and speed: those need a chip, or the interpreter.
+libtpu contains the whole TPU compiler: layouts, VMEM limits and register allocation are checked as
+for a real chip. It can also write the final program, one VLIW bundle (about one cycle) per line.
+Numerical results need the interpreter or a chip, timings need a chip.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ FILLS = ("VLOAD:FILL", "VSTORE:SPILL")
 
 
 class Schedule(NamedTuple):
-    """One kernel's final program; slots of the hot block, the one with most matrix products."""
+    """One kernel's final program; slots are those of its block with the most matrix products."""
 
     kernel: str
     bundles: int  # of the whole kernel
@@ -47,7 +47,7 @@ class Schedule(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the compiler says about one case; `error` is empty if it compiled."""
+    """Result of compiling one case; `error` is empty on success."""
 
     case: Case
     chip: str
@@ -59,17 +59,17 @@ class Report(NamedTuple):
 
 
 def require_libtpu() -> None:
-    """Raises UserError, with the way to get it, where libtpu is not installed."""
+    """Raises UserError, with instructions, if libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "libtpu, the TPU compiler, is not installed: make test-tpu-compile makes an "
-            "environment .venv-tpu with it (or pip install 'prime_jax[tpu-compile]' in one of "
-            "your own: every import of JAX looks for a TPU once it is there)"
+            "libtpu, the TPU compiler, is not installed: `make test-tpu-compile` creates an "
+            "environment .venv-tpu with it (or run pip install 'prime_jax[tpu-compile]' in a "
+            "separate environment: with libtpu every import of JAX looks for a TPU)"
         )
 
 
 def set_environment(dump: Path | None = None) -> None:
-    """Settings that libtpu reads when it is loaded: no metadata server, no lock, and the dump."""
+    """Variables that libtpu reads when it is loaded: no metadata server, no lock, dump folder."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
@@ -84,7 +84,7 @@ def set_environment(dump: Path | None = None) -> None:
 
 @cache
 def mesh(chip: str) -> jax.sharding.Mesh:
-    """A mesh of one absent chip (one of its cores, where it has two)."""
+    """A mesh of one absent chip (of one core, if it has two devices)."""
     from jax.experimental import topologies
 
     sides = "x".join("1" * CHIPS[chip].dimensions)  # by default at least one host of four
@@ -95,13 +95,13 @@ def mesh(chip: str) -> jax.sharding.Mesh:
 
 
 def compile_case(case: Case, chip: str) -> jax.stages.Compiled:
-    """The compiled program of `case` for one `chip`; raises what the compiler raises."""
+    """The compiled program of `case` for one `chip`; raises errors of the compiler."""
     target = mesh(chip)
     everywhere = jax.sharding.NamedSharding(target, jax.P())
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), case.arguments
     )
-    with jax.sharding.use_abstract_mesh(target.abstract_mesh):  # kernels ask it for the chip
+    with jax.sharding.use_abstract_mesh(target.abstract_mesh):  # kernels read the chip from it
         return jax.jit(case.function).trace(*arguments).lower().compile()
 
 
@@ -110,7 +110,7 @@ def check(case: Case, chip: str, dump: Path | None = None) -> Report:
     start = time.perf_counter()
     try:
         compiled = compile_case(case, chip)
-    except Exception as error:  # whatever a compiler throws is the finding
+    except Exception as error:  # any compiler error is the result
         return Report(case, chip, time.perf_counter() - start, error=cause(error))
     seconds = time.perf_counter() - start
     kernels = MOSAIC_CALL.findall(compiled.as_text())
@@ -130,7 +130,7 @@ def check(case: Case, chip: str, dump: Path | None = None) -> Report:
 def check_all(
     kernels: list[str], chips: list[str], widths: list[int], vocab_size: int, schedule: bool
 ) -> Iterator[Report]:
-    """A report for every case, as it is compiled. Raises UserError without libtpu."""
+    """Yield a report for every case. Raises UserError without libtpu."""
     require_libtpu()
     dump = Path(tempfile.mkdtemp(prefix="prime-jax-")) if schedule else None
     try:
@@ -161,13 +161,13 @@ def read_schedules(dump: Path, kernels: list[str]) -> Iterator[Schedule]:
 
 
 def parse_schedule(kernel: str, bundles: str, utilization: str) -> Schedule:
-    """Figures from the two texts: one line per bundle, and one line of used slots per bundle."""
+    """The schedule from two texts: one line per bundle, and one line of used slots per bundle."""
     lines = re.findall(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})? *:[ >]*\{(.*)$", bundles, re.MULTILINE)
     names, *rows = utilization.partition("CAPACTIY:\n")[2].splitlines()
     names = [name.strip() for name in names.split(",")]
     rows = [list(map(int, row.split())) for row in rows if re.fullmatch(r"[\d ]+", row)][1:]
     count = min(len(lines), len(rows))
-    # Blocks start at a label (loop or region) and behind a branch.
+    # Blocks start at a label (loop or region) and after a branch.
     starts = {0, count} | {i for i in range(count) if lines[i][0]}
     starts |= {i + 1 for i in range(count) if "sbr.rel" in lines[i][1]}
 

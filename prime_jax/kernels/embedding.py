@@ -1,8 +1,8 @@
 """Sub-token embedding: the digits of each token in, one vector per token out, for every family.
 
-Reading a small table is a product with a multi-hot matrix: digits as [N, K] zeros and ones, tables
-as [K, D] rows (concatenation is a block-diagonal table). Forward and backward are matmuls, so
-gradients are float32 sums in a fixed order, without a scatter. Three ways to compute it:
+Lookup in a small table is a product with a multi-hot matrix: digits as [N, K] zeros and ones,
+tables as [K, D] rows (concatenation is a block-diagonal table). Forward and backward are matmuls, so
+gradients are float32 sums in a fixed order, without a scatter. Implementations:
 
     multi_hot   plain XLA, any base
     select      plain XLA, base 2 and concatenation: two selects per element, no matmul
@@ -20,7 +20,7 @@ import numpy as np
 from prime_jax.kernels.common import on_tpu
 
 MULTI_HOT_ROWS = 256  # tables up to this many rows are read by a matmul instead of a gather
-PALLAS_ROWS = 1024  # there the multi-hot matrix is never stored
+PALLAS_ROWS = 1024  # limit of `pallas`, which does not store the multi-hot matrix
 
 
 def subtoken_embedding(
@@ -38,9 +38,9 @@ def subtoken_embedding(
             zeros where S does not divide the width (theory.md, "Sub-token codes").
         table_TxRxE: T tables of R = b + 1 rows; the last row stands for "masked".
         digits_NxS: int [..., S] below R.
-        implementation: `xla` (the fastest plain one for the target device), `multi_hot`, `select`
-            or `pallas`; tables that are too large for it are gathered.
-        dtype: of the result; the tables' by default.
+        implementation: `xla` (the fastest one without Pallas for the target device), `multi_hot`,
+            `select` or `pallas`; tables that are too large for it are gathered.
+        dtype: of the result; by default that of the tables.
     """
     dtype = dtype or table_TxRxE.dtype
     shape, slots = digits_NxS.shape[:-1], digits_NxS.shape[-1]
@@ -53,7 +53,7 @@ def subtoken_embedding(
     elif chosen == "select":
         x_NxD = _select(table_TxRxE, _packed(digits_NxS), slots, width, dtype)
     else:
-        from prime_jax.kernels import embedding_mosaic  # loads Mosaic: only where it is used
+        from prime_jax.kernels import embedding_mosaic  # imports Mosaic only if used
 
         matrix_KxD = _matrix(kind, table_TxRxE, slots, width)
         if table_TxRxE.shape[1] == 3:
@@ -70,13 +70,13 @@ def subtoken_embedding_reference(kind, table_TxRxE, digits_NxS, width) -> jax.Ar
 
 
 def resolve(implementation: str, kind: str, slots: int, rows: int) -> str:
-    """The way in which S tables of R rows are read: one of the four of this module."""
+    """The implementation for S tables of R rows: `gather`, `multi_hot`, `select` or `pallas`."""
     limit = PALLAS_ROWS if implementation == "pallas" else MULTI_HOT_ROWS
     if slots == 1 or slots * rows > limit:
         return "gather"
     selectable = rows == 3 and kind != "sum"
     if implementation == "xla":
-        # By the TPU compiler's estimates 0.42 of the matmul's time, both ways; slower on a CPU.
+        # TPU compiler's estimate: 0.42 of the matmul's time, forward and backward; slower on a CPU.
         return "select" if selectable and on_tpu() else "multi_hot"
     if implementation == "select" and not selectable:
         raise ValueError(f"select reads concatenated binary tables, not {kind} of {rows} rows")
@@ -84,9 +84,10 @@ def resolve(implementation: str, kind: str, slots: int, rows: int) -> str:
 
 
 def _packed(digits_NxS: jax.Array) -> jax.Array:
-    """uint32 [N, W] of binary digits, 2 where masked (math.md section 4): slot j is bit S-1-j.
+    """uint32 [N, W] of binary digits, 2 where masked (theory.md, "Sub-token codes"): slot j is bit
+    S-1-j.
 
-    Up to 16 sub-tokens share one word, seen bits low and mask high; beyond, these are two words.
+    Up to 16 sub-tokens fit one word, digits in the low and masks in the high half; else two words.
     """
     slots = digits_NxS.shape[1]
     shift_S = np.arange(slots - 1, -1, -1, dtype=np.uint32)
@@ -96,7 +97,7 @@ def _packed(digits_NxS: jax.Array) -> jax.Array:
 
 
 def _matrix(kind: str, table_TxRxE: jax.Array, slots: int, width: int) -> jax.Array:
-    """[S * R, D], row s * R + r: what digit r of slot s adds to a token's vector."""
+    """[S * R, D], row s * R + r: contribution of digit r of slot s to a token's vector."""
     rows, size = table_TxRxE.shape[1:]
     if kind == "sum":
         return table_TxRxE.reshape(slots * rows, width)
@@ -150,7 +151,7 @@ def _select_forward(dtype, lanes_3xD, words_NxW, shift_1xD):
 
 
 def _select_backward(dtype, residuals, g_NxD):
-    """Three masked column sums, which XLA makes in one pass over the cotangent."""
+    """Three masked column sums, which XLA computes in one pass over the cotangent."""
     empty, words_NxW, shift_1xD = residuals
     conditions = reversed(_lane_conditions(words_NxW, shift_1xD))
     g_NxD = g_NxD.astype(jnp.promote_types(g_NxD.dtype, jnp.float32))

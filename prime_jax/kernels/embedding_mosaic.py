@@ -1,6 +1,6 @@
 """Mosaic (TPU) kernels of the sub-token embedding: a multi-hot matmul without the multi-hot matrix.
 
-Tokens lie on lanes (codes [W, N]): a [N, 1] operand would be padded 128 times in HBM. Each block of
+Tokens are on lanes (codes [W, N]): a [N, 1] operand would take 128 times the HBM. Each block of
 tokens builds its [K, n] zeros and ones in registers; forward multiplies them with the [K, D] table,
 backward adds their product with the cotangent into one float32 [K, D] block that stays in VMEM.
 Matrices here have their rows in the order in which the kernel numbers them:
@@ -42,7 +42,7 @@ def words_layout(words: int) -> Layout:
         bit_Kxn = row_Kxn & (bits - 1)
 
         def read(word_1xn, shift_Kxn):
-            return (word_1xn >> shift_Kxn) & 1  # what the sign bit shifts in is cut off
+            return (word_1xn >> shift_Kxn) & 1  # `& 1` removes the sign extension
 
         seen_Kxn = read(words_Wxn[:1], bit_Kxn)
         masked_Kxn = read(words_Wxn[-1:], bit_Kxn + (16 if bits == 16 else 0))
@@ -66,7 +66,7 @@ def digits_layout(slots: int, rows: int) -> Layout:
 
 
 def _indicator(condition: jax.Array, dtype) -> jax.Array:
-    # By way of float32: selecting bfloat16 with a 32-bit condition has no layout on the TPU.
+    # Via float32: a bfloat16 select with a 32-bit condition has no layout on the TPU.
     return jnp.where(condition, 1.0, 0.0).astype(dtype)
 
 
@@ -172,7 +172,7 @@ def _backward(layout: Layout, codes_WxN, g_NxD) -> jax.Array:
 
 
 def _options(semantics: str, n_rows: int, n_tokens: int, width: int, dtype) -> dict[str, Any]:
-    """Interpreted where the target is no TPU; XLA plans around the cost."""
+    """Interpreted if the target is not a TPU; the cost estimate is for XLA's scheduler."""
     return {
         "compiler_params": pltpu.CompilerParams(dimension_semantics=(semantics,)),
         "cost_estimate": pl.CostEstimate(
@@ -185,8 +185,8 @@ def _options(semantics: str, n_rows: int, n_tokens: int, width: int, dtype) -> d
 
 
 def cases(chip: str, width: int, vocab_size: int) -> list[Case]:
-    """Forward and backward at 16384 tokens in bfloat16: all bits of a binary code, and base 15."""
-    del chip, vocab_size  # the same blocks everywhere; the codes of any vocabulary
+    """Forward and backward at 16384 tokens in bfloat16: binary codes, and base 15."""
+    del chip, vocab_size  # blocks do not depend on the chip, codes not on the vocabulary
     n_tokens, struct = 16384, jax.ShapeDtypeStruct
     g_NxD = struct((n_tokens, width), jnp.bfloat16)
     out = []

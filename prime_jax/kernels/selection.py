@@ -221,30 +221,30 @@ PLAIN = KernelConfig(head="xla", attention="xla", embedding="xla")  # what a fai
 
 
 def cause(error: Exception) -> str:
-    """One line of a compiler's message: what is wrong, and in which kernel."""
+    """One line of a compiler's message, with the error and the kernel."""
     text = str(error)
     memory = re.search(r"for %(\S+) = .*?(Scoped allocation with size \S+ and limit \S+)", text)
     if memory:
         return f"out of VMEM in {memory[1]}: {memory[2]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if _names_kernel(line)]
-    return (telling or lines or [type(error).__name__])[0][:300]
+    relevant = [line for line in lines if _mentions_kernel(line)]
+    return (relevant or lines or [type(error).__name__])[0][:300]
 
 
-def _names_kernel(text: str) -> bool:
+def _mentions_kernel(text: str) -> bool:
     return any(word in text.lower() for word in ("vmem", "mosaic", "pallas", "cudnn"))
 
 
-def fallback(call: Callable[[], T], twin: Callable[[], T], name: str) -> T:
-    """`call()`, or `twin()` with a warning if a kernel of `call` cannot be compiled.
+def fallback(call: Callable[[], T], plain: Callable[[], T], name: str) -> T:
+    """`call()`, or `plain()` with a warning if a kernel of `call` cannot be compiled.
 
-    Anything else that goes wrong is raised: too little HBM, for one, is no kernel's fault.
+    Other errors are raised, e.g. too little HBM, which is not due to a kernel.
     """
     try:
         return call()
     except Exception as error:
         hbm = re.search("memory (on|in memory space) hbm", str(error), re.IGNORECASE)
-        if hbm or not _names_kernel(str(error)):
+        if hbm or not _mentions_kernel(str(error)):
             raise
         warnings.warn(f"{name} falls back to plain XLA: {cause(error)}", stacklevel=2)
-    return twin()
+    return plain()

@@ -1,14 +1,14 @@
 """The output head of every family: hidden states and head rows in, losses and gradients out.
 
-`p` is the softmax over the tokens consistent with the visible sub-tokens. A row is charged for its
-hidden sub-tokens in one of two ways (theory.md, "The head"):
+`p` is the softmax over the tokens consistent with the visible sub-tokens. There are two losses over
+the masked sub-tokens of a row (theory.md, "The head"):
 
     marginal   sum_j -log P_j,  P_j = sum_v p_v [C_vj = y_j]     a valid bound
     joint      -log p_x                                          the published training loss
 
-`subtoken_loss` is the training form, whose row weights are known. `subtoken_log_probs` gives the
-log-probabilities of every row and takes any cotangent; `subtoken_log_masses` is what evaluation
-reads off it. [N, V] is never stored. The dense twin is in `subtoken_head_reference`.
+`subtoken_loss` is for training, with given row weights. `subtoken_log_probs` returns the
+log-probabilities of every row and supports any cotangent; `subtoken_log_masses` is for evaluation.
+[N, V] is never stored. The dense reference is in `subtoken_head_reference`.
 
 Head rows are in the order of their codes: `row_N` is `codebook.rows[token]`.
 """
@@ -50,11 +50,11 @@ def subtoken_loss(
 ) -> HeadLoss:
     """Weighted loss sums over N rows, differentiable in `h` and `head` through `head.loss`.
 
-    The other sum is a by-product for the records: its cotangent is ignored.
+    The other sum is only reported: its cotangent is ignored.
 
     Args:
-        h_NxD: hidden states, any float dtype; products are made in the dtype of `head_VxD`.
-        row_N: head rows of the true tokens; masked_NxS: hidden sub-tokens; weight_N: row weights.
+        h_NxD: hidden states, any float dtype; products are in the dtype of `head_VxD`.
+        row_N: head rows of the true tokens; masked_NxS: masked sub-tokens; weight_N: row weights.
         whole_N: rows whose tokens are revealed whole, so that the joint loss is the valid one
             (theory.md, "Granularity mixing"); None for no such rows.
     Returns:
@@ -75,7 +75,7 @@ def _loss_forward(head, h_NxD, head_VxD, row_N, masked_NxS, weight_N, whole_N):
 def _loss_backward(head, residuals, cotangent: HeadLoss):
     dh_NxD, dhead_VxD = residuals
     g = cotangent.joint if head.loss == "joint" else cotangent.marginal
-    if head.plain:  # the two sums are one number there
+    if head.plain:  # both losses are the same there
         g = cotangent.marginal + cotangent.joint
     return g.astype(dh_NxD.dtype) * dh_NxD, g.astype(dhead_VxD.dtype) * dhead_VxD, *(4 * [None])
 
@@ -97,7 +97,7 @@ def subtoken_log_probs(
         log-sum-exp [N] over the consistent tokens; log-marginals [N, S, b] of every digit of every
         sub-token (-1e30 where no consistent token has it; None where l = 1, since they would be
         [N, V]); joint log-probability [N] of the true token.
-        A marginal too small for float32 is -1e30 as well, and log p_x for the true digit.
+        A marginal below the float32 range is -1e30 as well, but log p_x for the true digit.
     """
     return _log_probs_forward(head, h_NxD, head_VxD, row_N, masked_NxS)[0]
 
@@ -112,9 +112,9 @@ def _log_probs_forward(head, h_NxD, head_VxD, row_N, masked_NxS):
 
 def _log_marginals(head: Head, masses: Masses, row_N, joint_N) -> jax.Array:
     safe_NxSxb = masses.digits_NxSxb >= TINY
-    share_NxSxb = jnp.where(safe_NxSxb, masses.digits_NxSxb, 1) / masses.mass_N[:, None, None]
+    p_NxSxb = jnp.where(safe_NxSxb, masses.digits_NxSxb, 1) / masses.mass_N[:, None, None]
     floor_NxSxb = jnp.where(true_digits(head, row_N), joint_N[:, None, None], NEG)
-    return jnp.where(safe_NxSxb, jnp.log(share_NxSxb), floor_NxSxb)
+    return jnp.where(safe_NxSxb, jnp.log(p_NxSxb), floor_NxSxb)
 
 
 def _log_probs_backward(head, residuals, cotangent):
@@ -122,10 +122,10 @@ def _log_probs_backward(head, residuals, cotangent):
     dlse_N, dmarginals_NxSxb, djoint_N = cotangent
     constant_N, slope_NxSxb = dlse_N - djoint_N, None
     if not head.plain:
-        # log P_jc passes p_v ([C_vj = c] / P_jc - 1) to the logits, or what log p_x does.
+        # Gradient of log P_jc: p_v ([C_vj = c] / P_jc - 1), or that of log p_x where underflowed.
         safe_NxSxb = digits_NxSxb >= TINY
-        share_NxSxb = jnp.where(safe_NxSxb, digits_NxSxb, 1) / mass_N[:, None, None]
-        slope_NxSxb = jnp.where(safe_NxSxb, dmarginals_NxSxb / share_NxSxb, 0)
+        p_NxSxb = jnp.where(safe_NxSxb, digits_NxSxb, 1) / mass_N[:, None, None]
+        slope_NxSxb = jnp.where(safe_NxSxb, dmarginals_NxSxb / p_NxSxb, 0)
         passed_NxSxb = jnp.where(safe_NxSxb | true_digits(head, row_N), dmarginals_NxSxb, 0)
         constant_N -= passed_NxSxb.sum(axis=(1, 2))
         djoint_N += jnp.where(safe_NxSxb, 0, passed_NxSxb).sum(axis=(1, 2))
@@ -152,11 +152,11 @@ def subtoken_log_masses(
     masked_NxS: jax.Array,
     later_NxS: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What an evaluation charges, per row.
+    """Log-probabilities for evaluation, per row.
 
     Args:
-        masked_NxS: sub-tokens hidden from the network.
-        later_NxS: sub-tokens still hidden after a reveal step (a subset of `masked_NxS`); None for
+        masked_NxS: masked sub-tokens.
+        later_NxS: sub-tokens still masked after a reveal step (a subset of `masked_NxS`); None for
             none, which needs one pass instead of two.
     Returns:
         sum over masked slots of log P_j [N], and the log-probability [N] of revealing the true
@@ -167,14 +167,14 @@ def subtoken_log_masses(
     joint_N = masses.truth_N - masses.lse_N
     revealed_NxS = masked_NxS if later_NxS is None else masked_NxS & ~later_NxS
     if head.plain:
-        charged_N = jnp.where(revealed_NxS[:, 0], joint_N, 0.0)
-        return charged_N, charged_N
+        revealed_N = jnp.where(revealed_NxS[:, 0], joint_N, 0.0)
+        return revealed_N, revealed_N
     marginals_NxSxb = _log_marginals(head, masses, row_N, joint_N)
     true_NxSxb = true_digits(head, row_N) & masked_NxS[..., None]
     marginal_N = jnp.where(true_NxSxb, marginals_NxSxb, 0.0).sum(axis=(1, 2))
-    if later_NxS is None and head.carry_over:  # only the true token is consistent with all
+    if later_NxS is None and head.carry_over:  # all revealed: only the true token is consistent
         return marginal_N, jnp.where(masked_NxS.any(axis=1), joint_N, 0.0)
-    kept_NxW = head.visible_words(revealed_NxS)
-    kept_NxW = kept_NxW if seen_NxW is None else seen_NxW | kept_NxW
-    kept = _implementation(head).masses(head, h_NxD, head_VxD, row_N, kept_NxW)
-    return marginal_N, kept.lse_N - masses.lse_N
+    after_NxW = head.visible_words(revealed_NxS)
+    after_NxW = after_NxW if seen_NxW is None else seen_NxW | after_NxW
+    after = _implementation(head).masses(head, h_NxD, head_VxD, row_N, after_NxW)
+    return marginal_N, after.lse_N - masses.lse_N

@@ -1,12 +1,12 @@
-"""What every implementation of the head shares: packed codes, digit masses, loss coefficients.
+"""Common code of all implementations of the head: packed codes, digit masses, coefficients.
 
 Head rows are in the order of their codes. A token's digits are fields of one or more 31-bit words
 (for base 2 a word is the code itself), so that "row v agrees with every visible sub-token of the
-truth" is `((word_v ^ true_n) & visible_n) == 0` in any base. The sign bit is always visible and
-set in rows that only pad the vocabulary, which therefore never agree.
+truth" is `((word_v ^ true_n) & visible_n) == 0` in any base. The sign bit is always visible, and
+set in padding rows of the vocabulary, which therefore never agree.
 
-Losses and their gradients need a row's logits only through a few sums (`Masses`) and a few
-coefficients (`Coefficients`): implementations differ in how they stream over the logits.
+Losses and gradients depend on the logits of a row only through a few sums (`Masses`) and
+coefficients (`Coefficients`); implementations differ in how they stream over the logits.
 """
 
 from dataclasses import dataclass
@@ -19,27 +19,27 @@ import numpy as np
 
 from prime_jax.subtokens import Codebook
 
-# Mass, relative to the likeliest token, below which a digit's sum has underflowed. As P_j >= p_x,
-# the true digit is then charged -log p_x, which is exact in log space: still a bound, and finite.
+# Mass, relative to the most likely token, below which a digit's sum has underflowed. The loss of
+# the true digit is then -log p_x, computed in log space: a bound, since P_j >= p_x, and finite.
 TINY = 1e-30
-PADDING = np.int32(-(2**31))  # the word of a row that is no token
+PADDING = np.int32(-(2**31))  # the word of a padding row
 WORD_BITS = 31
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What the head needs to know about the codes; hashable by identity, so `jit` can close over it.
+    """Static description of the head; hashable by identity, so `jit` can close over it.
 
     Attributes:
         codebook: V tokens, l digits each.
         carry_over: restrict the softmax to the tokens consistent with the visible sub-tokens.
         loss: the quantity that `subtoken_loss` differentiates.
-        implementation: `pallas` needs one word per code and at most 127 columns, else XLA serves.
-        blocks: (rows, head rows, head rows at a time) of the Pallas kernels, (rows,) of a chunk of
-            the XLA form; empty for their own.
-        axis_name: mesh axis of the surrounding `shard_map` over which head rows are split, each
-            device holding ceil(V / devices) of them (the last ones padded). Hidden states and
-            results are the same on all devices of the axis; gradients are taken inside.
+        implementation: `pallas` needs one word per code and at most 127 columns, else XLA is used.
+        blocks: (tokens, head rows, head rows of a part) of the Pallas kernels, (tokens,) of a chunk
+            of the XLA form; empty for default.
+        axis_name: mesh axis of the surrounding `shard_map` over which head rows are sharded, each
+            device with ceil(V / devices) of them (the last ones padded). Hidden states and
+            results are replicated over the axis; gradients are computed inside.
     """
 
     codebook: Codebook
@@ -51,17 +51,17 @@ class Head:
 
     @property
     def plain(self) -> bool:
-        """l = 1: nothing to restrict, and both losses are the token's own cross-entropy."""
+        """l = 1: no restriction, and both losses are the token's cross-entropy."""
         return self.codebook.length == 1
 
     @property
     def columns(self) -> int:
-        """Digit masses per row, l * b; none where they would be the token probabilities."""
+        """Digit masses per row, l * b; 0 if l = 1."""
         return 0 if self.plain else self.codebook.length * self.codebook.base
 
     @cached_property
     def dense_codes(self) -> bool:
-        """Whether row numbers are the codes: 0 .. V-1, the permutation over the first V."""
+        """Whether row numbers are the codes, i.e. the codes are 0 .. V-1."""
         return int(self.codebook.codes.max()) == self.codebook.vocab_size - 1
 
     @cached_property
@@ -95,7 +95,7 @@ class Head:
         return bits_NxW | PADDING
 
     def seen(self, masked_NxS: jax.Array) -> jax.Array | None:
-        """`visible_words` that the softmax is restricted by; None where it is not restricted."""
+        """`visible_words` to which the softmax is restricted; None if it is not restricted."""
         if self.plain or not self.carry_over:
             return None
         return self.visible_words(~masked_NxS)
@@ -105,8 +105,8 @@ class Shard(NamedTuple):
     """The head rows on this device (all of them without `axis_name`).
 
     Attributes:
-        words_VxW: their codes; an array of NumPy where it is known at compile time.
-        true_N: position of each row's true token among them; outside [0, V) where it has none.
+        words_VxW: their packed codes; a NumPy array if known at compile time.
+        true_N: index of each row's true token among them; outside [0, V) if on another device.
     """
 
     words_VxW: Any
@@ -144,7 +144,7 @@ class Masses(NamedTuple):
     """Sums over the consistent tokens of a row, relative to exp(top).
 
     Attributes:
-        top_N: the largest logit (or any number near it); truth_N: the true token's logit.
+        top_N: the largest logit (or a number near it); truth_N: the true token's logit.
         mass_N: sum_v exp(z_v - top).
         digits_NxSxb: the same over the tokens with each digit in each slot; None where l = 1.
     """
@@ -172,7 +172,7 @@ def combined(head: Head, masses: Masses) -> Masses:
 
 
 def summed(head: Head, dh_NxD: jax.Array) -> jax.Array:
-    """Gradient of the hidden states, which meet the head rows of all devices."""
+    """Gradient of the hidden states, summed over the head rows of all devices."""
     return dh_NxD if head.axis_name is None else jax.lax.psum(dh_NxD, head.axis_name)
 
 
@@ -200,8 +200,8 @@ class Coefficients(NamedTuple):
         return Coefficients(self.constant_N / mass_N, digits, self.truth_N)
 
 
-def charged(head: Head, masked_NxS: jax.Array) -> jax.Array:
-    """bool [N]: rows that pay the joint loss; without carry-over every sub-token row does."""
+def in_joint_loss(head: Head, masked_NxS: jax.Array) -> jax.Array:
+    """bool [N]: rows that count in the joint loss: without carry-over all, unless l = 1."""
     if head.carry_over or head.plain:
         return masked_NxS.any(axis=1)
     return jnp.ones(masked_NxS.shape[0], bool)
@@ -215,12 +215,12 @@ def true_digits(head: Head, row_N: jax.Array, dtype=bool) -> jax.Array:
 def loss_terms(
     head: Head, masses: Masses, row_N, masked_NxS, weight_N, whole_N
 ) -> tuple[HeadLoss, Coefficients]:
-    """Loss sums of some rows, and the gradient of the one that trains (`subtoken_loss`)."""
+    """Loss sums of some rows, and the coefficients of the gradient of `head.loss`."""
     weight_N = weight_N.astype(masses.mass_N.dtype)
-    pays_N = jnp.where(charged(head, masked_NxS), weight_N, 0.0)
+    joint_weight_N = jnp.where(in_joint_loss(head, masked_NxS), weight_N, 0.0)
     joint_N = masses.lse_N - masses.truth_N
-    joint = (pays_N * joint_N).sum()
-    joint_gradient = Coefficients(pays_N, None, -pays_N)
+    joint = (joint_weight_N * joint_N).sum()
+    joint_gradient = Coefficients(joint_weight_N, None, -joint_weight_N)
     if head.plain:
         return HeadLoss(joint, joint), joint_gradient
 
@@ -228,7 +228,7 @@ def loss_terms(
     mass_NxS = jnp.where(picked_NxSxb, masses.digits_NxSxb, 0).sum(axis=2)
     lost_NxS = masked_NxS & (mass_NxS < TINY)
     usable_NxS = masked_NxS & ~lost_NxS
-    # The inner `where` comes before the log: visible slots must not see log(0).
+    # The inner `where` comes before the log, so that visible slots do not give log(0).
     ratio_NxS = jnp.where(usable_NxS, mass_NxS / masses.mass_N[:, None], 1.0)
     lost_N = lost_NxS.sum(axis=1).astype(joint_N.dtype)
     marginal_N = lost_N * joint_N - jnp.log(ratio_NxS).sum(axis=1)
@@ -243,7 +243,7 @@ def loss_terms(
     truth_N = -weight_N * lost_N
     if whole_N is not None:
         slope_NxS = jnp.where(whole_N[:, None], 0.0, slope_NxS)
-        constant_N = jnp.where(whole_N, pays_N, constant_N)
-        truth_N = jnp.where(whole_N, -pays_N, truth_N)
+        constant_N = jnp.where(whole_N, joint_weight_N, constant_N)
+        truth_N = jnp.where(whole_N, -joint_weight_N, truth_N)
     digits_NxSxb = jnp.where(picked_NxSxb, slope_NxS[..., None], 0.0)
     return losses, Coefficients(constant_N, digits_NxSxb, truth_N)

@@ -2,16 +2,16 @@
 
 The same three functions as in `subtoken_head_xla`; rows, and codes, are padded to whole tiles.
 
-Tokens lie on lanes: logits are made transposed, [head rows, tokens], so that the statistics of the
-softmax are sublane reductions and no lane is ever shuffled. Head rows are taken a part at a time,
-the next product issued before the softmax of the last. Digit masses are a product with the
-indicator of every digit; its row of ones gives the mass the same rounding.
+Tokens are on lanes: logits are computed transposed, [head rows, tokens], so that softmax statistics
+are sublane reductions without lane shuffles. Head rows are processed in parts; the next product is
+issued before the softmax of the previous part. Digit masses are a product with the indicator of
+every digit; a row of ones in it gives the total mass the same rounding.
 
-The backward pass makes the logits once more and both gradients from them: dhead waits in VMEM while
-the tokens pass by, dh is read, added to and written back by copies that overlap the products.
+The backward pass recomputes the logits, and both gradients from them: dhead is accumulated in VMEM
+over the tokens; dh is read, updated and written back by copies that overlap with the products.
 
 Letters besides the usual: T tokens and U head rows of a tile, R head rows of a part, K columns of
-digits (C of them, the ones, padding).
+digits (C digits, a column of ones, padding).
 """
 
 import math
@@ -54,15 +54,14 @@ class Blocks(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What both kernels read, padded to whole tiles.
+    """Inputs of both kernels, padded to whole tiles.
 
     Attributes:
         hs_NxD: hidden states times log2(e), so that logits are exponents of 2.
-        head_VxD: the only one that is not padded: what the last block reads beyond its end is
-            anything, and excluded by its words.
-        codes_1xV: words of the head rows; hot_VxK: their digits and a one, None where l = 1.
-        bits_2xN: word of the true token, and the bits that head rows must share with it.
-        cores: that share the backward pass, each with blocks of head rows of its own.
+        head_VxD: not padded: reads beyond its end are undefined, and excluded by `codes_1xV`.
+        codes_1xV: words of the head rows; hot_VxK: their one-hot digits and a one, None if l = 1.
+        bits_2xN: word of the true token, and the bits that consistent head rows share with it.
+        cores: number of cores of the backward pass, each with its own blocks of head rows.
     """
 
     blocks: Blocks
@@ -75,15 +74,17 @@ class Operands(NamedTuple):
 
 
 def vmem_bytes(width: int, itemsize: int, blocks: Blocks) -> int:
-    """An upper estimate of the VMEM that the larger kernel, the backward one, needs."""
+    """An upper bound on the VMEM of the larger kernel, the backward pass."""
     tokens, rows, part = blocks
-    by_tokens = tokens * width * (2 * 2 * itemsize + 3 * 4)  # h twice, double; dh, double, and sum
-    by_rows = rows * width * (2 * itemsize + 2 * 4)  # head and dhead, double
+    by_tokens = (
+        tokens * width * (2 * 2 * itemsize + 3 * 4)
+    )  # two of h and dh, double-buffered, and a sum
+    by_rows = rows * width * (2 * itemsize + 2 * 4)  # head and dhead, double-buffered
     return by_tokens + by_rows + 8 * part * tokens * 4 + 4 * MIB
 
 
 def core_count() -> int:
-    """Cores of the chip that JAX sees as one device."""
+    """Cores of one JAX device."""
     return pltpu.get_tpu_info().num_cores if on_tpu() else 1
 
 
@@ -93,7 +94,7 @@ def matrix_unit() -> int:
 
 
 def fitted(head: Head, width: int, itemsize: int) -> Blocks:
-    """The blocks asked for, or the largest of the usual ones that fit into VMEM.
+    """The configured blocks, or the largest default ones that fit into VMEM.
 
     Raises:
         UserError: `head.blocks` is neither empty nor three positive numbers, the last of which
@@ -106,7 +107,7 @@ def fitted(head: Head, width: int, itemsize: int) -> Blocks:
                 f"head blocks {head.blocks}: give tokens, head rows and a part of the head rows"
             )
         return Blocks(*head.blocks)
-    # Shorter rows, and larger matrix units, leave a part's softmax less time to hide in.
+    # With smaller widths or larger matrix units a matmul hides less of the softmax.
     large = 1024 if width <= (1024 if matrix_unit() > LANES else 512) else 512
     usual = [Blocks(large), Blocks(), Blocks(512, 512), Blocks(256, 512)]
     fit = [x for x in usual if vmem_bytes(width, itemsize, x) <= vmem_capacity()]
@@ -114,7 +115,7 @@ def fitted(head: Head, width: int, itemsize: int) -> Blocks:
 
 
 def supports(head: Head) -> bool:
-    """One word per code, and digits that fit the lanes of one register beside the ones."""
+    """One word per code, and columns of digits and ones that fit the lanes of one register."""
     return head.fields_SxW.shape[1] == 1 and head.columns < LANES
 
 
@@ -132,7 +133,7 @@ def _operands(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Operands:
     blocks = Blocks(tokens, rows, math.gcd(rows, blocks.part))
     padded_tokens, padded_rows = ceil_to(n_tokens, tokens), ceil_to(n_rows, rows)
 
-    # The barrier keeps the compiler from unfolding indicators of the whole vocabulary.
+    # The barrier prevents constant folding of indicators of the whole vocabulary.
     words_VxW = jax.lax.optimization_barrier(jnp.asarray(shard(head, row_N, n_rows).words_VxW))
     words_VxW = _padded(words_VxW, padded_rows, PADDING)
     hot_VxK = None
@@ -146,7 +147,9 @@ def _operands(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Operands:
         blocks=blocks,
         cores=min(core_count(), padded_rows // rows),
         hs_NxD=_padded(hs_NxD, padded_tokens),
-        head_VxD=_padded(head_VxD, max(n_rows, rows)),  # a copy of it only where it is one block
+        head_VxD=_padded(
+            head_VxD, max(n_rows, rows)
+        ),  # copied only if it is smaller than one block
         codes_1xV=words_VxW.T,
         hot_VxK=hot_VxK,
         bits_2xN=_padded(jnp.stack([true_N, visible_N], axis=1), padded_tokens).T,
@@ -154,7 +157,7 @@ def _operands(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Operands:
 
 
 def masses(head: Head, h_NxD, head_VxD, row_N, visible_NxW, interpret: Any = None) -> Masses:
-    """As in `subtoken_head_xla`; digit masses from the exponentials in twice the precision."""
+    """As in `subtoken_head_xla`; digit masses from exponentials in twice bfloat16's precision."""
     operands = _operands(head, h_NxD, head_VxD, row_N, visible_NxW)
     return _masses(head, operands, row_N, head_VxD, 2, interpret)
 
@@ -262,12 +265,12 @@ def _forward_kernel(blocks: Blocks, terms, hs_ref, head_ref, codes_ref, *refs):
     top_1xT, sums_KxT = top_ref[...], sums_ref[...]
     for start in range(0, blocks.rows, blocks.part):
         z_RxT = next_RxT
-        if start + blocks.part < blocks.rows:  # asked for early: overlaps the softmax
+        if start + blocks.part < blocks.rows:  # issued early to overlap with the softmax
             next_RxT = logits(start + blocks.part)
         _, excluded_RxT = _mismatch(codes_ref, start, blocks.part, bits_2xT)
         z_RxT = jnp.where(excluded_RxT, NEG, z_RxT)
         higher_1xT = jnp.maximum(top_1xT, z_RxT.max(0, keepdims=True))
-        # What a token gathers before its first consistent row is wiped out by the factor 0.
+        # Sums before the first consistent row are later multiplied by 0.
         p_RxT = jnp.exp2(z_RxT - higher_1xT)
         sums_KxT = sums_KxT * jnp.exp2(top_1xT - higher_1xT) + sums(start, p_RxT)
         top_1xT = higher_1xT
@@ -278,7 +281,7 @@ def forward(operands: Operands, terms: int, interpret: Any) -> tuple[jax.Array, 
     """(largest exponent [1, N], sums of powers of 2 relative to it [K, N]), float32.
 
     Args:
-        terms: 2 for digit sums in twice the precision of bfloat16 powers.
+        terms: 2 for digit sums with twice the precision of bfloat16.
     """
     (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
     n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype
@@ -320,9 +323,7 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
     core, place, tile = (pl.program_id(axis) for axis in range(3))
     block, step = core * places + place, place * tiles + tile
     last = step == jnp.minimum(places, n_blocks - core * places) * tiles - 1
-    moves = (
-        tiles > 1
-    )  # at every step one tile of dh leaves and the next arrives; a single one stays
+    moves = tiles > 1  # every step writes one tile of dh and reads the next; a single one stays
     slot = jax.lax.rem(step, 2) if moves else 0
 
     def copy(tile, slot, out):
@@ -333,7 +334,7 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
             return pltpu.make_async_copy(here, there, write_sem.at[slot])
         return pltpu.make_async_copy(there, here, read_sem.at[slot])
 
-    @pl.when(block < n_blocks)  # the last core may have fewer
+    @pl.when(block < n_blocks)  # the last core may have fewer blocks
     def _():
         @pl.when(step == 0)
         def _():
@@ -341,7 +342,7 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
 
         if moves:
 
-            @pl.when(step > 0)  # the tile before this one must be written by now
+            @pl.when(step > 0)  # wait until the previous tile is written
             def _():
                 copy(tile, 1 - slot, out=True).wait()
 
@@ -395,7 +396,7 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
 
 
 def _clear(head_ref, count: int) -> None:
-    """Zeros beyond the first `count` rows: a gradient of zero times anything must be zero."""
+    """Set rows from `count` on to zero: undefined values times a zero gradient could be NaN."""
     edge = count // TILE * TILE
     after = min(edge + TILE, head_ref.shape[0])
     tile = head_ref[edge:after, :].astype(jnp.float32)
@@ -406,7 +407,7 @@ def _clear(head_ref, count: int) -> None:
 
 
 def _split(x_KxN: jax.Array, dtype) -> list[jax.Array]:
-    """Pieces of `dtype` that sum to float32 x: one product with all of them keeps its precision."""
+    """Terms of `dtype` that sum to float32 x, so that a product with all of them is precise."""
     if dtype == jnp.float32:
         return [x_KxN]
     pieces = []
@@ -422,8 +423,8 @@ def backward(
     """(dhead [V, D], dh [N, D]), float32.
 
     Args:
-        columns_KxN: what each digit, and the one, adds to dz / p; None where l = 1.
-        numbers_3xN: log2-sum-exp2; dz / p without `columns_KxN`; what the true token's dz adds.
+        columns_KxN: contribution of each digit, and of the one, to dz / p; None if l = 1.
+        numbers_3xN: log2-sum-exp2; dz / p if `columns_KxN` is None; added to the true token's dz.
     """
     (tokens, rows, _), (n_tokens, width) = operands.blocks, operands.hs_NxD.shape
     n_rows, dtype = operands.head_VxD.shape[0], operands.head_VxD.dtype
@@ -518,7 +519,7 @@ def _call(
 
 
 def cases(chip: str, width: int, vocab_size: int) -> list[Case]:
-    """Forward and backward of the marginal loss at the granularity of bits, 4096 tokens."""
+    """Forward and backward of the marginal loss for binary sub-tokens, 4096 tokens."""
     length = (vocab_size - 1).bit_length()
     head = Head(Codebook.create(vocab_size, SubtokenConfig(length=length)))
     device = AbstractDevice(device_kind=CHIPS[chip].kind, num_cores=1, platform="tpu")

@@ -1,4 +1,4 @@
-"""The plain dense twin of the head, written to be read: every logit and every digit compared."""
+"""Dense reference of the head, written for readability: all logits, all digits compared."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def subtoken_head_reference(
 
 
 def subtoken_log_probs_reference(head: Head, h_NxD, head_VxD, row_N, masked_NxS) -> tuple:
-    """Twin of `subtoken_head.subtoken_log_probs`, without its rule for what underflows."""
+    """Reference for `subtoken_head.subtoken_log_probs`, without its rule for underflow."""
     z_NxV = restricted_logits(head, h_NxD, head_VxD, row_N, masked_NxS)
     lse_N = jax.nn.logsumexp(z_NxV, axis=1)
     joint_N = jnp.take_along_axis(z_NxV, row_N[:, None], axis=1)[:, 0] - lse_N

@@ -1,8 +1,8 @@
 """The head in plain JAX, streaming over chunks of rows: logits [N, V] are never stored.
 
-`loss_and_gradients` knows the weights of its rows and makes gradients in the forward pass, from one
-product of logits. `masses` and `gradients` are the two halves for any other cotangent: the second
-makes the logits again.
+`loss_and_gradients` gets the row weights and computes gradients in the forward pass, with one
+computation of the logits. `masses` and `gradients` are forward and backward for any cotangent; the
+latter recomputes the logits.
 """
 
 from typing import Any
@@ -27,15 +27,15 @@ from prime_jax.kernels.subtoken_head_base import (
     summed,
 )
 
-# A chunk's logits stay in a CPU's cache where that leaves it MIN_ROWS; with fewer rows, passes over
-# the head and its gradient take too large a fraction of the time.
+# On a CPU the logits of a chunk fit into the cache, unless this gives fewer than MIN_ROWS: then
+# passes over the head and its gradient would dominate.
 CHUNK_ELEMENTS = 1 << 20
 MIN_ROWS = 128
-ACCELERATOR_ROWS = 1024  # no such cache there: only few passes and little memory count
+ACCELERATOR_ROWS = 1024  # without such a cache: few passes and little memory
 
 
 def chunk_rows(n_rows: int, vocab_size: int) -> int:
-    """Rows per chunk: a divisor of n_rows if there is a good one, else rows will be padded."""
+    """Rows per chunk: a divisor of n_rows near the limit if there is one, else rows are padded."""
     least = MIN_ROWS if target_kind() == "cpu" else ACCELERATOR_ROWS
     limit = min(n_rows, max(least, CHUNK_ELEMENTS // vocab_size))
     divisor = max(d for d in range(1, limit + 1) if n_rows % d == 0)
@@ -66,16 +66,16 @@ def _logits(head: Head, part: Shard, head_VxD, h_NxD, row_N, visible_NxW) -> jax
     if visible_NxW is None and head.axis_name is None:
         return z_NxV
     true_NxW = jnp.asarray(head.words_VxW)[row_N]
-    if visible_NxW is None:  # but rows that only pad the vocabulary
+    if visible_NxW is None:  # exclude only padding rows
         visible_NxW = jnp.full_like(true_NxW, PADDING)
     return jnp.where(consistent(part.words_VxW, true_NxW, visible_NxW), z_NxV, NEG)
 
 
 class _Grid:
-    """Codes 0 .. V-1 as a table of high by low digits, the last row of which may be short.
+    """Codes 0 .. V-1 as a table of high by low digits; its last row may be incomplete.
 
-    Sums over its rows and columns hold all digit masses: one addition per element instead of a
-    product with a [V, S*b] matrix.
+    Digit masses follow from its row and column sums: one addition per element instead of a product
+    with a [V, S*b] matrix.
     """
 
     def __init__(self, head: Head, dtype):
@@ -120,7 +120,7 @@ class _Grid:
 
 
 class _Columns:
-    """Any codes: products with the indicator of every digit."""
+    """For any codes: products with one-hot digits."""
 
     def __init__(self, head: Head, part: Shard, dtype):
         self.shape = (-1, head.codebook.length, head.codebook.base)
@@ -134,7 +134,7 @@ class _Columns:
 
 
 def _digits(head: Head, part: Shard, dtype) -> _Grid | _Columns | None:
-    """How sums over digits are made; None where l = 1."""
+    """The implementation of sums over digits; None if l = 1."""
     if head.plain:
         return None
     if head.dense_codes and head.axis_name is None:
@@ -159,7 +159,7 @@ def _chunk_masses(head: Head, digits, z_cxV: jax.Array, true_c: jax.Array) -> tu
 
 
 def _logit_gradient(digits, p_cxV, true_c, coefficients: Coefficients) -> jax.Array:
-    """dz [c, V] from probabilities (or masses, with coefficients to match)."""
+    """dz [c, V] from probabilities (or from masses, with coefficients scaled by `over`)."""
     factor = coefficients.constant_N[:, None]
     if coefficients.digits_NxSxb is not None:
         factor += digits.spread(coefficients.digits_NxSxb)
@@ -177,7 +177,7 @@ def _add_products(dhead_VxD, dz_cxV, h_cxD, head_VxD) -> tuple:
 
 
 def masses(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Masses:
-    """The sums of every row over the tokens that agree with `visible_NxW`."""
+    """Sums of every row over the tokens consistent with `visible_NxW`."""
     h_NxD = h_NxD.astype(head_VxD.dtype)
     part = shard(head, row_N, head_VxD.shape[0])
     digits = _digits(head, part, jnp.promote_types(h_NxD.dtype, jnp.float32))

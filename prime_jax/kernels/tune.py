@@ -24,7 +24,7 @@ from prime_jax.kernels.attention import attention, attention_reference
 from prime_jax.kernels.embedding import subtoken_embedding, subtoken_embedding_reference
 from prime_jax.kernels.selection import OFF, Blocks, Choices, Kernel, Measured, Row
 from prime_jax.kernels.subtoken_head import Head, subtoken_log_masses, subtoken_loss
-from prime_jax.kernels.subtoken_head_base import charged
+from prime_jax.kernels.subtoken_head_base import in_joint_loss
 from prime_jax.kernels.subtoken_head_reference import subtoken_head_reference
 from prime_jax.subtokens import Codebook
 
@@ -224,7 +224,7 @@ def head_problem(config: RunConfig, most: int) -> Problem:
 
         def terms(h_NxD, head_VxD):
             slots_NxS, joint_N = subtoken_head_reference(head, h_NxD, head_VxD, row_N, masked_NxS)
-            return slots_NxS.sum(1), jnp.where(charged(head, masked_NxS), joint_N, 0)
+            return slots_NxS.sum(1), jnp.where(in_joint_loss(head, masked_NxS), joint_N, 0)
 
         def loss(h_NxD, head_VxD):
             marginal_N, joint_N = terms(h_NxD, head_VxD)

@@ -1,1 +1,1 @@
-"""Engines: where the workers of a sweep run. They never see runs; workers claim runs from ROOT."""
+"""Engines: they start the workers of a sweep; the workers then claim runs from ROOT."""

@@ -1,6 +1,6 @@
-"""The checkout as one archive in ROOT, from which machines without a shared disk install.
+"""The checkout as one archive in ROOT, which machines without a shared disk install.
 
-Tracked files, and new ones that git does not ignore, unless they are large or look like keys.
+Includes tracked files, and new files that git does not ignore, unless large or likely secrets.
 """
 
 import gzip
@@ -17,16 +17,16 @@ from prime_jax.errors import UserError
 from prime_jax.launch.engine import REPO, Sweep
 from prime_jax.runtime import storage
 
-LARGEST = 1_000_000  # bytes of an untracked file
+MAX_BYTES = 1_000_000  # of an untracked file
 KEYS = (".env*", "*.pem", "*.key", "*.p12", "id_*", "*credential*", "*secret*", "*token*.json")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A .tar.gz and what was left out of it.
+    """A .tar.gz and the list of excluded files.
 
     Attributes:
-        name: holds the hash of the bytes: the same files give the same name.
+        name: contains the hash of the bytes: the same files give the same name.
         left_out: untracked files, each with the reason.
     """
 
@@ -46,19 +46,19 @@ def pack(repo: Path = REPO) -> Archive:
     """Archive a git checkout.
 
     Raises:
-        UserError: `repo` is no checkout, or git is missing.
+        UserError: `repo` is not a checkout, or git is missing.
     """
     tracked = _git(repo, "ls-files", "-z", "--cached")
     fresh = _git(repo, "ls-files", "-z", "--others", "--exclude-standard")
     refused = {name: reason for name in fresh if (reason := _refuse(repo / name))}
-    kept = sorted({*tracked, *fresh} - set(refused))
+    included = sorted({*tracked, *fresh} - set(refused))
     out, files = io.BytesIO(), 0
-    # No time, owner or order of this machine: equal files, equal bytes.
+    # Times, owners and order are normalised: equal files give equal bytes.
     with (
         gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as squeezed,
         tarfile.open(fileobj=squeezed, mode="w") as tar,
     ):
-        for name in kept:
+        for name in included:
             path = repo / name
             if not path.is_symlink() and not path.is_file():
                 continue  # tracked, but deleted here; or a submodule
@@ -74,7 +74,7 @@ def pack(repo: Path = REPO) -> Archive:
 
 
 def publish(sweep: Sweep, archive: Archive) -> str:
-    """Put the archive into the sweep unless it is there; its address.
+    """Write the archive to the sweep unless it exists; returns its address.
 
     Raises:
         UserError: ROOT cannot be written to.
@@ -90,11 +90,11 @@ def address(sweep: Sweep, archive: Archive) -> str:
 
 
 def _refuse(path: Path) -> str:
-    """Why an untracked file stays here; empty if it may go."""
+    """Why an untracked file is excluded; empty if it is included."""
     if any(fnmatch(path.name.lower(), pattern) for pattern in KEYS):
         return "looks like a key"
     size = path.lstat().st_size
-    return f"untracked, {size / 1e6:.1f} MB" if size > LARGEST else ""
+    return f"untracked, {size / 1e6:.1f} MB" if size > MAX_BYTES else ""
 
 
 def _git(repo: Path, *command: str) -> Sequence[str]:

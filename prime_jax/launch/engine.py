@@ -1,13 +1,13 @@
-"""What every engine is given, and the options that it declares. No JAX, no cloud library.
+"""The interface of engines: sweeps, pools, options, dialogue. Imports no JAX or cloud library.
 
 An engine is a module of this package with
 
-    Options                                   a frozen dataclass: its command-line options
-    render(sweep, options) -> {file: text}    what would be sent
-    up(sweep, options, desk) -> exit code     start workers; safe to run twice
-    down(sweep, options, desk) -> exit code   list and remove what `up` of this sweep made
+    Options                                       a frozen dataclass: its command-line options
+    render(sweep, options) -> {file: text}        what would be submitted
+    up(sweep, options, dialogue) -> exit code     start workers; idempotent
+    down(sweep, options, dialogue) -> exit code   list and remove what `up` created
 
-A rendered target has APPLY, the command that takes its files, in place of `up` and `down`.
+A target that is only rendered has APPLY, the command for its files, instead of `up` and `down`.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ REPO = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as engines see it: a name, and pools that are counted anew at every look.
+    """A sweep for engines: a name, and pools that are counted at every call.
 
     Attributes:
-        root: absolute path or URL; it makes the name, so that `down` finds what `up` made.
-        source: the same as the state's functions take it.
-        workers: at most so many per pool.
-        only: the pool of this slice alone; it takes the runs planned for no slice, too.
+        root: absolute path or URL; determines the name, so that `down` finds what `up` created.
+        source: the same as a `Path`.
+        workers: maximum per pool.
+        only: restrict to the pool of this slice, which then includes runs without a slice.
     """
 
     root: str
@@ -45,12 +45,12 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        """Beginning of the names of everything that engines make for this sweep."""
+        """Prefix of the names of everything that engines create for this sweep."""
         return f"prime-{hashlib.sha256(self.root.encode()).hexdigest()[:6]}"
 
     @property
     def notes(self) -> Any:
-        """Where engines and their machines leave files."""
+        """Folder for files of engines and their machines."""
         return self.source / "launch"
 
     def on_object_store(self) -> bool:
@@ -60,7 +60,7 @@ class Sweep:
         """One pool per slice that runs were planned for.
 
         Raises:
-            UserError: no sweep is there.
+            UserError: there is no sweep at `root`.
         """
         from prime_jax.hardware import slices
         from prime_jax.sweep import state
@@ -79,7 +79,7 @@ class Sweep:
         ]
 
     def busy_pools(self) -> "list[Pool]":
-        """Those with something to do."""
+        """The pools with unfinished runs."""
         return [pool for pool in self.pools() if pool.runs]
 
 
@@ -90,7 +90,7 @@ def sweep_at(root: Any, workers: int = 1, only: Slice | None = None) -> Sweep:
         UserError: fewer than one worker.
     """
     if workers < 1:
-        raise UserError(f"--workers {workers}: at least 1")
+        raise UserError(f"--workers {workers}: must be at least 1")
     text = str(root).rstrip("/")
     return Sweep(text if "://" in text else str(Path(text).resolve()), root, workers, only)
 
@@ -101,7 +101,7 @@ class Pool:
 
     Attributes:
         slice_: None for runs that any machine may take.
-        runs: how many are unfinished, running ones included.
+        runs: number of unfinished runs, including running ones.
         data: local folders of prepared data that these runs read.
     """
 
@@ -116,7 +116,7 @@ class Pool:
 
     @property
     def want(self) -> int:
-        """Workers that have something to do."""
+        """Number of workers that are needed."""
         return min(self.sweep.workers, self.runs)
 
     @property
@@ -129,21 +129,22 @@ class Pool:
         return ["sweep", "work", self.sweep.root, *chosen]
 
     def mounts(self, source: str) -> list[tuple[str, str]]:
-        """(from, to) of each data folder: SOURCE/NAME goes where the runs look for it.
+        """(from, to) of each data folder: SOURCE/NAME is mounted at the path in the config.
 
         Raises:
             UserError: the runs read local folders and no source was given.
         """
         if self.data and not source:
             raise UserError(
-                f"runs read {self.data[0]}; copy its folder to a bucket and add --data gs://BUCKET/DIR"
+                f"runs read {self.data[0]}; copy its folder to a bucket and add "
+                "--data gs://BUCKET/DIR"
             )
         return [(f"{source.rstrip('/')}/{PurePosixPath(path).name}", path) for path in self.data]
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Where engines say what they do, and ask."""
+    """Output and confirmation for engines."""
 
     console: Any
     yes: bool
@@ -152,22 +153,24 @@ class Dialogue:
     def log(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
-    def agree(self, lines: Sequence[str], question: str) -> bool:
-        """Show what will be done; whether to do it.
+    def confirm(self, lines: Sequence[str], question: str) -> bool:
+        """Show the planned actions and ask whether to do them.
 
         Raises:
-            UserError: nobody is there to ask.
+            UserError: stdin is not a terminal.
         """
         for line in lines:
             self.log(line)
         if self.yes:
             return True
         if not sys.stdin.isatty():
-            raise UserError("nobody is here to answer; --yes does it without asking")
+            raise UserError(
+                "stdin is not a terminal, so nobody can confirm; --yes skips the question"
+            )
         return self.console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
     def cost(self, slice_: Slice | None, workers: int) -> str:
-        """Of so many workers, per hour."""
+        """Text: cost of the workers per hour."""
         if slice_ is None or self.prices is None:
             return "cost unknown (give --prices FILE)" if slice_ else "no accelerators"
         price = self.prices.of(slice_, workers)
@@ -177,7 +180,7 @@ class Dialogue:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field of an engine's Options: its default, its text in --help and what argparse needs."""
+    """A field of an engine's Options: default, help text and further arguments for argparse."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -187,7 +190,7 @@ def _data(runs: Sequence[Any]) -> tuple[str, ...]:
 
 
 def needs(extra: str, package: str) -> UserError:
-    """What to say when an engine's library is missing."""
+    """The error for a missing library of an engine."""
     return UserError(f"this engine needs {package}: pip install 'prime_jax[{extra}]'")
 
 
@@ -195,7 +198,7 @@ def template(name: str) -> str:
     """A file of the repository's launch/.
 
     Raises:
-        UserError: this is an installed wheel, which does not carry them.
+        UserError: this is an installed wheel, which does not include them.
     """
     path = REPO / "launch" / name
     if not path.is_file():
@@ -208,12 +211,12 @@ def template(name: str) -> str:
 def fill(file: str, **values: Any) -> str:
     """A template of launch/ with its $names replaced.
 
-    A list takes the place of a line that holds nothing but its $name: one line each, at the same
-    indentation; an empty one leaves nothing.
+    A list replaces a line that contains only its $name, one line per element with the same
+    indentation; an empty list removes the line.
     """
     lines: list[str] = []
     for line in template(file).splitlines():
-        slot = values.get(line.strip().removeprefix("$"))
+        value = values.get(line.strip().removeprefix("$"))
         indent = line[: len(line) - len(line.lstrip())]
-        lines += [indent + one for one in slot] if isinstance(slot, list) else [line]
+        lines += [indent + one for one in value] if isinstance(value, list) else [line]
     return Template("\n".join(lines) + "\n").substitute(values)

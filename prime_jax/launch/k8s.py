@@ -1,7 +1,7 @@
-"""Kubernetes: a rendered JobSet per worker, queued by Kueue; on GKE the only way to TPU7x.
+"""Kubernetes: a rendered JobSet per worker, queued by Kueue; required for TPU7x on GKE.
 
-One JobSet per process group, so that the restart of one leaves the others alone. Exit codes 1 and 2 end it;
-85, a crash or a lost node restart the whole process group, which continues from its checkpoint.
+One JobSet per process group, so that a restart does not affect other groups. Exit codes 1 and 2 end
+it; 85, a crash or a lost node restart the whole group, which continues from its checkpoint.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from prime_jax.errors import UserError
 from prime_jax.launch.engine import Pool, Sweep, fill, option
 
 APPLY = "kubectl apply -f"
-LONGEST = 28  # of a JobSet's name: pods, services and Kueue's objects are named after it
-# A slice of several hosts is one node pool, and one job at a time has all of it.
+MAX_NAME = 28  # characters of a JobSet's name, a prefix of names of pods, services, Kueue objects
+# A slice of several hosts is one node pool, used by one job at a time.
 EXCLUSIVE = [
     "annotations:",
     "  alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool",
@@ -25,21 +25,23 @@ class Options:
     image: str = option("", "container image built from launch/Dockerfile")
     namespace: str = option("default", "Kubernetes namespace")
     queue: str = option("", "Kueue's local queue (default: none, start at once)")
-    spot: bool = option(False, "rent what may be taken away at any time, for less")
+    spot: bool = option(False, "use spot machines: cheaper, but can be preempted at any time")
     service_account: str = option("default", "Kubernetes service account that may write to ROOT")
-    data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+    data: str = option(
+        "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
+    )
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:
-    """One file per pool, of a JobSet per worker.
+    """One file per pool, with a JobSet per worker.
 
     Raises:
-        UserError: no image, a ROOT that pods cannot reach, or runs without a slice.
+        UserError: no image, a ROOT that is not in a bucket, or runs without a slice.
     """
     if not options.image:
         raise UserError("--on k8s needs --image, e.g. REGION-docker.pkg.dev/PROJECT/REPO/prime_jax")
     if not sweep.on_object_store():
-        raise UserError(f"{sweep.root}: pods cannot see it; ROOT must be gs://BUCKET/DIR")
+        raise UserError(f"{sweep.root}: pods cannot access it; ROOT must be gs://BUCKET/DIR")
     return {
         f"{pool.name}.yaml": "---\n".join(_jobsets(pool, options)) for pool in sweep.busy_pools()
     }
@@ -47,13 +49,13 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
 
 def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
     if pool.slice_ is None:
-        raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
+        raise UserError("runs without a slice: give --slice v5e-16 here or in `sweep plan`")
     slice_, tpu = pool.slice_, pool.slice_.chip.platform == "tpu"
     jobs = slice_.slices if tpu else 1
     for index in range(pool.want):
         name = f"{pool.name}-{index}"
-        if len(name) > LONGEST:
-            raise UserError(f"{name}: longer than {LONGEST} characters; lower --workers")
+        if len(name) > MAX_NAME:
+            raise UserError(f"{name}: longer than {MAX_NAME} characters; lower --workers")
         yield fill(
             "jobset.yaml",
             name=name,
@@ -88,7 +90,7 @@ def _selector(pool: Pool, options: Options) -> list[str]:
 
 
 def _mounts(pool: Pool, options: Options) -> list[str]:
-    """Each data folder where the runs look for it, read from the bucket when needed."""
+    """Each data folder, mounted from the bucket at the path in the config."""
     lines = []
     for source, path in pool.mounts(options.data):
         inside = source.removeprefix("gs://").partition("/")[2]

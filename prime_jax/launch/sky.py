@@ -1,4 +1,4 @@
-"""SkyPilot: a rendered task per pool; `sky jobs launch` of it is one worker, on any cloud it knows."""
+"""SkyPilot: a rendered task per pool; each `sky jobs launch` of it starts one worker."""
 
 import shlex
 from dataclasses import dataclass
@@ -11,19 +11,21 @@ APPLY = "sky jobs launch"
 
 @dataclass(frozen=True)
 class Options:
-    spot: bool = option(False, "rent what may be taken away at any time, for less")
-    data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+    spot: bool = option(False, "use spot machines: cheaper, but can be preempted at any time")
+    data: str = option(
+        "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
+    )
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:
     """One task per pool.
 
     Raises:
-        UserError: a ROOT that the machines cannot reach, or runs without a slice.
+        UserError: a ROOT that is not in a bucket, or runs without a slice.
     """
     if not sweep.on_object_store():
         raise UserError(
-            f"{sweep.root}: machines elsewhere cannot see it; ROOT must be gs://BUCKET/DIR"
+            f"{sweep.root}: cloud machines cannot access it; ROOT must be gs://BUCKET/DIR"
         )
     return {f"{pool.name}.yaml": _task(pool, options) for pool in sweep.busy_pools()}
 
@@ -31,7 +33,7 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
 def _task(pool: Pool, options: Options) -> str:
     slice_ = pool.slice_
     if slice_ is None:
-        raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
+        raise UserError("runs without a slice: give --slice v5e-16 here or in `sweep plan`")
     if slice_.chip.platform == "cuda":
         kind, nodes, extra = (
             f"{slice_.chip.sky}:{slice_.chips_per_host}",
@@ -40,12 +42,12 @@ def _task(pool: Pool, options: Options) -> str:
         )
         arguments = []
     elif slice_.chip.cloud and slice_.slices == 1:
-        # All hosts of a slice are one node to SkyPilot; it starts the command on each.
+        # For SkyPilot all hosts of a slice are one node; it starts the command on each host.
         family, runtime = slice_.chip.cloud
         kind, nodes, extra = f"tpu-{family}-{slice_.name.rpartition('-')[2]}", 1, "tpu"
         arguments = ["accelerator_args:", f"  runtime_version: {runtime}"]
     else:
-        raise UserError(f"{slice_.name}: not for SkyPilot; render for k8s")
+        raise UserError(f"{slice_.name}: not supported by SkyPilot; render for k8s")
     mounts = [f"  {path}: {source}" for source, path in pool.mounts(options.data)]
     return fill(
         "sky.yaml",

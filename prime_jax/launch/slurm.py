@@ -1,7 +1,8 @@
 """Slurm: an array of identical workers per pool, submitted by submitit.
 
-More array tasks than workers, so that a preempted or timed-out one has a successor whether or not
-the site requeues jobs; tasks that find nothing open leave at once. Nothing polls the accounting.
+There are more array tasks than workers, so that a preempted or timed-out one has a successor even
+if the site does not requeue jobs; tasks that find no open run end immediately. The accounting
+database is not queried.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import Any
 from prime_jax.errors import UserError
 from prime_jax.launch.engine import Dialogue, Pool, Sweep, needs, option
 
-GRACE = 120  # seconds between the notice of the time limit and the limit
+GRACE = 120  # seconds between SIGTERM and the time limit
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Options:
     cpus: int = option(0, "cores per process (default: the cluster's)", metavar="N")
     mem: float = option(0.0, "memory per node (default: the cluster's)", metavar="GB")
     tasks: int = option(
-        0, "array tasks, first and spare ones together (default: 10 per worker)", metavar="N"
+        0, "array tasks, including spare ones (default: 10 per worker)", metavar="N"
     )
     setup: tuple[str, ...] = option(
         (), "shell line to run before the worker; may be repeated", metavar="LINE"
@@ -41,7 +42,7 @@ class Options:
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:
-    """The batch script of each pool; `sbatch FILE` is all that `up` does with it."""
+    """The batch script of each pool; `up` submits it with `sbatch FILE`."""
     return {
         f"{pool.name}.sbatch": _executor(pool, options)._make_submission_file_text(
             shlex.join(_command(pool, options)), ""
@@ -54,16 +55,16 @@ def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
     """Submit an array for each pool that has none.
 
     Raises:
-        UserError: no Slurm here, or its refusal in its own words.
+        UserError: no Slurm on this machine, or an error of Slurm.
     """
     if not shutil.which("sbatch"):
-        raise UserError("no Slurm here: sbatch was not found; run this on a login node")
+        raise UserError("no Slurm on this machine: sbatch was not found; run this on a login node")
     there = {name for _, name, _ in _queue(sweep)}
     pools = sweep.busy_pools()
     new = [pool for pool in pools if pool.name not in there]
     for pool in pools:
         if pool.name in there:
-            dialogue.log(f"{pool.name}: already in the queue; `down` first to change it")
+            dialogue.log(f"{pool.name}: already in the queue; to change it, run `down` first")
     if not pools:
         dialogue.log("every run has ended")
     lines = [
@@ -71,7 +72,7 @@ def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
         f"{pool.want} at a time, {pool.hosts} nodes each; {dialogue.cost(pool.slice_, pool.want)}"
         for pool in new
     ]
-    if not new or not dialogue.agree(lines, "submit?"):
+    if not new or not dialogue.confirm(lines, "submit?"):
         return 0
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -79,8 +80,8 @@ def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
         executor = _executor(pool, options)
         try:
             executor.folder.mkdir(parents=True, exist_ok=True)
-            # Not a pickled function: the worker's command is the same as on every other engine.
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats Slurm's words
+            # Not a pickled function: the command is the same as on every other engine.
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints Slurm's message again
                 job = executor._submit_command(shlex.join(_command(pool, options)))
         except OSError as error:
             raise UserError(f"cannot write {executor.folder}: {error.strerror}") from error
@@ -92,13 +93,13 @@ def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
 
 
 def down(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
-    """Cancel this sweep's jobs; running workers get SIGTERM, save and leave."""
+    """Cancel this sweep's jobs; running workers receive SIGTERM, save and end."""
     jobs = _queue(sweep)
     if not jobs:
         dialogue.log("no jobs of this sweep")
         return 0
     lines = [f"{number} {name} {state}" for number, name, state in jobs]
-    if dialogue.agree(lines, "cancel?"):
+    if dialogue.confirm(lines, "cancel?"):
         numbers = sorted({number for number, _, _ in jobs})
         _slurm("scancel", *numbers)
         dialogue.log(f"cancelled {', '.join(numbers)}")
@@ -121,7 +122,7 @@ def _executor(pool: Pool, options: Options) -> Any:
         raise needs("slurm", "submitit") from error
 
     class Executor(SlurmExecutor):
-        """Renders without a cluster, too; `up` has looked for one."""
+        """Works without a cluster, for `render`."""
 
         @classmethod
         def affinity(cls) -> int:
@@ -131,11 +132,11 @@ def _executor(pool: Pool, options: Options) -> Any:
     executor = Executor(_logs(pool))
     chip = pool.slice_.chip if pool.slice_ else None
     if chip and chip.platform != "cuda":
-        raise UserError(f"slurm: pool {pool.name} is of TPUs; use --on tpu or --on k8s")
+        raise UserError(f"slurm: pool {pool.name} needs TPUs; use --on tpu or --on k8s")
     setup = list(options.setup)
     if chip:
         gpus = pool.slice_.chips_per_host
-        # One process per node has all its GPUs; under Slurm JAX would take one per process.
+        # One process per node uses all its GPUs; by default JAX uses one per Slurm process.
         setup.append(f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}")
     given = {
         "partition": options.partition,
@@ -155,7 +156,7 @@ def _executor(pool: Pool, options: Options) -> Any:
         stderr_to_stdout=True,
         wckey=None,
         setup=setup,
-        # Once one process of a process group has left, the others have time to save, but not for ever.
+        # After one process of a group has ended, the others have GRACE seconds to save.
         srun_args=[f"--wait={GRACE}"],
         additional_parameters={"signal": f"TERM@{GRACE}", **extra},
         **{name: value for name, value in given.items() if value},
@@ -165,7 +166,7 @@ def _executor(pool: Pool, options: Options) -> Any:
 
 
 def _logs(pool: Pool) -> Path:
-    """A folder that all nodes see: the sweep's, else one in the user's home."""
+    """A folder shared by all nodes: in the sweep, else in the user's home."""
     if pool.sweep.on_object_store():
         return Path.home() / ".cache" / "prime_jax" / pool.sweep.name
     return Path(pool.sweep.root) / "logs" / "slurm"
@@ -182,7 +183,7 @@ def _slurm(*command: str) -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise UserError(f"no Slurm here: {command[0]} was not found") from error
+        raise UserError(f"no Slurm on this machine: {command[0]} was not found") from error
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise UserError(f"Slurm: {command[0]}: {words[-1]}")

@@ -1,8 +1,8 @@
-"""Cloud TPU VMs by queued resources: one per worker, made and deleted by a stateless reconcile.
+"""Cloud TPU VMs as queued resources: one per worker, created and deleted by a stateless reconcile.
 
-Each pass lists what carries the sweep's name, deletes what is dead or idle (it holds quota),
-waits for that, and makes what is missing under fresh names. It keeps no record, so it may crash
-anywhere, run twice or from cron. Machines install themselves from ROOT; nobody logs in.
+Each pass lists the resources with the sweep's name, deletes dead or idle ones (they hold quota),
+waits for that, and creates missing ones under new names. It has no local state, so it may crash at
+any point, run twice or from cron. Machines install themselves from ROOT, without a login.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from prime_jax.launch.tpu_request import Options, parent_of, request
 from prime_jax.runtime import storage
 
 POLL, WAIT = 60.0, 600.0  # seconds between passes; for one operation of the cloud
-DEAD = ("SUSPENDED", "FAILED")  # their machines are gone, their quota is not
+DEAD = ("SUSPENDED", "FAILED")  # the machines are gone, but they still hold quota
 USELESS = ("IDLE", "BROKEN")
 GOING = ("DELETING", "SUSPENDING")
 
@@ -30,9 +30,9 @@ class Machine:
     """A queued resource of this sweep.
 
     Attributes:
-        state: as the cloud calls it, or what the machine itself said: IDLE when nothing was left
-            to do, BROKEN when it could not work.
-        why: the cloud's words if it failed.
+        state: that of the cloud, or as reported by the machine: IDLE when no run was left, BROKEN
+            when it could not work.
+        why: the cloud's message if it failed.
     """
 
     name: str
@@ -57,19 +57,19 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
 
 
 def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
-    """Delete what is dead or idle and make what is missing; with --watch, again and again.
+    """Delete dead or idle machines and create missing ones; with --watch, repeatedly.
 
     Raises:
-        UserError: bad options, no credentials, or the cloud's refusal in its own words.
+        UserError: bad options, no credentials, or an error of the cloud.
     """
     if not sweep.root.startswith("gs://"):
-        raise UserError(f"{sweep.root}: TPU VMs cannot see it; ROOT must be gs://BUCKET/DIR")
+        raise UserError(f"{sweep.root}: TPU VMs cannot access it; ROOT must be gs://BUCKET/DIR")
     busy = reconcile(sweep, options, dialogue)
-    calm = replace(dialogue, yes=True)  # the number of machines has been agreed to
+    unattended = replace(dialogue, yes=True)  # the number of machines was confirmed
     while busy and options.watch:
         time.sleep(POLL)
         try:
-            busy = reconcile(sweep, replace(options, again=False), calm)
+            busy = reconcile(sweep, replace(options, again=False), unattended)
         except UserError as error:
             if not (isinstance(error, storage.Unreachable) or _transient(error.__cause__)):
                 raise
@@ -78,10 +78,10 @@ def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
 
 
 def reconcile(sweep: Sweep, options: Options, dialogue: Dialogue) -> bool:
-    """One pass; whether there is something to come back for."""
+    """One pass; whether another one may be needed."""
     parent, packed, pools = parent_of(options), archive.pack(), sweep.pools()
     code = archive.address(sweep, packed)
-    for pool in sweep.busy_pools():  # all mistakes before anything is made
+    for pool in sweep.busy_pools():  # raises before anything is created
         request(pool, options, f"{pool.name}-0000", code)
     marks = Marks.read(sweep)
     stuck = bool(marks.failed) and not options.again
@@ -93,7 +93,7 @@ def reconcile(sweep: Sweep, options: Options, dialogue: Dialogue) -> bool:
         lines = [line for pool, gone, new in todo for line in _describe(pool, gone, new, dialogue)]
         if not lines:
             dialogue.log("; ".join(_counts(pool, machines) for pool in pools))
-        elif not dialogue.agree([packed.summary(), *lines], "go ahead?"):
+        elif not dialogue.confirm([packed.summary(), *lines], "continue?"):
             return False
         _delete(cloud, parent, [machine.name for _, gone, _ in todo for machine in gone], dialogue)
         for name in marks.failed if options.again else ():
@@ -106,20 +106,20 @@ def reconcile(sweep: Sweep, options: Options, dialogue: Dialogue) -> bool:
     if stuck:
         raise UserError(
             f"machines could not work: {'; '.join(marks.failed.values())}; logs in "
-            f"{sweep.root}/logs; when mended, repeat with --again"
+            f"{sweep.root}/logs; after fixing it, repeat with --again"
         )
     return bool(machines) or any(pool.runs for pool in pools)
 
 
 def down(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
-    """Delete every queued resource of this sweep, machines included; 1 if some remain."""
+    """Delete every queued resource of this sweep with its machines; 1 if some remain."""
     parent = parent_of(options)
     with _cloud() as cloud:
         mine = _machines(cloud, parent, sweep, Marks())
         if not mine:
             dialogue.log(f"nothing of this sweep in {options.zone}")
             return 0
-        if not dialogue.agree([f"{m.name} {m.state}" for m in mine], "delete?"):
+        if not dialogue.confirm([f"{m.name} {m.state}" for m in mine], "delete?"):
             return 0
         _delete(cloud, parent, [m.name for m in mine], dialogue)
         left = _machines(cloud, parent, sweep, Marks())
@@ -128,11 +128,11 @@ def down(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
 
 
 def _difference(pool: Pool, machines: Sequence[Machine]) -> tuple[list[Machine], int]:
-    """(to delete, how many to make) of one pool."""
+    """(machines to delete, number to create) of one pool."""
     mine = [machine for machine in machines if machine.pool == pool.name]
     gone = [machine for machine in mine if machine.state in (*DEAD, *USELESS)]
     alive = [machine for machine in mine if machine.state not in (*DEAD, *USELESS, *GOING)]
-    # Those that still wait cost nothing; a working one leaves by itself when nothing is open.
+    # Waiting requests cost nothing; a working machine ends by itself when no run is open.
     waiting = [machine for machine in alive if machine.state != "ACTIVE"]
     surplus = max(0, len(alive) - pool.want)
     return gone + waiting[:surplus], max(0, pool.want - len(alive))
@@ -143,7 +143,7 @@ def _describe(pool: Pool, gone: Sequence[Machine], new: int, dialogue: Dialogue)
         yield f"delete {machine.name}: {machine.state} {machine.why}".rstrip()
     if new:
         cost = dialogue.cost(pool.slice_, new)
-        yield f"make {new} x {pool.slice_.name} for {pool.runs} runs: {cost}"
+        yield f"create {new} x {pool.slice_.name} for {pool.runs} runs: {cost}"
 
 
 def _counts(pool: Pool, machines: Sequence[Machine]) -> str:
@@ -153,11 +153,11 @@ def _counts(pool: Pool, machines: Sequence[Machine]) -> str:
 
 @dataclass(frozen=True)
 class Marks:
-    """What machines left in ROOT/launch when their worker ended: NAME.idle or NAME.failed.
+    """Files that machines write in ROOT/launch when their worker ends: NAME.idle or NAME.failed.
 
     Attributes:
-        idle: their names.
-        failed: what each said, by name.
+        idle: names of idle machines.
+        failed: message of each failed machine, by name.
     """
 
     idle: frozenset[str] = frozenset()
@@ -167,13 +167,13 @@ class Marks:
     def read(cls, sweep: Sweep) -> "Marks":
         names = storage.names(sweep.notes)
         failed = [name.removesuffix(".failed") for name in names if name.endswith(".failed")]
-        said = {name: storage.read(sweep.notes / f"{name}.failed").decode() for name in failed}
+        messages = {name: storage.read(sweep.notes / f"{name}.failed").decode() for name in failed}
         idle = frozenset(name.removesuffix(".idle") for name in names if name.endswith(".idle"))
-        return cls(idle, {name: text.strip() for name, text in said.items()})
+        return cls(idle, {name: text.strip() for name, text in messages.items()})
 
 
 def client() -> Any:
-    """The Cloud TPU client; tests put one on a loopback channel here.
+    """The Cloud TPU client; tests replace it.
 
     Raises:
         UserError: its library is missing.
@@ -187,7 +187,7 @@ def client() -> Any:
 
 @contextlib.contextmanager
 def _cloud() -> Iterator[Any]:
-    """The client; what it raises inside comes out as one line in the cloud's own words."""
+    """The client; its exceptions are converted to a `UserError` with the cloud's message."""
     try:
         from google.api_core.exceptions import GoogleAPICallError, RetryError
         from google.auth.exceptions import GoogleAuthError
@@ -227,7 +227,7 @@ def _create(cloud: Any, parent: str, pool: Pool, options: Options, code: str) ->
     while True:
         name = f"{pool.name}-{secrets.token_hex(4)}"
         made = request(pool, options, name, code)
-        with contextlib.suppress(AlreadyExists):  # somebody else's `up` drew the same digits
+        with contextlib.suppress(AlreadyExists):  # another `up` chose the same name
             cloud.create_queued_resource(
                 parent=parent, queued_resource_id=name, queued_resource=made
             ).result(timeout=WAIT)
@@ -235,17 +235,17 @@ def _create(cloud: Any, parent: str, pool: Pool, options: Options, code: str) ->
 
 
 def _delete(cloud: Any, parent: str, names: Sequence[str], dialogue: Dialogue) -> None:
-    """Delete with the machines, and wait: until then the quota is held."""
+    """Delete resources with their machines, and wait until the quota is free."""
     from google.api_core.exceptions import NotFound
 
     begun = []
     for name in names:
         whole = {"name": f"{parent}/queuedResources/{name}", "force": True}
-        with contextlib.suppress(NotFound):  # it deleted itself, or another `up` was faster
+        with contextlib.suppress(NotFound):  # already deleted
             begun.append(cloud.delete_queued_resource(request=whole))
             dialogue.log(f"deleting {name}")
     if begun:
-        dialogue.log("waiting until they are gone: they hold quota")
+        dialogue.log("waiting until they are deleted: they hold quota")
     for operation in begun:
         with contextlib.suppress(NotFound):
             operation.result(timeout=WAIT)

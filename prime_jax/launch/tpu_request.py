@@ -1,4 +1,4 @@
-"""What a Cloud TPU pool asks for: one queued resource, and the start-up script inside it."""
+"""The request for one Cloud TPU queued resource, with its start-up script."""
 
 import re
 import shlex
@@ -15,10 +15,10 @@ PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's 
 class Options:
     project: str = option("", "Google Cloud project")
     zone: str = option("", "its zone, e.g. europe-west4-b")
-    spot: bool = option(False, "rent what may be taken away at any time, for less")
-    reservation: str = option("", "take machines of this reservation", metavar="NAME")
+    spot: bool = option(False, "use spot machines: cheaper, but can be preempted at any time")
+    reservation: str = option("", "use machines of this reservation", metavar="NAME")
     valid_until: str = option(
-        "", "give up a request that waited so long, e.g. 6h or 2d", metavar="TIME"
+        "", "cancel a request that waited this long, e.g. 6h or 2d", metavar="TIME"
     )
     runtime_version: str = option("", "image of the machines (default: the usual one of the slice)")
     network: str = option("", "VPC network (default: the project's)")
@@ -26,13 +26,15 @@ class Options:
     service_account: str = option(
         "", "identity of the machines (default: the project's)", metavar="EMAIL"
     )
-    data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+    data: str = option(
+        "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
+    )
     mount: bool = option(False, "mount the data with gcsfuse instead of copying it")
     setup: tuple[str, ...] = option(
         (), "shell line to run before the worker; may be repeated", metavar="LINE"
     )
-    again: bool = option(False, "start machines although earlier ones could not work")
-    watch: bool = option(False, "stay, look every minute, replace what was taken away")
+    again: bool = option(False, "start machines although earlier ones failed")
+    watch: bool = option(False, "keep running: check every minute and replace preempted machines")
 
 
 def parent_of(options: Options) -> str:
@@ -43,20 +45,20 @@ def parent_of(options: Options) -> str:
 
 
 def request(pool: Pool, options: Options, name: str, code: str) -> dict[str, Any]:
-    """A queued resource, as the client takes it.
+    """A queued resource, as an argument of the client.
 
     Raises:
-        UserError: options that exclude each other, or a slice that is not rented this way.
+        UserError: options that exclude each other, or a slice that is not available as TPU VMs.
     """
     if options.spot and options.reservation:
         raise UserError("--spot and --reservation exclude each other")
     slice_ = pool.slice_
     if slice_ is None:
-        raise UserError("runs without a slice: name it here (--slice v5e-16) or in `sweep plan`")
+        raise UserError("runs without a slice: give --slice v5e-16 here or in `sweep plan`")
     chip = slice_.chip
     if chip.platform != "tpu" or not chip.cloud:
         kind = f"{chip.kind} is" if chip.platform == "tpu" else "GPUs are"
-        raise UserError(f"{slice_.name}: {kind} not rented as TPU VMs; render for k8s or sky")
+        raise UserError(f"{slice_.name}: {kind} not available as TPU VMs; render for k8s or sky")
     family, runtime = chip.cloud
     size = slice_.name.rpartition("-")[2]
     network = {"network": options.network, "subnetwork": options.subnetwork}
@@ -89,7 +91,7 @@ def request(pool: Pool, options: Options, name: str, code: str) -> dict[str, Any
 
 
 def startup(pool: Pool, options: Options, name: str, code: str) -> str:
-    """The start-up script of one machine: what differs, then launch/tpu_startup.sh."""
+    """The start-up script of one machine: its variables, then launch/tpu_startup.sh."""
     values = {
         "PRIME_ROOT": pool.sweep.root,
         "PRIME_CODE": code,

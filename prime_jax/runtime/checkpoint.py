@@ -1,10 +1,10 @@
 """Checkpoints: orbax directories, each sealed by a list of checksums that is written last.
 
 A step without its seal was never finished and is ignored; one whose files no longer match the seal
-is named and skipped. Orbax itself restores flipped bits without a word, hence the checksums.
+is reported and skipped. Orbax itself restores corrupted data silently, hence the checksums.
 
-Every process writes its part to a shared folder or to `gs://`. Orbax does not know `s3://`: there a
-run of one process saves in a local folder that is then copied.
+Every process writes its part to a shared folder or to `gs://`. Orbax does not support `s3://`:
+there a run of one process saves to a local folder, which is then uploaded.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from prime_jax.runtime import distributed, storage
 from prime_jax.runtime.records import write_json_atomic
 from prime_jax.runtime.storage import Path
 
-PATIENCE = 300.0  # seconds that a save in the background waits for a store to come back
-LAYOUT = 1  # of the parameters; the next number whenever their order or meaning changes
+PATIENCE = 300.0  # seconds for which a background save retries an unreachable store
+LAYOUT = 1  # version of the parameter layout; increase it when their order or meaning changes
 
 
 def _seal(directory: Path, step: int) -> Path:
@@ -42,20 +42,20 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(stem) for stem, dot, rest in seals if stem.isdigit() and dot and not rest)
 
 
-def _is_copied(directory: Path) -> bool:
+def _is_uploaded(directory: Path) -> bool:
     return str(directory).startswith("s3://")
 
 
 class Writer:
-    """Saves in the background: training goes on while files are written.
+    """Saves in the background: training continues while files are written.
 
-    As a context manager it has finished (or given up) when the block is left. With several
-    processes all of them call `save` and `wait` alike; process 0 seals and prunes.
+    As a context manager, it waits for the save in progress when the block ends. With several
+    processes all of them must call `save` and `wait`; process 0 writes the seal and prunes.
 
     Attributes:
         about: identities that a restore compares.
-        origin: what the weights mean, for a reader who has nothing but the checkpoint.
-        seconds: how long the last save took, from its call to its seal.
+        origin: the config and tokenizer, for a reader who has only the checkpoint.
+        seconds: duration of the last save, from the call to its seal.
     """
 
     def __init__(
@@ -67,9 +67,11 @@ class Writer:
         origin: dict[str, Any] | None = None,
     ):
         if not storage.is_remote(directory):
-            directory = LocalPath(directory).absolute()  # orbax insists
-        elif _is_copied(directory) and not distributed.is_alone():
-            raise UserError(f"{directory}: several processes save to a shared folder or to gs://")
+            directory = LocalPath(directory).absolute()  # required by orbax
+        elif _is_uploaded(directory) and not distributed.is_alone():
+            raise UserError(
+                f"{directory}: several processes can save only to a shared folder or gs://"
+            )
         self.directory = directory
         self.about, self.config, self.log, self.origin = about, config, log, origin or {}
         self.seconds = 0.0
@@ -85,7 +87,7 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif self._thread is not None:  # something else went wrong first; its message counts
+        elif self._thread is not None:  # the block failed: its exception is the one to raise
             self._thread.join()
 
     def steps(self) -> list[int]:
@@ -97,7 +99,7 @@ class Writer:
         self._whole[step] = whole
 
     def save(self, step: int, state: Any) -> None:
-        """Begin to save; returns when `state` may change again.
+        """Start a save; returns when `state` may be modified or donated again.
 
         Raises:
             UserError, Unreachable: this save, or the one before, could not be written.
@@ -109,7 +111,7 @@ class Writer:
         try:
             storage.make_folder(self.directory)
             target = self._data(step)
-            if _is_copied(self.directory):
+            if _is_uploaded(self.directory):
                 target = LocalPath(tempfile.mkdtemp(prefix="prime_jax-")) / target.name
             with _quiet_orbax():
                 response = ocp.save_async(target, state, overwrite=True)
@@ -119,7 +121,7 @@ class Writer:
         self._thread.start()
 
     def try_save(self, step: int, state: Any) -> None:
-        """`save`, unless the store is out of reach: then say so, and training goes on.
+        """`save`; if the store is unreachable, log that and continue without a checkpoint.
 
         Raises:
             UserError: this save, or the one before, could not be written for another reason.
@@ -128,35 +130,35 @@ class Writer:
             try:
                 act()
             except storage.Unreachable as error:
-                self.log(f"{error}; training goes on")
+                self.log(f"{error}; training continues")
 
     def save_with_retries(self, step: int, state: Any, patience: float) -> None:
-        """Save and seal, as often as it takes while the store is out of reach.
+        """Save and seal; retries while the store is unreachable.
 
         Raises:
-            Unreachable: still, after `patience` seconds.
+            Unreachable: the store is still unreachable after `patience` seconds.
             UserError: as `save`.
         """
         began, verdict = time.monotonic(), "again"
         while verdict == "again":
             self.try_save(step, state)
-            late = time.monotonic() - began > patience
-            verdict = distributed.broadcast(self._verdict(step, late))
+            timed_out = time.monotonic() - began > patience
+            verdict = distributed.broadcast(self._verdict(step, timed_out))
         if verdict != "saved":
             raise storage.Unreachable(f"step {step} could not be saved in {self.directory}")
 
-    def _verdict(self, step: int, late: bool) -> str:
-        """Process 0's counts."""
+    def _verdict(self, step: int, timed_out: bool) -> str:
+        """`saved`, `again` or `timed out`; the value of process 0 is used by all."""
         try:
             self.wait()
             if not distributed.is_writer() or step in self.steps():
                 return "saved"
         except storage.Unreachable as error:
             self.log(str(error))
-        return "late" if late else "again"
+        return "timed out" if timed_out else "again"
 
     def wait(self) -> None:
-        """Return when the save in progress, if there is one, is sealed.
+        """Wait until the save in progress, if any, is sealed.
 
         Raises:
             UserError, Unreachable: it could not be written; what was saved before is untouched.
@@ -200,10 +202,10 @@ class Writer:
         with contextlib.suppress(UserError):
             if distributed.is_writer():
                 storage.remove(self._data(step))
-            kept = self.steps()
-            rest = f"; step {kept[-1]} is kept" if kept else "; no earlier checkpoint exists"
+            left = self.steps()
+            rest = f"; step {left[-1]} is kept" if left else "; no earlier checkpoint exists"
         kind = type(storage.explain(error, "", self.directory))
-        reason = str(error).splitlines()[0][:600]  # paths come first, causes last
+        reason = str(error).splitlines()[0][:600]  # paths come before the cause
         return kind(f"cannot save step {step} in {self.directory} ({reason}){rest}")
 
     def _prune(self) -> None:
@@ -225,19 +227,19 @@ class Writer:
 
 
 class Schedule:
-    """Which steps are saved: every so many, and so many minutes apart.
+    """Which steps are saved: every `every` steps, and every `minutes` minutes.
 
-    The steps are the same on all processes of a process group, whose clocks differ: process 0 reads its own
-    and tells the others, at steps that all know. Between two saves it looks about log2(steps)
-    times, each time half of what it believes to be left later.
+    All processes of a group must save at the same steps, but their clocks differ: process 0 reads
+    its clock and broadcasts, at steps that all processes know in advance. Between two saves it
+    checks about log2(steps) times, each time after half of the estimated remaining steps.
     """
 
     def __init__(self, config: CheckpointConfig, first_step: int):
         self.every, self.seconds = config.every, 60 * config.minutes
-        self.saved(first_step)
+        self.restart(first_step)
 
-    def due(self, step: int) -> bool:
-        """Whether to save after `step` steps; every process asks after every step."""
+    def should_save(self, step: int) -> bool:
+        """Whether to save after `step` steps; every process must call this after every step."""
         if self.every and step % self.every == 0:
             return True
         if not self.seconds or step < self._next:
@@ -246,17 +248,17 @@ class Schedule:
         self._at, self._next = step, step + wait
         return wait == 0
 
-    def saved(self, step: int) -> None:
-        """Count from here: `step` is saved, or the first one begins."""
-        self._saved = self._looked = time.monotonic()
+    def restart(self, step: int) -> None:
+        """Start a new interval: `step` was saved, or is the first step."""
+        self._saved = self._checked = time.monotonic()
         self._at, self._next = step, step + 1
 
     def _wait(self, step: int) -> int:
-        """Steps until the next look; 0 if the time has come."""
+        """Steps until the next check; 0 to save now."""
         now = time.monotonic()
         left = self.seconds - (now - self._saved)
-        pace = (now - self._looked) / max(step - self._at, 1)  # seconds a step, since the last look
-        self._looked = now
+        pace = (now - self._checked) / max(step - self._at, 1)  # seconds a step
+        self._checked = now
         if left <= 0:
             return 0
         return max(1, int(left / max(pace, 1e-9) / 2))
@@ -271,13 +273,13 @@ def restore(
 ) -> Any | None:
     """The newest undamaged state in any of several checkpoint directories, or None.
 
-    Process 0 looks for it: it is read for that once, and the others cannot find another one.
+    Process 0 verifies the checksums and broadcasts which one, so that all processes agree.
 
     Args:
         abstract: shapes, dtypes and shardings of the state.
-        log: told in one line about each damaged checkpoint that was skipped.
-        note: told about each that was looked at: its place in `directories`, its step, whether it
-            is whole.
+        log: receives one line for each damaged checkpoint that is skipped.
+        note: receives for each checkpoint that was examined its index in `directories`, its step
+            and whether it is undamaged.
     Raises:
         UserError: an undamaged checkpoint belongs to another run.
     """
@@ -304,7 +306,7 @@ def _newest(
         if damage is None:
             return step, place
         last = (step, place) == found[-1]
-        then = "none is left: beginning at step 0" if last else "trying the one before"
+        then = "no other is left: starting at step 0" if last else "trying the previous one"
         log(f"checkpoint {_data(directories[place], step)} is damaged ({damage}); {then}")
     return None
 
@@ -315,7 +317,7 @@ def _damage(directory: Path, step: int) -> str | None:
     except storage.Unreachable:
         raise
     except (UserError, ValueError, KeyError):
-        return "its list of checksums is unreadable"
+        return "the list of checksums is unreadable"
     actual = storage.checksums(_data(directory, step))
     for name, sums in expected.items():
         if not storage.same_sums(actual.get(name), sums):
@@ -329,19 +331,19 @@ def _load(directory: Path, step: int, abstract: Any, about: dict[str, Any]) -> A
     seal = json.loads(storage.read(_seal(directory, step)))
     if seal.get("layout") != LAYOUT:
         raise UserError(
-            f"{_data(directory, step)}: parameters in layout {seal.get('layout')}, this version "
-            f"reads {LAYOUT}; train again, or use the version that saved it"
+            f"{_data(directory, step)}: the parameters have layout {seal.get('layout')}, this "
+            f"version reads layout {LAYOUT}; train again, or use the version that saved it"
         )
     saved = seal["about"]
     for key, value in about.items():
         if saved.get(key) != value:
             raise UserError(
-                f"{_data(directory, step)}: belongs to another run ({key} {saved.get(key)}, "
-                f"here {value}); use a new directory"
+                f"{_data(directory, step)}: belongs to another run ({key} is {saved.get(key)}, "
+                f"expected {value}); use a new directory"
             )
     with _quiet_orbax(), tempfile.TemporaryDirectory(prefix="prime_jax-") as here:
         source = _data(directory, step)
-        if _is_copied(directory):
+        if _is_uploaded(directory):
             storage.download(source, LocalPath(here))
             source = LocalPath(here)
         elif not storage.is_remote(directory):
@@ -351,7 +353,7 @@ def _load(directory: Path, step: int, abstract: Any, about: dict[str, Any]) -> A
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax warns about its own defaults and logs the traceback of what it then raises."""
+    """Silence orbax, which warns about its defaults and logs exceptions that it also raises."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

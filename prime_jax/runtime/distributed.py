@@ -1,6 +1,6 @@
-"""One run on several processes: who they are, how they meet, and what they agree on.
+"""One run on several processes: detection of the group, start-up, barriers, broadcast, stopping.
 
-Every process runs the same command. Process 0 alone writes records; all of them save checkpoints
+Every process runs the same command. Only process 0 writes records; all of them save checkpoints
 together and stop at the same step.
 """
 
@@ -29,21 +29,21 @@ class ProcessGroup:
 
     Attributes:
         coordinator: host:port of process 0.
-        found: where this was read from, for messages.
+        source: where this was read from, for messages.
     """
 
     coordinator: str
     processes: int
     process: int
-    found: str
+    source: str
 
 
 def detect(environment: Mapping[str, str]) -> ProcessGroup | None:
-    """The process group that the environment describes, or None for a process on its own.
+    """The process group that the environment describes, or None for a single process.
 
-    Explicit variables come first, then JobSet (Kubernetes), Slurm and Cloud TPU pods. The last are
-    known by their metadata server: without one that answers this takes up to 0.7 s, and nothing
-    where JAX_PLATFORMS leaves TPUs out.
+    Explicit variables take precedence, then JobSet (Kubernetes), Slurm and Cloud TPU pods. The last
+    are detected by their metadata server, which takes up to 0.7 s where none answers; it is not
+    queried where JAX_PLATFORMS excludes TPUs.
 
     Raises:
         UserError: variables that are incomplete or contradict each other.
@@ -63,7 +63,7 @@ def detect(environment: Mapping[str, str]) -> ProcessGroup | None:
         return _process_group(f"{first_host(nodes)}:{port}", count, index, "Slurm")
     if pod := tpu_metadata.find(environment):
         port = environment.get("JAX_COORDINATOR_PORT", PORT)
-        return _process_group(f"{pod.coordinator}:{port}", pod.processes, pod.process, pod.found)
+        return _process_group(f"{pod.coordinator}:{port}", pod.processes, pod.process, pod.source)
     return None
 
 
@@ -71,9 +71,7 @@ def _of_jobset(environment: Mapping[str, str]) -> ProcessGroup | None:
     e = environment
     count, index = _all(e, ("PRIME_HOSTS", "JOB_COMPLETION_INDEX"), "JOBSET_NAME")
     job = e.get("JOB_INDEX", "0")
-    if (
-        e.get("PRIME_SLICES", "1") != "1"
-    ):  # each job of the set is a slice, together one process group
+    if e.get("PRIME_SLICES", "1") != "1":  # one job per slice, all of them one process group
         try:
             index, job = str(int(job) * int(count) + int(index)), "0"
             count = str(int(e["PRIME_SLICES"]) * int(count))
@@ -84,10 +82,10 @@ def _of_jobset(environment: Mapping[str, str]) -> ProcessGroup | None:
 
 
 def _all(environment: Mapping[str, str], names: Sequence[str], given: str) -> list[str]:
-    """The values of variables that must all be there, since `given` is."""
+    """The values of variables that must all be set, because `given` is."""
     missing = [name for name in names if name not in environment]
     if missing:
-        raise UserError(f"{given} set, but not {', '.join(missing)}")
+        raise UserError(f"{given} is set, but not {', '.join(missing)}")
     return [environment[name] for name in names]
 
 
@@ -99,20 +97,20 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int =
 
 
 def _process_group(
-    coordinator: str, processes: str, process: str, found: str
+    coordinator: str, processes: str, process: str, source: str
 ) -> ProcessGroup | None:
     try:
         count, index = int(processes), int(process)
     except ValueError:
         raise UserError(
-            f"{found}: {processes!r} processes, number {process!r}: not whole numbers"
+            f"{source}: {processes!r} processes, number {process!r}: not whole numbers"
         ) from None
     if not 0 <= index < count:
-        raise UserError(f"{found}: process {index} of {count}; the first one is number 0")
+        raise UserError(f"{source}: process {index} of {count}; the first one is number 0")
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdecimal()):
-        raise UserError(f"{found}: coordinator {coordinator!r} has no port; write host:{PORT}")
-    return ProcessGroup(coordinator, count, index, found) if count > 1 else None
+        raise UserError(f"{source}: coordinator {coordinator!r} has no port; write host:{PORT}")
+    return ProcessGroup(coordinator, count, index, source) if count > 1 else None
 
 
 def first_host(nodes: str) -> str:
@@ -126,13 +124,13 @@ def first_host(nodes: str) -> str:
 def start(
     log: Callable[[str], None], environment: Mapping[str, str] = os.environ
 ) -> ProcessGroup | None:
-    """Meet the other processes of the process group, if there is one; to be called before any JAX work.
+    """Connect to the other processes of the group, if there is one; call it before any JAX work.
 
-    If they do not come in time the process ends with a line that says so, and exit code 2: JAX
-    waits where no exception can reach it, and would abort with a stack trace.
+    If they do not connect in time, the process logs that and exits with code 2: JAX waits in C++,
+    where no exception can interrupt it, and would abort with a stack trace.
 
     Returns:
-        The process group, None for a process on its own.
+        The process group, None for a single process.
 
     Raises:
         UserError: the environment is wrong (see `detect`), or the coordinator's address cannot
@@ -145,7 +143,7 @@ def start(
 
     wait = _whole(environment, "PRIME_WAIT_SECONDS", WAIT_SECONDS)
     heartbeat = _whole(environment, "PRIME_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
-    others = f"{group.processes} processes ({group.found}), coordinator {group.coordinator}"
+    others = f"{group.processes} processes ({group.source}), coordinator {group.coordinator}"
     advice = "check that every host runs the same command and can reach the coordinator's port"
     log(f"process {group.process}: waiting for {others}")
     if environment.get("JAX_PLATFORMS", "") == "cpu":
@@ -164,12 +162,12 @@ def start(
             group.coordinator,
             group.processes,
             group.process,
-            initialization_timeout=2 * wait + 60,  # `give_up` speaks first
-            heartbeat_timeout_seconds=2 * heartbeat,  # and later the watchdog
+            initialization_timeout=2 * wait + 60,  # `give_up` comes first
+            heartbeat_timeout_seconds=2 * heartbeat,  # the watchdog comes first
         )
-    except Exception as error:  # the client raises several types, all with the reason inside
+    except Exception as error:  # the client raises several types; the message has the reason
         reason = str(error).splitlines()[0][:160]
-        raise UserError(f"cannot meet {others} ({reason}); {advice}") from error
+        raise UserError(f"cannot connect to {others} ({reason}); {advice}") from error
     finally:
         timer.cancel()
     log(f"process {group.process}: all {group.processes} are here")
@@ -192,7 +190,7 @@ def is_writer() -> bool:
 
 
 def barrier(name: str, log: Callable[[str], None]) -> None:
-    """Wait for all processes, and say so before and after; a no-op for one."""
+    """Wait for all processes, with a log line before and after; a no-op for one."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -206,7 +204,7 @@ MAX_MESSAGE = 1 << 14  # bytes that `broadcast` can carry
 
 
 def broadcast(value: Any) -> Any:
-    """What process 0 passes, on every process; plain JSON values, a few thousand characters."""
+    """The value of process 0, on every process; JSON of at most `MAX_MESSAGE` bytes."""
     import json
 
     import jax
@@ -219,12 +217,12 @@ def broadcast(value: Any) -> Any:
     if jax.process_index() == 0:
         text = np.frombuffer(json.dumps(value).encode(), np.uint8)
         message[: len(text)] = text
-    shared = np.asarray(multihost_utils.broadcast_one_to_all(message))
-    return json.loads(shared.tobytes().rstrip(b"\0"))
+    received = np.asarray(multihost_utils.broadcast_one_to_all(message))
+    return json.loads(received.tobytes().rstrip(b"\0"))
 
 
-def meet(name: str, seconds: float, log: Callable[[str], None]) -> bool:
-    """Whether all processes come here within `seconds`; needs no devices, unlike `barrier`."""
+def barrier_with_timeout(name: str, seconds: float, log: Callable[[str], None]) -> bool:
+    """Whether all processes arrive within `seconds`; needs no devices, unlike `barrier`."""
     import jax
     from jax._src.distributed import global_state
 
@@ -233,7 +231,7 @@ def meet(name: str, seconds: float, log: Callable[[str], None]) -> bool:
     log(f"process {jax.process_index()}: {name}: waiting {seconds:g} s for the others")
     try:
         global_state.client.wait_at_barrier(name, int(1000 * seconds))
-    except Exception:  # a time-out, or a peer that is gone: the client has no type of its own
+    except Exception:  # a time-out or a lost process: the client has no type of its own
         log(f"process {jax.process_index()}: {name}: not all came")
         return False
     log(f"process {jax.process_index()}: {name}: all are here")
@@ -243,20 +241,20 @@ def meet(name: str, seconds: float, log: Callable[[str], None]) -> bool:
 _calls = itertools.count(1)
 
 
-def notified() -> bool:
-    """Whether a process of the process group was told to stop; True on all of them at one and the same
-    call, which every process must make equally often."""
+def stop_requested() -> bool:
+    """Whether some process of the group received SIGTERM. True on all of them at the same call, so
+    every process must call this equally often."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
 class PreemptionGuard:
-    """Signals to stop, on which all processes act at the same point.
+    """Handles SIGTERM and SIGINT so that all processes stop at the same step.
 
-    SIGTERM and SIGINT are noted; a second one acts at once. With several processes JAX's own
-    SIGTERM handler tells the others, and `due` is True everywhere at one and the same call; a
-    second SIGTERM acts from then on.
+    The first signal is recorded, a second one ends the process. With several processes JAX's own
+    SIGTERM handler notifies the others, and `should_stop` becomes True on all of them at the same
+    call; from then on another SIGTERM ends the process.
     """
 
     def __init__(self) -> None:
@@ -271,33 +269,33 @@ class PreemptionGuard:
             noted = (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,)
             self._previous = {s: signal.getsignal(s) for s in noted}
             for s in noted:
-                signal.signal(s, self._note)
+                signal.signal(s, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._forget()
+        self._restore_handlers()
 
-    def _forget(self) -> None:
+    def _restore_handlers(self) -> None:
         for s, handler in self._previous.items():
             signal.signal(s, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        self._forget()
+        self._restore_handlers()
         if not self.alone:
-            self.tell_all()
+            self.stop_all()
         elif callable(outer := self._previous[number]) and outer is not signal.default_int_handler:
-            outer(number, frame)  # a worker's, which is to leave as well
+            outer(number, frame)  # the worker's own handler: it must stop as well
 
-    def tell_all(self) -> None:
+    def stop_all(self) -> None:
         """Make every process stop, as if this one had been preempted."""
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def due(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop now; every process must call this equally often."""
         if self.alone:
             return self.number is not None
-        reached = notified()
+        reached = stop_requested()
         if reached and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler swallows all others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler ignores further signals
         return reached

@@ -1,4 +1,4 @@
-"""A text file that grows, wherever the run is kept."""
+"""An append-only text file, local or in a bucket."""
 
 import contextlib
 import threading
@@ -8,9 +8,9 @@ from prime_jax.runtime.storage import MIRROR_SECONDS, Path, is_remote, one_line,
 
 
 class Log:
-    """A text file that grows. In a bucket, where nothing can, a copy is renewed now and then.
+    """An append-only text file. Objects in a bucket cannot grow: there it is uploaded periodically.
 
-    A store out of reach never stops the writer; `close` waits a while for it.
+    An unreachable store does not stop the writer; `close` retries for a while.
     """
 
     def __init__(self, place: Path, text: str = "", seconds: float = MIRROR_SECONDS):
@@ -35,7 +35,7 @@ class Log:
 
     def close(self) -> None:
         if not self._remote:
-            with contextlib.suppress(OSError):  # every line was flushed, or its failure told
+            with contextlib.suppress(OSError):  # every line was flushed, or its failure raised
                 self._stream.close()
         elif not self._over.is_set():
             self._over.set()

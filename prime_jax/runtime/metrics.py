@@ -1,4 +1,4 @@
-"""What a run measures of itself: a clock of exclusive phases, and the training log."""
+"""Measurements of a run: a clock of exclusive phases, speed, profile, and the training log."""
 
 import collections
 import json
@@ -17,7 +17,7 @@ from prime_jax.runtime.storage import Path
 
 
 class Clock:
-    """Seconds per phase; a phase inside another one is not counted in the outer one."""
+    """Seconds per phase; time in a nested phase is not counted in the outer one."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -43,7 +43,7 @@ class Pace:
     """Speed between two rows of the log, from a clock's phases.
 
     Args:
-        tokens: of one step, over all devices.
+        tokens: per step, over all devices.
         flops: per token, by convention; peak: FLOP/s of all devices together, or None.
     """
 
@@ -52,8 +52,8 @@ class Pace:
         self._mark: tuple[int, float, float] | None = None
 
     def row(self, step: int) -> dict[str, Any]:
-        """Seconds a step and those of them spent waiting for input, tokens/s, MFU by convention,
-        and the device memory's high-water mark in bytes; empty for the first row."""
+        """Seconds per step, seconds of these spent waiting for input, tokens/s, MFU by convention,
+        and peak device memory in bytes; empty for the first row."""
         now = (step, time.perf_counter(), self.clock.seconds["input"])
         before, self._mark = self._mark, now
         if before is None or step <= before[0]:
@@ -72,14 +72,14 @@ class Pace:
 
 
 def memory_high_water() -> int:
-    """Most bytes in use on this process's first device so far; 0 where it is not known."""
+    """Peak bytes in use on this process's first device so far; 0 if unknown."""
     import jax
 
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 class Profile:
-    """An xprof trace of some steps, begun when compilation and the first steps are over."""
+    """An xprof trace of some steps, started after compilation and the first steps."""
 
     AFTER = 3  # steps
 
@@ -91,7 +91,7 @@ class Profile:
         self._left: int | None = None
 
     def step(self, done: int) -> None:
-        """To be called after each step of this process, `done` of them so far."""
+        """Call after each step of this process; `done`: number of steps so far."""
         import jax
 
         if not self.steps:
@@ -115,7 +115,7 @@ class Profile:
 
 
 class MetricsLog:
-    """metrics.jsonl always, TensorBoard and W&B when asked.
+    """metrics.jsonl always, TensorBoard and W&B if configured.
 
     On a resume the rows of metrics.jsonl beyond the restored step are first moved to the end of
     metrics.superseded.jsonl: their steps are done again, and where checkpoints were damaged, which
@@ -153,7 +153,7 @@ class MetricsLog:
 
 
 class NoLog:
-    """What the processes beside the writer have for a log."""
+    """The log of processes that write no records."""
 
     def write(self, row: dict[str, Any]) -> None:
         pass
@@ -182,7 +182,7 @@ class _TensorBoard:
             self.writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self.writer.close()  # rows still in its queue are written now
+        self.writer.close()  # flushes its queue
 
 
 class _WandB:

@@ -1,4 +1,4 @@
-"""No command replaces what it reads: said before any work is done, and nothing is lost."""
+"""Checks, before any work is done, that no command overwrites its own inputs."""
 
 import os
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.runtime.storage import Path
 
-RUN_FILES = (  # what a run directory or an exported folder is read from
+RUN_FILES = (  # inputs in a run directory or an exported folder
     "config.json",
     "result.json",
     "metrics.jsonl",
@@ -20,14 +20,14 @@ RUN_FILES = (  # what a run directory or an exported folder is read from
 )
 
 
-def spare(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
-    """Refuse an output that is an input, or a file that lies in one that is a folder.
+def refuse_overwrite(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Refuse an output that is an input, or lies inside an input folder.
 
-    Links are followed, and another name of the same file (a hard link, other letter case where
-    that does not matter) is that file.
+    Symbolic links are followed; hard links, and other letter case on a case-insensitive file
+    system, count as the same file.
 
     Raises:
-        UserError: names the output and the input.
+        UserError: with the output and the input.
     """
     outputs = [LocalPath(out) if not storage.is_remote(out) else out for out in outputs]
     for source in inputs:
@@ -60,5 +60,5 @@ def _holds(source: Path, out: Path) -> bool:
         if out.samefile(source):
             return True
     except OSError:
-        return False  # the source is not there, or one cannot be looked at: reading it tells
+        return False  # missing or inaccessible: reading the source will raise
     return source.is_dir() and LocalPath(source).resolve() in out.resolve().parents

@@ -1,4 +1,4 @@
-"""What a run leaves behind: numbers with a kind, a unit and a standard error, written atomically."""
+"""Records of a run: numbers with a kind, a unit and a standard error, written atomically."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ class Loss:
         se_data: standard error from the finite evaluation set, clustered by document.
         n_tokens: target tokens in the evaluation set.
         n_mc: Monte-Carlo replicates.
-        given: side information the model was told (`""` or `"lengths"`).
+        given: side information that the model has (`""` or `"lengths"`).
     """
 
     kind: Kind
@@ -51,10 +51,10 @@ def best_valid(losses: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """Write JSON so that a reader, or a crash, sees the old file or the new one, never half.
+    """Write JSON atomically: a reader, or a crash, sees the old file or the new one.
 
     Raises:
-        UserError: the place cannot be written to (missing rights, full disk).
+        UserError: the file cannot be written (permissions, full disk).
     """
     storage.write(path, as_json(value))
 

@@ -1,12 +1,12 @@
-"""How a run is spread over devices: the mesh, and the one place for every PartitionSpec.
+"""How a run is sharded over devices: the mesh axes and every PartitionSpec.
 
-Three axes. `data` shares the batch and, between its devices, every parameter and its optimizer
-state (fully sharded data parallelism): a layer's weights are gathered when it runs and its
-gradients are scattered back. `replica` shares the batch only, for slices with slow links between
-them and for small models. `model` splits heads, feed-forward and vocabulary (tensor parallelism).
+Three axes. `data` shards the batch and also every parameter and its optimizer state (fully sharded
+data parallelism): a layer's weights are gathered when it runs and its gradients are scattered back.
+`replica` shards the batch only, for slices with slow links between them and for small models.
+`model` shards heads, feed-forward and vocabulary (tensor parallelism).
 
-The step computes inside `shard_map`, so kernels see plain local arrays. Sums over devices are
-those of a whole batch: the numbers do not depend on the mesh, up to the order of additions.
+The step computes inside `shard_map`, so kernels see plain local arrays. Losses and gradients are
+sums over the whole batch: results do not depend on the mesh, up to the order of additions.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ REPLICA, DATA, MODEL = AXES = ("replica", "data", "model")
 BATCH = PartitionSpec((REPLICA, DATA))
 REPLICATED = PartitionSpec()
 
-# The dimensions of each parameter that DATA and MODEL split; what is not named is replicated.
+# The dimensions of each parameter that DATA and MODEL split; others are replicated.
 SPLIT = {
     "embedding": (2, None),
     "qkv": (0, 1),
@@ -42,9 +42,9 @@ STACKED = "layers"  # parameters below this name have a leading axis of layers
 
 @dataclass(frozen=True)
 class Shardings:
-    """Every PartitionSpec of a run, and what they mean inside `shard_map`; static under `jit`.
+    """Every PartitionSpec of a run, and its use inside `shard_map`; static under `jit`.
 
-    A dimension that an axis does not divide stays whole.
+    A dimension that is not divisible by the axis size is not split.
 
     Attributes:
         replica, data, model: sizes of the mesh axes.
@@ -75,7 +75,7 @@ class Shardings:
         )
 
     def gathered(self, name: str, shape: tuple[int, ...], value: jax.Array, dtype) -> jax.Array:
-        """A parameter ready for use in `dtype`: whole over DATA, still split over MODEL.
+        """A parameter in `dtype`, gathered over DATA, still split over MODEL.
 
         Args:
             shape: of the whole parameter; `value` is this device's part.
@@ -107,7 +107,9 @@ class Shardings:
             over = [REPLICA] if DATA in spec else [REPLICA, DATA]
             if self.model > 1 and _names(path)[-1] in PARTIAL:
                 over.append(MODEL)
-            over = [axis for axis in over if getattr(self, axis) > 1]  # XLA copies for a sum of one
+            over = [
+                axis for axis in over if getattr(self, axis) > 1
+            ]  # XLA copies even for a sum of one
             return jax.lax.psum(gradient, tuple(over)) if over else gradient
 
         return jax.tree_util.tree_map_with_path(total, gradients, specs)
@@ -122,7 +124,7 @@ def _names(path: Any) -> list[str]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(part: jax.Array, dimension: int, dtype) -> jax.Array:
-    """Travels in the compute dtype; its gradient is summed and scattered back in float32."""
+    """All-gather in the compute dtype; the gradient is reduce-scattered in float32."""
     return jax.lax.all_gather(part.astype(dtype), DATA, axis=dimension, tiled=True)
 
 
@@ -140,7 +142,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 @jax.custom_vjp
 def enter_split(x: jax.Array) -> jax.Array:
-    """Activations, equal on all MODEL devices, before each multiplies them by its own columns."""
+    """Identity forward, sum over MODEL backward: the input of a column-parallel matmul."""
     return x
 
 
@@ -149,7 +151,7 @@ enter_split.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.psum(g, MODEL),))
 
 @jax.custom_vjp
 def leave_split(x: jax.Array) -> jax.Array:
-    """The sum of the MODEL devices' partial products."""
+    """Sum over MODEL forward, identity backward: the output of a row-parallel matmul."""
     return jax.lax.psum(x, MODEL)
 
 
@@ -157,7 +159,7 @@ leave_split.defvjp(lambda x: (leave_split(x), None), lambda _, g: (g,))
 
 
 def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` on each device's part; it sums over devices itself."""
+    """`shard_map` of `function`, which itself sums over devices."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -165,16 +167,16 @@ def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) ->
 
 @lru_cache
 def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
-    """The rows of a global batch that this process's devices compute with, ascending.
+    """The rows of a global batch that this process's devices need, ascending.
 
-    Processes whose devices split a model between them have rows in common.
+    Processes that share a model-parallel group have the same rows.
     """
     held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[index] for index in held]))
 
 
-def share_batch(mesh: Mesh, tree: Any, batch: int) -> Any:
-    """A global batch of which this process has its `local_rows`, placed over the mesh."""
+def shard_local_rows(mesh: Mesh, tree: Any, batch: int) -> Any:
+    """A global batch, sharded over the mesh, from this process's `local_rows` of it."""
     sharding, rows = NamedSharding(mesh, BATCH), local_rows(mesh, batch)
 
     def place(x):
@@ -188,7 +190,7 @@ def share_batch(mesh: Mesh, tree: Any, batch: int) -> Any:
 
 
 def shard(mesh: Mesh, tree: Any) -> Any:
-    """A global batch that every process holds whole, placed over the mesh."""
+    """A global batch that every process holds whole, sharded over the mesh."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]), tree

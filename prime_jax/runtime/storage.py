@@ -1,8 +1,8 @@
-"""Where a sweep lives: a local or shared folder, or a bucket (`gs://`, `s3://`), behind one path type.
+"""Local or shared folders and buckets (`gs://`, `s3://`) behind one path type.
 
-Local paths are `pathlib.Path`, others `etils.epath.Path`, which reads like it. What epath lacks or
-does poorly goes through fsspec: exclusive creation, one listing of a folder, concurrent reads.
-A bucket that does not answer is `Unreachable`, which may pass; everything else is a `UserError`.
+Local paths are `pathlib.Path`, others `etils.epath.Path`, which has the same interface. Exclusive
+creation, one listing of a folder and concurrent reads go through fsspec, which does them better.
+A store that does not answer raises `Unreachable`, worth a retry; other errors are `UserError`s.
 """
 
 import contextlib
@@ -28,28 +28,28 @@ else:
     Path = pathlib.Path
 T = TypeVar("T")
 
-PROTOCOLS = {"gs": "gcp", "s3": "s3"}  # and the extra that brings each
+PROTOCOLS = {"gs": "gcp", "s3": "s3"}  # protocol -> extra of prime_jax that it needs
 CHUNK = 1 << 24
 LOCK = ".lock"
-READERS = 8  # files that are read at once for their checksums
-PATIENCE = 3600.0  # seconds that work done is worth waiting for a store
-MIRROR_SECONDS = 30.0  # between copies of a log into a bucket
+READERS = 8  # files read concurrently for their checksums
+PATIENCE = 3600.0  # seconds for which finished work retries an unreachable store
+MIRROR_SECONDS = 30.0  # between uploads of a log to a bucket
 WAITABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
 LOGIN = {
     "gs": "log in with `gcloud auth application-default login`, or give the machine's service "
     "account the role Storage Object Admin",
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
 }
-# gcsfs, when it is imported, would make a client that asks another service about every bucket.
+# Otherwise gcsfs creates a client at import that queries another service about every bucket.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 class Unreachable(UserError):
-    """The store does not answer, and may do so later."""
+    """The store does not answer; a retry may succeed."""
 
 
 def path(text: str | os.PathLike[str]) -> Path:
-    """The path that a person wrote.
+    """The path of a local name or a URL.
 
     Raises:
         UserError: a protocol that is not supported, or whose package is not installed.
@@ -73,11 +73,11 @@ def is_remote(place: Path) -> bool:
 def create(place: Path, data: bytes) -> bool:
     """Write `data` if nothing is at `place`, whole or not at all; False when something is.
 
-    A retried request may meet its own first try: equal content counts as ours, so callers make
-    it unique.
+    A retried request may find the object of its own first try: equal content counts as created
+    here, so callers make the content unique.
 
     Raises:
-        UserError, Unreachable: the place cannot be written to.
+        UserError, Unreachable: it cannot be written.
     """
     with one_line("write", place):
         if not is_remote(place):
@@ -92,10 +92,10 @@ def create(place: Path, data: bytes) -> bool:
 
 
 def write(place: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees the old content or the new one.
+    """Replace a file atomically: a reader, or a crash, sees the old content or the new.
 
     Raises:
-        UserError, Unreachable: the place cannot be written to.
+        UserError, Unreachable: it cannot be written.
     """
     with one_line("write", place):
         if is_remote(place):
@@ -127,7 +127,7 @@ def read(place: Path) -> bytes:
 
 
 def read_all(folder: Path, names: Iterable[str]) -> list[bytes]:
-    """The contents of some files of one folder, read together where that is quicker.
+    """The contents of some files of one folder, read concurrently from a bucket.
 
     Raises:
         UserError, Unreachable: one of them is missing or cannot be read.
@@ -147,13 +147,13 @@ def read_all(folder: Path, names: Iterable[str]) -> list[bytes]:
 
 
 def exists(place: Path) -> bool:
-    """Whether a file (or a folder, which a bucket has while something is in it) is there."""
+    """Whether a file or folder exists (in a bucket a folder exists while it holds something)."""
     with one_line("read", place):
         return _of(place).exists(str(place)) if is_remote(place) else place.exists()
 
 
 def names(folder: Path) -> list[str]:
-    """What is directly in a folder, from one listing; nothing if there is no such folder."""
+    """Names directly in a folder, from one listing; empty if there is no such folder."""
     with one_line("read", folder):
         try:
             if not is_remote(folder):
@@ -164,14 +164,14 @@ def names(folder: Path) -> list[str]:
 
 
 def make_folder(folder: Path) -> None:
-    """Raises: UserError: it cannot be made. A bucket needs no folders."""
+    """Raises: UserError: it cannot be made. In a bucket this does nothing."""
     if not is_remote(folder):
         with one_line("make", folder):
             folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove(place: Path) -> None:
-    """Remove a file, or a folder with all in it, if it is there.
+    """Remove a file, or a folder and its contents, if it exists.
 
     Raises:
         UserError, Unreachable: it cannot be removed.
@@ -202,8 +202,8 @@ def download(place: Path, local: pathlib.Path) -> None:
 def checksums(folder: Path) -> dict[str, list[Any]]:
     """{relative name: [bytes, checksum]} of every file below a folder.
 
-    A bucket's own checksums come with its listing: nothing is read again. They differ from those
-    of local files, so a copy elsewhere can be compared by sizes only (`same_sums`).
+    A bucket's own checksums come with its listing, without reading files. They differ from those
+    of local files, so a copy elsewhere can be compared by size only (`same_sums`).
     """
     with one_line("read", folder):
         if is_remote(folder):
@@ -225,7 +225,7 @@ def _local_sum(file: pathlib.Path) -> list[int]:
 
 
 def same_sums(one: list[Any] | None, two: list[Any]) -> bool:
-    """Whether two checksums agree; of different kinds, whether the sizes do."""
+    """Whether two checksums agree; if their kinds differ, whether the sizes agree."""
     if one is None:
         return False
     comparable = type(one[1]) is type(two[1]) and _kind(one) == _kind(two)
@@ -233,10 +233,10 @@ def same_sums(one: list[Any] | None, two: list[Any]) -> bool:
 
 
 def retry(action: Callable[[], T], log: Callable[[str], None], patience: float = PATIENCE) -> T:
-    """Do it, again and again while the store is out of reach.
+    """Call `action`, and retry while the store is unreachable.
 
     Raises:
-        Unreachable: still, after `patience` seconds.
+        Unreachable: the store is still unreachable after `patience` seconds.
     """
     began, pause = time.monotonic(), 1.0
     while True:
@@ -252,9 +252,9 @@ def retry(action: Callable[[], T], log: Callable[[str], None], patience: float =
 
 @contextlib.contextmanager
 def locked(folder: Path, doing: str = "training there") -> Iterator[None]:
-    """This process's own folder, as long as the block lasts; a killed process leaves no lock.
+    """Lock a folder for this process inside the block; a killed process leaves no lock.
 
-    Not in a bucket, and not where the file system has no locks.
+    Does nothing in a bucket, or where the file system has no locks.
 
     Args:
         doing: what another process is told to be doing.
@@ -289,7 +289,7 @@ def _create_local(place: pathlib.Path, data: bytes) -> bool:
         try:
             os.link(temporary, place)
         except FileExistsError:
-            # NFS may have made the link and lost its answer.
+            # NFS may have created the link although its reply was lost.
             return temporary.stat().st_nlink == 2
         return True
     finally:
@@ -299,14 +299,14 @@ def _create_local(place: pathlib.Path, data: bytes) -> bool:
 
 @functools.cache
 def _filesystem(protocol: str) -> Any:
-    """One client for all threads. What another process writes must be seen: no listing caches."""
+    """One client for all threads, without listing caches, so that other processes' writes show."""
     import logging
 
     import fsspec
 
-    for name in ("gcsfs", "s3fs"):  # they log the traceback of what they then raise
+    for name in ("gcsfs", "s3fs"):  # they log exceptions that they also raise
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    for name in ("gcs", "s3"):  # epath makes its own clients from this
+    for name in ("gcs", "s3"):  # epath creates its own clients from this
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     try:
         return fsspec.filesystem({"gs": "gcs"}.get(protocol, protocol))
@@ -337,7 +337,7 @@ def _line(error: BaseException) -> str:
 
 
 def _exists_already(error: Exception) -> bool:
-    """gcsfs says so plainly, s3fs by what its error came from."""
+    """gcsfs raises FileExistsError; the cause of the error of s3fs has the code."""
     answer = getattr(error.__cause__, "response", {})
     code = answer.get("Error", {}).get("Code")
     return isinstance(error, FileExistsError) or code == "PreconditionFailed"
@@ -345,7 +345,7 @@ def _exists_already(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def one_line(verb: str, place: Path) -> Any:
-    """Turns what stores raise into one line."""
+    """Convert errors of stores to `UserError` or `Unreachable`, in one line."""
     try:
         yield
     except FileNotFoundError as error:
@@ -359,7 +359,7 @@ def one_line(verb: str, place: Path) -> Any:
 
 
 def explain(error: Exception, what: str, place: Path) -> UserError:
-    """The `Unreachable` or other `UserError` that stands for an error of a store."""
+    """The `Unreachable` or other `UserError` for an error of a store."""
     if not is_remote(place):
         kind = Unreachable if getattr(error, "errno", None) in WAITABLE else UserError
         return kind(f"{what}: {getattr(error, 'strerror', None) or _line(error)}")

@@ -1,9 +1,9 @@
-"""Notices when a process of the process group dies, and ends this one with a line that says so.
+"""Ends this process, with a log line, when another process of its group dies.
 
-By itself JAX leaves the others in a collective that nobody answers, and aborts them in C++ after its
-heartbeat. So every process writes a heartbeat into the coordinator's key-value store and reads the
-others'; JAX's own time-out is set longer. Only when the coordinator itself dies JAX is quicker: its
-abort is then given a last line.
+Without it the other processes hang in a collective until JAX's heartbeat time-out aborts them in
+C++. So every process writes a heartbeat into the coordinator's key-value store and reads those of
+the others; JAX's own time-out is set longer. Only when the coordinator itself dies is JAX faster:
+a handler of its SIGABRT then logs the reason.
 """
 
 import atexit
@@ -21,14 +21,14 @@ from typing import Any
 HEARTBEATS = "prime_jax/beat/"  # + process number; the value is `host count`, or LEFT
 LEFT = "left"
 ADVICE = (
-    "a run needs all its processes, so this one stops too; the same command on every host "
-    "continues at the last saved step"
+    "a run needs all its processes, so this one stops too; run the same command on every host "
+    "to continue from the last saved step"
 )
 _watched: list["Watch"] = []  # at most one
 
 
 class Watch:
-    """A thread that ends the process when another one of the process group does.
+    """A thread that ends this process when another one of the process group is lost.
 
     Args:
         client: JAX's client of the coordinator.
@@ -47,22 +47,22 @@ class Watch:
         self.seconds, self.log = seconds, log
         self._leaving = threading.Event()
         self._ending = threading.Lock()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._coordinator_lost())
 
     def start(self) -> None:
-        atexit.register(self._leave)  # which runs before JAX's own farewell
+        atexit.register(self._leave)  # runs before JAX's own exit handler
         self._thread.start()
         if hasattr(signal, "SIGABRT") and os.name == "posix":
-            # Python's own handlers would run in the main thread, which never gets there.
+            # A Python handler would run in the main thread, which is blocked in C++.
             ctypes.CDLL(None).signal(int(signal.SIGABRT), self._abort)
 
     def _leave(self) -> None:
-        """Stop watching; a thread inside JAX's client would not survive the interpreter's end."""
+        """Stop the thread: JAX's client must not be in use when the interpreter exits."""
         self._leaving.set()
         self._thread.join()
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         count, host = 0, socket.gethostname()
         seen = {p: ("", time.monotonic()) for p in range(self.processes) if p != self.process}
         try:
@@ -77,35 +77,35 @@ class Watch:
                     elif time.monotonic() - since > self.seconds:
                         self._end(_describe(process, value, self.seconds))
             self._publish(LEFT)
-        except Exception:  # several types, all of them a connection that is no more
+        except Exception:  # several types, all of them a lost connection
             self._coordinator_lost()
 
     def _publish(self, value: str) -> None:
         self.client.key_value_set(f"{HEARTBEATS}{self.process}", value, allow_overwrite=True)
 
     def _coordinator_lost(self) -> None:
-        self._end("process 0, which coordinates the others, cannot be reached")
+        self._end("process 0, the coordinator, cannot be reached")
 
     def _end(self, what: str) -> None:
-        """Say what happened and end, unless this process is leaving anyway."""
+        """Log the reason and exit, unless this process is ending anyway."""
         if self._leaving.is_set():
             return
-        with self._ending:  # kept: who comes second waits for the end
+        with self._ending:  # never released: a second thread waits here until the exit
             self.log(f"process {self.process}: {what}; {ADVICE}")
             sys.stdout.flush()
-            os._exit(1)  # other threads may wait for the lost one for ever
+            os._exit(1)  # not sys.exit: other threads may be blocked for ever
 
 
 def _describe(process: int, value: str, seconds: float) -> str:
     if value == LEFT:
-        return f"process {process} has ended before the others; its own output says why"
+        return f"process {process} has ended before the others; see its own output for the reason"
     host = f" on {value.split()[0]}" if value else ""
     return f"process {process}{host} has not answered for {seconds:g} s"
 
 
 def watch(group: Any, seconds: float, log: Callable[[str], None]) -> None:
-    """Begin to watch the other processes; JAX is connected to the coordinator."""
-    from jax._src import distributed  # the client is not public, and orbax uses it just so
+    """Start to watch the other processes; JAX must be connected to the coordinator."""
+    from jax._src import distributed  # not public; orbax uses it as well
 
     client = distributed.global_state.client
     _watched[:] = [Watch(client, group.process, group.processes, seconds, log)]
@@ -114,17 +114,17 @@ def watch(group: Any, seconds: float, log: Callable[[str], None]) -> None:
 
 @contextmanager
 def explaining() -> Iterator[None]:
-    """A collective that fails because its other end is gone leaves the last word to the watch."""
+    """When a collective fails because a process is lost, give the watchdog time to report that."""
     import jax
 
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if _watched and _is_connection(str(error)):
+        if _watched and _is_connection_error(str(error)):
             time.sleep(2 * _watched[0].seconds)
         raise
 
 
-def _is_connection(text: str) -> bool:
+def _is_connection_error(text: str) -> bool:
     signs = ("Gloo", "UNAVAILABLE", "Connection", "NCCL", "heartbeat", "DEADLINE_EXCEEDED")
     return any(sign in text for sign in signs)

@@ -1,4 +1,4 @@
-"""Ordinary left-to-right decoding of an autoregressive model, with a cache of keys and values."""
+"""Left-to-right decoding of an autoregressive model, with a KV cache."""
 
 from typing import Any, NamedTuple
 
@@ -10,17 +10,17 @@ from prime_jax.model import Cache
 from prime_jax.sample.filters import Filters
 from prime_jax.sample.predict import Model, example_keys, propose
 
-READ = 32  # tokens of the prompt read at a time
+READ = 32  # prompt tokens per call
 
 
 class Prompts(NamedTuple):
-    """B texts to be continued; arrays.
+    """B texts to continue; arrays.
 
     Attributes:
-        token_BxL: the prompts, then anything.
+        token_BxL: the prompts, then arbitrary values.
         start_B: tokens of each prompt; may be 0.
-        stop_B: where each text is full, at most L.
-        example_B: uint32 numbers that, with the seed, give the examples their keys.
+        stop_B: maximum length of each text, at most L.
+        example_B: uint32 numbers; with the seed they determine the keys of the examples.
     """
 
     token_BxL: Any
@@ -30,7 +30,7 @@ class Prompts(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Traced; `end` is the token at which a text is over, -1 for none."""
+    """Traced; `end` is the token that ends a text, -1 for none."""
 
     filters: Filters
     seed: Any
@@ -38,28 +38,28 @@ class Settings(NamedTuple):
 
 
 def read_prompts(model: Model, params: Any, config: ModelConfig, prompts: Prompts) -> Cache:
-    """A cache of BOS and each prompt less its last token: that one is read when drawing."""
+    """A cache of BOS and each prompt without its last token, which is read in the first step."""
     batch, length = prompts.token_BxL.shape
-    room = -(-length // READ) * READ
+    capacity = -(-length // READ) * READ
     network, book = model.network(params), model.head.codebook
     digit_BxL = jnp.asarray(book.digits)[prompts.token_BxL, 0]
-    input_BxM = jnp.pad(digit_BxL, ((0, 0), (1, READ)), constant_values=book.base)[:, :room]
+    input_BxM = jnp.pad(digit_BxL, ((0, 0), (1, READ)), constant_values=book.base)[:, :capacity]
 
     def read(state):
         start, cache = state
         part_BxR = jax.lax.dynamic_slice_in_dim(input_BxM, start, READ, axis=1)
         return start + READ, network(part_BxR[..., None], cache=cache)[2]
 
-    begin = jnp.int32(0), Cache.empty(config, batch, room)
+    begin = jnp.int32(0), Cache.empty(config, batch, capacity)
     _, cache = jax.lax.while_loop(lambda s: s[0] < prompts.start_B.max(), read, begin)
-    # What was read beyond a prompt is overwritten before anything looks at it.
+    # Positions beyond a prompt are overwritten before they are used.
     return cache._replace(length_B=prompts.start_B)
 
 
 def decode(
     model: Model, params: Any, config: ModelConfig, prompts: Prompts, settings: Settings
 ) -> tuple[jax.Array, jax.Array]:
-    """The texts [B, L], written up to `stop` or the end token, and network calls so far [B]."""
+    """The texts [B, L], generated up to `stop` or the end token, and network calls [B]."""
     book, network = model.head.codebook, model.network(params)
     cache = read_prompts(model, params, config, prompts)
     batch, length = prompts.token_BxL.shape

@@ -1,8 +1,8 @@
-"""Writing with block diffusion: one block after another, finished ones read from a cache.
+"""Sampling with block diffusion: one block after another, with a KV cache of finished blocks.
 
-A block is written by the loop of any masked diffusion (`loop`), by a network that sees the keys and
-values of the blocks before it; when it is finished it is read once more, clean, into the cache. So
-a network call costs the positions of one block only (BD3-LM, arXiv 2503.09573, section 3).
+A block is sampled by the same `loop` as in masked diffusion, with a network that attends to the
+cached keys and values of the blocks before it; a finished block is read once more, clean, into the
+cache. So a network call computes one block only (BD3-LM, arXiv 2503.09573, section 3).
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from prime_jax.sample.predict import Model
 
 
 def options_of(config: RunConfig, options: Options) -> Options:
-    """The options with the blocks that the run was trained with, if it was.
+    """The options with the block length of a run that was trained with block diffusion.
 
     Raises:
-        UserError: options that do not go with them.
+        UserError: options that cannot be combined with it.
     """
     block = config.objective.block_length
     if not block:
@@ -36,13 +36,15 @@ def options_of(config: RunConfig, options: Options) -> Options:
         )
     for name in ("cfg_scale", "remasking"):
         if getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')}: not with a run trained in blocks")
-    # Steps are counted for each example alone, which only skipping the idle ones allows here.
+            raise UserError(
+                f"--{name.replace('_', '-')}: not supported for a run trained in blocks"
+            )
+    # Steps are counted per example, which requires that idle steps are skipped.
     return dataclasses.replace(options, block_length=block, cached=True)
 
 
 def whole_blocks(config: RunConfig, canvas: np.ndarray, hidden: int) -> np.ndarray:
-    """A canvas [L, S] filled up with hidden tokens to whole blocks: drawn with them, then cut off."""
+    """A canvas [L, S] padded with masked tokens to whole blocks; their samples are cut off."""
     missing = -len(canvas) % (config.objective.block_length or 1)
     return np.pad(canvas, ((0, missing), (0, 0)), constant_values=hidden)
 
@@ -58,7 +60,7 @@ def run(
     first: jax.Array,
     last: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """`loop.run`, block by block; reading a finished block is not counted as a call."""
+    """`loop.run`, block by block; reading a finished block into the cache is not counted."""
     block, read = config.objective.block_length, model.network(params)
     batch_size, length, _ = digits_BxLxS.shape
 

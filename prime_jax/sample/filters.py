@@ -1,4 +1,4 @@
-"""Filters of logits, all traced: changing a setting compiles nothing."""
+"""Filters of logits; settings are traced, so a change needs no compilation."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from prime_jax.kernels.common import NEG
 
-COLDEST = 1e-4  # temperature at which a nucleus is measured when the draw itself takes the maximum
+MIN_TEMPERATURE = 1e-4  # of the nucleus when the temperature is 0
 
 
 class Filters(NamedTuple):
-    """Settings of a draw; `top_k` 0 and `top_p` 1 let everything pass."""
+    """Settings of a draw; `top_k` 0 and `top_p` 1 disable these filters."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -19,16 +19,16 @@ class Filters(NamedTuple):
 
 
 def keep_likeliest(filters: Filters, z_NxV: jax.Array) -> jax.Array:
-    """Logits with NEG outside the `top_k` likeliest tokens and outside the nucleus.
+    """Logits with NEG outside the `top_k` most likely tokens and outside the nucleus.
 
-    The nucleus is the smallest set of likeliest tokens whose mass, at the temperature, reaches
-    `top_p`. Sorts only if either is asked for.
+    The nucleus is the smallest set of most likely tokens whose mass, at the temperature, reaches
+    `top_p`. Sorts only if one of the two is used.
     """
 
-    def kept(z_NxV):
+    def filtered(z_NxV):
         size = z_NxV.shape[1]
         sorted_NxV = jnp.sort(z_NxV, axis=1, descending=True)
-        p_NxV = jax.nn.softmax(sorted_NxV / jnp.maximum(filters.temperature, COLDEST))
+        p_NxV = jax.nn.softmax(sorted_NxV / jnp.maximum(filters.temperature, MIN_TEMPERATURE))
         before_NxV = jnp.cumsum(p_NxV, axis=1) - p_NxV
         nucleus_NxV = before_NxV < filters.top_p
         count_N = jnp.maximum(nucleus_NxV.sum(axis=1), 1)
@@ -37,14 +37,14 @@ def keep_likeliest(filters: Filters, z_NxV: jax.Array) -> jax.Array:
         return jnp.where(z_NxV >= floor_Nx1, z_NxV, NEG)
 
     wanted = (filters.top_k > 0) | (filters.top_p < 1)
-    return jax.lax.cond(wanted, kept, lambda z: z, z_NxV)
+    return jax.lax.cond(wanted, filtered, lambda z: z, z_NxV)
 
 
 def draw(filters: Filters, z_NxV: jax.Array, key_N: jax.Array) -> jax.Array:
-    """One index of each row, int32 [N], from the softmax at the temperature; 0 takes the maximum.
+    """One index per row, int32 [N], from the softmax at the temperature; 0 takes the maximum.
 
-    float32 noise in its default form ends at 15.9 and cools what is drawn (arXiv 2409.02908);
-    mode "high" reaches classes of any probability.
+    Default float32 Gumbel noise is at most 15.9, which effectively lowers the temperature (arXiv
+    2409.02908); mode "high" can draw classes of any probability.
     """
 
     def noise(key):

@@ -1,11 +1,11 @@
-"""Texts with holes: `def add(a, b):[[MASK*8]] + b`, and tokens of which some sub-tokens are kept.
+"""Infilling: `def add(a, b):[[MASK*8]] + b`, and tokens of which some sub-tokens are kept.
 
-    [[MASK]]            one hidden token; [[MASK*8]] eight
+    [[MASK]]            one masked token; [[MASK*8]] eight
     [[KEEP:3 word]]     the tokens of `word`, of which the first three sub-tokens are kept and the
-                        others drawn again
-    [[KEEP:++?+ word]]  the same with a sign for every sub-token: + kept, ? drawn again
+                        others sampled again
+    [[KEEP:++?+ word]]  the same with a sign for every sub-token: + kept, ? sampled again
 
-Everything else is given. Sub-token 1 is the most significant digit of the token's code.
+Everything else is fixed. Sub-token 1 is the most significant digit of the token's code.
 """
 
 import re
@@ -22,10 +22,10 @@ KEEP = re.compile(r":(\d+|[+?]+) (.+)", re.DOTALL)
 
 
 def canvas(text: str, tokenizer: Tokenizer, codebook: Codebook) -> np.ndarray:
-    """Digits int32 [L, S] of a text, `codebook.base` where something is hidden.
+    """Digits int32 [L, S] of a text, `codebook.base` where masked.
 
     Raises:
-        UserError: nothing is hidden, or a hole that cannot be read.
+        UserError: nothing is masked, or an invalid [[...]].
     """
     parts, at = [], 0
     for match in PART.finditer(text):
@@ -36,8 +36,8 @@ def canvas(text: str, tokenizer: Tokenizer, codebook: Codebook) -> np.ndarray:
     digits = np.concatenate(parts).astype(np.int32)
     if not (digits == codebook.base).any():
         raise UserError(
-            "nothing to fill in: write [[MASK*8]] for eight hidden tokens, or [[KEEP:3 word]] to "
-            "draw the sub-tokens of a word after the third again"
+            "nothing to fill in: write [[MASK*8]] for eight masked tokens, or [[KEEP:3 word]] to "
+            "sample the sub-tokens of a word after the third again"
         )
     return digits
 
@@ -57,7 +57,7 @@ def _hole(match: re.Match, tokenizer: Tokenizer, codebook: Codebook) -> np.ndarr
 
 
 def _kept(hole: str, pattern: str, length: int) -> np.ndarray:
-    """bool [S] of `3` or `++?+`."""
+    """bool [S]: kept sub-tokens for a pattern like `3` or `++?+`."""
     if pattern.isdigit():
         if int(pattern) > length:
             raise UserError(f"{hole}: a token has {length} sub-tokens")

@@ -1,7 +1,7 @@
-"""The one loop of masked diffusion sampling: predict, reveal, until nothing is hidden.
+"""The loop of masked diffusion sampling: predict and reveal until nothing is masked.
 
-The network does not see the time, so that every example of a batch goes on to its own next step at
-which something is revealed: steps that change nothing cost no call, at any batch size.
+The time is not an input of the network, so each example of a batch proceeds to its own next step at
+which something is revealed: steps that reveal nothing need no network call, at any batch size.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from prime_jax.sample.options import ADAPTIVE, Options
 from prime_jax.sample.orders import NEVER, Plan
 from prime_jax.sample.predict import Model, example_keys, hidden_states, position_keys, propose
 
-STEPS_UNIT = 1024  # tables of per-step rates are padded to multiples, so that steps are traced
+STEPS_UNIT = 1024  # tables of per-step rates are padded to multiples: fewer compilations
 
 
 class Batch(NamedTuple):
-    """What stays fixed while B examples are written.
+    """Inputs of the loop that do not change, for B examples.
 
     Attributes:
         plan: see `orders.Plan`.
         segment_ids_BxL: 0, and -1 for padding.
-        example_B: uint32 numbers that, with the seed, give the examples their keys.
+        example_B: uint32 numbers; with the seed they determine the keys of the examples.
     """
 
     plan: Plan
@@ -40,11 +40,11 @@ class Batch(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Everything that is traced.
+    """Traced settings.
 
     Attributes:
-        rates_Px2: for remasking: at every step the probability that a hidden sub-token is
-            revealed, and that a revealed one is hidden; zeros after the last step.
+        rates_Px2: for remasking: at every step the probability that a masked sub-token is
+            revealed, and that a revealed one is masked again; zeros after the last step.
     """
 
     filters: Filters
@@ -56,11 +56,11 @@ class Settings(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a compiled loop is specialised on.
+    """Static settings of a compiled loop.
 
     Attributes:
         order: an adaptive order, `fixed` or `remasking`.
-        guided: whether the network is asked a second time, without the prompt.
+        guided: classifier-free guidance: the network is also called without the prompt.
         cached: whether a fixed order skips steps that reveal nothing.
     """
 
@@ -99,10 +99,10 @@ def settings_of(options: Options) -> Settings:
 
 
 def remasking_rates(fractions: np.ndarray, strength: float) -> np.ndarray:
-    """Per step: probability to reveal, and to hide again (ReMDM, equations of section 3).
+    """Per step: probability to reveal, and to mask again (ReMDM, equations of section 3).
 
-    From hidden fraction u to s, revealed ones are hidden with sigma = strength min(1, s / (1 - u));
-    hidden ones are revealed at the rate that leaves the fraction s hidden.
+    From masked fraction u to s, revealed sub-tokens are masked with probability sigma = strength
+    min(1, s / (1 - u)); masked ones are revealed so that the fraction s is masked afterwards.
     """
     u, s = fractions[:-1], fractions[1:]
     sigma = strength * np.minimum(1, s / np.maximum(1 - u, 1e-12))
@@ -111,7 +111,7 @@ def remasking_rates(fractions: np.ndarray, strength: float) -> np.ndarray:
 
 
 class _Call(NamedTuple):
-    """The ingredients of one network call."""
+    """The inputs of all network calls."""
 
     model: Model
     rule: Rule
@@ -123,7 +123,7 @@ class _Call(NamedTuple):
         return example_keys(self.settings.seed, self.batch.example_B, step_B)
 
     def predict(self, digits_BxLxS, step_B, active_BxL, score=None) -> tuple[jax.Array, jax.Array]:
-        """Sub-tokens [B, L, S] of a token drawn for each active position, and scores [B, L]."""
+        """A sampled token's sub-tokens [B, L, S] and score [B, L] for each active position."""
         head, settings = self.model.head, self.settings
         given_BxLxS = ~self.batch.drawn_BxLxS & (self.batch.segment_ids_BxL >= 0)[..., None]
         unprompted = jnp.where(given_BxLxS, head.codebook.base, digits_BxLxS)
@@ -154,10 +154,10 @@ def _fixed(call: _Call, digits_BxLxS, count) -> jax.Array:
 
 def _adaptive(call: _Call, digits_BxLxS, count) -> jax.Array:
     hidden_BxLxS = digits_BxLxS == call.model.head.codebook.base
-    count_B = orders.due(call.batch.plan, hidden_BxLxS)
+    count_B = orders.next_count(call.batch.plan, hidden_BxLxS)
     active_BxL = orders.active_block(call.batch.plan, hidden_BxLxS)
     score = orders.SCORES[call.rule.order]
-    # An example's own progress: in block diffusion the number of calls depends on its batch.
+    # Per example: in block diffusion the number of calls depends on the batch.
     plan = call.batch.plan
     step_B = orders.revealed(plan, hidden_BxLxS) + plan.block_L[:, 0] * plan.block_L.shape[1]
     drawn_BxLxS, score_BxL = call.predict(digits_BxLxS, step_B, active_BxL, score)
@@ -193,10 +193,10 @@ def run(
     first: jax.Array,
     last: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Calls `first` to `last` (or the end) of the loop: (digits, calls so far [B]).
+    """Iterations `first` to `last` (or the end) of the loop: (digits, calls so far [B]).
 
     Args:
-        digits_BxLxS: the digit `base` is hidden.
+        digits_BxLxS: the digit `base` means masked.
     """
     call = _Call(model, rule, params, batch, settings)
     body = partial(BODIES.get(rule.order, _adaptive), call)
@@ -204,7 +204,7 @@ def run(
 
     def unfinished(state):
         digits_BxLxS, count = state
-        if rule.order == "remasking":  # what is revealed may be hidden again
+        if rule.order == "remasking":  # revealed sub-tokens may be masked again
             return count < jnp.minimum(last, settings.steps)
         return (count < last) & (digits_BxLxS == base).any()
 

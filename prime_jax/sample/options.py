@@ -1,4 +1,4 @@
-"""How to sample: the names that people know, and what can be combined."""
+"""Sampling options, and which of them can be combined."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from prime_jax.config import nearest
 from prime_jax.errors import UserError
 
-# Orders that do not look at the model's predictions, and those that reveal the most confident tokens first.
+# Orders that do not depend on predictions; orders that reveal the most confident tokens first.
 FIXED = ("ancestral", "random", "first-hitting", "left-to-right")
 ADAPTIVE = ("confidence", "margin", "entropy")
 GRIDS = ("uniform", "cosine")
@@ -14,27 +14,27 @@ GRIDS = ("uniform", "cosine")
 
 @dataclass(frozen=True)
 class Options:
-    """How to sample.
+    """Sampling options.
 
     Attributes:
-        gen_length: tokens to write; 0 fills the context.
-        steps: reveal steps, over all blocks; what changes nothing is skipped.
-        order: what is revealed when (`orders`).
-        grid: fraction of hidden sub-tokens over the steps: `uniform` or `cosine`.
-        time_grid: those fractions themselves, from 1 down to 0, in place of steps and grid (`grids`).
-        block_length: write blocks of so many tokens, left to right; 0 for one block.
-        threshold: in place of steps, reveal all tokens whose confidence or margin is at least this
+        gen_length: tokens to generate; 0 fills the context.
+        steps: reveal steps, over all blocks; steps that reveal nothing are skipped.
+        order: order of revealing (`orders`).
+        grid: fraction of masked sub-tokens over the steps: `uniform` or `cosine`.
+        time_grid: these fractions, from 1 down to 0, instead of steps and grid (`grids`).
+        block_length: generate in blocks of this many tokens, left to right; 0 for one block.
+        threshold: instead of steps, reveal all tokens whose confidence or margin is at least this
             (entropy in nats: at most this), and at least one; None to reveal by steps.
-        temperature: 0 takes the likeliest token.
-        top_k: draw among so many likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that have this mass together (nucleus).
-        cfg_scale: guidance away from what the model says without the prompt; 0 for none.
-        remasking: fraction of the largest possible rate at which revealed sub-tokens are hidden
+        temperature: 0 takes the most likely token.
+        top_k: sample among this many most likely tokens; 0 for all.
+        top_p: sample among the most likely tokens that together have this mass (nucleus).
+        cfg_scale: scale of classifier-free guidance by the prompt; 0 for none.
+        remasking: fraction of the largest possible rate at which revealed sub-tokens are masked
             again (ReMDM, arXiv 2503.00307, "rescale").
         cached: skip steps that reveal nothing; the samples are the same.
-        stop: token at which a text ends; -1 for none.
+        stop: token that ends a text; -1 for none.
         seed: with the example's number it determines the sample.
-        batch_size: examples at a time; does not change the samples.
+        batch_size: examples per batch; does not change the samples.
     """
 
     gen_length: int = 0
@@ -55,7 +55,7 @@ class Options:
     batch_size: int = 32
 
 
-# What an autoregressive model has no use for.
+# Options without a meaning for an autoregressive model.
 DIFFUSION_ONLY = (
     *("steps", "order", "grid", "time_grid", "block_length", "threshold"),
     *("cfg_scale", "remasking", "cached"),
@@ -67,10 +67,10 @@ def flag(name: str) -> str:
 
 
 def validate(options: Options, family: str) -> Options:
-    """Return `options` if they make sense together for a model of that family.
+    """Return `options` if they are valid together for a model of that family.
 
     Raises:
-        UserError: naming the option, its value and what would be right.
+        UserError: with the option, its value and what is expected.
     """
     o = options
     ranges = {
@@ -90,7 +90,10 @@ def validate(options: Options, family: str) -> Options:
         for name in DIFFUSION_ONLY:
             changed = getattr(o, name) != getattr(Options, name)
             _require(
-                not changed, name, getattr(o, name), "an autoregressive model writes left to right"
+                not changed,
+                name,
+                getattr(o, name),
+                "an autoregressive model generates left to right",
             )
         return o
     for name, valid in (("order", FIXED + ADAPTIVE), ("grid", GRIDS)):
@@ -102,12 +105,19 @@ def validate(options: Options, family: str) -> Options:
         )
     if o.remasking:
         _require(o.order == "ancestral", "remasking", o.remasking, "needs --order ancestral")
-        _require(not o.block_length, "remasking", o.remasking, "does not go with --block-length")
+        _require(
+            not o.block_length, "remasking", o.remasking, "cannot be combined with --block-length"
+        )
     if o.time_grid:
         falls = all(a > b for a, b in zip(o.time_grid, o.time_grid[1:], strict=False))
         ends = o.time_grid[0] == 1 and o.time_grid[-1] == 0
         _require(falls and ends, "time_grid", o.time_grid, "must fall from 1 to 0")
-        _require(not o.block_length, "block_length", o.block_length, "does not go with a time grid")
+        _require(
+            not o.block_length,
+            "block_length",
+            o.block_length,
+            "cannot be combined with a time grid",
+        )
     return o
 
 

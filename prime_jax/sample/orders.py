@@ -1,18 +1,17 @@
-"""What is revealed when.
+"""Orders of revealing.
 
-An order is either fixed, a function from random numbers to the step at which every sub-token is
-revealed, or adaptive: the steps only say how many tokens are revealed at each, and a score of the
-model's prediction says which. Fixed plans are made on the host, example by example, so that they
-depend on (seed, example) alone. Steps at which nothing is revealed are known beforehand and cost
-nothing.
+An order is either fixed, i.e. random numbers determine the step at which every sub-token is
+revealed, or adaptive: the plan determines only how many tokens each step reveals, and a score of
+the model's prediction determines which. Fixed plans are made on the host, example by example, so
+they depend on (seed, example) only. Steps that reveal nothing are known in advance and skipped.
 
-With u_0 = 1 > u_1 > .. > u_T = 0 the fraction still hidden before each step, a sub-token of level v
+With u_0 = 1 > u_1 > .. > u_T = 0 the fraction masked before each step, a sub-token of level v
 in [0, 1) is revealed at the step i with u_{i+1} <= v < u_i.
 
     ancestral      independent levels: the reverse process with T steps, whose bound is `finite:T`
     random         levels spread evenly in random order: a fixed count at each step
     left-to-right  levels spread evenly from the first sub-token to the last
-    first-hitting  one sub-token a step in random order: the limit T -> inf (arXiv 2409.02908)
+    first-hitting  one sub-token per step in random order: the limit T -> inf (arXiv 2409.02908)
 """
 
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from prime_jax.sample.options import ADAPTIVE, Options
 NEVER = np.int32(2**31 - 1)
 
 
-def spread(count: int) -> np.ndarray:
+def even_levels(count: int) -> np.ndarray:
     """Levels of `count` units revealed one after the other, evenly over the fractions."""
     return 1 - (np.arange(count) + 0.5) / count
 
@@ -37,11 +36,11 @@ def ancestral(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def shuffled(rng: np.random.Generator, count: int) -> np.ndarray:
-    return rng.permutation(spread(count))
+    return rng.permutation(even_levels(count))
 
 
 def in_order(rng: np.random.Generator, count: int) -> np.ndarray:
-    return spread(count)
+    return even_levels(count)
 
 
 LEVELS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
@@ -53,7 +52,7 @@ LEVELS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def time_grid(options: Options, steps: int) -> np.ndarray:
-    """Fractions hidden before each of `steps` steps and after the last: float64 [steps + 1]."""
+    """Fractions masked before each of `steps` steps and after the last: float64 [steps + 1]."""
     if options.time_grid:
         return np.array(options.time_grid)
     u = np.linspace(1, 0, steps + 1)
@@ -69,10 +68,10 @@ class Plan(NamedTuple):
     """When an example's sub-tokens are revealed; arrays of a batch have a leading axis.
 
     Attributes:
-        when_LxS: int32 step of each sub-token, NEVER where it is given. An adaptive order has the
-            same step for a whole token; only how often each step occurs counts.
+        when_LxS: int32 step of each sub-token, NEVER where it is not masked. An adaptive order has
+            the same step for a whole token; only the number of tokens per step is used.
         block_L: int32 number of the block that each token belongs to.
-        steps: of the plan, those that reveal nothing included.
+        steps: of the plan, including those that reveal nothing.
     """
 
     when_LxS: np.ndarray
@@ -83,11 +82,11 @@ class Plan(NamedTuple):
 def plan(
     options: Options, hidden_LxS: np.ndarray, rng: np.random.Generator, fixed_blocks: bool = False
 ) -> Plan:
-    """The plan of one example: blocks left to right, each with its part of the steps.
+    """The plan of one example: blocks left to right, each with an equal part of the steps.
 
     Args:
-        fixed_blocks: they are counted from the first position (block diffusion), not from the
-            first hidden token.
+        fixed_blocks: count blocks from the first position (block diffusion), not from the first
+            masked token.
     """
     drawn_L = hidden_LxS.any(axis=1)
     total = int(drawn_L.sum())
@@ -105,7 +104,7 @@ def plan(
         count = int((inside_L if adaptive else units).sum())
         steps = count if one_each else max(1, options.steps // len(blocks))
         fractions = np.linspace(1, 0, steps + 1) if one_each else time_grid(options, steps)
-        levels = spread(count) if adaptive else LEVELS[options.order](rng, count)
+        levels = even_levels(count) if adaptive else LEVELS[options.order](rng, count)
         when = start + step_of(levels, fractions)
         if adaptive:
             when_LxS[inside_L] = np.where(hidden_LxS[inside_L], when[:, None], NEVER)
@@ -115,14 +114,14 @@ def plan(
     return Plan(when_LxS, block_L.astype(np.int32), np.int32(start))
 
 
-def idle_share(plan: Plan) -> float:
+def idle_fraction(plan: Plan) -> float:
     """Fraction of the steps of an example's plan that reveal nothing; 0 without steps."""
     busy = len(np.unique(plan.when_LxS[plan.when_LxS < NEVER]))
     return 1 - busy / max(int(plan.steps), busy, 1)
 
 
-# Scores of a prediction: log-probabilities [N, V] and an index [N], the one that was drawn or the
-# likeliest, to [N]; larger is surer. `evaluate.chain` reveals by the same.
+# Confidence of a prediction: log-probabilities [N, V] and an index [N], the one that was drawn or
+# the most likely, to [N]. `evaluate.chain` reveals by the same.
 
 
 def confidence(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
@@ -145,7 +144,7 @@ def entropy(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
 SCORES = {"confidence": confidence, "margin": margin, "entropy": entropy}
 
 
-# What a step reveals: (plan, hidden [B, L, S], score [B, L], ...) to the sub-tokens [B, L, S].
+# Choice of what a step reveals, from the plan, the masked sub-tokens [B, L, S] and scores [B, L].
 
 
 def next_fixed(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
@@ -159,7 +158,7 @@ def revealed(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
     return planned_B - hidden_BxLxS.any(axis=2).sum(axis=1)
 
 
-def due(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
+def next_count(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
     """How many tokens, int32 [B], the next step of an adaptive plan reveals."""
     time_BxL = jnp.sort(plan.when_LxS.min(axis=2), axis=1)
     length = time_BxL.shape[1]
@@ -171,7 +170,7 @@ def due(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
 
 
 def active_block(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
-    """bool [B, L]: tokens with something hidden in the first block that has one."""
+    """bool [B, L]: tokens with masked sub-tokens in the first block that has any."""
     open_BxL = hidden_BxLxS.any(axis=2)
     block_BxL = jnp.where(open_BxL, plan.block_L, NEVER)
     return open_BxL & (block_BxL == block_BxL.min(axis=1, keepdims=True))

@@ -1,9 +1,9 @@
-"""What the model says about hidden sub-tokens: one drawn token at every position that needs one.
+"""Predictions for masked sub-tokens: one sampled token for every position that needs one.
 
-A token is drawn from the softmax over the tokens that agree with the visible sub-tokens, and all
-that is revealed in one step is read off it. So sub-tokens of one token are drawn together, as in
-the kernel that `finite:T` charges for, and no combination that is no token can arise. The
-restriction holds for models trained without carry-over as well.
+A token is sampled from the softmax over the tokens that agree with the visible sub-tokens, and all
+sub-tokens that one step reveals are taken from it. So sub-tokens of one token are sampled jointly,
+as in the kernel that `finite:T` scores, and only valid tokens can result. The restriction is also
+applied to models trained without carry-over.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Model(NamedTuple):
     """A network and its head; static under `jit`.
 
     Attributes:
-        network: parameters to a `Network`; ARM's also takes a cache.
+        network: parameters to a `Network`; that of ARM also takes a cache.
     """
 
     network: Callable[[Any], Network]
@@ -32,7 +32,7 @@ class Model(NamedTuple):
 
 
 def example_keys(seed: jax.Array, example_B: jax.Array, step_B: jax.Array) -> jax.Array:
-    """A key for each example and step, whatever the batch."""
+    """A key for each example and step, independent of the batch."""
 
     def key(example, step):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), example), step)
@@ -74,8 +74,8 @@ def propose(
 ) -> tuple[jax.Array, jax.Array]:
     """A drawn head row, int32 [N], and its score, float32 [N], of every active position.
 
-    Active rows are gathered, so that the work is theirs alone; others hold zeros. The score sees
-    the model's own probabilities, before temperature and filters.
+    Only active rows are computed; others hold zeros. The score is of the model's probabilities
+    before temperature and filters.
     """
     total = active_N.shape[0]
     size = min(rows_at_a_time(), total)
@@ -83,7 +83,7 @@ def propose(
     dtype = jnp.promote_types(h_NxD.dtype, jnp.float32)
 
     def chunk(i, out):
-        # The last slice is moved back to fit: what it repeats comes out the same.
+        # The last slice is clamped to fit; rows computed twice get the same result.
         at_n = jax.lax.dynamic_slice_in_dim(order_N, i * size, size)
         h_nxD = h_NxD[at_n].astype(head_VxD.dtype)
         z_nxV = jnp.einsum("nd,vd->nv", h_nxD, head_VxD, preferred_element_type=dtype)
@@ -106,7 +106,7 @@ def hidden_states(
     unprompted_BxLxS: jax.Array | None,
     cfg_scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [B, L, D] and head rows [V, D], guided if unprompted digits are given."""
+    """Hidden states [B, L, D] and head rows [V, D], with guidance if unprompted digits are given."""
     if unprompted_BxLxS is None:
         return network(digits_BxLxS, segment_ids_BxL, None)
     both = jnp.concatenate([digits_BxLxS, unprompted_BxLxS])

@@ -1,5 +1,5 @@
-"""What samples look like, without another model: a low generative perplexity alone is no merit,
-because repetitive text of low entropy has one."""
+"""Quality measures of samples without another model. A low generative perplexity alone is not
+enough: repetitive text of low entropy has one too."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,7 +28,7 @@ def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def entropy(tokens: Sequence[int]) -> float:
-    """Of the frequencies of the tokens, nats."""
+    """Entropy of the token frequencies, nats."""
     counts = np.unique(np.asarray(tokens), return_counts=True)[1]
     p = counts / max(counts.sum(), 1)
     return float(-(p * np.log(p)).sum())

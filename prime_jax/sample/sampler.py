@@ -1,7 +1,7 @@
-"""Examples in, tokens out: canvases, batches, devices.
+"""The sampler: canvases, batches, devices.
 
-A canvas is one example: digits with holes. Canvases are padded to a few lengths and grouped by
-them, so that an example meets the same shapes and the same random numbers in any batch.
+A canvas is one example: digits, some of them masked. Canvases are padded to a few lengths and
+grouped by them, so that an example has the same shapes and random numbers in any batch.
 """
 
 import math
@@ -22,17 +22,17 @@ from prime_jax.runtime import sharding
 from prime_jax.sample import autoregressive, block_diffusion, loop
 from prime_jax.sample.filters import Filters
 from prime_jax.sample.options import Options, validate
-from prime_jax.sample.orders import NEVER, Plan, idle_share, plan
+from prime_jax.sample.orders import NEVER, Plan, idle_fraction, plan
 from prime_jax.sample.predict import Model
 from prime_jax.subtokens import Codebook
 
 LENGTH_UNIT = 32  # canvases are padded to multiples, up to the context
-PLAN_STREAM = 0x5A  # keeps a plan's random numbers apart from any other use of (seed, example)
+PLAN_STREAM = 0x5A  # separates a plan's random numbers from other uses of (seed, example)
 Watch = Callable[[np.ndarray, int], None]  # digits [B, L, S] and the number of calls so far
 
 
 class TrainedRun(Protocol):
-    """What a `trained.Trained` has, or a stand-in for it."""
+    """The interface of `trained.Trained` that a sampler needs."""
 
     config: RunConfig
     params: Any
@@ -45,7 +45,7 @@ class TrainedRun(Protocol):
 
 
 class Samples(NamedTuple):
-    """What was drawn, and what it took.
+    """Samples and their cost.
 
     Attributes:
         tokens: int [n] of each example.
@@ -59,10 +59,10 @@ class Samples(NamedTuple):
 
 
 class Sampler:
-    """A model ready to be sampled from; compiles once per shape (batch size, padded length).
+    """Samples from a model; compiles once per shape (batch size, padded length).
 
     Args:
-        devices: that share a batch (each holds all parameters); all by default.
+        devices: over which a batch is sharded (each holds all parameters); all by default.
     """
 
     def __init__(self, run: TrainedRun, devices: Sequence[Any] | None = None):
@@ -79,7 +79,7 @@ class Sampler:
         return self.config.data.seq_len
 
     def canvas(self, prompt: Sequence[int], gen_length: int = 0) -> np.ndarray:
-        """Digits int32 [L, S] of a prompt and `gen_length` hidden tokens (0: up to the context).
+        """Digits int32 [L, S] of a prompt and `gen_length` masked tokens (0: up to the context).
 
         Raises:
             UserError: they do not fit the context, or a token outside the vocabulary.
@@ -103,14 +103,14 @@ class Sampler:
         watch: Watch | None = None,
         first: int = 0,
     ) -> Samples:
-        """Fill every canvas; each depends on the seed and its number, not on the others.
+        """Fill every canvas; the result depends on the seed and its number, not on the others.
 
         Args:
-            canvases: digits int32 [L_i, S]; the digit `base` is hidden.
+            canvases: digits int32 [L_i, S]; the digit `base` means masked.
             first: number of the first example.
             watch: called after every network call of a batch; not for autoregressive models.
         Raises:
-            UserError: options that do not go together, a canvas longer than the context, or given
+            UserError: options that cannot be combined, a canvas longer than the context, or visible
                 sub-tokens that no token has.
         """
         validate(options, self.config.family)
@@ -138,7 +138,7 @@ class Sampler:
         return Samples(done, calls, idle)
 
     def _cut(self, tokens: np.ndarray, canvas: np.ndarray, stop: int) -> np.ndarray:
-        """Without what follows the first drawn stop token."""
+        """Cut after the first sampled stop token."""
         drawn = (canvas == self._base).any(axis=1)
         ends = np.flatnonzero(drawn & (tokens == stop))
         return tokens[: ends[0] + 1] if len(ends) and stop >= 0 else tokens
@@ -161,7 +161,7 @@ class Sampler:
         for position in np.flatnonzero(masked.any(axis=1) & ~masked.all(axis=1)):
             shown = ~masked[position]
             if not (self.codebook.digits[:, shown] == canvas[position, shown]).all(axis=1).any():
-                raise UserError(f"token {position}: no token has the sub-tokens that are kept")
+                raise UserError(f"token {position}: no token has the given sub-tokens")
 
     def _groups(self, canvases: Sequence[np.ndarray]) -> dict[int, list[int]]:
         """Indices of the canvases by padded length."""
@@ -187,7 +187,7 @@ class Sampler:
             n = len(canvas)
             digits[row, :n], segment[row, :n] = canvas, 0
             when[row, :n], block[row, :n], steps[row] = own
-            idle.append(idle_share(own))
+            idle.append(idle_fraction(own))
         batch = loop.Batch(Plan(when, block, steps), segment, _filled_up(numbers, size))
         rule, settings = loop.rule_of(options), loop.settings_of(options)
         mesh, params = self._place(size)
@@ -225,8 +225,8 @@ class Sampler:
             start[row], stop[row] = np.argmax(hidden) if hidden.any() else len(canvas), len(canvas)
             if not hidden[start[row] :].all():
                 raise UserError(
-                    "an autoregressive model continues a text and fills no holes in it; "
-                    "infilling needs a model of family mdm or prime"
+                    "an autoregressive model can only continue a text; infilling needs a model of "
+                    "family mdm or prime"
                 )
             token[row, : start[row]] = book.decode(canvas[: start[row]])
         mesh, params = self._place(size)
@@ -253,7 +253,7 @@ class Sampler:
     # --- devices
 
     def _place(self, size: int) -> tuple[Mesh, Any]:
-        """As many devices as divide a batch of that size, and the parameters on each of them."""
+        """A mesh of as many devices as divide a batch of that size, and replicated parameters."""
         count = max(n for n in range(1, len(self.devices) + 1) if size % n == 0)
         if count not in self._placed:
             grid = np.array(self.devices[:count]).reshape(1, count, 1)
@@ -264,9 +264,9 @@ class Sampler:
 
     def _jit(self, key: Any, mesh: Mesh, function: Callable, in_specs, out_specs) -> Any:
         if key not in self.compiled:
-            shared = sharding.per_device(function, mesh, in_specs, out_specs)
+            mapped = sharding.per_device(function, mesh, in_specs, out_specs)
             options = chips.compiler_options(self.devices[0].platform)
-            self.compiled[key] = jax.jit(shared, compiler_options=options)
+            self.compiled[key] = jax.jit(mapped, compiler_options=options)
         return self.compiled[key]
 
 
@@ -276,20 +276,19 @@ def _filled_up(numbers: Sequence[int], size: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def sampler(run: TrainedRun) -> Sampler:
-    """The sampler of a run, kept with what it has compiled."""
+    """The sampler of a run, cached with its compiled functions."""
     return Sampler(run)
 
 
 def generate(
     run: TrainedRun, prompts: Sequence[Sequence[int]], options: Options
 ) -> list[list[int]]:
-    """What the model writes after each prompt (token ids, without the prompt).
+    """Generate a continuation of each prompt (token ids, without the prompt).
 
-    Prompts may be empty and differ in length. `options.stop` ends a text; the stop token is part
-    of it.
+    Prompts may be empty and differ in length. `options.stop` ends a text and is included in it.
 
     Raises:
-        UserError: a prompt that leaves no room, or options that do not go together.
+        UserError: a prompt that is too long, or options that cannot be combined.
     """
     made = sampler(run)
     canvases = [made.canvas(prompt, options.gen_length) for prompt in prompts]

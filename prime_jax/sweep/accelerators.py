@@ -1,6 +1,6 @@
-"""Which of this machine's GPUs or TPU chips each of several workers may use. No JAX.
+"""Partition this machine's GPUs or TPU chips among several workers. Imports no JAX.
 
-A JAX process takes every accelerator that it sees, so workers side by side must see different ones.
+A JAX process takes every accelerator that it sees, so concurrent workers must see different ones.
 """
 
 import os
@@ -16,19 +16,20 @@ def partition(
     """Environment variables of each worker; none on a machine without accelerators.
 
     Raises:
-        UserError: more workers than GPUs, or TPU chips that do not go round.
+        UserError: more workers than GPUs, or a number of TPU chips that cannot be divided.
     """
     if environment.get("JAX_PLATFORMS") == "cpu":
         return [{}] * workers
     if gpus := _gpus(environment, system):
         if workers > len(gpus):
             raise UserError(
-                f"{workers} workers, but {len(gpus)} GPUs: each worker needs its own (or JAX_PLATFORMS=cpu)"
+                f"{workers} workers, but {len(gpus)} GPUs: each worker needs its own (or set "
+                "JAX_PLATFORMS=cpu)"
             )
         return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i::workers])} for i in range(workers)]
     if chips := _chips(system):
         if workers not in (1, chips):
-            raise UserError(f"{workers} workers, but {chips} TPU chips: 1 worker or {chips}")
+            raise UserError(f"{workers} workers, but {chips} TPU chips: start 1 worker or {chips}")
         if workers > 1:
             return [_chip(i) for i in range(workers)]
     return [{}] * workers
@@ -46,7 +47,7 @@ def _chips(system: Path) -> int:
 
 
 def _chip(index: int) -> dict[str, str]:
-    """What libtpu needs to see one chip as a whole machine."""
+    """Variables with which libtpu uses one chip only."""
     return {
         "TPU_VISIBLE_CHIPS": str(index),
         "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",

@@ -1,4 +1,4 @@
-"""The shapes of a plan, tried on a slice by its compiler: largest first, as few as it takes."""
+"""Compile the shapes of a plan for a slice: largest first, until one of each family fits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ CACHE = Path("cache", "checks")  # below ROOT
 class Options:
     """Attributes:
     every: compile every shape, not only the largest of each family.
-    autofit: look for mesh settings under which a shape fits.
-    cache: directory of earlier verdicts.
-    choices: kernels that were measured on the slice's chip, as its runs will find them.
+    autofit: search for mesh settings with which a shape fits.
+    cache: directory of cached verdicts.
+    choices: kernels measured on the slice's chip, as its runs will find them.
     """
 
     every: bool = False
@@ -39,15 +39,15 @@ def check(
     compile: aot.Compile | None = None,
     progress: aot.Progress = aot.SILENT,
 ) -> tuple[list[Candidate], list[Verdict]]:
-    """Compile shapes, family by family, until one fits; what does not fit is dropped.
+    """Compile shapes, family by family, until one fits; those that do not fit are dropped.
 
-    A shape that fits stands for all smaller ones of its family; with `autofit` these take over
-    the settings found for it.
+    If a shape fits, all smaller ones of its family are assumed to fit; with `autofit` they get the
+    settings found for it.
 
     Args:
-        progress: told how many compilations there will be, and around each.
+        progress: receives the number of compilations, and is entered around each.
     Raises:
-        UserError: no compiler here, or a mesh that does not fit the slice.
+        UserError: no compiler on this machine, or a mesh that does not fit the slice.
     """
     out, verdicts = list(listed), []
     families = _shapes(listed, slice_, options.choices)
@@ -59,7 +59,7 @@ def check(
             verdict = one(config, slice_, options.cache, compile)
             verdicts.append(verdict)
             for i in members:
-                out[i] = _judged(out[i], verdict)
+                out[i] = _with_verdict(out[i], verdict)
             if verdict.fits and not options.every:
                 if options.autofit:
                     rest = [i for _, members in shapes[number + 1 :] for i in members]
@@ -74,7 +74,7 @@ def check(
 def _shapes(
     listed: Sequence[Candidate], slice_: Slice, choices: Choices
 ) -> dict[str, list[tuple[RunConfig, list[int]]]]:
-    """By family: different compiled programs and the candidates that share each, largest first."""
+    """By family: distinct programs and the candidates that share each, largest first."""
     groups: dict[tuple[str, RunConfig], tuple[RunConfig, list[int]]] = {}
     for i, candidate in enumerate(listed):
         if candidate.config is None or candidate.drop:
@@ -90,12 +90,12 @@ def _shapes(
 
 
 def _size(config: RunConfig) -> tuple[int, int]:
-    """Sorts by parameters, then by tokens of a micro-batch, downwards."""
+    """Sort key: parameters, then tokens of a micro-batch, both descending."""
     rows = config.batch_size // config.mesh.accumulate
     return -flops.param_counts(config)["total"], -rows * config.data.seq_len
 
 
-def _judged(candidate: Candidate, verdict: Verdict) -> Candidate:
+def _with_verdict(candidate: Candidate, verdict: Verdict) -> Candidate:
     if verdict.fits:
         return _with_mesh(candidate, verdict.config.mesh)
     over = human_bytes(verdict.total - verdict.limit)
@@ -104,7 +104,7 @@ def _judged(candidate: Candidate, verdict: Verdict) -> Candidate:
 
 
 def _with_mesh(candidate: Candidate, mesh: MeshConfig) -> Candidate:
-    """The mesh is no part of a run's identity: its id stays."""
+    """The mesh is not part of a run's identity: its id does not change."""
     if candidate.config is None or candidate.drop:
         return candidate
     if candidate.config.batch_size % mesh.accumulate:

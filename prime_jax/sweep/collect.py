@@ -1,4 +1,4 @@
-"""ROOT -> runs.csv: what `fit` reads. Runs without a result are rows too, with their status."""
+"""ROOT -> runs.csv, the input of `fit`. Runs without a result have a row with their status."""
 
 import csv
 import io
@@ -47,7 +47,7 @@ HASHES = ("data", "tokenizer", "eval_set")
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
-    """One dict per run, all with the same keys in the order of the columns; unknown is "".
+    """One dict per run, all with the same keys in the order of the columns; "" where unknown.
 
     Besides `COLUMNS` there are `loss_e`, `se_e` and `kind_e` for every estimator e in any result,
     then the hashes of data, tokenizer and evaluation set.
@@ -68,7 +68,7 @@ def write(root: Path, out: Path) -> int:
     Raises:
         UserError: as `rows`, or `out` cannot be written, or is part of the sweep.
     """
-    outputs.spare(outputs.of_sweep(root), [out])
+    outputs.refuse_overwrite(outputs.of_sweep(root), [out])
     found = rows(root)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, found[0] if found else COLUMNS, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""From a sweep's few choices to its rows: one row is one training run, complete in itself.
+"""Expand a sweep into rows; each row describes one training run completely.
 
 An EXPERIMENT is a Python file with `sweep() -> Sweep`, or a JSON file that holds a list of rows,
 the fields of `Row`. docs/experiments.md describes both.
@@ -50,14 +50,14 @@ class Sweep:
     """Families x budgets x sizes x seeds, and the rules for the rest.
 
     Attributes:
-        name: what tables and reports call it.
-        base: the run that every cell starts from.
+        name: used in tables and reports.
+        base: the configuration that every cell starts from.
         families: label -> dotted overrides. A label that is no family of `RunConfig` gives it
             under `family`, e.g. `{"prime-l2": {"family": "prime", "subtokens.length": 2}}`.
         budgets: training FLOPs C in the convention `flops`.
         sizes: for all budgets, or by budget, or a function of (config, budget) such as `Around`.
-        seeds: of every cell; `extra_seeds` adds some at named budgets.
-        epochs_limit: runs that repeat the data more often are flagged.
+        seeds: of every cell; `extra_seeds` adds some at given budgets.
+        epochs_limit: runs with more epochs are flagged.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Row:
-    """One run to be, and the schema of a JSON row."""
+    """One planned run, and the schema of a JSON row."""
 
     family: str  # the label; also the RunConfig family unless overrides["family"] says otherwise
     budget: float  # training FLOPs, in the convention `flops`
@@ -93,14 +93,14 @@ class Row:
     batch_size: int  # sequences
     peak_lr: float
     overrides: dict = field(default_factory=dict)  # dotted setting -> value
-    rules: dict = field(default_factory=dict)  # kind -> name of the rule that chose
+    rules: dict = field(default_factory=dict)  # kind -> name of the rule used
     flops: Convention = "matmul"
-    problem: str = ""  # why there can be no such run
+    problem: str = ""  # why this run is impossible
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment file, read: its rows and the hash of its text."""
+    """The rows of an experiment file and the hash of its text."""
 
     name: str
     rows: tuple[Row, ...]
@@ -108,7 +108,7 @@ class Experiment:
     epochs_limit: float = Sweep.epochs_limit
 
 
-OWN = {  # the settings that a row holds itself, and so never among its overrides
+OWN = {  # settings that are fields of a row, so never among its overrides
     "seed": "seed",
     "steps": "steps",
     "batch_size": "batch_size",
@@ -123,7 +123,7 @@ def load_experiment(path: str | Path) -> Experiment:
     """Read an EXPERIMENT, Python or JSON.
 
     Raises:
-        UserError: what `experiment.call` and `from_json` say.
+        UserError: as `experiment.call` and `from_json`.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -133,12 +133,14 @@ def load_experiment(path: str | Path) -> Experiment:
         made = [_numbered(value, f"{path}, row {i}") for i, value in enumerate(values, 1)]
         return Experiment(path.stem, tuple(made), _hash(path))
     sweep = strict(experiment.call(path, "sweep", Sweep), f"{path}: sweep")
-    made = experiment.guarded(path, lambda: tuple(rows(sweep)))  # rules may be the file's own
+    made = experiment.guarded(
+        path, lambda: tuple(rows(sweep))
+    )  # rules may be functions of the file
     return Experiment(sweep.name, made, _hash(path), sweep.epochs_limit)
 
 
 def rows(sweep: Sweep) -> list[Row]:
-    """Every candidate of a sweep, cheapest budget first, including those that cannot be.
+    """Every candidate of a sweep, smallest budget first, including impossible ones.
 
     Raises:
         UserError: an unknown rule, family or setting.
@@ -185,7 +187,7 @@ def from_json(value: Any) -> Row:
     """A row from the documented schema.
 
     Raises:
-        UserError: an unknown field (with the nearest valid one), a missing or an ill-typed one.
+        UserError: an unknown field (with the nearest valid name), a missing field, or a wrong type.
     """
     if not isinstance(value, dict):
         raise UserError("expected an object with the fields of a row")
@@ -219,7 +221,7 @@ def _has_no_default(f: dataclasses.Field) -> bool:
 def _of_family(base: RunConfig, label: str, changes: Mapping[str, Any]) -> RunConfig:
     if label not in FAMILIES and "family" not in changes:
         raise UserError(
-            f"family {label!r}: no such family{nearest(label, FAMILIES)}; or give it one under 'family'"
+            f"family {label!r}: no such family{nearest(label, FAMILIES)}; or set one under 'family'"
         )
     config = set_path(base, "family", changes.get("family", label))
     for setting, value in changes.items():
@@ -232,7 +234,7 @@ def _sizes(sweep: Sweep, config: RunConfig, budget: float) -> tuple[Sequence[Siz
         return sweep.sizes(config, budget), sweep.sizes.__name__
     if isinstance(sweep.sizes, Mapping):
         if budget not in sweep.sizes:
-            raise UserError(f"sizes: none given for the budget {budget:.3g}")
+            raise UserError(f"sizes: no entry for the budget {budget:.3g}")
         return sweep.sizes[budget], "given"
     return sweep.sizes, "given"
 
@@ -253,7 +255,9 @@ def _row(
         else:
             shape, names["shape"] = tuple(size), "given"
         config = rules.with_shape(base, shape)
-        validate(replace(config, batch_size=config.mesh.accumulate))  # the batch is still open
+        validate(
+            replace(config, batch_size=config.mesh.accumulate)
+        )  # the batch size is not chosen yet
         cell = _cell(config, budget, convention)
         batch = named["batch"][1](cell)
         if batch < 1:

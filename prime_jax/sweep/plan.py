@@ -1,6 +1,6 @@
-"""From rows to a sweep directory: every candidate is OK or DROP with its reason.
+"""Write rows to a sweep directory: every candidate is OK, or DROP with a reason.
 
-Planning again only adds: specs are created exclusively, so a run that is there stays as it is.
+Planning again only adds runs: specs are created exclusively, so existing runs do not change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ from prime_jax.sweep.grid import Experiment, Row
 # The N that goes with each convention of C, as in `fit`.
 PARAMS = {"matmul": "nonembedding_plus_head", "reference": "reference"}
 
-WRITERS = 16  # files on their way at once: a bucket takes a while for each
-OWN = ("state", "cache")  # what may be in a sweep directory before it is one
+WRITERS = 16  # concurrent writes: a bucket has a high latency
+OWN = ("state", "cache")  # folders that may exist before sweep.json
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row, judged.
+    """A row with its verdict.
 
     Attributes:
-        row: as it came.
-        config: the run, None where the row does not make one.
+        row: the input.
+        config: the run, None if the row is invalid.
         drop: why it will not run, empty if it will.
         epochs: passes over the training split, None while the data is not prepared.
-        note: what to know although it will run.
+        note: a remark about a run that is OK.
     """
 
     row: Row
@@ -52,15 +52,15 @@ class Candidate:
 
 
 def candidates(experiment: Experiment, datasets: Mapping[str, Any]) -> list[Candidate]:
-    """Judge every row.
+    """Check every row.
 
     Args:
         experiment: the rows and the epochs limit.
-        datasets: prepared manifests by `data.path`; runs on others are judged without theirs.
+        datasets: prepared manifests by `data.path`; other runs are checked without a manifest.
     """
     out, seen = [], set()
     for row in experiment.rows:
-        candidate = _judge(row, datasets, experiment.epochs_limit)
+        candidate = _check(row, datasets, experiment.epochs_limit)
         if candidate.id in seen and not candidate.drop:
             candidate = replace(candidate, drop=f"duplicate: run {candidate.id} is listed above")
         if not candidate.drop:
@@ -89,10 +89,10 @@ def write(
     """Create or extend the sweep directory `root`, with runs for `slice` (empty: any machine).
 
     Returns:
-        The number of runs that were not there before.
+        The number of new runs.
 
     Raises:
-        UserError: nothing is OK, or `root` is something else, another version, or not writable.
+        UserError: nothing is OK, or `root` is not a sweep, another version, or not writable.
     """
     good = [candidate for candidate in listed if not candidate.drop]
     if not good:
@@ -101,8 +101,8 @@ def write(
     plans = _open(root)
     entry = {"experiment": experiment.name, "sha256": experiment.sha256}
     folder = root / "state"
-    there = set(storage.names(folder))
-    new = [candidate for candidate in good if f"{candidate.id}.spec" not in there]
+    existing = set(storage.names(folder))
+    new = [candidate for candidate in good if f"{candidate.id}.spec" not in existing]
     with ThreadPoolExecutor(WRITERS) as pool:
         added = sum(pool.map(lambda c: state.create(folder / f"{c.id}.spec", spec(c, slice)), new))
     if entry not in plans:
@@ -111,7 +111,7 @@ def write(
 
 
 def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
-    """What `ROOT/state/<id>.spec` says: the whole run, and what it should cost."""
+    """The content of `ROOT/state/<id>.spec`: the whole run and its expected FLOPs."""
     row, config = candidate.row, candidate.config
     if "://" not in config.data.path:  # a worker may start in another directory
         config = set_path(config, "data.path", str(Path(config.data.path).absolute()))
@@ -134,7 +134,7 @@ def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
 def table(
     experiment: Experiment, listed: Sequence[Candidate], flops_per_second: float | None
 ) -> Table:
-    """The plan as people read it."""
+    """The plan as a table."""
     good = [candidate for candidate in listed if not candidate.drop]
     total = sum(flops.train_flops(c.config, "matmul") for c in good)
     summary = f"{len(good)} OK, {len(listed) - len(good)} DROP, {total:.3g} FLOPs (matmul)"
@@ -181,7 +181,7 @@ def human(n: float) -> str:
     return f"{n:.3g}"
 
 
-def _judge(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candidate:
+def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candidate:
     if row.problem:
         return Candidate(row, None, row.problem)
     config = grid.to_config(row)
@@ -220,7 +220,7 @@ def _too_small(row: Row, config: RunConfig) -> str:
 
 
 def _cells(candidate: Candidate, flops_per_second: float | None) -> list[str]:
-    """N, D, steps, batch, peak learning rate, epochs and, if it can be told, hours."""
+    """N, D, steps, batch, peak learning rate, epochs and, if a speed is given, hours."""
     row, config = candidate.row, candidate.config
     if config is None:
         return [""] * (7 if flops_per_second else 6)
@@ -235,7 +235,7 @@ def _cells(candidate: Candidate, flops_per_second: float | None) -> list[str]:
 
 
 def _open(root: storage.Path) -> list[dict[str, Any]]:
-    """Make the folders of a sweep unless they are there; the plans it already holds."""
+    """Create the folders of a sweep if needed; the plans that it already has."""
     if not storage.exists(root / "sweep.json"):
         if any(name not in OWN for name in storage.names(root)):
             raise UserError(f"{root}: not empty and not a sweep; give a new directory")

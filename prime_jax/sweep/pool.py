@@ -1,4 +1,4 @@
-"""Several workers on this machine: started, watched, and replaced when one dies."""
+"""Several workers on this machine: started, supervised, and restarted when one dies."""
 
 import contextlib
 import os
@@ -20,14 +20,14 @@ from prime_jax.sweep.status import WorkerProgress
 from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, signals, step_fraction
 
 POLL = 0.5
-LOOK_REMOTE = 10.0  # seconds between listings of a bucket
-RESTARTS = 3  # of one worker that is killed
+POLL_REMOTE = 10.0  # seconds between listings of a bucket
+RESTARTS = 3  # of one worker
 COMMAND = (sys.executable, "-c", "from prime_jax.cli import main; raise SystemExit(main())")
 
 
 @dataclass
 class Member:
-    """One worker process; what it prints goes into a file of the sweep."""
+    """One worker process; its output goes to a log file of the sweep."""
 
     command: Sequence[str]
     cores: set[int]
@@ -38,7 +38,7 @@ class Member:
 
     def start(self) -> "Member":
         with self.log.open("a") as out:
-            # Its own session: Ctrl-C reaches it once, from us.
+            # Its own session: Ctrl-C reaches it only through this process.
             self.process = subprocess.Popen(
                 self.command,
                 env=os.environ | self.environment,
@@ -58,43 +58,45 @@ def supervise(
     command: Sequence[str] = (),
     console: Console | None = None,
 ) -> int:
-    """Run the sweep `root` with several processes, each on its part of the cores.
+    """Run the sweep `root` with several processes, each on its own cores.
 
     Args:
         root: the sweep directory.
-        workers: how many processes.
-        command: what starts one worker; `prime-jax sweep work ROOT` if empty.
-        console: where progress goes.
+        workers: number of processes.
+        command: of one worker; `prime-jax sweep work ROOT` if empty.
+        console: for progress.
 
     Returns:
         As `worker.work`: 0, 1 or 85.
 
     Raises:
-        UserError: `root` is no sweep of this version, or cannot be written to.
+        UserError: `root` is not a sweep of this version, or cannot be written to.
     """
     state.check_root(root)
     began, watch = time.monotonic(), state.Watch()
     command = command or (*COMMAND, "sweep", "work", str(root))
-    told = {_event(run) for run in state.list_runs(root)}
-    results, look = [], 0.0
+    reported = {_event(run) for run in state.list_runs(root)}
+    results, next_listing = [], 0.0
     with signals() as stopping, WorkerProgress.open(console or Console()) as progress:
         team = _start(root, workers, command)
         try:
             while _any_alive(team, stopping.is_set(), progress):
-                if time.monotonic() >= look:
+                if time.monotonic() >= next_listing:
                     with contextlib.suppress(storage.Unreachable):
-                        results += _news(root, watch, progress, told)
-                    look = time.monotonic() + (LOOK_REMOTE if storage.is_remote(root) else 0.0)
+                        results += _report_changes(root, watch, progress, reported)
+                    next_listing = time.monotonic() + (
+                        POLL_REMOTE if storage.is_remote(root) else 0.0
+                    )
                 if stopping.is_set():
                     _stop(team)
                 time.sleep(POLL)
-        except KeyboardInterrupt:  # asked twice: do not wait for anybody to save
+        except KeyboardInterrupt:  # a second signal: do not wait for workers to save
             for member in team:
                 member.process.kill()
             return PREEMPTED
         finally:
             _stop(team)
-        results += _news(root, watch, progress, told)
+        results += _report_changes(root, watch, progress, reported)
         progress.log(
             step_fraction([run.result for run in results], (time.monotonic() - began) * workers)
         )
@@ -103,14 +105,14 @@ def supervise(
 
 def _start(root: storage.Path, workers: int, command: Sequence[str]) -> list[Member]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    mine = accelerators.partition(workers)
-    remote = storage.is_remote(root)  # each attempt's log is there; what else a worker prints, here
+    devices = accelerators.partition(workers)
+    remote = storage.is_remote(root)  # logs of attempts are in the bucket, other output is local
     logs = Path(tempfile.mkdtemp(prefix="prime_jax-")) if remote else root / "logs"
     try:
         logs.mkdir(exist_ok=True)
         return [
             Member(
-                command, set(cores[i::workers] or cores), logs / f"worker-{i}.log", mine[i]
+                command, set(cores[i::workers] or cores), logs / f"worker-{i}.log", devices[i]
             ).start()
             for i in range(workers)
         ]
@@ -119,18 +121,18 @@ def _start(root: storage.Path, workers: int, command: Sequence[str]) -> list[Mem
 
 
 def _any_alive(team: Sequence[Member], stopping: bool, progress: WorkerProgress) -> bool:
-    """Whether a worker is at work, once those that were killed have been started again."""
+    """Restart workers that were killed; whether any worker runs."""
     codes = [member.process.poll() for member in team]
     for member, code in zip(team, codes, strict=True):
         if code is not None and code < 0 and member.restarts < RESTARTS and not stopping:
-            progress.log(f"a worker was killed (signal {-code}): started again")
+            progress.log(f"a worker was killed (signal {-code}); restarted")
             member.restarts += 1
             member.start()
     return any(member.process.poll() is None for member in team) or None in codes
 
 
 def _stop(team: Sequence[Member]) -> None:
-    """Ask every worker, once, to save and leave."""
+    """Send every worker SIGTERM, once: it saves and ends."""
     for member in team:
         if not member.stopped and member.process.poll() is None:
             member.process.terminate()
@@ -141,12 +143,14 @@ def _event(run: Run) -> tuple[str, int, str]:
     return run.id, run.k, run.state
 
 
-def _news(root: storage.Path, watch: state.Watch, progress: WorkerProgress, told: set) -> list[Run]:
-    """Show where the sweep stands; the runs that ended since the last look."""
+def _report_changes(
+    root: storage.Path, watch: state.Watch, progress: WorkerProgress, reported: set
+) -> list[Run]:
+    """Show the state of the sweep; the runs that ended since the last call."""
     runs = state.list_runs(root, watch)
     progress.sweep(runs)
-    fresh = [run for run in runs if _event(run) not in told]
-    told.update(map(_event, fresh))
+    fresh = [run for run in runs if _event(run) not in reported]
+    reported.update(map(_event, fresh))
     ended = [run for run in fresh if run.state not in ("pending", "running")]
     for run in ended:
         progress.log(status.line(run), "red" if run.state == "failed" else "")

@@ -1,7 +1,7 @@
-"""Named rules for what a grid leaves open: shape, batch, peak learning rate, warm-up, optimum.
+"""Named rules for shape, batch size, peak learning rate, warm-up and expected optimum.
 
 Each rule is one small function with its source. A sweep names one per kind, or gives
-`fixed:VALUE`, or a function of its own; the name goes into every result.
+`fixed:VALUE` or a function; the name is stored in every result.
 """
 
 import math
@@ -42,7 +42,7 @@ ASPECT = 66.0  # width / layers, the geometric mean over PUBLISHED
 
 @dataclass(frozen=True)
 class Cell:
-    """What is known of a run when its rules are asked.
+    """What is known about a run when the rules are applied.
 
     Attributes:
         family: `arm`, `mdm` or `prime`.
@@ -50,8 +50,8 @@ class Cell:
         params: N, exact, without embeddings and head.
         tokens: D = C / FLOPs per token, before rounding to whole steps.
         seq_len: tokens per sequence.
-        warmup_steps: what the base configuration asks for.
-        steps: 0 until the batch is known, which only the warm-up rule waits for.
+        warmup_steps: of the base configuration.
+        steps: 0 until the batch size is known; available to the warm-up and learning-rate rules.
     """
 
     family: str
@@ -72,13 +72,14 @@ def with_shape(config: RunConfig, shape: Shape) -> RunConfig:
 
 
 def shape_aspect(params: float, config: RunConfig) -> Shape:
-    """Depth and width in the proportion of the published grid, N met as closely as that allows.
+    """The shape closest to N and to the aspect ratio of the published grid.
 
     Widths are multiples of 64 (of 16 below 128, for models that train in minutes on a CPU; of 128
-    from 1280 on), two layers at least. Missing N by 1 % weighs as much as an aspect ratio that is off by 10 %.
+    from 1280 on), with at least two layers. An error of 1 % in N weighs as much as one of 10 % in
+    the aspect ratio.
 
     Raises:
-        UserError: no shape comes within 25 % of the target.
+        UserError: no shape is within 25 % of the target.
     """
     widths = [*range(32, 128, 16), *range(128, 1280, 64), *range(1280, 16384, 128)]
     shapes = []
@@ -89,7 +90,9 @@ def shape_aspect(params: float, config: RunConfig) -> Shape:
 
     def distance(shape: Shape) -> float:
         layers, width, _ = shape
-        return 10 * _apart(_count(config, shape), params) + _apart(width / layers, ASPECT)
+        return 10 * _log_distance(_count(config, shape), params) + _log_distance(
+            width / layers, ASPECT
+        )
 
     return _within(25, min(shapes, key=distance), params, config)
 
@@ -98,9 +101,9 @@ def shape_published(params: float, config: RunConfig) -> Shape:
     """The nearest of the 19 published shapes, head sizes as published (154M: 56).
 
     Raises:
-        UserError: no published shape comes within 25 % of the target.
+        UserError: no published shape is within 25 % of the target.
     """
-    best = min(PUBLISHED, key=lambda shape: _apart(_count(config, shape), params))
+    best = min(PUBLISHED, key=lambda shape: _log_distance(_count(config, shape), params))
     return _within(25, best, params, config)
 
 
@@ -120,9 +123,10 @@ def heads_of(width: int) -> int:
 
 
 def batch_published(cell: Cell) -> int:
-    """2**19 tokens a step, 2**20 for the published models from 1529M on.
+    """2**19 tokens per step, 2**20 for the published models from 1529M on.
 
-    Those count `12 d^2 layers`, which is 2.0e9 in our N (theory.md, "The published grid").
+    The published N counts `12 d^2 layers`; 1529M is 2.0e9 in our N (theory.md, "The published
+    grid").
     """
     return max(1, round((2**20 if cell.params >= 2.0e9 else 2**19) / cell.seq_len))
 
@@ -144,20 +148,20 @@ def batch_step_law(cell: Cell) -> int:
 
 
 def lr_published(cell: Cell) -> float:
-    """2e-4 for every size, the published choice (theory.md, "The published grid")."""
+    """2e-4 for every size, as published (theory.md, "The published grid")."""
     return 2e-4
 
 
 def lr_step_law(cell: Cell) -> float:
     """1.79 N^-0.713 D^0.307 (Step Law, arXiv 2503.04715; N without embeddings).
 
-    Fitted from 60M to 1B parameters. Below, it grows past anything stable, so we stop at 0.01.
+    Fitted from 60M to 1B parameters. For smaller models it becomes unstably large; capped at 0.01.
     """
     return min(0.01, 1.79 * cell.params**-0.713 * cell.tokens**0.307)
 
 
 def lr_deepseek(cell: Cell) -> float:
-    """0.3118 C^-0.125 (DeepSeek LLM, arXiv 2401.02954), stopped at 0.01 like `step-law`."""
+    """0.3118 C^-0.125 (DeepSeek LLM, arXiv 2401.02954), capped at 0.01 like `step-law`."""
     return min(0.01, 0.3118 * cell.budget**-0.125)
 
 
@@ -167,8 +171,8 @@ def lr_deepseek(cell: Cell) -> float:
 def warmup_capped(cell: Cell) -> int:
     """The base configuration's warm-up, at most a tenth of the steps.
 
-    A warm-up longer than the run's fraction bends fits: arXiv 2406.19146 traces part of the
-    difference between the Kaplan and the Chinchilla exponents to it.
+    A warm-up that takes a large fraction of a run biases fits: arXiv 2406.19146 attributes part of
+    the difference between the Kaplan and the Chinchilla exponents to it.
     """
     return min(cell.warmup_steps, cell.steps // 10)
 
@@ -184,7 +188,7 @@ def optimum_chinchilla(family: str, budget: float) -> float:
 def optimum_published(family: str, budget: float) -> float:
     """N*(C) of our converged fits to the published runs (theory.md, "The published grid").
 
-    Their N counts `12 d^2 layers`, three quarters of ours. Prime's is of the joint loss.
+    The published N counts `12 d^2 layers`, 3/4 of ours. Prime's fit is to the joint loss.
     """
     a, b, alpha, beta = {
         "arm": (197.5, 1096, 0.303, 0.334),
@@ -205,7 +209,7 @@ RULES: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 def resolve(kind: str, rule: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
-    """The name and the function of a rule, which is a name, `fixed:VALUE` or a function.
+    """The name and the function of a rule, given as a name, `fixed:VALUE` or a function.
 
     Raises:
         UserError: no such rule of that kind.
@@ -229,7 +233,7 @@ def _count(config: RunConfig, shape: Shape) -> int:
     return flops.param_counts(with_shape(config, shape))["nonembedding"]
 
 
-def _apart(x: float, y: float) -> float:
+def _log_distance(x: float, y: float) -> float:
     return abs(math.log(x / y))
 
 

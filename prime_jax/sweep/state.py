@@ -1,8 +1,8 @@
 """The state of a sweep, derived from flat files in ROOT/state, a folder or a bucket.
 
-The one primitive is exclusive creation. Attempt k of a run belongs to whoever creates
+The only primitive is exclusive creation. Attempt k of a run belongs to the process that creates
 `<id>.<k>.claim`; taking over, `kill` and `retry` all create attempt k+1, which the owner of
-attempt k sees at its next heartbeat. Nothing is ever rewritten but a heartbeat, by its owner.
+attempt k detects at its next heartbeat. Only heartbeats are rewritten, by their owner.
 """
 
 import functools
@@ -22,16 +22,16 @@ from prime_jax.runtime.records import as_json, parse_json, read_json, write_json
 from prime_jax.runtime.storage import Path
 
 SCHEMA = 1
-FAILURES = 3  # a run that failed so often waits for `retry`
+FAILURES = 3  # a run that failed this often is not retried until `retry`
 INTERRUPTIONS = 100  # the same for preempted or lost attempts
 BACKOFF = 30.0  # seconds after the first failure, doubled with each further one
-GONE = ("preempted", "lost", "stalled")  # another worker may continue these at once
+GONE = ("preempted", "lost", "stalled")  # another worker may continue these immediately
 NAME = re.compile(r"([0-9a-f]+)\.(?:(\d+)\.)?(spec|claim|beat|end|result)")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """Attempt k; `claim` and `heartbeat` are empty (None) where nobody needs them: see `_wanted`."""
+    """Attempt k; `claim` and `heartbeat` are empty (None) if they were not read: see `_wanted`."""
 
     k: int
     claim: dict[str, Any]
@@ -41,12 +41,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Run:
-    """One run as its files tell it.
+    """One run, as read from its files.
 
     Attributes:
         state: pending, running, stalled, lost, failed, preempted, killed or done.
-        certain: a running owner was seen alive, by its process or by a heartbeat that changed.
-        ended_for: seconds since this reader first saw the newest attempt's end, on its own clock.
+        certain: the owner of a running attempt is known to be alive, by its process or by a
+            heartbeat that changed.
+        ended_for: seconds since this reader first saw the newest attempt's end, by its own clock.
     """
 
     id: str
@@ -64,11 +65,11 @@ class Run:
 
     @property
     def slice(self) -> str:
-        """The accelerators it was planned for; empty: any."""
+        """The slice it was planned for; empty: any."""
         return self.spec.get("slice", "")
 
     def fits(self, slice: str) -> bool:
-        """Whether a worker on `slice` may take it; one without a slice takes anything."""
+        """Whether a worker on `slice` may take it; a worker without a slice takes any run."""
         return not slice or self.slice in ("", slice)
 
     @property
@@ -94,8 +95,9 @@ class Run:
     def opens_in(self, *, backoff: float = BACKOFF) -> float | None:
         """Seconds until a worker may take this run, or None if none will.
 
-        Hosts need not agree on the time of day: a failure's age is what this reader has seen of
-        it, so one that has just started waits the whole `backoff` (seconds, after one failure).
+        Clocks of hosts may differ: the age of a failure is measured from when this reader first
+        saw it, so a reader that has just started waits the whole `backoff` (seconds, after one
+        failure).
         """
         if self.state == "pending":
             return 0.0
@@ -110,18 +112,18 @@ class Run:
 
 @dataclass
 class Watch:
-    """The memory of one reader: how long each heartbeat has stayed the same, on its own clock.
+    """State of one reader: how long each heartbeat has been unchanged, by its own clock.
 
     Attributes:
         timeout: seconds after which an unchanged heartbeat means that the owner is lost.
-        stall: the same for an owner whose heartbeat lives, but whose training makes no step.
-        kept: contents of the files that never change, by name.
+        stall: seconds without a training step after which a live owner counts as stalled.
+        cache: contents of the files that never change, by name.
     """
 
     timeout: float = 300.0
     stall: float = 1800.0
     clock: Callable[[], float] = time.monotonic
-    kept: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
     _seen: dict[tuple[str, int], tuple[Any, float]] = field(default_factory=dict)
     _moved: set[tuple[str, int]] = field(default_factory=set)
     _ended: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -151,7 +153,7 @@ def create(path: Path, value: Any) -> bool:
     """Write JSON to `path` if nothing is there, in one step; False when something is.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: it cannot be written.
     """
     return storage.create(path, as_json(value))
 
@@ -166,7 +168,7 @@ def check_root(root: Path) -> None:
     version = header.get("schema") if isinstance(header, dict) else None
     if version != SCHEMA:
         raise UserError(
-            f"{root}: a sweep of version {version}; this program reads version {SCHEMA}"
+            f"{root}: this sweep has version {version}; this program reads version {SCHEMA}"
         )
 
 
@@ -175,7 +177,7 @@ def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
 
     Args:
         root: the sweep.
-        watch: the reader's memory; without one only a dead local process counts as lost.
+        watch: the reader's state; without it only a dead local process counts as lost.
     """
     watch = watch or Watch()
     folder = root / "state"
@@ -185,17 +187,17 @@ def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
             run, k, kind = match.groups()
             found.setdefault(run, {})[int(k or 0), kind] = name
     found = {run: files for run, files in found.items() if (0, "spec") in files}
-    wanted = [name for files in found.values() for name in _wanted(files, watch.kept)]
+    wanted = [name for files in found.values() for name in _wanted(files, watch.cache)]
     values = {}
     for name, data in zip(wanted, storage.read_all(folder, wanted), strict=True):
         value = parse_json(data, folder / name)
-        (values if name.endswith(".beat") else watch.kept)[name] = value
-    runs = [_run(i, files, ChainMap(values, watch.kept), watch) for i, files in found.items()]
+        (values if name.endswith(".beat") else watch.cache)[name] = value
+    runs = [_run(i, files, ChainMap(values, watch.cache), watch) for i, files in found.items()]
     return sorted(runs, key=lambda run: (run.spec["flops"]["matmul"], run.id))
 
 
 def read_run(root: Path, run: str) -> Run:
-    """A run as its spec alone tells it, for those who are told the rest."""
+    """A run with its spec only, for the processes that do not read the state."""
     return Run(
         id=run,
         spec=read_json(root / "state" / f"{run}.spec"),
@@ -206,25 +208,25 @@ def read_run(root: Path, run: str) -> Run:
     )
 
 
-def _wanted(files: dict[tuple[int, str], str], kept: dict[str, Any]) -> list[str]:
-    """The files of one run that must be read: no heartbeats once there is a result, and of claims only
-    the newest attempt's, whose owner may be alive."""
+def _wanted(files: dict[tuple[int, str], str], cache: dict[str, Any]) -> list[str]:
+    """The files of one run that must be read: no heartbeats once there is a result, and only the
+    newest attempt's claim, whose owner may be alive."""
     done, last = (0, "result") in files, max((k for k, _ in files), default=0)
     return [
         name
         for (k, kind), name in files.items()
-        if name not in kept
+        if name not in cache
         and not (kind == "beat" and done)
         and not (kind == "claim" and (done or k < last))
     ]
 
 
 def open_runs(root: Path, slice: str = "", watch: Watch | None = None) -> list[Run]:
-    """The runs that a worker on `slice` may take now or after a while, running ones left out.
+    """The runs that a worker on `slice` may take now or later, without running ones.
 
     Args:
         root: the sweep.
-        slice: canonical name of accelerators; empty: those of every slice.
+        slice: canonical name; empty: runs of every slice.
         watch: as in `list_runs`.
     """
     return [run for run in list_runs(root, watch) if run.fits(slice) and run.opens_in() is not None]
@@ -237,7 +239,7 @@ def claim(
     by: str = "worker",
     log: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Try to become the owner of attempt k, with one and the same claim through any outage."""
+    """Try to become the owner of attempt k; retries write the same claim."""
     mine = {**identity(), "by": by, "time": time.time(), "claim": uuid.uuid4().hex}
     return storage.retry(lambda: create(root / "state" / f"{run}.{k}.claim", mine), log)
 
@@ -247,7 +249,7 @@ def heartbeat(root: Path, run: str, k: int, values: dict[str, Any]) -> None:
 
 
 def superseded(root: Path, run: str, k: int) -> bool:
-    """Whether somebody has taken attempt k+1, so that the owner of k must stop."""
+    """Whether attempt k+1 was claimed, so that the owner of k must stop."""
     return storage.exists(root / "state" / f"{run}.{k + 1}.claim")
 
 
@@ -263,29 +265,29 @@ def end(
         how: one of the four states.
         reason: one line.
         tail: the last lines of a traceback.
-        retry: False for a failure that repeats until a person acts.
+        retry: False for a failure that a retry would repeat.
     """
     value = {"state": how, "reason": reason, "traceback": tail, "retry": retry, "time": time.time()}
     create(root / "state" / f"{run}.{k}.end", value)
 
 
 def publish(root: Path, run: str, result: dict[str, Any]) -> bool:
-    """Make the run done, once and for all; False when it already was."""
+    """Mark the run as done; False if it already was."""
     return create(root / "state" / f"{run}.result", result)
 
 
 def kill(root: Path, run: Run) -> None:
-    """Stop a run for good: its owner leaves at its next heartbeat and nobody takes it."""
+    """Stop a run permanently: its owner stops at its next heartbeat, and no worker takes it."""
     _close_next(root, run, "killed", "by hand")
 
 
 def retry(root: Path, run: Run) -> None:
-    """Open a run again, with fresh retry budgets."""
+    """Reopen a run and reset its counts of failures and interruptions."""
     _close_next(root, run, "reset", "by hand")
 
 
 def retry_failed(root: Path) -> list[Run]:
-    """Open every failed run again; those runs."""
+    """Reopen every failed run; returns those runs."""
     failed = [run for run in list_runs(root) if run.state == "failed"]
     for run in failed:
         retry(root, run)
@@ -293,7 +295,7 @@ def retry_failed(root: Path) -> list[Run]:
 
 
 def select(runs: Iterable[Run], wanted: Iterable[str]) -> list[Run]:
-    """The runs with the given ids or unique beginnings of ids.
+    """The runs with the given ids or unique prefixes of ids.
 
     Raises:
         UserError: no such run, or several.
@@ -308,13 +310,13 @@ def select(runs: Iterable[Run], wanted: Iterable[str]) -> list[Run]:
 
 
 def identity() -> dict[str, Any]:
-    """Who this process is: enough to tell later, on the same machine, whether it still lives."""
+    """Identity of this process, with which `process_alive` can check it on the same machine."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "kernel": _kernel(), "pid": pid, "started": _started(pid)}
 
 
 def process_alive(claim: dict[str, Any]) -> bool | None:
-    """Whether the claim's process lives; None when that cannot be told from here."""
+    """Whether the claim's process is alive; None if it runs on another machine."""
     kernel = _kernel()
     if kernel is None or (claim["host"], claim["kernel"]) != (socket.gethostname(), kernel):
         return None
@@ -323,7 +325,7 @@ def process_alive(claim: dict[str, Any]) -> bool | None:
 
 @functools.cache
 def _kernel() -> str | None:
-    """Names this boot and this container's process numbers; None without Linux's /proc."""
+    """Identifies this boot and PID namespace; None without Linux's /proc."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -344,7 +346,7 @@ def _started(pid: int) -> int | None:
 
 def _close_next(root: Path, run: Run, how: str, reason: str) -> None:
     if run.result is not None:
-        raise UserError(f"run {run.id} is done; a finished run stays as it is")
+        raise UserError(f"run {run.id} is done; a finished run cannot be changed")
     k = run.k + 1
     while not claim(root, run.id, k, by=how):
         k += 1

@@ -34,14 +34,14 @@ STATES = (
     "failed",
     "killed",
 )
-TAIL = 8  # lines of a traceback worth showing
-ROWS = 30  # runs shown at once: those that run, then those in trouble
-LOOK, LOOK_REMOTE = 2.0, 15.0  # seconds between two looks
+TAIL = 8  # lines of a traceback that are shown
+ROWS = 30  # runs shown: running ones first, then those in TROUBLE
+POLL, POLL_REMOTE = 2.0, 15.0  # seconds between two refreshes
 TROUBLE = ("failed", "lost", "stalled", "killed")
 
 
 def status_of(run: Run) -> str:
-    """The run's state, with a diverged result told apart from a good one."""
+    """The run's state; `diverged` or `done` for a run with a result."""
     return run.result["status"] if run.result else run.state
 
 
@@ -53,7 +53,7 @@ def counts(runs: Sequence[Run]) -> str:
 
 
 def line(run: Run, heartbeat: dict[str, Any] | None = None) -> str:
-    """One line for a run; `heartbeat` replaces the one on disk with a fresher one."""
+    """One line for a run; `heartbeat` replaces the one on disk."""
     spec, state = run.spec, status_of(run)
     attempt = run.attempts[-1] if run.attempts else None
     heartbeat = heartbeat or (attempt.heartbeat if attempt else None) or {}
@@ -84,7 +84,7 @@ def size(run: Run) -> str:
 
 
 def seconds_left(run: Run, heartbeat: dict[str, Any]) -> float | None:
-    """At the speed that was measured last; None where the run does not run."""
+    """Remaining time at the last measured speed; None if the run is not running."""
     rate, steps = heartbeat.get("tokens_per_second"), run.spec["config"]["steps"]
     if status_of(run) != "running" or not rate:
         return None
@@ -92,7 +92,7 @@ def seconds_left(run: Run, heartbeat: dict[str, Any]) -> float | None:
 
 
 def failure(run: Run) -> str:
-    """The last lines of what made a run fail, indented."""
+    """The last lines of a failed run's traceback, indented."""
     tail = (run.attempts[-1].end or {}).get("traceback", "") if run.attempts else ""
     lines = tail.splitlines()[-TAIL:] or [run.reason]
     return "\n".join(f"    {text}" for text in lines)
@@ -111,7 +111,7 @@ def show(runs: Sequence[Run], console: Console, head: str) -> None:
 
 
 def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What `--json` prints: per run its id, state, attempts, last heartbeat, and reason if it stopped."""
+    """The output of `--json`: per run its id, state, attempts, last heartbeat and reason."""
     return [
         {
             "run": run.id,
@@ -141,13 +141,13 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a whole sweep has done and has before it.
+    """Progress of a whole sweep.
 
     Attributes:
-        fraction: of all planned FLOPs, done.
+        fraction: of all planned FLOPs, done so far.
         speed: FLOP/s of all running runs together.
-        seconds: until the end at that speed; None while nothing runs.
-        cost: spent so far; None without prices or without slices.
+        seconds: remaining at that speed; None while nothing runs.
+        cost: so far; None without prices or without slices.
     """
 
     fraction: float
@@ -172,7 +172,7 @@ def totals(runs: Sequence[Run], prices: Prices | None = None) -> Totals:
 
 
 def cost(runs: Sequence[Run], prices: Prices) -> float | None:
-    """Of the machine time that all attempts took, by the price list; None where it says nothing."""
+    """Cost of the machine time of all attempts, by the price list; None where it has no price."""
     known = [
         prices.of(slices.parse(run.slice), machine_seconds(run) / 3600)
         for run in runs
@@ -182,14 +182,14 @@ def cost(runs: Sequence[Run], prices: Prices) -> float | None:
 
 
 def machine_seconds(run: Run) -> float:
-    """Of all attempts, as their owners' clocks told."""
+    """Machine time of all attempts, as measured by their workers."""
     if run.result:
         return run.result.get("machine_seconds", run.result["seconds"]["total"])
     return max(((a.heartbeat or {}).get("seconds", 0.0) for a in run.attempts), default=0.0)
 
 
 def progress(run: Run) -> float:
-    """Fraction of the steps that are made."""
+    """Fraction of the steps that are done."""
     if run.result:
         return 1.0
     return _heartbeat(run).get("step", 0) / run.spec["config"]["steps"]
@@ -207,7 +207,7 @@ def summary(runs: Sequence[Run], prices: Prices | None = None) -> str:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """Runs at work and in trouble, largest first."""
+    """Running runs, then those in TROUBLE; largest first."""
     out = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("run", "C", "N", "family", "slice", "state", "", "step", "loss", "MFU", "ETA"):
         right = name in ("C", "N", "step", "loss", "MFU", "ETA")
@@ -223,20 +223,20 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def watch(root: Path, console: Console, prices: Prices | None = None) -> None:
-    """Show the sweep until nothing is open and nothing runs; Ctrl-C stops looking, nothing else."""
-    memory, told = state.Watch(), set()
+    """Show the sweep until no run is open or running; Ctrl-C ends only the display."""
+    history, reported = state.Watch(), set()
     with Live(console=console, auto_refresh=False, transient=False) as screen:
         while True:
-            runs = storage.retry(lambda: state.list_runs(root, memory), console.print)
+            runs = storage.retry(lambda: state.list_runs(root, history), console.print)
             for run in runs:
-                if run.state == "failed" and (run.id, run.k) not in told:
-                    told.add((run.id, run.k))
+                if run.state == "failed" and (run.id, run.k) not in reported:
+                    reported.add((run.id, run.k))
                     console.print(Text(f"{line(run)}\n{failure(run)}", "red"))
             now = Text(f"{time.strftime('%H:%M:%S')}  {summary(runs, prices)}")
             screen.update(Group(table(runs), now), refresh=True)
             if not any(run.state == "running" or run.opens_in() is not None for run in runs):
                 return
-            time.sleep(LOOK_REMOTE if storage.is_remote(root) else LOOK)
+            time.sleep(POLL_REMOTE if storage.is_remote(root) else POLL)
 
 
 def _given_up(run: Run) -> bool:

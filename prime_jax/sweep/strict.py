@@ -1,4 +1,4 @@
-"""The fields of a `Sweep`, held against what they must be: a dataclass takes whatever it is given."""
+"""Type checks for the fields of a `Sweep`, which a dataclass does not make."""
 
 import math
 import reprlib
@@ -48,7 +48,7 @@ def _rule(value: Any) -> bool:
 
 _RULE = ("the name of a rule, fixed:VALUE or a function", _rule)
 _SIZES = "shapes (layers, width, heads) or numbers of parameters; or these by budget; or a function"
-FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what it must be, and whether
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> (what it must be, check)
     "name": ("text", lambda value: isinstance(value, str)),
     "base": ("a RunConfig", lambda value: isinstance(value, RunConfig)),
     "families": (
@@ -79,10 +79,10 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what it mus
 
 
 def strict(sweep: T, where: str) -> T:
-    """`sweep` if its fields are what they must be; what its rows add up to is judged later.
+    """Check the types of the fields of `sweep`; its rows are checked later.
 
     Raises:
-        UserError: naming the first field that is not, its value and what would be right.
+        UserError: with the first wrong field, its value and what is expected.
     """
     for name, (right, fits) in FIELDS.items():
         value = getattr(sweep, name)

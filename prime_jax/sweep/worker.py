@@ -1,9 +1,10 @@
 """The worker: claims the largest open run, trains it, publishes its result, until nothing is open.
 
-Every engine starts this same loop; `pool.py` starts several of it here. A worker that dies loses
-at most the steps since its checkpoint: another sees its process gone, or its heartbeat stand still,
-and takes attempt k+1 from there. In a process group of several processes process 0 decides, and tells the
-others before every step of the loop what to do; all of them train, and process 0 keeps the state.
+Every engine starts this loop; `pool.py` starts several on one machine. A worker that dies loses at
+most the steps since its last checkpoint: another one detects that its process is gone, or that its
+heartbeat has stopped, and continues as attempt k+1. In a process group, process 0 decides and
+broadcasts, before every iteration of the loop, what all processes do; all of them train, and
+process 0 keeps the state.
 """
 
 import contextlib
@@ -33,17 +34,17 @@ from prime_jax.sweep.state import Run
 from prime_jax.sweep.status import WorkerProgress
 
 DONE, FAILED, PREEMPTED = 0, 1, 85  # exit codes, the same on every engine
-POLL, POLL_REMOTE = 1.0, 15.0  # seconds between looks while only other workers' runs are left
-LEAVE, START = 60.0, 180.0  # seconds before a time limit: to leave, and to begin another run
-TRACED = ("seed", "steps", "optim", "checkpoint", "log")  # settings that need no new compilation
+POLL, POLL_REMOTE = 1.0, 15.0  # seconds between listings while no run can be taken
+LEAVE, START = 60.0, 180.0  # seconds reserved before a time limit: to stop; to start a run
+TRACED = ("seed", "steps", "optim", "checkpoint", "log")  # changes need no new compilation
 TRACEBACK_LINES = 30
 GROUP_SECONDS = 60.0  # that processes wait for each other after a failure
 
 
 class Trainer(Protocol):
-    """What a worker needs of `prime_jax.train`, which is one.
+    """The interface of `prime_jax.train` that a worker needs.
 
-    One that reads data also has `look(config)`, which raises NoData where that is not here.
+    A trainer that reads data also has `check_data(config)`, which raises NoData if it is missing.
     """
 
     Preempted: type[Exception]
@@ -61,13 +62,13 @@ class Trainer(Protocol):
 
 
 class Heartbeat(threading.Thread):
-    """Rewrites the heartbeat of one attempt and notices when somebody else has taken the run.
+    """Writes the heartbeat of one attempt and checks whether another attempt has superseded it.
 
-    As a context manager it has stopped when the block is left; a heartbeat never follows an end.
+    As a context manager it has stopped when the block ends: no heartbeat follows an end.
 
     Attributes:
-        before: machine seconds that earlier attempts took.
-        fenced: somebody else has taken the run.
+        before: machine seconds that earlier attempts used.
+        fenced: another attempt has superseded this one.
     """
 
     def __init__(self, root: Path, run: str, k: int, seconds: float, before: float = 0.0):
@@ -75,7 +76,7 @@ class Heartbeat(threading.Thread):
         self.root, self.run_id, self.k, self.seconds = root, run, k, seconds
         self.before, self._began = before, time.monotonic()
         self._latest: dict[str, Any] = {}
-        self._heard = self._began
+        self._updated = self._began
         self.fenced = threading.Event()
         self._over = threading.Event()
 
@@ -88,11 +89,11 @@ class Heartbeat(threading.Thread):
         self.join()
 
     def update(self, values: dict[str, Any]) -> None:
-        """What the training has to tell."""
-        self._latest, self._heard = values, time.monotonic()
+        """Record the latest values from the training."""
+        self._latest, self._updated = values, time.monotonic()
 
-    def taken(self) -> float:
-        """Machine seconds of this attempt and of those before."""
+    def machine_seconds(self) -> float:
+        """Machine seconds of this attempt and the earlier ones."""
         return self.before + time.monotonic() - self._began
 
     def run(self) -> None:
@@ -100,8 +101,8 @@ class Heartbeat(threading.Thread):
         while not self._over.is_set():
             count += 1
             with contextlib.suppress(UserError):  # a store hiccup never stops training
-                quiet = round(time.monotonic() - self._heard, 1)
-                own = {"count": count, "quiet": quiet, "seconds": round(self.taken(), 1)}
+                quiet = round(time.monotonic() - self._updated, 1)
+                own = {"count": count, "quiet": quiet, "seconds": round(self.machine_seconds(), 1)}
                 state.heartbeat(self.root, self.run_id, self.k, {**self._latest, **own})
                 if state.superseded(self.root, self.run_id, self.k):
                     self.fenced.set()
@@ -110,12 +111,12 @@ class Heartbeat(threading.Thread):
 
 @dataclass(frozen=True)
 class Worker:
-    """What stays the same from run to run.
+    """Settings that are the same for all runs of a worker.
 
     Attributes:
         group: processes that train together, None for one.
-        stopping: set when this worker must leave.
-        late: whether its time is nearly up, given the seconds that a save takes.
+        stopping: set when this worker must stop.
+        out_of_time: whether to save and stop now, given the seconds that a save takes.
     """
 
     root: Path
@@ -123,11 +124,11 @@ class Worker:
     progress: WorkerProgress
     group: distributed.ProcessGroup | None
     stopping: threading.Event
-    late: Callable[[float], bool]
+    out_of_time: Callable[[float], bool]
     heartbeat_seconds: float
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.group is None or self.group.process == 0
 
     @property
@@ -135,16 +136,19 @@ class Worker:
         return self.group.process if self.group else 0
 
 
-class Apart(Exception):
-    """The processes of a process group no longer do the same: all must start again."""
+class GroupOutOfSync(Exception):
+    """The processes of a group no longer run the same attempt: all must be restarted."""
 
 
 def run_attempt(worker: Worker, run: Run, k: int, earlier: Sequence[int]) -> dict[str, Any] | None:
-    """Train attempt k of a run, which is ours; its result, or None once its end is recorded.
+    """Train attempt k of a run, which this worker has claimed.
+
+    Returns:
+        The result, or None if the attempt ended without one; its end is then recorded.
 
     Raises:
-        Apart: after a failure not every process of the process group has come back.
-        NoData: what the run trains on is not on this machine; the run stays open.
+        GroupOutOfSync: after a failure not every process of the group arrived in time.
+        NoData: the data of the run is not on this machine; the run stays open.
     """
     folder = worker.root / "runs" / run.id
     storage.make_folder(folder / str(k))
@@ -171,15 +175,15 @@ class _Attempt:
         self.log(f"attempt {self.k} of run {self.run.id} on {state.identity()['host']}")
         worker.progress.run(self.mine, {})
         try:
-            with self.heartbeat if worker.leads else contextlib.nullcontext():
+            with self.heartbeat if worker.is_leader else contextlib.nullcontext():
                 config = from_dict(RunConfig, self.run.spec["config"])
                 result = trainer.train(
                     config, self.folder, earlier=earlier, heartbeat=self.on_heartbeat, log=self.log
                 )
         except (trainer.Preempted, trainer.Stopped, KeyboardInterrupt) as error:
             if fenced.is_set():
-                self.log("left: another attempt has begun, or the run was killed", "yellow")
-                if worker.group:  # its processes can be stopped together only once
+                self.log("stopped: another attempt has started, or the run was killed", "yellow")
+                if worker.group:  # JAX can stop its processes together only once
                     worker.stopping.set()
                 return None
             worker.stopping.set()
@@ -189,26 +193,26 @@ class _Attempt:
             )
         except storage.Unreachable as error:
             self.ended("preempted", str(error))
-            self.regroup()
-        except NoData as error:  # the same for every run here, and the run's fault for none
+            self.resynchronise()
+        except NoData as error:  # a fault of this machine, not of the run
             self.ended("preempted", str(error))
-            self.regroup()
+            self.resynchronise()
             raise
-        except UserError as error:  # the same again until a person acts
+        except UserError as error:  # a retry would fail in the same way
             self.ended("failed", str(error), retry=False)
-            self.regroup()
+            self.resynchronise()
         except Exception as error:
             self.log_file.write(traceback.format_exc())
             tail = "\n".join(traceback.format_exc().splitlines()[-TRACEBACK_LINES:])
             self.ended("failed", f"{type(error).__name__}: {error}", tail)
-            self.regroup()
+            self.resynchronise()
         else:
-            return self.publish(result) if worker.leads else result
+            return self.publish(result) if worker.is_leader else result
         return None
 
     def log(self, text: str, style: str = "") -> None:
         self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        if self.worker.leads:
+        if self.worker.is_leader:
             self.worker.progress.log(f"{self.run.id} {text}", style)
 
     def on_heartbeat(self, values: dict[str, Any]) -> bool:
@@ -217,35 +221,37 @@ class _Attempt:
         values = values | dict.fromkeys(odd)
         self.heartbeat.update(values)
         self.worker.progress.run(self.mine, values)
-        if self.worker.late(values.get("save_seconds", 0.0)):
+        if self.worker.out_of_time(values.get("save_seconds", 0.0)):
             self.worker.stopping.set()
         return not (self.heartbeat.fenced.is_set() or self.worker.stopping.is_set())
 
     def ended(self, how: str, reason: str, tail: str = "", *, retry: bool = True) -> None:
         self.log(f"{how}: {reason}", "red" if how == "failed" else "yellow")
-        if not self.worker.leads:
+        if not self.worker.is_leader:
             return
         if tail:
             self.worker.progress.log(tail, "red")
-        where = (self.worker.root, self.run.id, self.k)
-        self.retry(lambda: state.end(*where, how, reason, tail=tail, retry=retry))
+        attempt = (self.worker.root, self.run.id, self.k)
+        self.retry(lambda: state.end(*attempt, how, reason, tail=tail, retry=retry))
 
-    def regroup(self) -> None:
-        """After a failure: go on together, or not at all."""
+    def resynchronise(self) -> None:
+        """After a failure, wait until all processes of the group are here."""
         name = f"after attempt {self.k} of run {self.run.id}"
-        if self.worker.group and not distributed.meet(name, GROUP_SECONDS, self.log):
-            raise Apart
+        if self.worker.group and not distributed.barrier_with_timeout(
+            name, GROUP_SECONDS, self.log
+        ):
+            raise GroupOutOfSync
 
     def publish(self, result: dict[str, Any]) -> dict[str, Any] | None:
-        where = (self.worker.root, self.run.id)
+        run = (self.worker.root, self.run.id)
         result |= {name: self.run.spec[name] for name in ("budget", "rules")}
         result |= {"attempt": self.k, "preemptions": self.run.interruptions}
-        result |= {"machine_seconds": round(self.heartbeat.taken(), 1)}
+        result |= {"machine_seconds": round(self.heartbeat.machine_seconds(), 1)}
         self.retry(lambda: write_json_atomic(self.folder / "result.json", result))
-        if self.retry(lambda: state.superseded(*where, self.k)):
-            self.log("finished, but another attempt has begun: left to it", "yellow")
+        if self.retry(lambda: state.superseded(*run, self.k)):
+            self.log("finished, but another attempt has started: result not published", "yellow")
             return None
-        if not self.retry(lambda: state.publish(*where, result)):
+        if not self.retry(lambda: state.publish(*run, result)):
             self.log("finished, but another attempt had published its result", "yellow")
             return None
         self.log_file.write("done\n")
@@ -268,34 +274,34 @@ def work(
     timeout: float = 300.0,
     backoff: float = state.BACKOFF,
 ) -> int:
-    """Run what is open in the sweep `root`, one run after the other.
+    """Run the open runs of the sweep `root`, one after the other.
 
     Args:
         root: the sweep.
-        slice: canonical name of this machine; runs planned for another one are left alone.
-        minutes: when this machine is taken away, counted from now.
-        tune: measure the kernels first, for what is open, if the sweep has no table of this chip.
-        trainer: `prime_jax.train` unless a test brings its own.
-        console: where progress goes.
+        slice: canonical name of this machine's slice; runs planned for another one are ignored.
+        minutes: time limit of this machine, from now.
+        tune: measure the kernels first if the sweep has no table for this kind of chip.
+        trainer: `prime_jax.train` by default; tests replace it.
+        console: for progress.
         heartbeat_seconds: between two heartbeats.
-        timeout: an attempt whose heartbeat stands still for so long (seconds) is lost.
-        backoff: seconds before a failed run is tried again.
+        timeout: seconds after which an attempt with an unchanged heartbeat is lost.
+        backoff: seconds before a failed run is retried.
 
     Returns:
         0 if nothing is left to do, 1 if runs have failed, 85 if interrupted (and saved).
 
     Raises:
-        NoData: the data of every run that is left is not on this machine; they stay open.
-        UserError: `root` is no sweep of this version, has nothing for this slice, or cannot be
-            written to; or not all processes of the process group came.
+        NoData: no remaining run has its data on this machine; they stay open.
+        UserError: `root` is not a sweep of this version, has no run for this slice, or cannot be
+            written to; or not all processes of the group connected.
     """
     limit, console = Limit(minutes), console or Console()
     state.check_root(root)
     group = distributed.start(lambda text: console.print(text, highlight=False, soft_wrap=True))
-    leads = group is None or group.process == 0
+    is_leader = group is None or group.process == 0
     with signals(group) as stopping, WorkerProgress.open(console) as progress:
         trainer = trainer or JaxTrainer(root)
-        if leads and isinstance(trainer, JaxTrainer):
+        if is_leader and isinstance(trainer, JaxTrainer):
             trainer.choose(root, slice if tune else None, progress.log)
         worker = Worker(
             root=root,
@@ -303,17 +309,17 @@ def work(
             progress=progress,
             group=group,
             stopping=stopping,
-            late=limit.late,
+            out_of_time=limit.out_of_time,
             heartbeat_seconds=heartbeat_seconds,
         )
         watch = state.Watch(timeout)
         leader = Leader(worker, slice, limit, watch, backoff)
-        with contextlib.suppress(Apart):
+        with contextlib.suppress(GroupOutOfSync):
             while True:
-                order = leader.order() if leads else None
+                order = leader.order() if is_leader else None
                 if group:
                     order = distributed.broadcast(order)
-                    if distributed.notified():
+                    if distributed.stop_requested():
                         stopping.set()
                         order = {"leave": PREEMPTED}
                 if "leave" in order:
@@ -321,43 +327,43 @@ def work(
                 if "run" not in order:
                     stopping.wait(POLL_REMOTE if storage.is_remote(root) else POLL)
                     continue
-                run = leader.chosen if leads else state.read_run(root, order["run"])
+                run = leader.chosen if is_leader else state.read_run(root, order["run"])
                 leader.note(run_attempt(worker, run, order["k"], order["earlier"]))
-            if leads:
+            if is_leader:
                 leader.log_step_fraction()
             return order["leave"]
-    return PREEMPTED  # the process group has come apart
+    return PREEMPTED  # the process group is out of sync
 
 
 @dataclass
 class Limit:
-    """The time that a machine is ours, and what must fit into the rest of it."""
+    """The time limit of a machine, and what fits into the remaining time."""
 
     minutes: float | None
     began: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        """Seconds."""
+        """Remaining seconds."""
         if self.minutes is None:
             return float("inf")
         return 60 * self.minutes - (time.monotonic() - self.began)
 
-    def late(self, save_seconds: float) -> bool:
-        """Whether to save and leave now; a short limit keeps a smaller reserve."""
+    def out_of_time(self, save_seconds: float) -> bool:
+        """Whether to save and stop now; the reserve is at most a tenth of the limit."""
         return self.left() < max(self._at_most(LEAVE), 2 * save_seconds)
 
     def allows(self, first_step_seconds: float) -> bool:
-        """Whether a run begun now could still be saved, as far as the last one tells."""
+        """Whether a run started now could still be saved, judging by earlier runs."""
         reserve = self._at_most(LEAVE) + max(self._at_most(START), 2 * first_step_seconds)
         return self.left() > reserve
 
     def _at_most(self, seconds: float) -> float:
-        return min(seconds, 6 * self.minutes) if self.minutes else 0.0  # a tenth
+        return min(seconds, 6 * self.minutes) if self.minutes else 0.0  # a tenth of the limit
 
 
 @dataclass
 class Leader:
-    """What process 0 decides with."""
+    """The decisions of process 0."""
 
     worker: Worker
     slice: str
@@ -367,10 +373,10 @@ class Leader:
     chosen: Run | None = None
     began: float = field(default_factory=time.monotonic)
     results: list[dict[str, Any]] = field(default_factory=list)
-    last: str = ""  # what the last compilation fits
+    last: str = ""  # compiled shape of the last run
 
     def order(self) -> dict[str, Any]:
-        """What every process does next: run an attempt, wait ({}), or leave with a code."""
+        """What every process does next: run an attempt, wait ({}), or end with an exit code."""
         root, stopping = self.worker.root, self.worker.stopping
         runs = storage.retry(lambda: state.list_runs(root, self.watch), self.worker.progress.log)
         planned = {run.slice for run in runs}
@@ -384,9 +390,9 @@ class Leader:
         ready = [run for run in runs if run.opens_in(backoff=self.backoff) == 0.0]
         first = max((r["seconds"].get("first_step") or 0.0 for r in self.results), default=0.0)
         if ready and not self.limit.allows(first):
-            self.worker.progress.log("time is nearly up: no other run is begun", "yellow")
+            self.worker.progress.log("the time limit is near: no other run is started", "yellow")
             return {"leave": PREEMPTED}
-        ready = with_data(ready, getattr(self.worker.trainer, "look", None))
+        ready = with_data(ready, getattr(self.worker.trainer, "check_data", None))
         for run in sorted(ready, key=self._rank, reverse=True):
             k = run.k + 1
             if state.claim(root, run.id, k, log=self.worker.progress.log):
@@ -397,7 +403,7 @@ class Leader:
         return {"leave": FAILED if any(run.state == "failed" for run in runs) else DONE}
 
     def _rank(self, run: Run) -> tuple[bool, float]:
-        """The largest, but first those that the last compilation fits."""
+        """Largest run first, but runs with the compiled shape of the last one before all others."""
         fits = bool(self.last) and _compiled_shape(run) == self.last
         return fits, run.spec["flops"]["matmul"]
 
@@ -409,29 +415,30 @@ class Leader:
 
 
 def step_fraction(results: Sequence[dict[str, Any]], life: float) -> str:
-    """How much of `life` seconds went into training steps, compilation left out."""
+    """The fraction of `life` seconds spent in training steps, without compilation."""
     train, compile_ = (sum(r["seconds"][what] for r in results) for what in ("train", "compile"))
     rest = max(life - compile_, 1e-9)
-    return f"training steps: {train / rest:.0%} of {rest:.0f} s (without {compile_:.0f} s of compilation)"
+    without = f"(without {compile_:.0f} s of compilation)"
+    return f"training steps: {train / rest:.0%} of {rest:.0f} s {without}"
 
 
 def worth_waiting(runs: Sequence[Run], backoff: float) -> bool:
-    """Whether a run may open soon: one that backs off, or whose owner may be dead."""
+    """Whether a run may open soon: it is in backoff, or its owner may be dead."""
     return any(
         run.opens_in(backoff=backoff) is not None or (run.state == "running" and not run.certain)
         for run in runs
     )
 
 
-def with_data(runs: list[Run], look: Callable[[RunConfig], object] | None) -> list[Run]:
+def with_data(runs: list[Run], check_data: Callable[[RunConfig], object] | None) -> list[Run]:
     """Those of the runs whose data is on this machine.
 
     Args:
-        look: of a trainer that reads data; raises NoData where a run's is not here.
+        check_data: raises NoData if the data of a run is not here; None: no run needs data.
     Raises:
         NoData: there are runs, and none has its data here.
     """
-    if look is None:
+    if check_data is None:
         return runs
     missing: dict[tuple[str, str], NoData] = {}
     known, able = set(), []
@@ -441,7 +448,7 @@ def with_data(runs: list[Run], look: Callable[[RunConfig], object] | None) -> li
         try:
             if which not in known:
                 known.add(which)
-                look(config)
+                check_data(config)
         except NoData as error:
             missing[which] = error
         able += [run] if which not in missing else []
@@ -467,8 +474,8 @@ class JaxTrainer:
         cache = root / "cache" / "xla"
         cache = cache if storage.is_remote(root) else cache.absolute()
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        self.Preempted, self.Stopped, self.look = train.Preempted, train.Stopped, train.look
-        self.train = train.train
+        self.Preempted, self.Stopped = train.Preempted, train.Stopped
+        self.check_data, self.train = train.check_data, train.train
 
     def choose(self, root: Path, tune_for: str | None, log: Callable[[str], None]) -> None:
         """Read the table, or first make it.
@@ -492,9 +499,10 @@ class JaxTrainer:
 
 @contextlib.contextmanager
 def signals(group: distributed.ProcessGroup | None = None) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; another one, a second or more later, acts at once.
+    """An event that SIGINT and SIGTERM set; another signal, 1 s or more later, ends the process.
 
-    (The first may come twice, from a launcher and from the machine.) In a process group SIGTERM is JAX's own, which tells the other processes; SIGINT becomes one.
+    (A launcher and the machine may both send the first one.) In a process group JAX handles
+    SIGTERM and notifies the other processes; SIGINT is converted to SIGTERM.
     """
     stopping, first = threading.Event(), float("inf")
 
