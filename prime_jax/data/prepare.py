@@ -61,6 +61,7 @@ def prepare(
         begun = (directory / "parts").is_dir()
         if not begun and directory.is_dir() and any(directory.iterdir()):
             raise UserError(f"--out {directory}: not empty and not a dataset; give a new directory")
+        (directory / "parts").mkdir(parents=True, exist_ok=True)
         with storage.locked(directory / "parts", f"preparing {directory}"):
             try:
                 return _prepare(request, directory, workers or os.cpu_count() or 1)
