@@ -44,7 +44,9 @@ def shown(console) -> str:
 
 
 def work(root, trainer, **kwargs) -> int:
-    return worker.work(root, trainer=trainer, **({"heartbeat_seconds": 0.02, "backoff": 0.0} | kwargs))
+    return worker.work(
+        root, trainer=trainer, **({"heartbeat_seconds": 0.02, "backoff": 0.0} | kwargs)
+    )
 
 
 def keep_one(root) -> str:
