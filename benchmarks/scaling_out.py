@@ -4,7 +4,7 @@
 
 Every line compiles a whole training step for absent TPUs (needs libtpu: pip install
 'prime_jax[tpu-compile]'): one to ten minutes each. Answers are cached, so the table can be made in
-pieces; --cached prints what is there.
+pieces.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, Sub
 from prime_jax.errors import UserError
 from prime_jax.experiment import call
 from prime_jax.hardware import slices
-from prime_jax.hardware.slices import GIB
+from prime_jax.hardware.chips import GIB
 from prime_jax.sweep import grid
 from prime_jax.sweep.grid import Sweep
 
@@ -112,16 +112,12 @@ HEAD = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="lines whose label and slice contain this")
-    parser.add_argument("--cached", action="store_true", help="compile nothing")
     parser.add_argument("--cache", type=Path, default=Path("runs/scaling-out"))
     args = parser.parse_args()
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for case in cases():
         slice_ = slices.parse(case.slice)
-        known = args.cache / f"{aot.key(case.config, slice_)}.json"
         if args.only.lower() not in f"{case.label} {case.slice}".lower():
-            continue
-        if args.cached and not known.exists():
             continue
         print(f"{case.label} on {case.slice} ...", file=sys.stderr, flush=True)
         try:

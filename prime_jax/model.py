@@ -16,6 +16,7 @@ from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.kernels import selection
 from prime_jax.kernels.attention import attention, attention_to_cache
 from prime_jax.kernels.attention_mask import SAVED
+from prime_jax.kernels.common import target_kind
 from prime_jax.kernels.embedding import subtoken_embedding
 from prime_jax.runtime.sharding import WHOLE, Shardings, enter_split, leave_split
 from prime_jax.subtokens import Codebook
@@ -212,13 +213,12 @@ class Transformer(nn.Module):
         # In float32, so that gradients of frequent tokens are summed in float32.
         table_TxRxE = weight("embedding", (tables, rows, size)).astype(jnp.float32)
         digits_NxS = digits_BxLxS.reshape(-1, self.slots)
-        implementation = self.embedding.implementation
         x_NxD = subtoken_embedding(
             c.embedding,
             table_TxRxE=table_TxRxE,
             digits_NxS=digits_NxS,
             width=c.width,
-            implementation=implementation,
+            implementation=self.embedding.implementation,
             dtype=c.dtype,
         )
         layers = nn.scan(
@@ -264,7 +264,7 @@ def build(config: RunConfig, codebook: Codebook, shardings: Shardings = WHOLE) -
     Args:
         shardings: of the parameters passed to `apply`; by default they are not sharded.
     """
-    device_kind = selection.target_kind()
+    device_kind = target_kind()
     return Transformer(
         config=config.model,
         slots=codebook.length,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from prime_jax.config import RunConfig
 from prime_jax.corrupt import corrupt, row_keys
 from prime_jax.kernels import selection
+from prime_jax.kernels.common import target_kind
 from prime_jax.kernels.subtoken_head import Head, HeadLoss, subtoken_loss
 from prime_jax.subtokens import Codebook
 
@@ -51,7 +52,7 @@ def make_head(config: RunConfig, codebook: Codebook, axis_name: str | None = Non
         axis_name: mesh axis of the surrounding `shard_map` that splits the head's rows.
     """
     o = config.objective
-    choice = selection.head(config, selection.target_kind())
+    choice = selection.head(config, target_kind())
     return Head(
         codebook=codebook,
         carry_over=o.carry_over,
@@ -162,6 +163,17 @@ def cut(inputs: Inputs, length_B: jax.Array) -> Inputs:
         target_BxL=inputs.target_BxL & inside_BxL,
         segment_ids_BxL=jnp.where(inside_BxL, segment_BxL, -1),
     )
+
+
+def guided(h_BxLxD: jax.Array, unprompted_BxLxD: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """Classifier-free guidance: hidden states whose logits are z' + (1 + scale) (z - z').
+
+    Logits are linear in the hidden states, so these are moved instead; a bound stays one, of the
+    guided model. z' are those of a network that does not see the prompt.
+    """
+    dtype = jnp.promote_types(h_BxLxD.dtype, jnp.float32)
+    h, u = h_BxLxD.astype(dtype), unprompted_BxLxD.astype(dtype)
+    return (u + (1 + scale) * (h - u)).astype(h_BxLxD.dtype)
 
 
 def loss_sums(

@@ -63,7 +63,9 @@ class Compiled:
         make: Callable[[RunConfig], Any],
     ):
         self.name, self.config, self.mesh, self.make = name, config, mesh, make
+        self.plain = dataclasses.replace(config, kernels=selection.PLAIN)
         self.executable: Any = None
+        self.kernels = config.kernels  # of the program that was made at last
 
     def __call__(self, clock: Clock, *args: Any) -> Any:
         if self.executable is None:
@@ -71,15 +73,25 @@ class Compiled:
                 self.executable = self.compile(*args)
         return self.executable(*args)
 
-    def compile(self, *args: Any) -> Any:
-        """Compiled for the mesh; `args` may be shapes with shardings."""
+    def compile(self, *args: Any, lowered: Any = None) -> Any:
+        """Compiled for the mesh; `args` may be shapes with shardings.
+
+        Args:
+            lowered: what `lowered(*args)` gave, where it is there already.
+        """
         options = chips.compiler_options(self.mesh.devices.flat[0].device_kind)
+        lowered = lowered or self.lowered(*args)
+        plain = lambda: self._lower_plain(*args).compile(options)  # noqa: E731
+        return selection.fallback(lambda: lowered.compile(options), plain, self.name)
 
-        def attempt(config: RunConfig) -> Any:
-            return self.lower(*args, config=config).compile(options)
+    def lowered(self, *args: Any) -> Any:
+        """The program that the compiler is shown: plain XLA where a kernel cannot be traced."""
+        plain = lambda: self._lower_plain(*args)  # noqa: E731
+        return selection.fallback(lambda: self.lower(*args), plain, self.name)
 
-        plain = dataclasses.replace(self.config, kernels=selection.PLAIN)
-        return selection.fallback(lambda: attempt(self.config), lambda: attempt(plain), self.name)
+    def _lower_plain(self, *args: Any) -> Any:
+        self.kernels = selection.PLAIN
+        return self.lower(*args, config=self.plain)
 
     def lower(self, *args: Any, config: RunConfig | None = None) -> Any:
         """Lowered for the mesh, which may be abstract."""
@@ -134,7 +146,8 @@ def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) ->
     Args:
         codebook: that of imported weights; by default the one that the config describes.
     """
-    return _program(shape_of(config), eos_id, codebook)
+    kernels = selection.resolved(config, jax.devices()[0].device_kind)
+    return _program(dataclasses.replace(shape_of(config), kernels=kernels), eos_id, codebook)
 
 
 @lru_cache(maxsize=32)

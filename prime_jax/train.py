@@ -16,12 +16,14 @@ import flax
 import jax
 import numpy as np
 
-from prime_jax import __version__, flops, optim, schedule
-from prime_jax.config import RunConfig, from_dict, run_id, to_dict, validate
+from prime_jax import __version__, flops, optim, schedule, tuned
+from prime_jax.config import KernelConfig, RunConfig, from_dict, run_id, to_dict, validate
 from prime_jax.data import loader, manifest
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
 from prime_jax.hardware import chips, roofline
+from prime_jax.kernels import selection
+from prime_jax.kernels.selection import Choices
 from prime_jax.runtime import checkpoint, distributed, meshes, sharding, storage, watchdog
 from prime_jax.runtime.metrics import Clock, MetricsLog, NoLog, Pace, Profile, memory_high_water
 from prime_jax.runtime.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
@@ -29,6 +31,7 @@ from prime_jax.runtime.storage import Path
 from prime_jax.step import Metrics, Program, State, program
 
 HEARTBEAT_SECONDS = 1.0
+KERNELS = "kernels.json"  # of a run directory
 PHASES = ("train", "input", "compile", "eval", "checkpoint")
 OnHeartbeat = Callable[[dict[str, Any]], bool]
 
@@ -54,6 +57,7 @@ def train(
     run_dir: Path,
     *,
     earlier: Sequence[Path] = (),
+    choices: Choices | None = None,
     heartbeat: OnHeartbeat = lambda _: True,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -61,6 +65,8 @@ def train(
 
     Args:
         earlier: directories of other attempts at this run; training continues from the newest step.
+        choices: kernels measured on this kind of chip; by default those in this user's table. A run
+            that has begun, here or in `earlier`, keeps the kernels that it recorded.
         heartbeat: called about once a second with step, steps, loss, tokens_per_second, mfu, phase
             and save_seconds; returns whether to continue.
         log: receives one line for each event: resumption, damaged checkpoints, evaluations.
@@ -72,7 +78,7 @@ def train(
         Preempted, Stopped: interrupted after saving.
     """
     with watchdog.explaining():
-        run = Run(config, run_dir, earlier, heartbeat, log)
+        run = Run(config, run_dir, earlier, heartbeat, log, choices)
         with storage.locked(run.run_dir) if distributed.is_writer() else contextlib.nullcontext():
             return run.complete()
 
@@ -108,7 +114,15 @@ def fill_fingerprint(config: RunConfig, data: manifest.Manifest) -> RunConfig:
 class Run:
     """The state of one execution of a run; `complete` is its only public method."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, earlier, heartbeat: OnHeartbeat, log):
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        earlier: Sequence[Path],
+        heartbeat: OnHeartbeat,
+        log: Callable[[str], None],
+        choices: Choices | None = None,
+    ):
         self.clock = Clock()
         validate(config)
         schedule.check(config.objective)
@@ -118,10 +132,10 @@ class Run:
         self.run_dir, self.earlier = storage.path(run_dir), earlier
         self.heartbeat, self.log = heartbeat, log
         self.id = run_id(self.config)
-        self.program: Program = program(self.config, self.data.eos_id)
-        likelihood.estimators_of(
-            self.config, self.program.codebook
-        )  # validates the names before training
+        self.kernels_written = False
+        self.program: Program = program(self._with_kernels(choices), self.data.eos_id)
+        # Validates the names before training.
+        likelihood.estimators_of(self.config, self.program.codebook)
         origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
         self.checkpoints = checkpoint.Writer(
             self.run_dir / "checkpoints", self._about(), config.checkpoint, log, origin
@@ -135,6 +149,36 @@ class Run:
         by_convention = {n: flops.flops_per_token(config, n) for n in flops.CONVENTIONS}
         self.pace = Pace(self.clock, tokens, by_convention, self._peak())
         self.loss = float("nan")
+
+    def _with_kernels(self, choices: Choices | None) -> RunConfig:
+        """The config with every kernel named: as the run began, else as is measured or usual."""
+        kind = jax.devices()[0].device_kind
+        begun = None
+        if distributed.is_writer():
+            files = [d / KERNELS for d in (self.run_dir, *self.earlier)]
+            begun = next((read_json(file) for file in files if storage.exists(file)), None)
+        config = self.config
+        if begun := distributed.broadcast(begun):
+            kept = selection.recorded(config, begun, kind)
+            if kept is None:
+                self.log(f"kernels chosen anew: the run began on {begun.get('device_kind')}")
+            config = kept or config
+        named = None
+        if distributed.is_writer():  # whose tables count for all processes
+            choices = tuned.load(kind) if choices is None else choices
+            named = to_dict(selection.resolved(config, kind, choices))
+        kernels = from_dict(KernelConfig, distributed.broadcast(named))
+        return dataclasses.replace(config, kernels=kernels)
+
+    def _write_kernels(self) -> None:
+        """Once a step is made, by these: whoever continues the run rounds as it does."""
+        self.kernels_written = True
+        if distributed.is_writer():
+            path = self.run_dir / KERNELS
+            storage.retry(lambda: write_json_atomic(path, self._kernels()), self.log)
+
+    def _kernels(self) -> dict[str, Any]:
+        return selection.record(self.program.train.kernels, jax.devices()[0].device_kind)
 
     def complete(self) -> dict[str, Any]:
         finished = self._prepare()
@@ -227,6 +271,8 @@ class Run:
         (step, metrics), self.pending = self.pending, None
         values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
         self.loss = values["loss"]
+        if not self.kernels_written:
+            self._write_kernels()
         if self.first_seconds is None:
             self.first_seconds = self.clock.total()
             if self.first_step:
@@ -391,6 +437,7 @@ class Run:
                 "flax": flax.__version__,
                 "python": platform.python_version(),
             },
+            "kernels": self._kernels(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "seconds": {
                 "total": self.clock.total(),

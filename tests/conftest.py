@@ -10,6 +10,7 @@ os.environ.setdefault(
     " --xla_llvm_disable_expensive_passes=true",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["PRIME_JAX_CACHE"] = "/nonexistent"  # what a developer has measured counts for nothing
 
 import pytest
 from hypothesis import settings
@@ -86,10 +87,10 @@ def lower_for():
     import jax
     from jax.sharding import AbstractDevice, AbstractMesh
 
-    from prime_jax.kernels.check_case import DEVICE_KINDS
+    from prime_jax.hardware.chips import CHIPS
 
     def lower(chip: str, case) -> str:
-        device = AbstractDevice(device_kind=DEVICE_KINDS[chip], num_cores=1, platform="tpu")
+        device = AbstractDevice(device_kind=CHIPS[chip].kind, num_cores=1, platform="tpu")
         mesh = AbstractMesh((1,), ("chip",), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
             traced = jax.jit(case.function).trace(*case.arguments)

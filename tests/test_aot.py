@@ -4,9 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import re
-import shutil
 import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -15,10 +13,17 @@ from prime_jax import flops
 from prime_jax.cli import compilations, forecast
 from prime_jax.compile_check import aot, hlo
 from prime_jax.compile_check import worker as aot_worker
-from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig
+from prime_jax.config import (
+    DataConfig,
+    KernelConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    SubtokenConfig,
+)
 from prime_jax.errors import UserError
 from prime_jax.hardware import roofline, slices
-from prime_jax.hardware.slices import GIB
+from prime_jax.hardware.chips import GIB, MIB
 from prime_jax.runtime import meshes
 from prime_jax.sweep import check, grid, plan
 from prime_jax.sweep.grid import Sweep
@@ -46,7 +51,7 @@ class Compiler:
     def __init__(self, factor=1.0, by_model=None):
         self.factor, self.by_model, self.asked = factor, by_model or {}, []
 
-    def __call__(self, config, slice_):
+    def __call__(self, config, slice_, cache=None):
         self.asked.append(config)
         mesh = meshes.choose(config, slice_.devices, slice_.slices)
         state, temporaries = roofline.memory(config, mesh)
@@ -171,51 +176,50 @@ def test_a_mesh_says_the_true_reason():
     assert meshes.choose(BIG, 8).why == "parameters sharded over all devices"
 
 
-def test_verdicts_are_remembered_by_what_is_compiled(tmp_path):
-    compiler = Compiler()
-
-    def ask(config, slice_=V5E):
-        return aot.check(config, slice_, tmp_path, compiler)
-
-    first = ask(BIG)
-    assert ask(dataclasses.replace(BIG, seed=7, steps=9)).record["memory"] == first.record["memory"]
-    assert len(compiler.asked) == 1
-    ask(dataclasses.replace(BIG, mesh=MeshConfig(remat="full")))
-    ask(BIG, slices.parse("v5e-64"))
-    assert len(compiler.asked) == 3
+TINY = RunConfig(
+    family="prime",
+    batch_size=32,
+    model=ModelConfig(vocab_size=256, layers=1, width=128, heads=1, dtype="bfloat16"),
+    subtokens=SubtokenConfig(length=8),
+    data=DataConfig(seq_len=32),
+)
 
 
-def test_a_verdict_does_not_outlive_the_code_it_was_about(tmp_path, monkeypatch):
-    compiler = Compiler()
-    aot.check(BIG, V5E, tmp_path, compiler)
-    copy = tmp_path / "prime_jax"
-    shutil.copytree(aot.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(aot, "PACKAGE", copy)
-    aot.program_source.cache_clear()
-    aot.check(BIG, V5E, tmp_path, compiler)
-    assert len(compiler.asked) == 1  # the same code elsewhere
-    with (copy / "kernels" / "attention.py").open("a") as code:
-        code.write("x = 1\n")
-    aot.program_source.cache_clear()
-    aot.check(BIG, V5E, tmp_path, compiler)
-    assert len(compiler.asked) == 2
-    aot.program_source.cache_clear()
+@pytest.fixture
+def judged(monkeypatch):
+    """Programs that a compiler was shown; they are lowered for devices that are only counted."""
+    shown = []
+
+    def judge(program, lowered, slice_):
+        shown.append(lowered.as_text())
+        return {"verdict": "OK", "program": len(shown)}
+
+    monkeypatch.setattr(aot_worker, "devices_of", lambda slice_: slice_.devices)
+    monkeypatch.setattr(aot_worker, "judged", judge)
+    return shown
 
 
-def test_the_code_of_a_program_is_what_the_step_imports():
-    """Every module that the step is traced through counts in the key of its verdict."""
-    command = "import sys; from prime_jax import step; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
-    ours = {name for name in loaded.stdout.split() if name.startswith("prime_jax.")}
-    counted = {
-        "prime_jax." + ".".join(file.relative_to(aot.PACKAGE).with_suffix("").parts)
-        for name in aot.SOURCES
-        for file in aot.PACKAGE.glob(name)
-    }
-    runtime = {"metrics", "records", "storage", "logfile"}
-    no_part = {"config", "errors", "ranges", *(f"runtime.{name}" for name in runtime)}
-    packages = {"kernels", "hardware", "runtime"}
-    assert {name.removeprefix("prime_jax.") for name in ours - counted} <= no_part | packages
+def test_verdicts_are_remembered_by_the_program_that_is_compiled(tmp_path, judged):
+    def ask(slice_=V5E, **changes):
+        config = dataclasses.replace(TINY, **changes)
+        return aot_worker.check(config, slice_, tmp_path)["program"]
+
+    assert ask() == ask(seed=7, steps=9) == 1  # arguments of one program
+    assert ask(mesh=MeshConfig(accumulate=2)) == 2
+    assert ask(kernels=KernelConfig(attention="xla")) == 3
+    assert ask(slices.parse("v6e-16")) == 4  # the same program, for another chip
+    assert judged[3] == judged[0]
+
+
+def test_a_verdict_does_not_outlive_the_rule_that_made_its_program(tmp_path, judged, monkeypatch):
+    """No list of source files could say so: it is the program that counts."""
+    ask = lambda: aot_worker.check(TINY, V5E, tmp_path)["program"]  # noqa: E731
+    assert ask() == 1
+    monkeypatch.setattr(meshes, "SMALL", 1)  # parameters are shared now
+    assert ask() == 2
+    monkeypatch.setattr(aot_worker, "compilers", lambda: {"libtpu": "another"})
+    assert ask() == 3
+    assert len(judged) == 3
 
 
 def listed(**base) -> list[plan.Candidate]:
@@ -321,7 +325,7 @@ def test_the_table_is_readable_at_80_columns():
     ]
     assert rows[1][5:8] == ["1.22G", "147.24G", "148.46G"]
     assert rows[1][-1] == "OOM"
-    state = roofline.memory(small, verdicts[2].mesh)[0] / slices.MIB
+    state = roofline.memory(small, verdicts[2].mesh)[0] / MIB
     assert rows[2][5] == f"{state:.1f}M"
 
 
@@ -331,7 +335,7 @@ def test_compilations_are_counted_and_have_an_end_in_sight(monkeypatch):
     asked = Compiler(factor=1000.0)
     left = []
 
-    def compile(config, slice_):
+    def compile(config, slice_, cache):
         left.append(progress.left())
         now[0] += 50
         left.append(progress.left())

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from prime_jax.errors import UserError
-from prime_jax.kernels import attention_mosaic, attention_pallas
+from prime_jax.kernels import attention_mosaic
 from prime_jax.kernels.attention import attention, attention_reference, cudnn_serves
 from prime_jax.kernels.attention_mask import SAVED, Blocks, fitted, visits
 from prime_jax.runtime.sharding import AXES, BATCH, per_device, shard
@@ -225,7 +225,7 @@ def test_no_races_and_no_uninitialised_memory():
     q, k, v, dout = arrays(32, 64, batch=1)
     ids = jnp.asarray([[0] * 20 + [-1] * 12])
     run = functools.partial(
-        attention_pallas.masked_attention,
+        attention_mosaic.masked_attention,
         segment_ids_BxL=ids,
         blocks=(16, 16),
         interpret=pltpu.InterpretParams(detect_races=True),
@@ -277,7 +277,7 @@ def test_lowers_for_a_tpu(size, dtype):
 
     @jax.jit
     def run(q, k, v):
-        call = functools.partial(attention_pallas.masked_attention, segment_ids_BxL=ids)
+        call = functools.partial(attention_mosaic.masked_attention, segment_ids_BxL=ids)
         return jax.vjp(call, q, k, v)[1](dout)
 
     with jax.sharding.use_abstract_mesh(V5E):

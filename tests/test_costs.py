@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from prime_jax import flops
+from prime_jax.compile_check import gpu_target
 from prime_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.errors import UserError
-from prime_jax.hardware import roofline, slices
-from prime_jax.hardware.slices import GIB
+from prime_jax.hardware import chips, roofline, slices
+from prime_jax.hardware.chips import GIB
+from prime_jax.hardware.prices import load_prices
 from prime_jax.model import build
 from prime_jax.runtime import meshes
 from prime_jax.runtime.sharding import AXES, Shardings
@@ -65,10 +67,10 @@ def test_a_bad_slice_name_says_what_is_right(name, message):
 
 
 def test_a_tpu7x_device_is_half_a_chip():
-    assert slices.of_device("TPU7x").per_chip == 2
-    assert slices.of_device("TPU v5 lite") is slices.CHIPS["v5e"]  # not v5p, a prefix of it
-    assert slices.of_device("TPU v5") is slices.CHIPS["v5p"]
-    assert slices.of_device("cpu") is None
+    assert chips.of_device("TPU7x").per_chip == 2
+    assert chips.of_device("TPU v5 lite") is chips.CHIPS["v5e"]  # not v5p, a prefix of it
+    assert chips.of_device("TPU v5") is chips.CHIPS["v5p"]
+    assert chips.of_device("cpu") is None
 
 
 def predicted(config=BIG, name="v5e-16", **mesh):
@@ -174,12 +176,31 @@ def test_devices_without_a_data_sheet_have_no_prediction():
     assert found["step_seconds"] == pytest.approx(predicted().step_seconds)
 
 
+@pytest.mark.parametrize("name", chips.CHIPS)
+def test_one_row_says_all_that_a_generation_needs(name):
+    """A new chip is one row: what a launcher, the roofline and the compilers ask is a column."""
+    chip = chips.CHIPS[name]
+    assert chips.of_device(f"{chip.kind} and more") is chip
+    assert chips.peak_flops(chip.kind) == chip.peak
+    assert all(chips.generation_of(alias) == name for alias in (name, *chip.aliases))
+    optional = {"cloud", "compiler", "aliases", "summed_whole", "dimensions"}
+    for field in dataclasses.fields(chip):
+        assert field.name in optional or getattr(chip, field.name), field.name
+    if chip.platform == "cuda":
+        assert chip.full_name in gpu_target.text(chip)
+        assert chip.dimensions == 0
+        return
+    assert chip.dimensions in (2, 3)
+    one = slices.parse(f"{name}-{chip.counted * chip.per_chip}")
+    assert one.topology == f"{name}:" + "x".join("1" * chip.dimensions)
+
+
 def test_prices(tmp_path):
     path = tmp_path / "prices.toml"
     path.write_text(
         'date = "2026-11-01"\ncurrency = "EUR"\n[per_chip_hour]\nv5e = 1.5\ntpu7x = 8\n'
     )
-    prices = roofline.load_prices(path)
+    prices = load_prices(path)
     assert prices.of(slices.parse("2xv5e-16"), hours=10) == 2 * 16 * 1.5 * 10
     assert prices.of(slices.parse("tpu7x-8"), hours=1) == 4 * 8  # chips, not cores
     assert prices.of(slices.parse("v6e-8"), hours=1) is None
@@ -193,4 +214,4 @@ def test_a_bad_price_list_is_refused(tmp_path, text):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=r"prices\.toml"):
-        roofline.load_prices(path)
+        load_prices(path)

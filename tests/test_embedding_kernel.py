@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prime_jax.kernels import embedding, embedding_pallas
+from prime_jax.kernels import embedding, embedding_mosaic
 from prime_jax.kernels.embedding import resolve, subtoken_embedding
 
 KINDS = ("cat_shared", "cat", "sum")
@@ -101,7 +101,7 @@ def test_gradients_do_not_depend_on_the_blocks(monkeypatch):
     """Up to the order of sums: the last block, which reads past the end, adds nothing."""
     table, digits, g = example("cat", 6, 2, 300, 24)
     _, whole = value_and_gradient("cat", table, digits, g, "pallas")
-    monkeypatch.setattr(embedding_pallas, "TOKENS", 128)
+    monkeypatch.setattr(embedding_mosaic, "TOKENS", 128)
     _, parts = value_and_gradient("cat", table, digits, g, "pallas")
     np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-5)
 

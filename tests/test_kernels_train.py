@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from prime_jax.config import EvalConfig, KernelConfig, MeshConfig, OptimConfig, RunConfig
-from prime_jax.kernels import attention_pallas, embedding_pallas, subtoken_head_pallas
+from prime_jax.kernels import attention_mosaic, embedding_mosaic, subtoken_head_mosaic
 from prime_jax.train import train
 
 KERNELS = {  # what must have been called, and from which module
-    "head": (subtoken_head_pallas, "loss_and_gradients"),
-    "attention": (attention_pallas, "masked_attention"),
-    "embedding": (embedding_pallas, "from_words"),
+    "head": (subtoken_head_mosaic, "loss_and_gradients"),
+    "attention": (attention_mosaic, "masked_attention"),
+    "embedding": (embedding_mosaic, "from_words"),
 }
 ALL = KernelConfig(  # 64 rows a step and 16 head rows: four tiles by two
     head="pallas",
@@ -114,7 +114,7 @@ def test_a_kernel_that_does_not_compile_leaves_the_run_to_plain_xla(
     def broken(*args, **kwargs):
         raise RuntimeError("Mosaic failed to compile TPU kernel: no layout")
 
-    monkeypatch.setattr(embedding_pallas, "from_words", broken)
+    monkeypatch.setattr(embedding_mosaic, "from_words", broken)
     # Another blocks setting: programs are kept, and the one of `embedding = pallas` may be there.
     kernels = KernelConfig(embedding="pallas", attention_blocks=(256, 256))
     config = dataclasses.replace(brief, kernels=kernels)

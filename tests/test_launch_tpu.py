@@ -9,7 +9,7 @@ from rich.console import Console
 
 from prime_jax.errors import UserError
 from prime_jax.hardware import slices
-from prime_jax.hardware.roofline import Prices
+from prime_jax.hardware.prices import Prices
 from prime_jax.launch import archive, engine, tpu, tpu_request
 from prime_jax.launch.tpu_request import Options
 from prime_jax.sweep import state

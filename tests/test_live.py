@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from prime_jax.cli import main
-from prime_jax.hardware.roofline import Prices
-from prime_jax.sweep import grid, live, plan, state
+from prime_jax.hardware.prices import Prices
+from prime_jax.sweep import grid, plan, state, status
 
 PRICES = Prices("2026-11-01", "USD", {"v5e": 2.0})
 
@@ -36,14 +36,14 @@ def test_totals_count_work_time_and_money(root):
     _, half, _, _ = runs
     flops = [run.spec["flops"]["matmul"] for run in runs]
     part = (half.spec["config"]["steps"] // 2) / half.spec["config"]["steps"]
-    now = live.totals(runs, PRICES)
+    now = status.totals(runs, PRICES)
     assert now.fraction == pytest.approx((flops[0] + part * flops[1]) / sum(flops))
     assert now.speed == pytest.approx(flops[1] / 7200)
     rest = (1 - part) * flops[1] + flops[2] + flops[3]
     assert now.seconds == pytest.approx(rest / now.speed)
     assert now.cost == pytest.approx(2.0 * 16 * (0.5 + 1.0))
-    assert live.totals(runs).cost is None
-    text = live.summary(runs, PRICES)
+    assert status.totals(runs).cost is None
+    text = status.summary(runs, PRICES)
     for part in ("1 done", "1 running", "48.00 USD", "2026-11-01", "ETA"):
         assert part in text
 
@@ -51,7 +51,7 @@ def test_totals_count_work_time_and_money(root):
 def test_the_table_shows_what_runs_and_what_is_in_trouble(root):
     runs = state.list_runs(root)
     console = Console(width=160, record=True)
-    console.print(live.table(runs))
+    console.print(status.table(runs))
     text = console.export_text()
     done, half, failed, pending = (run.id for run in runs)
     assert half in text
@@ -71,7 +71,7 @@ def test_watching_ends_with_the_sweep_and_shows_failures_at_once(root):
         state.claim(root, run.id, k)
         state.end(root, run.id, k, "failed", "boom", tail="Traceback\nValueError: boom")
     console = Console(width=160, record=True)
-    live.watch(root, console)
+    status.watch(root, console)
     assert "ValueError: boom" in console.export_text()
 
 

@@ -14,9 +14,10 @@ import pytest
 from corpora import corpus, make
 
 from prime_jax.cli import data as commands
-from prime_jax.data import assemble, encode, loader, parallel, prepare, readers, sources
+from prime_jax.data import assemble, encode, loader, parallel, readers, sources
 from prime_jax.data import manifest as manifests
 from prime_jax.errors import UserError
+from prime_jax.runtime import storage
 
 
 def stream(manifest, split):
@@ -189,8 +190,7 @@ def test_unfinished_work_of_another_request_is_kept(text, tmp_path, small_parts,
 
 def test_two_at_once_are_refused(text, tmp_path):
     out = tmp_path / "set"
-    (out / "parts").mkdir(parents=True)
-    with prepare._exclusive(out), pytest.raises(UserError, match="another process"):
+    with storage.locked(out / "parts"), pytest.raises(UserError, match="another process"):
         make(text, out)
 
 

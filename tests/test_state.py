@@ -238,7 +238,7 @@ def test_status_lines_and_json(root):
 
 def test_planning_and_reading_a_sweep_need_no_jax():
     code = (
-        "import sys; from prime_jax.sweep import collect, commands, grid, plan, pool, rules, state, status, worker;"
+        "import sys; from prime_jax.sweep import collect, grid, plan, pool, rules, state, status, worker;"
         "sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -30,7 +30,7 @@ from prime_jax.config import (
 )
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
-from prime_jax.hardware import roofline, slices
+from prime_jax.hardware import chips, roofline
 from prime_jax.runtime import checkpoint, meshes
 from prime_jax.runtime.records import read_json
 from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
@@ -60,9 +60,9 @@ def stop_at(step: int):
 
 def test_a_result_has_predictions_beside_what_was_measured(quick, tmp_path, monkeypatch):
     """On a CPU with a data sheet, and with a count of the memory in use, which XLA's CPU has not."""
-    sheet = dataclasses.replace(slices.CHIPS["v5e"], kind=jax.devices()[0].device_kind)
-    monkeypatch.setitem(slices.CHIPS, "cpu", sheet)
-    for module in ("train", "metrics"):
+    sheet = dataclasses.replace(chips.CHIPS["v5e"], kind=jax.devices()[0].device_kind)
+    monkeypatch.setitem(chips.CHIPS, "cpu", sheet)
+    for module in ("train", "runtime.metrics"):
         monkeypatch.setattr(f"prime_jax.{module}.memory_high_water", lambda: 123_456)
     result = train(quick, tmp_path / "run", log=SILENT)
     assert result == read_json(tmp_path / "run" / "result.json")

@@ -44,7 +44,9 @@ def shown(console) -> str:
 
 
 def work(root, trainer, **kwargs) -> int:
-    return worker.work(root, trainer=trainer, **({"beat_seconds": 0.02, "backoff": 0.0} | kwargs))
+    return worker.work(
+        root, trainer=trainer, **({"heartbeat_seconds": 0.02, "backoff": 0.0} | kwargs)
+    )
 
 
 def keep_one(root) -> str:
@@ -474,3 +476,31 @@ def test_machine_time_adds_up_over_attempts(root):
     work(root, Trainer(act), heartbeat_seconds=0.02)
     work(root, Trainer(act), heartbeat_seconds=0.02)
     assert find(root, run).result["machine_seconds"] >= 0.2
+
+
+def test_a_worker_measures_the_kernels_once_for_its_sweep(tmp_path, monkeypatch):
+    """`--tune` makes a table where there is none; without it, the one that is there counts."""
+    from prime_jax import train, tuned
+    from prime_jax.kernels import tune
+    from prime_jax.kernels.selection import NOTHING, Choices
+
+    root, asked, given = tmp_path / "sweep", [], []
+    fake_trainer.planned(root, families={"arm": {}}, budgets=(1e9,))
+    monkeypatch.setattr(train, "train", lambda config, folder, **rest: given.append(rest))
+    monkeypatch.setattr("jax.config.update", lambda *_: None)  # the cache of compiled programs
+    trainer = worker.JaxTrainer(root)
+    trainer.choose(root, None, print)
+    trainer.train(None, None)
+
+    def measured(configs, progress):
+        asked.extend(configs)
+        return Choices("cpu", "jax")
+
+    monkeypatch.setattr(tune, "tune", measured)
+    for _ in range(2):
+        trainer = worker.JaxTrainer(root)
+        trainer.choose(root, "", print)
+        trainer.train(None, None)
+    assert [rest["choices"] for rest in given] == [NOTHING, *[Choices("cpu", "jax")] * 2]
+    assert [c.family for c in asked] == ["arm"] * len(state.open_runs(root))
+    assert tuned.file_of("cpu", root).exists()

@@ -18,7 +18,8 @@ import numpy as np
 
 from prime_jax.analyse.bits import hide, keys_of
 from prime_jax.analyse.subjects import Subject
-from prime_jax.kernels.attention_mask import NEG, allowed, documents
+from prime_jax.kernels.attention_mask import allowed, documents
+from prime_jax.kernels.common import NEG
 from prime_jax.model import build
 from prime_jax.objectives import autoregressive_inputs
 

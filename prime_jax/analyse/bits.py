@@ -16,6 +16,7 @@ import numpy as np
 
 from prime_jax.analyse.subjects import SEED, Subject
 from prime_jax.evaluate import likelihood
+from prime_jax.evaluate.estimators import fixed_count
 from prime_jax.kernels.subtoken_head import Head, subtoken_log_probs
 from prime_jax.objectives import Inputs, make_head, masked_inputs, targets
 from prime_jax.runtime.records import as_dict
@@ -23,20 +24,22 @@ from prime_jax.subtokens import Codebook
 
 
 def hide(subject: Subject, token_BxL, key_B, uniform_B) -> tuple[Inputs, jax.Array]:
-    """Inputs with exactly k of n sub-tokens masked, k = ceil(uniform n), and n / k [B]."""
+    """Inputs with exactly k of n sub-tokens masked, and their weight n / k [B]."""
     c, book, eos_id = subject.run.config, subject.run.codebook, subject.run.eos_id
     shape = (*token_BxL.shape, book.length)
     may = jnp.broadcast_to(targets(c, token_BxL, eos_id)[..., None], shape).reshape(shape[0], -1)
     score = jax.vmap(lambda key: jax.random.uniform(key, may.shape[1:]))(key_B)
-    rank = jnp.argsort(jnp.argsort(jnp.where(may, score, 2.0), axis=1), axis=1)
-    n_B = may.sum(axis=1)
-    k_B = jnp.clip(jnp.ceil(uniform_B * n_B), 1, n_B).astype(n_B.dtype)
-    masked = ((rank < k_B[:, None]) & may).reshape(shape)
+    masked, weight_B = fixed_count(score, may, uniform_B)
     ones_BxL = jnp.ones(token_BxL.shape, jnp.float32)
     inputs = masked_inputs(
-        c, book=book, token_BxL=token_BxL, masked_BxLxS=masked, weight_BxL=ones_BxL, eos_id=eos_id
+        c,
+        book=book,
+        token_BxL=token_BxL,
+        masked_BxLxS=masked.reshape(shape),
+        weight_BxL=ones_BxL,
+        eos_id=eos_id,
     )
-    return inputs, n_B / jnp.maximum(k_B, 1)
+    return inputs, weight_B
 
 
 def keys_of(replicate_B, example_B) -> jax.Array:

@@ -61,16 +61,26 @@ def device_lines() -> list[str]:
 
 
 def kernel_rows() -> list[tuple[str, str, str]]:
-    """What computes the heavy parts on this device, and why (`kernels.*` overrides it)."""
+    """What `auto` means for the heavy parts on this device: by default, and where measured."""
     import jax
 
+    from prime_jax import tuned
+    from prime_jax.config import DataConfig, RunConfig
     from prime_jax.kernels import selection
 
+    kind = jax.devices()[0].device_kind
+    choices, long = tuned.load(kind), RunConfig(data=DataConfig(seq_len=selection.SHORT))
     out = []
-    for row in selection.rows(jax.devices()[0].device_kind):
-        found = row.choice.implementation + (f" for {row.condition}" if row.condition else "")
-        blocks = f"; blocks {row.choice.blocks}" if row.choice.blocks else ""
-        out.append((f"kernel {row.kernel}", found, row.choice.why + blocks))
+    for kernel in selection.KERNELS:
+        usual = selection.default(kernel, long, kind)
+        out.append((f"kernel {kernel}", usual.implementation, usual.why))
+        off = choices.wrong(kernel).items()
+        out += [(f"kernel {kernel}", f"not {name}", f"measured: {why}") for name, why in off]
+    for row in choices.rows:
+        shape = " ".join(f"{name}={value}" for name, value in row.shape.items())
+        blocks = f" {row.blocks}" if row.blocks else ""
+        found = f"{row.implementation}{blocks}"
+        out.append((f"kernel {row.kernel}", found, f"measured: {row.why}; at {shape}"))
     return out
 
 

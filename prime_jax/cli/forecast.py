@@ -12,7 +12,7 @@ from prime_jax.compile_check import aot
 from prime_jax.compile_check.aot import Verdict
 from prime_jax.config import RunConfig
 from prime_jax.hardware import roofline
-from prime_jax.hardware.roofline import Prices
+from prime_jax.hardware.prices import Prices
 from prime_jax.hardware.slices import Slice, human_bytes
 
 WIDTH = 80  # that the table needs; narrower terminals wrap its lines

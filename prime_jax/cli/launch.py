@@ -133,10 +133,10 @@ def _understand(args: argparse.Namespace) -> tuple[Any, Any, Sweep]:
 def _dialogue(args: argparse.Namespace) -> Dialogue:
     from rich.console import Console
 
-    from prime_jax.hardware import roofline
+    from prime_jax.hardware.prices import load_prices
 
     path = getattr(args, "prices", None) or (PRICES if PRICES.exists() else None)
-    return Dialogue(Console(), args.yes, roofline.load_prices(path) if path else None)
+    return Dialogue(Console(), args.yes, load_prices(path) if path else None)
 
 
 def _add_options(group: Any) -> None:

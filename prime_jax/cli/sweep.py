@@ -123,6 +123,11 @@ def _work(commands: argparse._SubParsersAction) -> None:
         metavar="MINUTES",
         help="when this machine is taken away: the worker saves and leaves (exit code 85) before",
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure the kernels first, if ROOT has no table of this kind of chip",
+    )
     parser.set_defaults(run=work)
 
 
@@ -230,12 +235,14 @@ def plan(args: argparse.Namespace) -> None:
 
 def _checked(args: argparse.Namespace, listed, slice_, console):
     """The candidates after the compiler has seen them."""
+    from prime_jax import tuned
     from prime_jax.cli import forecast
     from prime_jax.cli.compilations import Compilations
     from prime_jax.sweep import check
 
     cache = args.root / check.CACHE if args.root else None
-    options = check.Options(every=args.check == "all", autofit=args.autofit, cache=cache)
+    choices = tuned.load(slice_.chip.device_kind, args.root)
+    options = check.Options(args.check == "all", args.autofit, cache, choices)
     with Compilations(f"compiling for {slice_.name}", console) as progress:
         listed, verdicts = check.check(listed, slice_, options, progress=progress)
     if verdicts:
@@ -264,7 +271,8 @@ def work(args: argparse.Namespace) -> int:
 
     name = getattr(args, "slice", "")
     slice = slices.parse(name).name if name else ""
-    return worker.work(args.root, slice=slice, minutes=getattr(args, "time_limit", None))
+    minutes, tune = getattr(args, "time_limit", None), getattr(args, "tune", False)
+    return worker.work(args.root, slice=slice, minutes=minutes, tune=tune)
 
 
 def show_status(args: argparse.Namespace) -> None:
@@ -272,20 +280,20 @@ def show_status(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from prime_jax.hardware import roofline
-    from prime_jax.sweep import live, state, status
+    from prime_jax.hardware.prices import load_prices
+    from prime_jax.sweep import state, status
 
     state.check_root(args.root)
-    prices = roofline.load_prices(args.prices) if args.prices else None
+    prices = load_prices(args.prices) if args.prices else None
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            live.watch(args.root, Console(), prices)
+            status.watch(args.root, Console(), prices)
         return
     runs = state.list_runs(args.root)
     if args.json:
         print(json.dumps(status.as_dicts(runs), indent=2))
     else:
-        status.show(runs, Console(), live.summary(runs, prices))
+        status.show(runs, Console(), status.summary(runs, prices))
 
 
 def report(args: argparse.Namespace) -> int:

@@ -64,14 +64,15 @@ def slice_of(args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         UserError: an option that needs another one, a bad slice or a bad price list.
     """
-    from prime_jax.hardware import roofline, slices
+    from prime_jax.hardware import slices
+    from prime_jax.hardware.prices import load_prices
 
     if not args.slice and (args.check or args.prices):
         raise UserError("--check and --prices need --slice, e.g. --slice v5e-16")
     if args.autofit and not args.check:
         raise UserError("--autofit needs --check")
     slice_ = slices.parse(args.slice) if args.slice else None
-    return slice_, roofline.load_prices(args.prices) if args.prices else None
+    return slice_, load_prices(args.prices) if args.prices else None
 
 
 def override(config: Any, arguments: list[str]) -> Any:

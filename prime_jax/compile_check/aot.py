@@ -2,12 +2,9 @@
 
 The real training step, including optimizer and donation, is compiled for the slice's topology in a
 separate process (`worker`), which needs the compiler (libtpu) but no TPU. Compiling takes half a
-minute to some minutes; verdicts are cached in a directory of the caller.
+minute to some minutes; the worker caches verdicts in a directory of the caller.
 """
 
-import hashlib
-import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -15,16 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prime_jax import __version__, flops, step
+from prime_jax import flops
 from prime_jax.config import MeshConfig, RunConfig, to_dict
 from prime_jax.errors import UserError
 from prime_jax.hardware import roofline
 from prime_jax.hardware.slices import Slice, human_bytes
-from prime_jax.runtime import meshes
+from prime_jax.runtime import meshes, storage
 from prime_jax.runtime.records import read_json, write_json_atomic
 
 TRIES = 6  # of autofit
@@ -37,13 +33,7 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
 }
 UNWANTED = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # not inherited: virtual devices, dumps
-PACKAGE = Path(__file__).parents[1]
-SOURCES = (  # files that can affect a training step or its analysis
-    *("step.py", "model.py", "objectives.py", "corrupt.py", "schedule.py", "subtokens.py"),
-    *("optim.py", "flops.py", "runtime/sharding.py", "runtime/meshes.py", "hardware/*.py"),
-    *("compile_check/*.py", "kernels/*.py"),
-)
-Compile = Callable[[RunConfig, Slice], dict[str, Any]]
+Compile = Callable[[RunConfig, Slice, storage.Path | None], dict[str, Any]]
 
 
 class Progress:
@@ -110,36 +100,10 @@ class Verdict:
         return roofline.predict(self.config, self.mesh, self.slice_.chip, self.slice_.slices)
 
 
-@cache
-def program_source() -> str:
-    """Digest of the code that makes and analyses the program."""
-    digest = hashlib.sha256()
-    for file in sorted(file for name in SOURCES for file in PACKAGE.glob(name)):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def compiler() -> str:
-    """The versions that a verdict depends on."""
-    found = [f"prime_jax {__version__}"]
-    for package in ("jax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin"):
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
-
-
-def key(config: RunConfig, slice_: Slice) -> str:
-    """Cache key: the program (including mesh settings), the slice and the compiler versions."""
-    asked = [to_dict(step.shape_of(config)), slice_.name, compiler(), program_source()]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def check(
     config: RunConfig,
     slice_: Slice,
-    cache: Path | None = None,
+    cache: storage.Path | None = None,
     compile: Compile | None = None,
     progress: Progress = SILENT,
     text: str = "as written",
@@ -156,24 +120,20 @@ def check(
             compiler error other than memory.
     """
     meshes.choose(config, slice_.devices, slice_.slices)
-    known = cache / f"{key(config, slice_)}.json" if cache else None
-    if known and known.exists():
-        with progress.watch(config, text):
-            return Verdict(config, slice_, read_json(known))
     with progress.watch(config, text):
-        record = (compile or compile_in_subprocess)(config, slice_)
-    if known:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(known, {**record, "compiler": compiler()})
-    return Verdict(config, slice_, record)
+        return Verdict(config, slice_, (compile or compile_in_subprocess)(config, slice_, cache))
 
 
-def compile_in_subprocess(config: RunConfig, slice_: Slice) -> dict[str, Any]:
+def compile_in_subprocess(
+    config: RunConfig, slice_: Slice, cache: storage.Path | None = None
+) -> dict[str, Any]:
     """`worker.check` in its own process, for its environment and in case the compiler crashes."""
     inherited = {name: value for name, value in os.environ.items() if name not in UNWANTED}
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
-        write_json_atomic(question, {"config": to_dict(config), "slice": slice_.name})
+        where = str(cache if storage.is_remote(cache) else cache.absolute()) if cache else ""
+        asked = {"config": to_dict(config), "slice": slice_.name, "cache": where}
+        write_json_atomic(question, asked)
         command = [
             sys.executable,
             "-m",
@@ -242,7 +202,7 @@ def expected(config: RunConfig, slice_: Slice, seen: Sequence[Verdict] = ()) -> 
 def autofit(
     config: RunConfig,
     slice_: Slice,
-    cache: Path | None = None,
+    cache: storage.Path | None = None,
     compile: Compile | None = None,
     progress: Progress = SILENT,
 ) -> Verdict:

@@ -1,10 +1,14 @@
 """Compiles one training step for absent devices; `aot` runs it as a separate process.
 
-The process itself uses the CPU. It reads a JSON object {config, slice} from the file in the first
-argument and writes its result to the file in the second.
+The process itself uses the CPU. It reads a JSON object {config, slice, cache} from the file in the
+first argument and writes its result to the file in the second. Verdicts are cached under the digest
+of the program that the compiler is given: whatever changes the program, a rule of the mesh or the
+choice of a kernel, changes the key, and nothing else does.
 """
 
+import hashlib
 import importlib.metadata
+import json
 import re
 import sys
 import time
@@ -15,11 +19,12 @@ from prime_jax import optim, step
 from prime_jax.compile_check import gpu_target, hlo
 from prime_jax.config import RunConfig, from_dict
 from prime_jax.errors import UserError
-from prime_jax.hardware import slices
+from prime_jax.hardware import chips, slices
 from prime_jax.hardware.slices import Slice
-from prime_jax.runtime import records, sharding
+from prime_jax.runtime import records, sharding, storage
 
 SCHEMA = 1
+COMPILERS = ("jax", "jaxlib", "libtpu", *gpu_target.PLUGINS)
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Ran out of memory", "out of memory")
 
 
@@ -40,9 +45,7 @@ def devices_of(slice_: Slice) -> list[Any]:
             "no TPU compiler (libtpu) on this machine; install it with: "
             "pip install 'prime_jax[tpu-compile]'"
         ) from None
-    options: dict[str, Any] = {}
-    if slice_.generation == "v4":
-        options["chip_config_name"] = "megacore"  # two cores that are one device, as on Cloud TPU
+    options: dict[str, Any] = dict(slice_.chip.compiler)
     if slice_.chips == slice_.slices:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slice_.slices > 1:
@@ -68,9 +71,47 @@ def arguments(program: step.Program) -> tuple:
     return program.abstract, tokens, rows, jax.ShapeDtypeStruct((), jnp.uint32), horizon
 
 
-def check(config: RunConfig, slice_: Slice) -> dict[str, Any]:
-    """Compile the step; the record that `aot.Verdict` reads."""
+def compilers() -> dict[str, str]:
+    """Versions of what is installed here of the compilers."""
+    found = {}
+    for package in COMPILERS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def key(program: str, slice_: Slice) -> str:
+    """Names the question: a program in StableHLO, what it is compiled for, and by what."""
+    options = chips.compiler_options(slice_.chip.kind)
+    asked = [SCHEMA, program, slice_.name, options, compilers()]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check(config: RunConfig, slice_: Slice, cache: storage.Path | None = None) -> dict[str, Any]:
+    """Compile the step, or remember that its program was compiled.
+
+    Args:
+        cache: directory of earlier answers.
+    Returns:
+        The record that `aot.Verdict` reads.
+    """
     program = step.make_program(step.shape_of(config), 0, devices_of(slice_))
+    lowered = program.train.lowered(*arguments(program))
+    if cache is None:
+        return judged(program, lowered, slice_)
+    known = cache / f"{key(lowered.as_text(), slice_)}.json"
+    if storage.exists(known):
+        return records.read_json(known)
+    record = judged(program, lowered, slice_)
+    storage.make_folder(cache)
+    records.write_json_atomic(known, {**record, "compilers": compilers()})
+    return record
+
+
+def judged(program: step.Program, lowered: Any, slice_: Slice) -> dict[str, Any]:
+    """What the compiler says of the step."""
     out: dict[str, Any] = {
         "schema": SCHEMA,
         "slice": slice_.name,
@@ -80,12 +121,11 @@ def check(config: RunConfig, slice_: Slice) -> dict[str, Any]:
     }
     start = time.perf_counter()
     try:
-        compiled = program.train.compile(*arguments(program))
+        compiled = program.train.compile(*arguments(program), lowered=lowered)
     except Exception as error:
         if not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
         seconds = time.perf_counter() - start
-        lowered = program.train.lower(*arguments(program))
         text = lowered.as_text(dialect="hlo", debug_info=True)
         found = _found(hlo.largest(text, hlo.NOT_FUSED), hlo.collectives(text))
         return out | _refused(str(error)) | found | {"as_written": True, "compile_seconds": seconds}
@@ -127,9 +167,10 @@ def _refused(message: str) -> dict[str, Any]:
 
 def main(question: Path, answer: Path) -> int:
     asked = records.read_json(question)
-    config = from_dict(RunConfig, asked["config"])
+    config, slice_ = from_dict(RunConfig, asked["config"]), slices.parse(asked["slice"])
+    cache = storage.path(asked["cache"]) if asked["cache"] else None
     try:
-        out = check(config, slices.parse(asked["slice"]))
+        out = check(config, slice_, cache)
     except UserError as error:
         out = {"schema": SCHEMA, "refused": str(error)}
     records.write_json_atomic(answer, out)

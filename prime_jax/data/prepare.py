@@ -6,7 +6,6 @@ does not depend on the number of workers. The manifest is written last; then OUT
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import os
 import shutil
@@ -23,6 +22,7 @@ from prime_jax.data import assemble, encode, parallel, shards, sources, tokenize
 from prime_jax.data import manifest as manifests
 from prime_jax.data.manifest import SPLITS, Manifest, Request
 from prime_jax.errors import UserError
+from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
 
 
@@ -62,15 +62,15 @@ def prepare(
         if not begun and directory.is_dir() and any(directory.iterdir()):
             raise UserError(f"--out {directory}: not empty and not a dataset; give a new directory")
         (directory / "parts").mkdir(parents=True, exist_ok=True)
+        with storage.locked(directory / "parts", f"preparing {directory}"):
+            try:
+                return _prepare(request, directory, workers or os.cpu_count() or 1)
+            except UserError:
+                if not _finished_parts(directory):
+                    _remove_leftovers(directory)
+                raise
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
-    with _exclusive(directory):
-        try:
-            return _prepare(request, directory, workers or os.cpu_count() or 1)
-        except UserError:
-            if not _finished_parts(directory):
-                _remove_leftovers(directory)
-            raise
 
 
 def _validate(request: Request, workers: int) -> None:
@@ -108,20 +108,6 @@ def _remove_leftovers(directory: Path) -> None:
     shutil.rmtree(directory / "parts", ignore_errors=True)
     for name in ("tokenizer.json", "tokenizer.model"):
         (directory / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    """Lock the directory; the lock is released with the process, however it ends."""
-    try:
-        with (directory / "parts" / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another process is preparing {directory}") from error
-            yield
-    except OSError as error:
-        raise UserError(f"cannot write {directory}: {error.strerror}") from error
 
 
 def _prepare(request: Request, directory: Path, workers: int) -> Manifest:

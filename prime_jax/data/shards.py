@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from prime_jax.errors import UserError
+from prime_jax.runtime import storage
 
 OPTIONS = "group_size:1,uncompressed"  # random access to single records, deterministic bytes
 BATCH = 1024
@@ -63,15 +63,13 @@ def write(path: Path, records_NxR: np.ndarray) -> str:
     Raises:
         UserError: the file cannot be written.
     """
-    temporary = _temporary(path)
     try:
-        writer = _writer(temporary)
-        for row in records_NxR:
-            writer.write(row.tobytes())
-        writer.close()
-        os.replace(temporary, path)
+        with storage.replacing(path) as [temporary]:
+            writer = _writer(temporary)
+            for row in records_NxR:
+                writer.write(row.tobytes())
+            writer.close()
     except (OSError, RuntimeError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}") from error
     return hashlib.sha256(records_NxR).hexdigest()
 
@@ -86,8 +84,7 @@ def write_array(path: Path, array: np.ndarray) -> str:
     """Write a .npy file atomically; returns the SHA-256 of the file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
-    with whole_files([path]) as [file]:
-        file.write(buffer.getvalue())
+    storage.write(path, buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
@@ -98,18 +95,8 @@ def whole_files(paths: Sequence[str | Path]) -> Iterator[list[BinaryIO]]:
     Raises:
         UserError: a file cannot be written.
     """
-    temporary = [_temporary(Path(path)) for path in paths]
     try:
-        with ExitStack() as stack:
+        with storage.replacing(*map(Path, paths)) as temporary, ExitStack() as stack:
             yield [stack.enter_context(t.open("wb")) for t in temporary]
-        for path, t in zip(paths, temporary, strict=True):
-            os.replace(t, path)
     except OSError as error:
         raise UserError(f"cannot write {paths[0]}: {error.strerror}") from error
-    finally:
-        for t in temporary:
-            t.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")

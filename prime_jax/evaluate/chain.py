@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from prime_jax.evaluate.estimators import Task, Text, Values, hidden, shifted
 from prime_jax.kernels.subtoken_head import subtoken_log_masses
 from prime_jax.objectives import Network
+from prime_jax.sample.orders import SCORES
 
 ORDERS = ("l2r", "confidence", "margin", "entropy", "random", "subtokens")
 ROWS = 256  # positions whose logits are computed at a time
@@ -29,18 +30,13 @@ class Readout(NamedTuple):
 
 
 def readout(order: str, h_NxD: jax.Array, head_VxD: jax.Array) -> Readout:
-    """Confidence by `confidence` (log p of the most likely token), `margin` (its p minus p of the
-    second) or `entropy` (minus the entropy in nats)."""
+    """Confidence of a sampler that reveals in this order (`sample.orders.SCORES`)."""
 
     def one(h_D):
         z_V = jnp.einsum("d,vd->v", h_D, head_VxD, preferred_element_type=jnp.float32)
         log_p_V = jax.nn.log_softmax(z_V)
-        (first, second), best = jax.lax.top_k(log_p_V, 2)
-        if order == "margin":
-            return jnp.exp(first) - jnp.exp(second), best[0]
-        if order == "entropy":
-            return (jnp.exp(log_p_V) * log_p_V).sum(), best[0]
-        return first, best[0]
+        best = log_p_V.argmax()
+        return SCORES[order](log_p_V[None], best[None])[0], best
 
     return Readout(*jax.lax.map(one, h_NxD, batch_size=ROWS))
 

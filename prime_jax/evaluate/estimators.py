@@ -17,6 +17,7 @@ from prime_jax.objectives import (
     Network,
     autoregressive_inputs,
     cut,
+    guided,
     make_head,
     masked_inputs,
 )
@@ -28,7 +29,7 @@ Values = dict[str, jax.Array]  # estimator name -> nats [B]
 class Task(NamedTuple):
     """Inputs of an estimator besides the tokens; static under `jit`.
 
-    `guidance` is the scale w of classifier-free guidance by the context (`guided`); 0 for none.
+    `guidance` is the scale w of classifier-free guidance by the context; 0 for none.
     """
 
     config: RunConfig
@@ -236,13 +237,8 @@ def one_step(
     return masked_BxLxS, masked_BxLxS & ~revealed_BxLxS, weight_BxL
 
 
-def guided(task: Task, network: Network, context_BxL: jax.Array) -> Network:
-    """Classifier-free guidance: logits (1 + w) z - w z', where z' is without the context.
-
-    Logits are linear in the hidden states, so these are combined; every bound is then a bound of
-    the guided model.
-    """
-    w = task.guidance
+def guided_by_context(task: Task, network: Network, context_BxL: jax.Array) -> Network:
+    """The network, guided by its difference from one that does not see the context."""
 
     def combined(digits_BxLxS, segment_ids_BxL, keys_B):
         h_BxLxD, head_VxD = network(digits_BxLxS, segment_ids_BxL, keys_B)
@@ -251,8 +247,7 @@ def guided(task: Task, network: Network, context_BxL: jax.Array) -> Network:
             context = context[:, None]
         blind_BxLxS = jnp.where(context, task.book.base, digits_BxLxS)
         without_BxLxD, _ = network(blind_BxLxS, segment_ids_BxL, keys_B)
-        mixed_BxLxD = (1 + w) * h_BxLxD.astype(jnp.float32) - w * without_BxLxD
-        return mixed_BxLxD.astype(h_BxLxD.dtype), head_VxD
+        return guided(h_BxLxD, without_BxLxD, task.guidance), head_VxD
 
     return combined
 

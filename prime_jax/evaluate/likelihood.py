@@ -24,7 +24,7 @@ from prime_jax.evaluate.estimators import (
     Values,
     exact,
     finite,
-    guided,
+    guided_by_context,
     subtoken,
     token,
 )
@@ -112,7 +112,7 @@ def draw(
         before_BxL = at_L < start_B[:, None]
         target_BxL &= ~before_BxL & (at_L < stop_B[:, None])
         if task.guidance:
-            network = guided(task, network, before_BxL)
+            network = guided_by_context(task, network, before_BxL)
     key = jax.random.key(EVAL_SEED)
     fold = jax.vmap(lambda r, e: jax.random.fold_in(jax.random.fold_in(key, r), e))
     text = Text(token_BxL, target_BxL, stop_B, None if max_targets_B is None else max_targets_B[0])

@@ -7,6 +7,7 @@ itself, its replicate and its keys, not on its batch, so the work can be interru
 
 import dataclasses
 import hashlib
+import io
 import json
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
 from prime_jax.evaluate.likelihood import Row
 from prime_jax.evaluate.trained import Trained
-from prime_jax.runtime import distributed, meshes
+from prime_jax.runtime import distributed, meshes, storage
 from prime_jax.runtime.metrics import Clock
 from prime_jax.runtime.sharding import Shardings
 from prime_jax.step import Parts
@@ -115,14 +116,10 @@ class Partial:
     def save(self) -> None:
         if self.path is None or not distributed.is_writer():
             return
-        temporary = self.path.with_name(f".{self.path.name}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.savez(file, identity=self.identity, **self.nats)
-            temporary.replace(self.path)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        stream = io.BytesIO()
+        np.savez(stream, identity=self.identity, **self.nats)
+        storage.make_folder(self.path.parent)
+        storage.write(self.path, stream.getvalue())
         self._saved = time.monotonic()
 
     def discard(self) -> None:

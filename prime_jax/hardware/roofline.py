@@ -1,4 +1,4 @@
-"""Estimates of step time, memory and cost of a run. Imports no JAX.
+"""Estimates of step time and memory of a run. Imports no JAX.
 
 A roofline model: matrix products, HBM traffic and collectives of one step, each divided by the
 speed of the chip (slices.py) times an assumed efficiency. All-gathers of parameters overlap with
@@ -10,22 +10,14 @@ the compiled programs (`--check`):
 Every result has the prediction and the measured time, so that the efficiencies can be checked.
 """
 
-import tomllib
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from prime_jax import flops
 from prime_jax.config import RunConfig
-from prime_jax.errors import UserError
-from prime_jax.hardware.slices import Chip, Slice, of_device
+from prime_jax.hardware.chips import Chip, of_device
 
-# Chips whose compiler implements reduce-scatter as all-reduce and slice (v5e: from 16 chips on).
-SUMMED_WHOLE = ("TPU v4", "TPU v5", "TPU v5 lite")
-# Fractions of the peak that optimised programs reach. Matrix products: published dense trainings
-# (MaxText: 65 % on v5p, 44-50 % on v6e for 8B to 70B parameters); narrow models reach less.
-MATMUL = {"TPU v6 lite": 0.5, "TPU7x": 0.45}
-EFFICIENCY = {"matmul": 0.6, "hbm": 0.8, "link": 0.8, "network": 0.7}
+EFFICIENCY = {"hbm": 0.8, "link": 0.8, "network": 0.7}  # fractions of the peak; matmul's: chips.py
 ADAM_BYTES = 32  # read and write value and two moments in float32, write and read the gradient
 # Numbers moved to and from HBM per token and layer in a forward pass, with elementwise operations
 # fused into products, in units of the width and of the feed-forward width.
@@ -111,7 +103,7 @@ def predict(config: RunConfig, mesh: Mesh, chip: Chip, slices: int = 1) -> Predi
         4 / 3 if remat == "full" else 1.0
     )  # forward, backward (two forwards), recomputed forward
     arithmetic = flops.flops_per_token(config, "matmul") * step_tokens * passes / devices
-    speed = chip.peak * MATMUL.get(chip.kind, EFFICIENCY["matmul"])
+    speed = chip.peak * chip.matmul_efficiency
     overlapped, not_overlapped = _collective_seconds(config, mesh, s, chip, slices)
     width, ffn = config.model.width, config.model.ffn_multiple * config.model.width
     moved = MOVED_WIDTH * width + MOVED_FFN * ffn / mesh.model
@@ -139,7 +131,7 @@ def _collective_seconds(
     # Gathered in the compute dtype, again for the backward pass unless saved; scattered in float32.
     gathered = (s.layers * (1 if remat == "none" else 2) + s.outer) * s.item
     gather = parts * gathered * _ring(mesh.data) / across
-    rounds = 2 if chip.kind in SUMMED_WHOLE else 1
+    rounds = 2 if chip.summed_whole else 1
     scatter = rounds * parts * 4 * params * _ring(mesh.data) / across
     between = network if multislice and mesh.replica > 1 else link
     summed = 2 * 4 * s.held * _ring(mesh.replica) / between  # gradients over replicas
@@ -187,38 +179,3 @@ def of_run(config: RunConfig, mesh: Mesh, device_kind: str, slices: int = 1) -> 
         return None
     prediction = predict(config, mesh, chip, slices).as_dict()
     return {**prediction, "memory_bytes": sum(memory(config, mesh))}
-
-
-@dataclass(frozen=True)
-class Prices:
-    """A price list of the user: currency units per chip and hour by generation."""
-
-    date: str
-    currency: str
-    per_chip_hour: dict[str, float]
-
-    def of(self, slice_: Slice, hours: float) -> float | None:
-        """Price of all chips of a slice; None if the list has none."""
-        price = self.per_chip_hour.get(slice_.generation)
-        return None if price is None else price * slice_.chips * hours
-
-
-def load_prices(path: Path) -> Prices:
-    """Read a price file (example: docs/prices.toml).
-
-    Raises:
-        UserError: missing, not TOML, or without a date, currency and prices.
-    """
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from error
-    prices = values.get("per_chip_hour")
-    numbers = isinstance(prices, dict) and all(isinstance(p, (int, float)) for p in prices.values())
-    if not numbers or "date" not in values or "currency" not in values:
-        raise UserError(
-            f"{path}: needs date, currency and [per_chip_hour] with v5e = 1.23 and so on"
-        )
-    return Prices(str(values["date"]), str(values["currency"]), prices)

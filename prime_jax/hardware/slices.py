@@ -1,4 +1,4 @@
-"""Slices of accelerators by name, and the properties of their chips. Imports no JAX.
+"""Slices of accelerators by name. Imports no JAX.
 
 `v5e-16` is the name in Google Cloud: v4, v5p and tpu7x count cores (two per chip), v5e and
 v6e count chips. `2xv6e-256` is two such slices on the data-centre network, `h100-8` eight GPUs of
@@ -8,137 +8,10 @@ one host.
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from prime_jax.config import nearest
 from prime_jax.errors import UserError
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One JAX device: a chip, but on TPU7x one of its two cores.
-
-    Attributes:
-        kind: prefix of JAX's `device_kind`.
-        peak: dense bfloat16 FLOP/s.
-        memory: bytes of HBM that a program may use.
-        memory_speed: bytes/s of HBM.
-        link_speed: bytes/s sent by a device within its slice, all links together.
-        network_speed: bytes/s sent per device between slices or GPU hosts.
-        dimensions: of the torus; 0 for a switch.
-        counted: units in the slice name per device.
-        per_chip: devices per chip.
-    """
-
-    kind: str
-    platform: Literal["tpu", "cuda"]
-    peak: float
-    memory: float
-    memory_speed: float
-    link_speed: float
-    network_speed: float
-    dimensions: int
-    counted: int = 1
-    per_chip: int = 1
-
-
-MIB, GIB = 2**20, 2**30
-# Peaks, HBM and links: Cloud TPU's page of each version ("ICI bandwidth", in bits, counts one way)
-# and NVIDIA's data sheets. `memory` of TPUs: the limit in the compiler's own out-of-memory
-# message (libtpu 0.0.42). Network: bandwidth of the host divided by its chips.
-CHIPS = {
-    "v4": Chip(
-        kind="TPU v4",
-        platform="tpu",
-        peak=275e12,
-        memory=30.75 * GIB,
-        memory_speed=1.228e12,
-        link_speed=300e9,
-        network_speed=6.25e9,
-        dimensions=3,
-        counted=2,
-    ),
-    "v5e": Chip(
-        kind="TPU v5 lite",
-        platform="tpu",
-        peak=197e12,
-        memory=15.75 * GIB,
-        memory_speed=819e9,
-        link_speed=200e9,
-        network_speed=3.125e9,
-        dimensions=2,
-    ),
-    "v5p": Chip(
-        kind="TPU v5",
-        platform="tpu",
-        peak=459e12,
-        memory=95.74 * GIB,
-        memory_speed=2.765e12,
-        link_speed=600e9,
-        network_speed=6.25e9,
-        dimensions=3,
-        counted=2,
-    ),
-    "v6e": Chip(
-        kind="TPU v6 lite",
-        platform="tpu",
-        peak=918e12,
-        memory=31.25 * GIB,
-        memory_speed=1.64e12,
-        link_speed=400e9,
-        network_speed=12.5e9,
-        dimensions=2,
-    ),
-    "tpu7x": Chip(
-        kind="TPU7x",
-        platform="tpu",
-        peak=1153e12,
-        memory=94.75 * GIB,
-        memory_speed=3.69e12,
-        link_speed=300e9,
-        network_speed=6.25e9,
-        dimensions=3,
-        per_chip=2,
-    ),
-    "a100": Chip(
-        kind="NVIDIA A100",
-        platform="cuda",
-        peak=312e12,
-        memory=79.1 * GIB,
-        memory_speed=2.04e12,
-        link_speed=300e9,
-        network_speed=25e9,
-        dimensions=0,
-    ),
-    "h100": Chip(
-        kind="NVIDIA H100",
-        platform="cuda",
-        peak=989e12,
-        memory=79.1 * GIB,
-        memory_speed=3.35e12,
-        link_speed=450e9,
-        network_speed=50e9,
-        dimensions=0,
-    ),
-    "h200": Chip(
-        kind="NVIDIA H200",
-        platform="cuda",
-        peak=989e12,
-        memory=140.4 * GIB,
-        memory_speed=4.8e12,
-        link_speed=450e9,
-        network_speed=50e9,
-        dimensions=0,
-    ),
-}
-ALIASES = {
-    "v5litepod": "v5e",
-    "v5lite": "v5e",
-    "trillium": "v6e",
-    "v7x": "tpu7x",
-    "ironwood": "tpu7x",
-}
-LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8192, "v6e": 256, "tpu7x": 8192}  # chips of a slice
+from prime_jax.hardware.chips import CHIPS, GIB, MIB, Chip, generation_of
 
 
 @dataclass(frozen=True)
@@ -198,8 +71,7 @@ def parse(name: str) -> Slice:
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name.strip().lower())
     if not match:
         raise UserError(f"slice {name!r}: expected CHIP-N or KxCHIP-N, e.g. v5e-16 or 2xv6e-256")
-    slices, generation, size = int(match[1] or 1), match[2], int(match[3])
-    generation = ALIASES.get(generation, generation)
+    slices, generation, size = int(match[1] or 1), generation_of(match[2]), int(match[3])
     if generation not in CHIPS:
         raise UserError(f"slice {name!r}: no such chip{nearest(generation, CHIPS)}")
     chip = CHIPS[generation]
@@ -214,8 +86,8 @@ def parse(name: str) -> Slice:
             raise UserError(
                 f"slice {name!r}: at most 8 GPUs per host; write {chips // 8}x{generation}-8"
             )
-    elif chips & (chips - 1) or chips == 2 or chips > LARGEST[generation]:
-        limit = LARGEST[generation] * unit
+    elif chips & (chips - 1) or chips == 2 or chips > chip.largest:
+        limit = chip.largest * unit
         raise UserError(
             f"slice {name!r}: {generation} has sizes {unit}, {4 * unit}, {8 * unit} ... {limit}"
         )
@@ -229,12 +101,6 @@ def torus(chips: int, dimensions: int) -> tuple[int, ...]:
     exponent = round(math.log2(chips))
     sides = [exponent // dimensions + (i < exponent % dimensions) for i in range(dimensions)]
     return tuple(2**side for side in sorted(sides))
-
-
-def of_device(kind: str) -> Chip | None:
-    """The chip of a `device_kind`; None for CPUs and other devices not in the table."""
-    found = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-    return max(found, key=lambda chip: len(chip.kind)) if found else None
 
 
 def human_bytes(n: float) -> str:

@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from prime_jax.errors import UserError
 from prime_jax.kernels.attention_mask import (
-    NEG,
     SAVED,
     allowed,
     by_blocks,
@@ -31,6 +30,8 @@ from prime_jax.kernels.attention_mask import (
     fitted,
     head_lanes,
 )
+from prime_jax.kernels.common import NEG, on_tpu, target_kind
+from prime_jax.kernels.selection import default_attention
 
 QUERY_ROWS = 256  # of a block: large enough for the cores, small enough for their caches
 
@@ -74,8 +75,8 @@ def attention(
         segment_ids_BxL: int32; attention is restricted to runs of equal ids; negative ids are
             padding.
         implementation: `pallas` (interpreted, slowly, on a CPU), `splash`, `cudnn` (XLA where
-            cuDNN has no kernel), `xla`, `scan`, or `auto`: the best that supports these shapes on
-            the platform that the program is traced for.
+            cuDNN has no kernel), `xla`, `scan`, or `auto`: the default for the device
+            that the program is traced for.
         blocks: of `pallas`: queries and keys of a block; empty for the default.
         block_length: above 0 for block diffusion: tokens of a block; L and the segment ids then
             include both the noisy and the clean sequence. Not for `pallas`.
@@ -84,22 +85,23 @@ def attention(
         UserError: unknown implementation, or blocks of another form.
     """
     if implementation == "auto":
-        implementation = _best(q_BxLxHxK, block_length)
+        length = q_BxLxHxK.shape[1]
+        implementation = default_attention(target_kind(), length, block_length).implementation
     if implementation == "pallas":
         if block_length:
             raise UserError(
                 "attention implementation pallas does not support block diffusion; use splash"
             )
-        from prime_jax.kernels import attention_pallas  # imports Mosaic only if used
+        from prime_jax.kernels import attention_mosaic  # imports Mosaic only if used
 
-        return attention_pallas.masked_attention(
+        return attention_mosaic.masked_attention(
             q_BxLxHxK,
             k_BxLxGxK,
             v_BxLxGxK,
             causal,
             segment_ids_BxL,
             blocks,
-            interpret=_platform() == "cpu",
+            interpret=not on_tpu(),
         )
     if implementation not in PLAIN:
         raise UserError(
@@ -119,26 +121,6 @@ def attention_to_cache(q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, last_BxL) -> jax.Array:
     return jax.nn.dot_product_attention(
         q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, mask=mask_BxLxM[:, None], implementation="xla"
     )
-
-
-def _platform() -> str:
-    """cpu, gpu or tpu: that of the mesh for which the program is traced, else of this machine."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device else jax.default_backend()
-    return "gpu" if platform in ("cuda", "rocm") else platform
-
-
-def _best(q_BxLxHxK: jax.Array, block_length: int) -> str:
-    _, length, _, size = q_BxLxHxK.shape
-    platform = _platform()
-    if platform == "tpu":
-        from prime_jax.kernels import attention_pallas
-
-        # Our kernel holds a whole head in VMEM; splash streams it, for any length and mask.
-        fits = attention_pallas.fits(length, size, q_BxLxHxK.dtype.itemsize)
-        return "pallas" if fits and not block_length else "splash"
-    gpu = "scan" if block_length else "cudnn"  # which needs the mask as a bias [B, H, L, L]
-    return {"cpu": "scan", "gpu": gpu}.get(platform, "xla")
 
 
 def _xla(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length, library="xla"):
@@ -219,7 +201,7 @@ def _splash(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, causal, documents_BxL, block_length
             use_fused_bwd_kernel=True,
         ),
         residual_checkpoint_name=SAVED,
-        interpret=_platform() == "cpu",
+        interpret=not on_tpu(),
     )
     q_BxLxHxK = (q_BxLxHxK.astype(jnp.float32) * size**-0.5).astype(q_BxLxHxK.dtype)
     out = jax.vmap(splash)(*(heads_first(x) for x in (q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)), ids)

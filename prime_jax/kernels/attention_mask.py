@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from prime_jax.errors import UserError
+from prime_jax.kernels.common import LANES, ceil_to
 
-LANES = 128
-NEG = -1e30  # finite stand-in for -inf: no NaN from inf - inf
 SAVED = "attention"  # checkpoint name of outputs that a remat policy should save
 
 
@@ -69,10 +68,6 @@ class Visits(NamedTuple):
     span_Bx2xL: jax.Array
     keys_Bx2xI: jax.Array
     queries_Bx2xJ: jax.Array
-
-
-def ceil_to(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def fitted(length: int, blocks: Sequence[int] = ()) -> tuple[Blocks, int]:

@@ -21,22 +21,15 @@ import jax
 import numpy as np
 
 from prime_jax.errors import UserError
-from prime_jax.kernels import attention_pallas, embedding_pallas, subtoken_head_pallas
-from prime_jax.kernels.check_case import Case
+from prime_jax.hardware.chips import CHIPS
+from prime_jax.kernels import attention_mosaic, embedding_mosaic, subtoken_head_mosaic
+from prime_jax.kernels.common import Case
 from prime_jax.kernels.selection import cause
 
 CASES: dict[str, Callable[[str, int, int], list[Case]]] = {
-    "embedding": embedding_pallas.cases,
-    "attention": attention_pallas.cases,
-    "head": subtoken_head_pallas.cases,
-}
-# One chip each: default topologies have at least one host of four chips.
-TOPOLOGIES = {
-    "v4": "v4:1x1x1",
-    "v5e": "v5e:1x1",
-    "v5p": "v5p:1x1x1",
-    "v6e": "v6e:1x1",
-    "tpu7x": "tpu7x:1x1x1",
+    "embedding": embedding_mosaic.cases,
+    "attention": attention_mosaic.cases,
+    "head": subtoken_head_mosaic.cases,
 }
 MOSAIC_CALL = re.compile(r'%(\S+) = .*custom_call_target="tpu_custom_call"')
 FILLS = ("VLOAD:FILL", "VSTORE:SPILL")
@@ -94,8 +87,9 @@ def mesh(chip: str) -> jax.sharding.Mesh:
     """A mesh of one absent chip (of one core, if it has two devices)."""
     from jax.experimental import topologies
 
+    sides = "x".join("1" * CHIPS[chip].dimensions)  # by default at least one host of four
     topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=TOPOLOGIES[chip], chips_per_host_bounds=(1, 1, 1)
+        platform="tpu", topology_name=f"{chip}:{sides}", chips_per_host_bounds=(1, 1, 1)
     )
     return jax.sharding.Mesh(np.array(topology.devices[:1]), ("chip",))
 

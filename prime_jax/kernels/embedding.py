@@ -6,7 +6,7 @@ gradients are float32 sums in a fixed order, without a scatter. Implementations:
 
     multi_hot   plain XLA, any base
     select      plain XLA, base 2 and concatenation: two selects per element, no matmul
-    pallas      `embedding_pallas`: the multi-hot matrix exists only in registers
+    pallas      `embedding_mosaic`: the multi-hot matrix exists only in registers
 
 Larger tables (plain tokens, bases above 80) are gathered.
 """
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prime_jax.kernels.selection import target_kind
+from prime_jax.kernels.common import on_tpu
 
 MULTI_HOT_ROWS = 256  # tables up to this many rows are read by a matmul instead of a gather
 PALLAS_ROWS = 1024  # limit of `pallas`, which does not store the multi-hot matrix
@@ -53,15 +53,20 @@ def subtoken_embedding(
     elif chosen == "select":
         x_NxD = _select(table_TxRxE, _packed(digits_NxS), slots, width, dtype)
     else:
-        from prime_jax.kernels import embedding_pallas  # imports Mosaic only if used
+        from prime_jax.kernels import embedding_mosaic  # imports Mosaic only if used
 
         matrix_KxD = _matrix(kind, table_TxRxE, slots, width)
         if table_TxRxE.shape[1] == 3:
             words_NxW = _packed(digits_NxS)
-            x_NxD = embedding_pallas.from_words(words_NxW, matrix_KxD, slots, dtype)
+            x_NxD = embedding_mosaic.from_words(words_NxW, matrix_KxD, slots, dtype)
         else:
-            x_NxD = embedding_pallas.from_digits(digits_NxS, matrix_KxD, dtype)
+            x_NxD = embedding_mosaic.from_digits(digits_NxS, matrix_KxD, dtype)
     return x_NxD.reshape(*shape, width)
+
+
+def subtoken_embedding_reference(kind, table_TxRxE, digits_NxS, width) -> jax.Array:
+    """Twin of `subtoken_embedding`: every digit's row is looked up."""
+    return _gather(kind, table_TxRxE, digits_NxS, width)
 
 
 def resolve(implementation: str, kind: str, slots: int, rows: int) -> str:
@@ -72,7 +77,7 @@ def resolve(implementation: str, kind: str, slots: int, rows: int) -> str:
     selectable = rows == 3 and kind != "sum"
     if implementation == "xla":
         # TPU compiler's estimate: 0.42 of the matmul's time, forward and backward; slower on a CPU.
-        return "select" if selectable and target_kind().startswith("TPU") else "multi_hot"
+        return "select" if selectable and on_tpu() else "multi_hot"
     if implementation == "select" and not selectable:
         raise ValueError(f"select reads concatenated binary tables, not {kind} of {rows} rows")
     return implementation

@@ -19,9 +19,9 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from prime_jax.kernels import subtoken_head_pallas, subtoken_head_xla
+from prime_jax.kernels import subtoken_head_mosaic, subtoken_head_xla
+from prime_jax.kernels.common import NEG
 from prime_jax.kernels.subtoken_head_base import (
-    NEG,
     TINY,
     Coefficients,
     Head,
@@ -34,8 +34,8 @@ __all__ = ["Head", "HeadLoss", "subtoken_log_masses", "subtoken_log_probs", "sub
 
 
 def _implementation(head: Head) -> ModuleType:
-    pallas = head.implementation == "pallas" and subtoken_head_pallas.supports(head)
-    return subtoken_head_pallas if pallas else subtoken_head_xla
+    pallas = head.implementation == "pallas" and subtoken_head_mosaic.supports(head)
+    return subtoken_head_mosaic if pallas else subtoken_head_xla
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,7 +19,6 @@ import numpy as np
 
 from prime_jax.subtokens import Codebook
 
-NEG = -1e30  # finite stand-in for -inf: no NaN from inf - inf
 # Mass, relative to the most likely token, below which a digit's sum has underflowed. The loss of
 # the true digit is then -log p_x, computed in log space: a bound, since P_j >= p_x, and finite.
 TINY = 1e-30
@@ -36,7 +35,8 @@ class Head:
         carry_over: restrict the softmax to the tokens consistent with the visible sub-tokens.
         loss: the quantity that `subtoken_loss` differentiates.
         implementation: `pallas` needs one word per code and at most 127 columns, else XLA is used.
-        blocks: (tokens, head rows, head rows of a part) of the Pallas kernels; empty for default.
+        blocks: (tokens, head rows, head rows of a part) of the Pallas kernels, (tokens,) of a chunk
+            of the XLA form; empty for default.
         axis_name: mesh axis of the surrounding `shard_map` over which head rows are sharded, each
             device with ceil(V / devices) of them (the last ones padded). Hidden states and
             results are replicated over the axis; gradients are computed inside.

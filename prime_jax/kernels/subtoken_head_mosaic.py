@@ -1,4 +1,6 @@
-"""The two TPU kernels (Mosaic) of the head: online masses, and one fused backward pass.
+"""The head for TPUs: two Mosaic kernels, online masses and one fused backward pass.
+
+The same three functions as in `subtoken_head_xla`; rows, and codes, are padded to whole tiles.
 
 Tokens are on lanes: logits are computed transposed, [head rows, tokens], so that softmax statistics
 are sublane reductions without lane shuffles. Head rows are processed in parts; the next product is
@@ -12,6 +14,7 @@ Letters besides the usual: T tokens and U head rows of a tile, R head rows of a 
 digits (C digits, a column of ones, padding).
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,19 +22,35 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from prime_jax.kernels.selection import target_kind
-from prime_jax.kernels.subtoken_head_base import NEG
-from prime_jax.kernels.subtoken_head_blocks import (
-    LANES,
-    MIB,
-    Blocks,
-    ceil_to,
-    vmem_bytes,
-    vmem_capacity,
+from prime_jax.config import SubtokenConfig
+from prime_jax.errors import UserError
+from prime_jax.hardware.chips import CHIPS, MIB
+from prime_jax.kernels.common import LANES, LOG2E, NEG, Case, ceil_to, dot, on_tpu, vmem_capacity
+from prime_jax.kernels.subtoken_head_base import (
+    PADDING,
+    Coefficients,
+    Head,
+    HeadLoss,
+    Masses,
+    combined,
+    loss_terms,
+    one_hot,
+    shard,
+    summed,
 )
+from prime_jax.subtokens import Codebook
 
 TILE = 16  # sublanes of a bfloat16 tile
+
+
+class Blocks(NamedTuple):
+    """Tokens and head rows of a tile, and head rows of a part; multiples of 128 on a TPU."""
+
+    tokens: int = 512
+    rows: int = 1024
+    part: int = 256
 
 
 class Operands(NamedTuple):
@@ -54,16 +73,158 @@ class Operands(NamedTuple):
     bits_2xN: jax.Array
 
 
-def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    # float32 follows jax.default_matmul_precision; bfloat16 products are exact as they are.
-    precision = jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else None
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
+def vmem_bytes(width: int, itemsize: int, blocks: Blocks) -> int:
+    """An upper bound on the VMEM of the larger kernel, the backward pass."""
+    tokens, rows, part = blocks
+    by_tokens = (
+        tokens * width * (2 * 2 * itemsize + 3 * 4)
+    )  # two of h and dh, double-buffered, and a sum
+    by_rows = rows * width * (2 * itemsize + 2 * 4)  # head and dhead, double-buffered
+    return by_tokens + by_rows + 8 * part * tokens * 4 + 4 * MIB
+
+
+def core_count() -> int:
+    """Cores of one JAX device."""
+    return pltpu.get_tpu_info().num_cores if on_tpu() else 1
+
+
+def matrix_unit() -> int:
+    """Columns of the chip's matrix units."""
+    return pltpu.get_tpu_info().mxu_column_size if on_tpu() else LANES
+
+
+def fitted(head: Head, width: int, itemsize: int) -> Blocks:
+    """The configured blocks, or the largest default ones that fit into VMEM.
+
+    Raises:
+        UserError: `head.blocks` is neither empty nor three positive numbers, the last of which
+            divides the second.
+    """
+    if head.blocks:
+        good = len(head.blocks) == 3 and min(head.blocks) > 0
+        if not good or head.blocks[1] % head.blocks[2]:
+            raise UserError(
+                f"head blocks {head.blocks}: give tokens, head rows and a part of the head rows"
+            )
+        return Blocks(*head.blocks)
+    # With smaller widths or larger matrix units a matmul hides less of the softmax.
+    large = 1024 if width <= (1024 if matrix_unit() > LANES else 512) else 512
+    usual = [Blocks(large), Blocks(), Blocks(512, 512), Blocks(256, 512)]
+    fit = [x for x in usual if vmem_bytes(width, itemsize, x) <= vmem_capacity()]
+    return fit[0] if fit else Blocks(128, 256, 128)
+
+
+def supports(head: Head) -> bool:
+    """One word per code, and columns of digits and ones that fit the lanes of one register."""
+    return head.fields_SxW.shape[1] == 1 and head.columns < LANES
+
+
+def _padded(x: jax.Array, count: int, value: Any = 0) -> jax.Array:
+    return jnp.pad(
+        x, ((0, count - x.shape[0]), *((0, 0) for _ in x.shape[1:])), constant_values=value
     )
+
+
+def _operands(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Operands:
+    (n_tokens, width), (n_rows, _), dtype = h_NxD.shape, head_VxD.shape, head_VxD.dtype
+    blocks = fitted(head, width, dtype.itemsize)
+    tokens = min(blocks.tokens, ceil_to(n_tokens, LANES))
+    rows = min(blocks.rows, ceil_to(n_rows, blocks.part))
+    blocks = Blocks(tokens, rows, math.gcd(rows, blocks.part))
+    padded_tokens, padded_rows = ceil_to(n_tokens, tokens), ceil_to(n_rows, rows)
+
+    # The barrier prevents constant folding of indicators of the whole vocabulary.
+    words_VxW = jax.lax.optimization_barrier(jnp.asarray(shard(head, row_N, n_rows).words_VxW))
+    words_VxW = _padded(words_VxW, padded_rows, PADDING)
+    hot_VxK = None
+    if not head.plain:
+        hot_VxC = one_hot(head, words_VxW, jnp.float32)
+        hot_VxK = jnp.pad(hot_VxC, ((0, 0), (0, 1)), constant_values=1).astype(dtype)
+    true_N = jnp.asarray(head.words_VxW)[row_N, 0]
+    visible_N = jnp.full_like(true_N, PADDING) if visible_NxW is None else visible_NxW[:, 0]
+    hs_NxD = (h_NxD.astype(jnp.float32) * LOG2E).astype(dtype)
+    return Operands(
+        blocks=blocks,
+        cores=min(core_count(), padded_rows // rows),
+        hs_NxD=_padded(hs_NxD, padded_tokens),
+        head_VxD=_padded(
+            head_VxD, max(n_rows, rows)
+        ),  # copied only if it is smaller than one block
+        codes_1xV=words_VxW.T,
+        hot_VxK=hot_VxK,
+        bits_2xN=_padded(jnp.stack([true_N, visible_N], axis=1), padded_tokens).T,
+    )
+
+
+def masses(head: Head, h_NxD, head_VxD, row_N, visible_NxW, interpret: Any = None) -> Masses:
+    """As in `subtoken_head_xla`; digit masses from exponentials in twice bfloat16's precision."""
+    operands = _operands(head, h_NxD, head_VxD, row_N, visible_NxW)
+    return _masses(head, operands, row_N, head_VxD, 2, interpret)
+
+
+def _masses(head: Head, operands: Operands, row_N, head_VxD, terms: int, interpret) -> Masses:
+    count = len(row_N)
+    top_1xN, sums_KxN = forward(operands, terms, interpret)
+    sums_NxK, digits = sums_KxN.T[:count], None
+    if not head.plain:
+        shape = (-1, head.codebook.length, head.codebook.base)
+        digits = sums_NxK[:, : head.columns].reshape(shape)
+    true_N = shard(head, row_N, head_VxD.shape[0]).true_N
+    index_N = jnp.clip(true_N, 0, head_VxD.shape[0] - 1)
+    hs_NxD = operands.hs_NxD[:count].astype(jnp.float32)
+    truth_N = (hs_NxD * head_VxD[index_N].astype(jnp.float32)).sum(axis=1)
+    truth_N = jnp.where(index_N == true_N, truth_N, 0)
+    top_N, mass_N = top_1xN[0, :count], sums_NxK[:, head.columns]
+    return combined(head, Masses(top_N / LOG2E, truth_N / LOG2E, mass_N, digits))
+
+
+def gradients(
+    head: Head, h_NxD, head_VxD, row_N, visible_NxW, lse_N, coefficients, interpret: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """As in `subtoken_head_xla`: (dh [N, D], dhead [V, D]), float32."""
+    operands = _operands(head, h_NxD, head_VxD, row_N, visible_NxW)
+    return _gradients(head, operands, h_NxD, head_VxD, lse_N, coefficients, interpret)
+
+
+def _gradients(head: Head, operands: Operands, h_NxD, head_VxD, lse_N, coefficients, interpret):
+    constant_N, digits_NxSxb, truth_N = coefficients
+    count, padded = len(h_NxD), len(operands.hs_NxD)
+    columns_KxN = None
+    if digits_NxSxb is not None:
+        digits_NxC = digits_NxSxb.reshape(-1, head.columns)
+        columns_NxK = jnp.concatenate([digits_NxC, constant_N[:, None]], axis=1)
+        columns_KxN = _padded(columns_NxK, padded).T
+    numbers_3xN = _padded(jnp.stack([lse_N * LOG2E, constant_N, truth_N], axis=1), padded).T
+    dhead_VxD, dh_NxD = backward(
+        operands,
+        _padded(h_NxD.astype(head_VxD.dtype), padded),
+        columns_KxN,
+        numbers_3xN,
+        interpret,
+    )
+    return summed(head, dh_NxD[:count]), dhead_VxD[: head_VxD.shape[0]]
+
+
+def loss_and_gradients(
+    head: Head,
+    h_NxD,
+    head_VxD,
+    row_N,
+    masked_NxS,
+    weight_N,
+    whole_N,
+    *,
+    gradient: bool,
+    interpret: Any = None,
+) -> tuple[HeadLoss, jax.Array | None, jax.Array | None]:
+    """As in `subtoken_head_xla`: (loss sums, dh [N, D], dhead [V, D])."""
+    operands = _operands(head, h_NxD, head_VxD, row_N, head.seen(masked_NxS))
+    masses = _masses(head, operands, row_N, head_VxD, 1, interpret)
+    losses, coefficients = loss_terms(head, masses, row_N, masked_NxS, weight_N, whole_N)
+    if not gradient:
+        return losses, None, None
+    lse_N = masses.lse_N
+    return losses, *_gradients(head, operands, h_NxD, head_VxD, lse_N, coefficients, interpret)
 
 
 def _mismatch(codes_ref, start: int, part: int, bits_2xT: jax.Array) -> tuple:
@@ -87,17 +248,17 @@ def _forward_kernel(blocks: Blocks, terms, hs_ref, head_ref, codes_ref, *refs):
     hs_TxD, bits_2xT = hs_ref[...], bits_ref[...]
 
     def logits(start):
-        return _dot(head_ref[pl.ds(start, blocks.part), :], hs_TxD, (1, 1))
+        return dot(head_ref[pl.ds(start, blocks.part), :], hs_TxD, (1, 1))
 
     def sums(start, p_RxT):
         if not hot_ref:
             return p_RxT.sum(0, keepdims=True)
         hot_KxR = hot_ref[0][:, pl.ds(start, blocks.part)]
         high_RxT = p_RxT.astype(hot_KxR.dtype)
-        total_KxT = _dot(hot_KxR, high_RxT, (1, 0))
+        total_KxT = dot(hot_KxR, high_RxT, (1, 0))
         if terms > 1 and hot_KxR.dtype != jnp.float32:
             low_RxT = (p_RxT - high_RxT.astype(jnp.float32)).astype(hot_KxR.dtype)
-            total_KxT += _dot(hot_KxR, low_RxT, (1, 0))
+            total_KxT += dot(hot_KxR, low_RxT, (1, 0))
         return total_KxT
 
     next_RxT = logits(0)
@@ -205,18 +366,18 @@ def _backward_kernel(blocks: Blocks, n_rows: int, grid, hs_ref, h_ref, head_ref,
         for start in range(0, blocks.rows, blocks.part):
             here = pl.ds(start, blocks.part)
             head_RxD = head_ref[here, :]
-            z_RxT = _dot(head_RxD, hs_TxD, (1, 1))
+            z_RxT = dot(head_RxD, hs_TxD, (1, 1))
             factor_RxT = constant_1xT
             if digit_refs:
                 hot_ref, columns_ref = digit_refs
-                factor_RxT = _dot(hot_ref[here, :], columns_ref[...], (1, 0))
+                factor_RxT = dot(hot_ref[here, :], columns_ref[...], (1, 0))
             differ_RxT, excluded_RxT = _mismatch(codes_ref, start, blocks.part, bits_2xT)
             p_RxT = jnp.exp2(jnp.where(excluded_RxT, NEG, z_RxT - lse_1xT))
             dz_RxT = p_RxT * factor_RxT
             dz_RxT += jnp.where(differ_RxT == 0, truth_1xT, 0.0)
             dz_RxT = dz_RxT.astype(head_RxD.dtype)
-            dhead_ref[here, :] += _dot(dz_RxT, h_TxD, (1, 0))
-            part_TxD = _dot(dz_RxT, head_RxD, (0, 0))
+            dhead_ref[here, :] += dot(dz_RxT, h_TxD, (1, 0))
+            part_TxD = dot(dz_RxT, head_RxD, (0, 0))
             dh_TxD = part_TxD if dh_TxD is None else dh_TxD + part_TxD
 
         @pl.when(moves | (step == 0))
@@ -352,6 +513,36 @@ def _call(
             vmem_limit_bytes=max(16 * MIB, min(needed, vmem_capacity())),
         ),
         cost_estimate=cost,
-        interpret=target_kind() == "cpu" if interpret is None else interpret,
+        interpret=not on_tpu() if interpret is None else interpret,
         **specs,
     )(*inputs)
+
+
+def cases(chip: str, width: int, vocab_size: int) -> list[Case]:
+    """Forward and backward of the marginal loss for binary sub-tokens, 4096 tokens."""
+    length = (vocab_size - 1).bit_length()
+    head = Head(Codebook.create(vocab_size, SubtokenConfig(length=length)))
+    device = AbstractDevice(device_kind=CHIPS[chip].kind, num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("chip",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        options = {"blocks": tuple(fitted(head, width, 2))}
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((4096, *shape), dtype)
+
+    hidden, row = array(width, dtype=jnp.bfloat16), array(dtype=jnp.int32)
+    rows = jax.ShapeDtypeStruct((vocab_size, width), jnp.bfloat16)
+    masked = array(length, dtype=bool)
+    loss = partial(loss_and_gradients, head, whole_N=None, gradient=False, interpret=False)
+
+    def run_backward(h_NxD, head_VxD, row_N, masked_NxS, lse_N, coefficients):
+        seen_NxW = head.seen(masked_NxS)
+        return gradients(head, h_NxD, head_VxD, row_N, seen_NxW, lse_N, coefficients, False)
+
+    shared = (hidden, rows, row, masked, array())
+    coefficients = Coefficients(array(), array(length, head.codebook.base), array())
+    name = f"D={width} V={vocab_size}"
+    return [
+        Case(f"head forward {name}", loss, shared, options),
+        Case(f"head backward {name}", run_backward, (*shared, coefficients), options),
+    ]

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prime_jax.kernels.subtoken_head_base import NEG, Head
+from prime_jax.kernels.common import NEG
+from prime_jax.kernels.subtoken_head_base import Head
 
 
 def restricted_logits(head: Head, h_NxD, head_VxD, row_N, masked_NxS) -> jax.Array:

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prime_jax.kernels.selection import target_kind
+from prime_jax.kernels.common import NEG, target_kind
 from prime_jax.kernels.subtoken_head_base import (
-    NEG,
     PADDING,
     Coefficients,
     Head,
@@ -43,10 +42,11 @@ def chunk_rows(n_rows: int, vocab_size: int) -> int:
     return divisor if divisor > 0.8 * limit else -(-n_rows // -(-n_rows // limit))
 
 
-def _chunked(rows: Any, vocab_size: int) -> Any:
+def _chunked(head: Head, rows: Any, vocab_size: int) -> Any:
     """Split the leading axis of every array into [chunks, rows per chunk], padded with zeros."""
     n_rows = jax.tree.leaves(rows)[0].shape[0]
-    chunk = chunk_rows(n_rows, vocab_size)
+    asked = head.blocks[0] if len(head.blocks) == 1 else 0  # three are those of the TPU's kernels
+    chunk = min(asked, n_rows) or chunk_rows(n_rows, vocab_size)
 
     def split(x):
         x = jnp.pad(x, ((0, -n_rows % chunk), *((0, 0) for _ in x.shape[1:])))
@@ -187,7 +187,7 @@ def masses(head: Head, h_NxD, head_VxD, row_N, visible_NxW) -> Masses:
         return _chunk_masses(head, digits, z_cxV, row[3])[0]
 
     rows = (h_NxD, row_N, visible_NxW, part.true_N)
-    return _joined(jax.lax.map(chunk, _chunked(rows, head_VxD.shape[0])), h_NxD.shape[0])
+    return _joined(jax.lax.map(chunk, _chunked(head, rows, head_VxD.shape[0])), h_NxD.shape[0])
 
 
 def gradients(head: Head, h_NxD, head_VxD, row_N, visible_NxW, lse_N, coefficients) -> tuple:
@@ -205,7 +205,7 @@ def gradients(head: Head, h_NxD, head_VxD, row_N, visible_NxW, lse_N, coefficien
 
     rows = (h_NxD, row_N, visible_NxW, part.true_N, lse_N, coefficients)
     start = jnp.zeros(head_VxD.shape, dtype)
-    dhead_VxD, dh = jax.lax.scan(chunk, start, _chunked(rows, head_VxD.shape[0]))
+    dhead_VxD, dh = jax.lax.scan(chunk, start, _chunked(head, rows, head_VxD.shape[0]))
     return summed(head, _joined(dh, h_NxD.shape[0])), dhead_VxD
 
 
@@ -236,7 +236,7 @@ def loss_and_gradients(
     rows = (h_NxD, row_N, part.true_N, masked_NxS, weight_N, whole_N)
     zero = jnp.zeros((), dtype)
     start = (HeadLoss(zero, zero), jnp.zeros(head_VxD.shape if gradient else (), dtype))
-    (sums, dhead_VxD), dh = jax.lax.scan(chunk, start, _chunked(rows, head_VxD.shape[0]))
+    (sums, dhead_VxD), dh = jax.lax.scan(chunk, start, _chunked(head, rows, head_VxD.shape[0]))
     if not gradient:
         return sums, None, None
     return sums, summed(head, _joined(dh, h_NxD.shape[0])), dhead_VxD

@@ -22,7 +22,7 @@ from prime_jax.errors import UserError
 from prime_jax.hardware.slices import Slice
 
 if TYPE_CHECKING:
-    from prime_jax.hardware.roofline import Prices
+    from prime_jax.hardware.prices import Prices
 
 REPO = Path(__file__).resolve().parents[2]
 

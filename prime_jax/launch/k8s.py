@@ -12,15 +12,6 @@ from prime_jax.launch.engine import Pool, Sweep, fill, option
 
 APPLY = "kubectl apply -f"
 MAX_NAME = 28  # characters of a JobSet's name, a prefix of names of pods, services, Kueue objects
-# Node labels of Google Kubernetes Engine.
-TPUS = {
-    "v4": "tpu-v4-podslice",
-    "v5e": "tpu-v5-lite-podslice",
-    "v5p": "tpu-v5p-slice",
-    "v6e": "tpu-v6e-slice",
-    "tpu7x": "tpu7x",
-}
-GPUS = {"a100": "nvidia-a100-80gb", "h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
 # A slice of several hosts is one node pool, used by one job at a time.
 EXCLUSIVE = [
     "annotations:",
@@ -90,11 +81,11 @@ def _selector(pool: Pool, options: Options) -> list[str]:
     slice_ = pool.slice_
     if slice_.chip.platform == "tpu":
         lines = [
-            f"cloud.google.com/gke-tpu-accelerator: {TPUS[slice_.generation]}",
+            f"cloud.google.com/gke-tpu-accelerator: {slice_.chip.gke}",
             f"cloud.google.com/gke-tpu-topology: {slice_.sides}",
         ]
     else:
-        lines = [f"cloud.google.com/gke-accelerator: {GPUS[slice_.generation]}"]
+        lines = [f"cloud.google.com/gke-accelerator: {slice_.chip.gke}"]
     return lines + ['cloud.google.com/gke-spot: "true"'] * options.spot
 
 

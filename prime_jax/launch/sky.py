@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 from prime_jax.errors import UserError
 from prime_jax.launch.engine import Pool, Sweep, fill, option
-from prime_jax.launch.tpu_request import CLOUD
 
 APPLY = "sky jobs launch"
-GPUS = {"a100": "A100-80GB", "h100": "H100", "h200": "H200"}
 
 
 @dataclass(frozen=True)
@@ -38,14 +36,14 @@ def _task(pool: Pool, options: Options) -> str:
         raise UserError("runs without a slice: give --slice v5e-16 here or in `sweep plan`")
     if slice_.chip.platform == "cuda":
         kind, nodes, extra = (
-            f"{GPUS[slice_.generation]}:{slice_.chips_per_host}",
+            f"{slice_.chip.sky}:{slice_.chips_per_host}",
             slice_.hosts,
             "cuda",
         )
         arguments = []
-    elif slice_.generation in CLOUD and slice_.slices == 1:
+    elif slice_.chip.cloud and slice_.slices == 1:
         # For SkyPilot all hosts of a slice are one node; it starts the command on each host.
-        family, runtime = CLOUD[slice_.generation]
+        family, runtime = slice_.chip.cloud
         kind, nodes, extra = f"tpu-{family}-{slice_.name.rpartition('-')[2]}", 1, "tpu"
         arguments = ["accelerator_args:", f"  runtime_version: {runtime}"]
     else:

@@ -9,13 +9,6 @@ from prime_jax.errors import UserError
 from prime_jax.launch.engine import Pool, option, template
 
 PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
-# (accelerator type before the size, default runtime version), from Cloud TPU's page of each.
-CLOUD = {
-    "v4": ("v4", "tpu-ubuntu2204-base"),
-    "v5e": ("v5litepod", "v2-alpha-tpuv5-lite"),
-    "v5p": ("v5p", "v2-alpha-tpuv5"),
-    "v6e": ("v6e", "v2-alpha-tpuv6e"),
-}
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,11 @@ def request(pool: Pool, options: Options, name: str, code: str) -> dict[str, Any
     slice_ = pool.slice_
     if slice_ is None:
         raise UserError("runs without a slice: give --slice v5e-16 here or in `sweep plan`")
-    if slice_.generation not in CLOUD:
-        kind = "TPU7x is" if slice_.generation == "tpu7x" else "GPUs are"
+    chip = slice_.chip
+    if chip.platform != "tpu" or not chip.cloud:
+        kind = f"{chip.kind} is" if chip.platform == "tpu" else "GPUs are"
         raise UserError(f"{slice_.name}: {kind} not available as TPU VMs; render for k8s or sky")
-    family, runtime = CLOUD[slice_.generation]
+    family, runtime = chip.cloud
     size = slice_.name.rpartition("-")[2]
     network = {"network": options.network, "subnetwork": options.subnetwork}
     node = {

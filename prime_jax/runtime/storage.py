@@ -101,12 +101,21 @@ def write(place: Path, data: bytes) -> None:
         if is_remote(place):
             _of(place).pipe_file(str(place), data)
             return
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        try:
+        with replacing(place) as [temporary]:
             temporary.write_bytes(data)
-            os.replace(temporary, place)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(*places: pathlib.Path) -> Iterator[list[pathlib.Path]]:
+    """Names beside local files, which take their places when the block ends well."""
+    temporary = [place.with_name(f".{place.name}.{os.getpid()}") for place in places]
+    try:
+        yield temporary
+        for place, written in zip(places, temporary, strict=True):
+            os.replace(written, place)
+    finally:
+        for written in temporary:
+            written.unlink(missing_ok=True)
 
 
 def read(place: Path) -> bytes:
@@ -242,10 +251,13 @@ def retry(action: Callable[[], T], log: Callable[[str], None], patience: float =
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, doing: str = "training there") -> Iterator[None]:
     """Lock a folder for this process inside the block; a killed process leaves no lock.
 
     Does nothing in a bucket, or where the file system has no locks.
+
+    Args:
+        doing: what another process is told to be doing.
 
     Raises:
         UserError: another process has it.
@@ -260,7 +272,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is training there") from error
+            raise UserError(f"{folder}: another process is {doing}") from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prime_jax.kernels.subtoken_head_base import NEG
+from prime_jax.kernels.common import NEG
 
 MIN_TEMPERATURE = 1e-4  # of the nucleus when the temperature is 0
 

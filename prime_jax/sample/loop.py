@@ -84,6 +84,8 @@ def settings_of(options: Options) -> Settings:
         threshold = np.inf
     elif options.order == "entropy":  # its score is the negative entropy
         threshold = -threshold
+    elif options.order == "confidence":  # and log p
+        threshold = np.log(threshold) if threshold > 0 else -np.inf
     return Settings(
         filters=Filters(
             np.float32(options.temperature), np.int32(options.top_k), np.float32(options.top_p)

@@ -120,19 +120,23 @@ def idle_fraction(plan: Plan) -> float:
     return 1 - busy / max(int(plan.steps), busy, 1)
 
 
-# Confidence of a prediction: log-probabilities [N, V] and the drawn index [N] to [N].
+# Confidence of a prediction: log-probabilities [N, V] and an index [N], the one that was drawn or
+# the most likely, to [N]. `evaluate.chain` reveals by the same.
 
 
 def confidence(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.take_along_axis(logp_NxV, index_N[:, None], axis=1)[:, 0])
+    """log p of the index, which tells apart what rounds to p = 1."""
+    return jnp.take_along_axis(logp_NxV, index_N[:, None], axis=1)[:, 0]
 
 
 def margin(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
+    """p of the likeliest minus p of the next."""
     best_Nx2 = jnp.exp(jax.lax.top_k(logp_NxV, 2)[0])
     return best_Nx2[:, 0] - best_Nx2[:, 1]
 
 
 def entropy(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
+    """Minus the entropy, nats."""
     p_NxV = jnp.exp(logp_NxV)
     return jnp.where(p_NxV > 0, p_NxV * logp_NxV, 0.0).sum(axis=1)
 

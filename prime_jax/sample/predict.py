@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prime_jax.kernels.selection import target_kind
-from prime_jax.kernels.subtoken_head_base import NEG, Head, consistent
-from prime_jax.objectives import Network
+from prime_jax.kernels.common import NEG, target_kind
+from prime_jax.kernels.subtoken_head_base import Head, consistent
+from prime_jax.objectives import Network, guided
 from prime_jax.sample.filters import Filters, draw
 
 Score = Callable[[jax.Array, jax.Array], jax.Array]
@@ -106,14 +106,9 @@ def hidden_states(
     unprompted_BxLxS: jax.Array | None,
     cfg_scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [B, L, D] and head rows [V, D], with guidance if unprompted digits are given.
-
-    Guided logits are z_u + (1 + scale) (z - z_u). Logits are linear in the hidden states, so these
-    are combined instead.
-    """
+    """Hidden states [B, L, D] and head rows [V, D], with guidance if unprompted digits are given."""
     if unprompted_BxLxS is None:
         return network(digits_BxLxS, segment_ids_BxL, None)
     both = jnp.concatenate([digits_BxLxS, unprompted_BxLxS])
     h, head_VxD = network(both, jnp.concatenate([segment_ids_BxL, segment_ids_BxL]), None)
-    h_BxLxD, u_BxLxD = jnp.split(h.astype(jnp.promote_types(h.dtype, jnp.float32)), 2)
-    return u_BxLxD + (1 + cfg_scale) * (h_BxLxD - u_BxLxD), head_VxD
+    return guided(*jnp.split(h, 2), cfg_scale), head_VxD

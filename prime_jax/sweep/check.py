@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from prime_jax import flops
+from prime_jax import flops, step
 from prime_jax.compile_check import aot
 from prime_jax.compile_check.aot import Verdict
 from prime_jax.config import MeshConfig, RunConfig
 from prime_jax.hardware.slices import Slice, human_bytes
+from prime_jax.kernels import selection
+from prime_jax.kernels.selection import NOTHING, Choices
 from prime_jax.sweep.plan import Candidate
 
 CACHE = Path("cache", "checks")  # below ROOT
@@ -21,11 +23,13 @@ class Options:
     every: compile every shape, not only the largest of each family.
     autofit: search for mesh settings with which a shape fits.
     cache: directory of cached verdicts.
+    choices: kernels measured on the slice's chip, as its runs will find them.
     """
 
     every: bool = False
     autofit: bool = False
     cache: Path | None = None
+    choices: Choices = NOTHING
 
 
 def check(
@@ -46,7 +50,7 @@ def check(
         UserError: no compiler on this machine, or a mesh that does not fit the slice.
     """
     out, verdicts = list(listed), []
-    families = _shapes(listed, slice_)
+    families = _shapes(listed, slice_, options.choices)
     total = sum(len(shapes) if options.every else 1 for shapes in families.values())
     progress.expect(total)
     one = partial(aot.autofit if options.autofit else aot.check, progress=progress)
@@ -68,15 +72,17 @@ def check(
 
 
 def _shapes(
-    listed: Sequence[Candidate], slice_: Slice
+    listed: Sequence[Candidate], slice_: Slice, choices: Choices
 ) -> dict[str, list[tuple[RunConfig, list[int]]]]:
     """By family: distinct programs and the candidates that share each, largest first."""
-    groups: dict[tuple[str, str], tuple[RunConfig, list[int]]] = {}
+    groups: dict[tuple[str, RunConfig], tuple[RunConfig, list[int]]] = {}
     for i, candidate in enumerate(listed):
         if candidate.config is None or candidate.drop:
             continue
-        shape = (candidate.row.family, aot.key(candidate.config, slice_))
-        groups.setdefault(shape, (candidate.config, []))[1].append(i)
+        kernels = selection.resolved(candidate.config, slice_.chip.device_kind, choices)
+        config = replace(candidate.config, kernels=kernels)
+        shape = (candidate.row.family, step.shape_of(config))
+        groups.setdefault(shape, (config, []))[1].append(i)
     out: dict[str, list[tuple[RunConfig, list[int]]]] = {}
     for (family, _), group in sorted(groups.items(), key=lambda item: _size(item[1][0])):
         out.setdefault(family, []).append(group)

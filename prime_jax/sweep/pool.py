@@ -16,8 +16,8 @@ from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.sweep import accelerators, state, status
 from prime_jax.sweep.state import Run
+from prime_jax.sweep.status import WorkerProgress
 from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, signals, step_fraction
-from prime_jax.sweep.worker_progress import WorkerProgress
 
 POLL = 0.5
 POLL_REMOTE = 10.0  # seconds between listings of a bucket

@@ -11,7 +11,7 @@ from head_cases import compare, log_prob_pair, loss_pair, problem
 from jax.experimental.pallas import tpu as pltpu
 
 from prime_jax.errors import UserError
-from prime_jax.kernels import subtoken_head_pallas, subtoken_head_xla
+from prime_jax.kernels import subtoken_head_mosaic, subtoken_head_xla
 from prime_jax.kernels.subtoken_head import Head
 from prime_jax.kernels.subtoken_head_base import Coefficients
 from prime_jax.kernels.subtoken_head_reference import subtoken_log_probs_reference
@@ -76,10 +76,10 @@ def test_evaluation_does_not_carry_the_rounding_of_exponentials():
     """With logits that bfloat16 products hold exactly, digit masses are exact to 1e-4."""
     p = problem(500, 9, 64, 64)
     rows = jnp.round(p.rows * 8) / 8
-    h = jnp.round(p.h) / subtoken_head_pallas.LOG2E  # whole once scaled, as exponents of 2
+    h = jnp.round(p.h) / subtoken_head_mosaic.LOG2E  # whole once scaled, as exponents of 2
     twin = jax.jit(partial(subtoken_log_probs_reference, Head(p.book)))
     exact = twin(h, rows, p.true, p.masked)[1]
-    ours = jax.jit(partial(subtoken_head_pallas.masses, pallas(p)))
+    ours = jax.jit(partial(subtoken_head_mosaic.masses, pallas(p)))
     masses = ours(h, rows.astype(jnp.bfloat16), p.true, Head(p.book).seen(p.masked))
     got = jnp.log(masses.digits_NxSxb / masses.mass_N[:, None, None])
     near = np.asarray(exact) > -20
@@ -101,7 +101,7 @@ def test_copies_do_not_race(tiles):
     head = pallas(p, blocks=(16, 32, 16))
     arguments = gradient_arguments(head, p)
     params = pltpu.InterpretParams(detect_races=True)
-    got = jax.jit(partial(subtoken_head_pallas.gradients, head, interpret=params))(*arguments)
+    got = jax.jit(partial(subtoken_head_mosaic.gradients, head, interpret=params))(*arguments)
     jax.block_until_ready(got)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
@@ -111,15 +111,15 @@ def test_copies_do_not_race(tiles):
 
 
 def test_two_cores_sum_gradients_of_their_own_share_of_the_head_rows(monkeypatch):
-    monkeypatch.setattr(subtoken_head_pallas, "core_count", lambda: 2)
+    monkeypatch.setattr(subtoken_head_mosaic, "core_count", lambda: 2)
     p = problem(270, 10, 50, 16)  # nine blocks of head rows: the second core has one less
     compare(log_prob_pair(pallas(p, blocks=(16, 32, 16)), p), p.h, p.rows, rtol=1e-5)
 
 
 def test_what_the_kernels_do_not_support_is_left_to_xla():
-    assert subtoken_head_pallas.supports(Head(problem(200, 4).book))
-    assert not subtoken_head_pallas.supports(Head(problem(5000, 2).book))  # 142 columns
-    assert not subtoken_head_pallas.supports(Head(problem(40, 32).book))  # two words
+    assert subtoken_head_mosaic.supports(Head(problem(200, 4).book))
+    assert not subtoken_head_mosaic.supports(Head(problem(5000, 2).book))  # 142 columns
+    assert not subtoken_head_mosaic.supports(Head(problem(40, 32).book))  # two words
     p = problem(5000, 2, 8, 8)
     assert np.isfinite(jax.jit(loss_pair(pallas(p), p)[0])(p.h, p.rows))
 
@@ -128,4 +128,4 @@ def test_blocks_that_do_not_fit_together_are_refused():
     p = problem()
     for blocks in ((32, 64), (32, 64, 48), (32, 0, 0)):
         with pytest.raises(UserError, match="head rows"):
-            subtoken_head_pallas.fitted(dataclasses.replace(pallas(p), blocks=blocks), 8, 4)
+            subtoken_head_mosaic.fitted(dataclasses.replace(pallas(p), blocks=blocks), 8, 4)

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from prime_jax.kernels.check_case import Case
-from prime_jax.kernels.selection import target_kind
+from prime_jax.kernels.common import Case, ceil_to, dot, on_tpu
 
 TOKENS = 512  # per block: 512 x 2048 float32 cotangents, twice, are 8 MiB of VMEM
 SUBLANES = 16  # rows of a bfloat16 tile
@@ -56,7 +55,7 @@ def words_layout(words: int) -> Layout:
 @functools.cache
 def digits_layout(slots: int, rows: int) -> Layout:
     """Any base: one row of digits per slot."""
-    padded = -(-rows // SUBLANES) * SUBLANES
+    padded = ceil_to(rows, SUBLANES)
 
     def hot(digits_Sxn, dtype):
         digit_Pxn = jax.lax.broadcasted_iota(jnp.int32, (padded, digits_Sxn.shape[1]), 0)
@@ -112,13 +111,7 @@ _embed.defvjp(_embed_forward, _embed_backward)
 def _dot(hot_Kxn: jax.Array, x: jax.Array, hot_axis: int) -> jax.Array:
     """Contract `hot_axis` of the multi-hot matrix with the rows of `x`, in float32."""
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        hot_Kxn,
-        x,
-        (((hot_axis,), (0,)), ((), ())),
-        precision=exact,
-        preferred_element_type=jnp.float32,
-    )
+    return dot(hot_Kxn, x, (hot_axis, 0), exact)
 
 
 def _forward(layout: Layout, codes_WxN, matrix_KxD) -> jax.Array:
@@ -187,7 +180,7 @@ def _options(semantics: str, n_rows: int, n_tokens: int, width: int, dtype) -> d
             bytes_accessed=n_tokens * (width * dtype.itemsize + 4) + 4 * n_rows * width,
             transcendentals=0,
         ),
-        "interpret": not target_kind().startswith("TPU"),
+        "interpret": not on_tpu(),
     }
 
 
