@@ -31,8 +31,12 @@ def noted(rows: Rows) -> Callable[..., objectives.Inputs]:
             name = f"{np.asarray(key)} {row}"
             assert rows.setdefault(name, text) == text  # devices that split a model share rows
 
-    def inputs(config, codebook, tokens_BxL, row_B, key, eos_id):
-        made = objectives.training_inputs(config, codebook, tokens_BxL, row_B, key, eos_id)
+    training_inputs = objectives.training_inputs
+
+    def inputs(config, *, book, token_BxL, row_B, key, eos_id):
+        made = training_inputs(
+            config, book=book, token_BxL=token_BxL, row_B=row_B, key=key, eos_id=eos_id
+        )
         seen = (made.digits_BxLxS, made.masked_BxLxS, made.weight_BxL)
         jax.debug.callback(note, jax.random.key_data(key), row_B, *seen)
         return made
@@ -55,7 +59,8 @@ def hidden(config: RunConfig) -> Rows:
     mesh, _ = meshes.make(config, jax.devices())
 
     def device(tokens_BxL, row_B, step):
-        inputs(config, book, tokens_BxL, row_B, step_key(config.seed, step), 0)
+        key = step_key(config.seed, step)
+        inputs(config, book=book, token_BxL=tokens_BxL, row_B=row_B, key=key, eos_id=0)
         return ()
 
     specs = (sharding.BATCH, sharding.BATCH, sharding.REPLICATED)

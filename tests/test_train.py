@@ -175,7 +175,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_for_ever(quick, 
     said = []
     with pytest.raises(Stopped):
         train(saving, tmp_path, heartbeat=stop_at(5), log=said.append)
-    assert "beginning at step 0" in said[-1]
+    assert "starting at step 0" in said[-1]
     assert checkpoint.steps(saves) == [4, 5, 8, 9]
     aside = tmp_path / "metrics.superseded.jsonl"
     assert aside.read_text().splitlines() == old
