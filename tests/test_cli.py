@@ -1,27 +1,18 @@
 """The command line as a person meets it: light start, one-line errors, exit codes."""
 
 import argparse
-import dataclasses
 import json
 import re
 import subprocess
 import sys
-import typing
 
 import pytest
 
-from prime_jax import cli, ranges
+from prime_jax import cli
 from prime_jax.cli.train import override
-from prime_jax.config import (
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    from_dict,
-    to_dict,
-    validate,
-)
+from prime_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from prime_jax.errors import UserError
+from prime_jax.settings import to_dict
 
 HEAVY = ("jax", "numpy", "scipy", "tyro", "rich", "matplotlib", "grain", "sentencepiece")
 
@@ -110,30 +101,6 @@ def test_bad_overrides_name_the_setting(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_configs_round_trip_and_refuse_what_they_do_not_know():
-    config = dataclasses.replace(RunConfig(), seed=5)
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
-    for bad, message in [
-        ({"modle": {}}, "did you mean model"),
-        ({"model": {"width": "64"}}, "config.model.width: expected int"),
-        ({"model": {"tied_head": 1}}, "expected bool"),
-        ({"seed": True}, "expected int"),
-        ({"family": "gpt"}, "is not one of arm, mdm, prime"),
-        ({"model": 3}, "expected an object"),
-    ]:
-        with pytest.raises(UserError) as error:
-            from_dict(RunConfig, bad)
-        assert message in str(error.value)
-
-
-def test_retired_settings_of_stored_runs_are_passed_over_at_their_default():
-    assert from_dict(RunConfig, {"kernels": {"head_skip": False}}) == RunConfig()
-    with pytest.raises(UserError, match=r"^config\.kernels\.head_skip = True: a retired setting"):
-        from_dict(RunConfig, {"kernels": {"head_skip": True}})
-    with pytest.raises(UserError, match="no such setting"):
-        from_dict(RunConfig, {"model": {"head_skip": False}})
-
-
 @pytest.fixture
 def experiment(tmp_path, markov_data):
     """A file with a tiny run on the Markov data."""
@@ -215,116 +182,6 @@ def _empty(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
     return path
-
-
-OUT_OF_RANGE = {
-    "steps": [0, -1],
-    "batch_size": [0],
-    "seed": [-1, 2**32],
-    "model.vocab_size": [0],
-    "model.layers": [0],
-    "model.width": [0, -64],
-    "model.heads": [0],
-    "model.kv_heads": [-1],
-    "model.ffn_multiple": [0],
-    "model.dropout": [-0.1, 1],
-    "model.rope_base": [0],
-    "model.norm_eps": [0, "nan"],
-    "model.init_std": [-0.02, "inf"],
-    "subtokens.length": [0, 33],
-    "subtokens.shuffle": [-0.5, 2],
-    "subtokens.seed": [-1],
-    "objective.power": [0],
-    "objective.sigma_min": [0],
-    "objective.sigma_max": [-1],
-    "objective.time_eps": [0, 1],
-    "objective.token_mask_rho": [2],
-    "objective.random_length": [-1],
-    "objective.block_length": [-4],
-    "objective.time_steps": [-1],
-    "data.seq_len": [0],
-    "optim.peak_lr": [0, "nan", "inf"],
-    "optim.final_lr_fraction": [-1, 1.5],
-    "optim.warmup_steps": [-3],
-    "optim.cooldown_fraction": [2],
-    "optim.b1": [2, 1, -0.1],
-    "optim.b2": [1],
-    "optim.eps": [0],
-    "optim.weight_decay": [-0.1],
-    "optim.clip": [-1],
-    "optim.ema": [1],
-    "eval.examples": [-1],
-    "eval.replicates": [0],
-    "eval.every": [-1],
-    "eval.batch_size": [0],
-    "mesh.replica": [-1],
-    "mesh.data": [-2],
-    "mesh.model": [-1],
-    "mesh.accumulate": [0],
-    "kernels.head_blocks": [0],
-    "kernels.attention_blocks": [-128],
-    "checkpoint.every": [-1],
-    "checkpoint.minutes": [-1],
-    "checkpoint.keep": [0],
-    "checkpoint.keep_every": [-1],
-    "checkpoint.grace_seconds": [-1],
-    "log.every": [0],
-    "log.profile": [-5],
-}
-
-
-@pytest.mark.parametrize("name", OUT_OF_RANGE)
-def test_numbers_out_of_range_are_told_with_what_is_allowed(name):
-    for value in OUT_OF_RANGE[name]:
-        config = override(RunConfig(), [f"--{name}", str(value)])
-        with pytest.raises(UserError, match=rf"^{re.escape(name)} = \S+: must be \w+") as caught:
-            validate(config)
-        assert "\n" not in str(caught.value)
-
-
-def test_every_number_of_a_config_has_a_range():
-    def numeric(cls, prefix=""):
-        for name, hint in typing.get_type_hints(cls).items():
-            if dataclasses.is_dataclass(hint):
-                yield from numeric(hint, f"{prefix}{name}.")
-            elif hint in (int, float, tuple[int, ...]):
-                yield prefix + name
-
-    ranged = [name for _, _, names in ranges.RANGES for name in names]
-    assert sorted(ranged) == sorted(numeric(RunConfig)) == sorted(OUT_OF_RANGE)
-
-
-def test_validate_checks_types_too():
-    with pytest.raises(UserError, match="family: 'foo' is not one of"):
-        validate(RunConfig(family="foo"))
-
-
-@pytest.mark.parametrize(
-    ("made", "says"),
-    [
-        ("RunConfig(family='foo')", "config.family: 'foo' is not one of arm, mdm, prime"),
-        ("RunConfig(model=ModelConfig(embedding='foo'))", "not one of cat_shared, cat, sum"),
-        ("RunConfig(model=ModelConfig(width='64'))", "config.model.width: expected int, got '64'"),
-        ("RunConfig(optim=OptimConfig(schedule='foo'))", "optim.schedule: 'foo' is not one of cos"),
-        ("RunConfig(objective=ObjectiveConfig(weight='foo'))", "not one of nelbo, flat"),
-        ("RunConfig(objective=ObjectiveConfig(loss='foo'))", "not one of marginal, joint"),
-        ("RunConfig(steps=3.5)", "config.steps: expected int, got 3.5"),
-        ("RunConfig(model=3)", "config.model: expected an object with the fields of ModelConfig"),
-        (
-            "RunConfig(stepz=3)",
-            "line 4: RunConfig(stepz=...): no such setting; did you mean steps?",
-        ),
-        ("ModelConfig(widht=3)", "ModelConfig(widht=...): no such setting; did you mean width?"),
-        ("replace(RunConfig(), stepz=3)", "RunConfig(stepz=...): no such setting; did you mean st"),
-    ],
-)
-def test_what_a_file_builds_is_checked(tmp_path, capsys, made, says):
-    path = tmp_path / "mine.py"
-    names = "ModelConfig, ObjectiveConfig, OptimConfig, RunConfig"
-    imports = f"from dataclasses import replace\nfrom prime_jax.config import {names}\n"
-    path.write_text(f"{imports}def config():\n    return {made}\n")
-    assert says in bad_command(["train", path, "--out", tmp_path / "run"], capsys)
-    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_reports_what_is_there(capsys):

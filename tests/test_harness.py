@@ -274,7 +274,7 @@ def test_mean_accuracy_counts_the_rounds_of_anli_once():
         (["--tasks", "sciq", "--task-data", "{empty}"], "sciq.jsonl does not exist"),
         (["--tasks", "sciq", "--task-data", "nowhere"], "no such directory"),
         (["--tasks", "sciq", "--task-data", "{records}", "--model-args", "mcnum=3"], "mc_num"),
-        (["--tasks", "sciq", "--task-data", "{records}", "--model-args", "mc_num=x"], "<int>"),
+        (["--tasks", "sciq", "--task-data", "{records}", "--model-args", "mc_num=x"], "an integer"),
         (["--tasks", "sciq", "--task-data", "{records}", "--model-args", "mc_num=0"], "at least 1"),
         (["--tasks", "sciq", "--task-data", "{records}", "--model-args", "nll_type=q"], "unknown"),
     ],

@@ -6,8 +6,9 @@ import fake_trainer
 import pytest
 from rich.console import Console
 
-from prime_jax.config import RunConfig, from_dict, run_id
+from prime_jax.config import RunConfig, run_id
 from prime_jax.errors import UserError
+from prime_jax.settings import from_dict
 from prime_jax.sweep import grid, plan, state
 
 

@@ -69,7 +69,9 @@ def test_bad_input_is_one_line(tiny_run, tmp_path, capsys):
     assert "nothing to fill in" in failing(["infill", run, ""], capsys)
     assert "[[MASK*8]]" in failing(["infill", run, "3 [[MASK*x]]"], capsys)
     assert "0 and 15" in failing(["infill", run, "77 [[MASK]]"], capsys)
-    assert "no such order" in failing(["sample", run, "--order", "sideways"], capsys)
+    assert "--order sideways: must be one of ancestral" in failing(
+        ["sample", run, "--order", "sideways"], capsys
+    )
     assert "no such grid" in failing(["sample", run, "--grid", "square"], capsys)
     assert "--num 0" in failing(["sample", run, "--num", "0"], capsys)
     assert "needs --grid measured" in failing(["sample", run, "--within", "0.1"], capsys)

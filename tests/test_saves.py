@@ -15,9 +15,10 @@ import process_groups
 import pytest
 
 from prime_jax.cli import main
-from prime_jax.config import CheckpointConfig, MeshConfig, to_dict
+from prime_jax.config import CheckpointConfig, MeshConfig
 from prime_jax.runtime import checkpoint, distributed
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import to_dict
 from prime_jax.train import train
 
 SILENT = lambda _: None  # noqa: E731
@@ -109,7 +110,8 @@ GANG = """
 import json, sys
 from pathlib import Path
 from prime_jax.runtime import distributed
-from prime_jax.config import RunConfig, from_dict
+from prime_jax.config import RunConfig
+from prime_jax.settings import from_dict
 
 distributed.start(print)
 from prime_jax import train

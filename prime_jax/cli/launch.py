@@ -5,11 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.launch import k8s, slurm, tpu
 from prime_jax.launch import sky as skypilot
 from prime_jax.launch.engine import REPO, Dialogue, Sweep, sweep_at
+from prime_jax.settings import nearest
 
 ENGINES = {"slurm": slurm, "tpu": tpu, "k8s": k8s, "sky": skypilot}
 PRICES = REPO / "docs" / "prices.toml"

@@ -82,7 +82,7 @@ def override(config: Any, arguments: list[str]) -> Any:
     """
     import difflib
 
-    from prime_jax.config import allowed, to_dict
+    from prime_jax.settings import allowed, to_dict
 
     known = flatten(to_dict(config))
     starts = [i for i, word in enumerate(arguments) if word.startswith("--")]
@@ -123,8 +123,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from prime_jax.config import run_id, set_path, to_dict
+    from prime_jax.config import run_id
     from prime_jax.experiment import load_config
+    from prime_jax.settings import set_path, to_dict
 
     config = override(load_config(args.experiment), args.rest)
     if args.profile:

@@ -20,6 +20,7 @@ from prime_jax import config as configs
 from prime_jax.data import shards, tokenizers
 from prime_jax.errors import NoData, UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import from_dict, nearest
 
 SCHEMA = 1
 SPLITS = ("train", "valid", "test")
@@ -110,7 +111,7 @@ class Manifest:
 
     def split(self, name: str) -> Split:
         if name not in SPLITS:
-            raise UserError(f"split {name!r}: no such split{configs.nearest(name, SPLITS)}")
+            raise UserError(f"split {name!r}: no such split{nearest(name, SPLITS)}")
         return getattr(self, name)
 
     @property
@@ -186,8 +187,8 @@ def load(path: str | Path, *, verify: bool = False) -> Manifest:
             f"remove {directory} and run: {again}"
         )
     try:
-        manifest = configs.from_dict(Manifest, values | {"directory": str(directory)}, str(file))
-    except TypeError as error:  # a field is missing
+        manifest = from_dict(Manifest, values | {"directory": str(directory)})
+    except UserError as error:
         raise UserError(f"{file} is damaged ({error}); run: {again}") from error
     splits = [manifest.split(name) for name in SPLITS]
     content = (manifest.tokenizer_hash, manifest.seq_len, manifest.eos_policy, splits)

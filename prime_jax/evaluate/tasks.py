@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.evaluate.score import Scorer
 from prime_jax.evaluate.trained import Trained
+from prime_jax.settings import nearest
 
 OFFLINE = Path(__file__).parent / "offline"
 FEWSHOT_SEED = 1234  # as the harness has it

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
+from prime_jax.settings import nearest
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from prime_jax import flops
-from prime_jax.config import RunConfig, run_id, set_path, to_dict, validate
+from prime_jax.config import RunConfig, run_id, validate
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import set_path, to_dict
 from prime_jax.sweep import grid, state
 from prime_jax.sweep.grid import Experiment, Row
 
@@ -75,7 +76,9 @@ def load_datasets(experiment: Experiment, *, required: bool) -> dict[str, Any]:
     Raises:
         UserError: one is missing or damaged (only if `required`).
     """
-    paths = {grid.to_config(row).data.path for row in experiment.rows if not row.problem}
+    default = RunConfig().data.path
+    runs = [row for row in experiment.rows if not row.problem]
+    paths = {row.overrides.get("data.path", default) for row in runs}
     out = {}
     for path in sorted(paths):
         if required or (Path(path) / manifest.FILE).exists():
@@ -184,11 +187,11 @@ def human(n: float) -> str:
 def _judge(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candidate:
     if row.problem:
         return Candidate(row, None, row.problem)
-    config = grid.to_config(row)
-    if row.steps < 1:
-        return Candidate(row, None, _too_small(row, config))
-    prepared = datasets.get(config.data.path)
     try:
+        config = grid.to_config(row)
+        if row.steps < 1:
+            return Candidate(row, None, _too_small(row, config))
+        prepared = datasets.get(config.data.path)
         if prepared is not None:
             config = _with_fingerprint(config, prepared)
         validate(config)
@@ -210,8 +213,6 @@ def _with_fingerprint(config: RunConfig, prepared: Any) -> RunConfig:
 
 
 def _too_small(row: Row, config: RunConfig) -> str:
-    if row.batch_size < 1:
-        return f"batch_size = {row.batch_size}: must be above 0"
     one = flops.train_flops(replace(config, steps=1), row.flops)
     size = f"{row.batch_size} x {config.data.seq_len} tokens"
     return (

@@ -19,10 +19,11 @@ from typing import Any
 
 from rich.console import Console
 
-from prime_jax.config import RunConfig, from_dict
+from prime_jax.config import RunConfig
 from prime_jax.errors import NoData, UserError
 from prime_jax.runtime import distributed, storage
 from prime_jax.runtime.storage import Path
+from prime_jax.settings import from_dict
 from prime_jax.sweep import state
 from prime_jax.sweep.attempt import Apart, Trainer, Worker, run_attempt
 from prime_jax.sweep.state import Run
