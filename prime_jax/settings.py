@@ -95,16 +95,18 @@ def check(instance: Any, path: str = "") -> None:
     Raises:
         UserError: the first setting that is wrong, its value and what would be right.
     """
-    cls = type(instance)
     for field in dataclasses.fields(instance):
-        name = f"{path}.{field.name}" if path else _called(cls, field.name)
-        value = _conform(hints(cls)[field.name], getattr(instance, field.name), name, field)
-        _check_range(field, value, name)
+        value = check_value(type(instance), field, getattr(instance, field.name), path)
         object.__setattr__(instance, field.name, value)
 
 
-def _called(cls: type, name: str) -> str:
-    return cls.called(name) if issubclass(cls, Checked) else name
+def check_value(cls: type, field: dataclasses.Field, value: Any, path: str = "") -> Any:
+    """One setting of `cls` as `check` holds it, in the form of its type."""
+    named = cls.called(field.name) if issubclass(cls, Checked) else field.name
+    name = f"{path}.{field.name}" if path else named
+    value = _conform(hints(cls)[field.name], value, name, field)
+    _check_range(field, value, name)
+    return value
 
 
 def _check_range(field: dataclasses.Field, value: Any, name: str) -> None:
@@ -118,7 +120,9 @@ def _check_range(field: dataclasses.Field, value: Any, name: str) -> None:
     for number in _numbers(value):
         finite = not math.isnan(number) and (infinite or abs(number) != math.inf)
         if not (finite and all(tests[test](number, limit) for test, limit in limits.items())):
-            raise UserError(f"{_told(name, number)}: must be {_range(field) or 'a finite number'}")
+            raise UserError(
+                f"{_told(name, number)}: must be {range_of(field) or 'a finite number'}"
+            )
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -131,7 +135,8 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(part)
 
 
-def _range(field: dataclasses.Field | None) -> str:
+def range_of(field: dataclasses.Field | None) -> str:
+    """The range of a setting's numbers in words, empty for none."""
     limits = dict(field.metadata.get("limits", {})) if field else {}
     if {"at_least", "at_most"} <= limits.keys():
         return f"between {limits['at_least']} and {limits['at_most']}"
@@ -215,7 +220,7 @@ def _allowed(hint: Any, field: dataclasses.Field | None) -> str:
     if field and "takes" in field.metadata:
         return field.metadata["takes"]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    limits = _range(field)
+    limits = range_of(field)
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
     if origin in (typing.Union, types.UnionType):

@@ -72,7 +72,7 @@ def test_bad_input_is_one_line(tiny_run, tmp_path, capsys):
     assert "--order sideways: must be one of ancestral" in failing(
         ["sample", run, "--order", "sideways"], capsys
     )
-    assert "no such grid" in failing(["sample", run, "--grid", "square"], capsys)
+    assert "--grid square: must be one of" in failing(["sample", run, "--grid", "square"], capsys)
     assert "--num 0" in failing(["sample", run, "--num", "0"], capsys)
     assert "needs --grid measured" in failing(["sample", run, "--within", "0.1"], capsys)
     assert "no EOS" in failing(["sample", run, "--stop-at-eos"], capsys)

@@ -11,19 +11,19 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from prime_jax.data import assemble, encode, parallel, shards, sources, tokenizers
 from prime_jax.data import manifest as manifests
 from prime_jax.data.manifest import SPLITS, Manifest, Request
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
+
+Tick = Callable[[str, int, int], None]
 
 
 def prepare(
@@ -33,6 +33,7 @@ def prepare(
     seq_len: int = 128,
     *,
     workers: int = 0,
+    tick: Tick = lambda what, total, more: None,
     **options: float,
 ) -> Manifest:
     """Make the dataset in `out`, go on where an earlier call stopped, or return the finished one.
@@ -43,6 +44,7 @@ def prepare(
         seq_len: tokens of a block.
         workers: processes; 0 for one per core. They start afresh and import the calling script,
             which must keep its work under `if __name__ == "__main__"`, or pass 1.
+        tick: told what is done, of how much, and how much more of it.
         options: `valid_fraction` and `test_fraction` of the documents, chosen by the hash of their
             text and `seed` (of an endless stream: at its end); `max_documents` and `max_bytes`,
             the beginning of each source to use.
@@ -51,7 +53,8 @@ def prepare(
             something else, nowhere to write.
     """
     request = Request(source, tokenizer, seq_len, **options)
-    _validate(request, workers)
+    if workers < 0:
+        raise UserError(f"--workers {workers}: must be at least 0")
     if "://" in str(out):
         raise UserError(f"--out {out}: prepare into a local folder, then copy it")
     directory = Path(out)
@@ -66,26 +69,11 @@ def prepare(
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
     with _alone(directory):
         try:
-            return _prepare(request, directory, workers or os.cpu_count() or 1)
+            return _prepare(request, directory, workers or os.cpu_count() or 1, tick)
         except UserError:
             if not _finished_parts(directory):
                 _forget(directory)
             raise
-
-
-def _validate(request: Request, workers: int) -> None:
-    if request.seq_len < 2:
-        raise UserError(f"seq_len = {request.seq_len}: must be at least 2")
-    names = ("max_documents", "max_bytes", "seed")
-    for name, value in (("workers", workers), *((name, getattr(request, name)) for name in names)):
-        if value < 0:
-            raise UserError(f"{name} = {value}: must not be below 0")
-    fractions = (request.valid_fraction, request.test_fraction)
-    if not (min(fractions) >= 0 and sum(fractions) < 1):
-        raise UserError(
-            f"valid_fraction = {fractions[0]}, test_fraction = {fractions[1]}: must not be below 0 "
-            "and must leave something to train on"
-        )
 
 
 def _finished(directory: Path, request: Request) -> Manifest:
@@ -124,7 +112,7 @@ def _alone(directory: Path) -> Iterator[None]:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
 
 
-def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
+def _prepare(request: Request, directory: Path, workers: int, tick: Tick) -> Manifest:
     corpus = sources.parse(request.source)
     _check_plan(request, directory, corpus)
     tokenizer = _tokenizer(request, directory, corpus)
@@ -135,7 +123,7 @@ def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
             f"end them; use {request.tokenizer}+eos"
         )
     started = time.monotonic()
-    parts, encoded = _encode_all(request, directory, corpus, tokenizer.hash, workers)
+    parts, encoded = _encode_all(request, directory, corpus, tokenizer.hash, workers, tick)
     pieces = assemble.streams(assemble.mix(parts, [s.weight for s in corpus]) if parts else [])
     _check_enough(request, directory, pieces)
     dtype = encode.stored_dtype(tokenizer.vocab_size)
@@ -152,9 +140,9 @@ def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
         )
     ]
     todo = [t for t in tasks if not (Path(f"{t.stem}.json").exists() and t.shard.exists())]
-    with _bar("writing blocks", len(tasks), len(tasks) - len(todo)) as advance:
-        for _ in parallel.run(assemble.assemble_shard, todo, min(workers, len(todo))):
-            advance(1)
+    tick("writing blocks", len(tasks), len(tasks) - len(todo))
+    for _ in parallel.run(assemble.assemble_shard, todo, min(workers, len(todo))):
+        tick("writing blocks", len(tasks), 1)
 
     splits = [
         assemble.summary(stream, [t for t in tasks if t.split == i], tokenizer.token_bytes)
@@ -241,6 +229,7 @@ def _encode_all(
     corpus: list[sources.Source],
     tokenizer_hash: str,
     workers: int,
+    tick: Tick,
 ) -> tuple[list[list[assemble.Kept]], int]:
     """First pass: the parts of each source, within the limits, and the tokens made by this call."""
     stems = [
@@ -268,10 +257,10 @@ def _encode_all(
     earlier = sum(size for size, d in zip(sizes, done, strict=True) if d)
     processes = min(workers, sum(not d for d in done))
     encoded = 0
-    with _bar("tokenizing", sum(sizes), earlier) as advance:
-        for task in parallel.run(encode.encode_part, needed(), processes):
-            encoded += read_json(Path(f"{task.stem}.json"))["tokens"]
-            advance(task.part.size)
+    tick("tokenising", sum(sizes), earlier)
+    for task in parallel.run(encode.encode_part, needed(), processes):
+        encoded += read_json(Path(f"{task.stem}.json"))["tokens"]
+        tick("tokenising", sum(sizes), task.part.size)
     return [_within(request, row) for row in stems], encoded
 
 
@@ -317,11 +306,3 @@ def _check_enough(request: Request, directory: Path, pieces: list[list[assemble.
                 f"{request.seq_len} ({documents} documents in all); give more text, other "
                 f"fractions, or cut one long text by position with stream:PATH"
             )
-
-
-@contextmanager
-def _bar(what: str, total: int, done: int) -> Iterator:
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task(what, total=total, completed=done)
-        yield lambda n: progress.advance(bar, n)

@@ -88,9 +88,7 @@ def evaluate(
         path = work and work / f"{texts.windows.hash}-{name.replace(':', '-')}.npz"
         kept = Partial(path, identity, len(window))
         told = functools.partial(tick, name, len(window))
-        drawn = scorer.draws(
-            name, estimator=texts.windows, token_ExL=rows, levels=window, replicates=kept, tick=told
-        )
+        drawn = scorer.draws(name, texts.windows, rows, window, partial=kept, tick=told)
         for label, nats in sorted(drawn.items(), key=lambda item: item[0] != name):
             shaped = nats.reshape(count, -1)
             losses.append(likelihood.summarise(label, shaped, n_tokens_W, texts.cluster, given))

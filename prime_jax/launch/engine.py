@@ -2,7 +2,7 @@
 
 An engine is a module of this package with
 
-    Options                                   a frozen dataclass: its command-line options
+    Options                                   a frozen dataclass of flags (`settings.Flags`)
     render(sweep, options) -> {file: text}    what would be sent
     up(sweep, options, desk) -> exit code     start workers; safe to run twice
     down(sweep, options, desk) -> exit code   list and remove what `up` of this sweep made
@@ -13,7 +13,7 @@ A rendered target has APPLY, the command that takes its files, in place of `up` 
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -174,11 +174,6 @@ class Dialogue:
         if price is None:
             return f"cost unknown: no {slice_.generation} in the price list"
         return f"{price:.2f} {self.prices.currency} per hour on demand ({self.prices.date})"
-
-
-def option(default: Any, help: str, **more: Any) -> Any:
-    """A field of an engine's Options: its default, its text in --help and what argparse needs."""
-    return field(default=default, metadata={"help": help, **more})
 
 
 def _data(runs: Sequence[Any]) -> tuple[str, ...]:

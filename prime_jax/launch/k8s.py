@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, Sweep, fill, option
+from prime_jax.launch.engine import Pool, Sweep, fill
+from prime_jax.settings import Flags, setting
 
 APPLY = "kubectl apply -f"
 LONGEST = 28  # of a JobSet's name: pods, services and Kueue's objects are named after it
@@ -30,13 +31,13 @@ FUSE = ["metadata:", "  annotations:", '    gke-gcsfuse/volumes: "true"']
 
 
 @dataclass(frozen=True)
-class Options:
-    image: str = option("", "container image built from launch/Dockerfile")
-    namespace: str = option("default", "Kubernetes namespace")
-    queue: str = option("", "Kueue's local queue (default: none, start at once)")
-    spot: bool = option(False, "rent what may be taken away at any time, for less")
-    service_account: str = option("default", "Kubernetes service account that may write to ROOT")
-    data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+class Options(Flags):
+    image: str = setting("", "container image built from launch/Dockerfile")
+    namespace: str = setting("default", "Kubernetes namespace")
+    queue: str = setting("", "Kueue's local queue (default: none, start at once)")
+    spot: bool = setting(False, "rent what may be taken away at any time, for less")
+    service_account: str = setting("default", "Kubernetes service account that may write to ROOT")
+    data: str = setting("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:

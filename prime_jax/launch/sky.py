@@ -4,17 +4,18 @@ import shlex
 from dataclasses import dataclass
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, Sweep, fill, option
+from prime_jax.launch.engine import Pool, Sweep, fill
 from prime_jax.launch.tpu_request import CLOUD
+from prime_jax.settings import Flags, setting
 
 APPLY = "sky jobs launch"
 GPUS = {"a100": "A100-80GB", "h100": "H100", "h200": "H200"}
 
 
 @dataclass(frozen=True)
-class Options:
-    spot: bool = option(False, "rent what may be taken away at any time, for less")
-    data: str = option("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
+class Options(Flags):
+    spot: bool = setting(False, "rent what may be taken away at any time, for less")
+    data: str = setting("", "where the machines get prepared data from", metavar="gs://BUCKET/DIR")
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:

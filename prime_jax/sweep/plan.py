@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from prime_jax import flops
 from prime_jax.config import RunConfig, run_id, validate
 from prime_jax.data import manifest
@@ -134,48 +131,6 @@ def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     }
 
 
-def table(
-    experiment: Experiment, listed: Sequence[Candidate], flops_per_second: float | None
-) -> Table:
-    """The plan as people read it."""
-    good = [candidate for candidate in listed if not candidate.drop]
-    total = sum(flops.train_flops(c.config, "matmul") for c in good)
-    summary = f"{len(good)} OK, {len(listed) - len(good)} DROP, {total:.3g} FLOPs (matmul)"
-    final = sum(flops.evaluation_flops(c.config, "matmul") for c in good)
-    if total:
-        summary += f" and {100 * final / total:.2g} % more to evaluate at the end"
-    if flops_per_second:
-        summary += f", {total / flops_per_second / 3600:.3g} h at {flops_per_second:.3g} FLOP/s"
-    if any(candidate.epochs is None for candidate in good):
-        summary += "; the data is not prepared: ids are provisional, epochs unknown"
-    out = Table(title=experiment.name, caption=summary, box=None, padding=(0, 1, 0, 0))
-    out.add_column("id", no_wrap=True)
-    out.add_column("family", no_wrap=True)
-    hours = ["hours"] if flops_per_second else []
-    for name in ("seed", "shape", "N", "D", "C", "steps", "batch", "lr", "epochs", *hours):
-        out.add_column(name, justify="right", no_wrap=True)
-    out.add_column("verdict", min_width=8)
-    for candidate in listed:
-        row = candidate.row
-        shape = f"{row.layers}x{row.width}x{row.heads}" if row.layers else ""
-        n, d, *rest = _cells(candidate, flops_per_second)
-        verdict = (
-            f"[red]DROP[/]: {escape(candidate.drop)}" if candidate.drop else f"OK {candidate.note}"
-        )
-        out.add_row(
-            candidate.id,
-            row.family,
-            str(row.seed),
-            shape,
-            n,
-            d,
-            f"{row.budget:.3g}",
-            *rest,
-            verdict,
-        )
-    return out
-
-
 def human(n: float) -> str:
     """151234567 -> 151M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -218,21 +173,6 @@ def _too_small(row: Row, config: RunConfig) -> str:
     return (
         f"too few steps: the budget is {row.budget / one:.2g} of one step ({size}, {one:.3g} FLOPs)"
     )
-
-
-def _cells(candidate: Candidate, flops_per_second: float | None) -> list[str]:
-    """N, D, steps, batch, peak learning rate, epochs and, if it can be told, hours."""
-    row, config = candidate.row, candidate.config
-    if config is None:
-        return [""] * (7 if flops_per_second else 6)
-    n = flops.param_counts(config)[PARAMS[row.flops]]
-    epochs = "?" if candidate.epochs is None else f"{candidate.epochs:.2f}"
-    cells = [human(n), human(config.tokens), str(config.steps), str(config.batch_size)]
-    cells += [f"{row.peak_lr:.2g}", epochs]
-    if flops_per_second:
-        hours = flops.train_flops(config, "matmul") / flops_per_second / 3600
-        cells.append(f"{hours:.2g}")
-    return cells
 
 
 def _open(root: storage.Path) -> list[dict[str, Any]]:

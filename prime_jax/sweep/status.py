@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from prime_jax.sweep.plan import PARAMS, human
 from prime_jax.sweep.state import Run
 
@@ -79,18 +77,6 @@ def failure(run: Run) -> str:
     tail = (run.attempts[-1].end or {}).get("traceback", "") if run.attempts else ""
     lines = tail.splitlines()[-TAIL:] or [run.reason]
     return "\n".join(f"    {text}" for text in lines)
-
-
-def show(runs: Sequence[Run], console: Console, head: str) -> None:
-    lines = [head]
-    for run in runs:
-        lines.append(line(run))
-        if run.state == "failed":
-            console.out("\n".join(lines), highlight=False)
-            console.out(failure(run), style="red", highlight=False)
-            lines = []
-    if lines:
-        console.out("\n".join(lines), highlight=False)
 
 
 def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
