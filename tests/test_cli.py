@@ -1,6 +1,8 @@
 """The command line as a person meets it: light start, one-line errors, exit codes."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from prime_jax import cli, settings
-from prime_jax.cli import parse
+from prime_jax.cli import parse, reference
 from prime_jax.cli.parse import override
 from prime_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from prime_jax.errors import UserError
 from prime_jax.settings import to_dict
 
+ROOT = Path(__file__).parents[1]
 HEAVY = ("jax", "etils", "orbax", "flax", "matplotlib", "grain", "lm_eval")
 DECLARED = [name for name, (place, _) in cli.COMMANDS.items() if ":" in place]
 ARGPARSED = sorted(set(cli.COMMANDS) - set(DECLARED))
@@ -230,3 +233,48 @@ def test_doctor_reports_what_is_there(capsys):
     assert "jax" in out
     assert "device" in out
     assert all(f"kernel {name}" in out for name in ("attention", "embedding", "head"))
+
+
+DOCS = [ROOT / "README.md", ROOT / "Makefile", *sorted(ROOT.glob("docs/*.md"))]
+DOCS += sorted(ROOT.glob("experiments/*.py"))
+
+
+def documented_lines() -> list[tuple[str, str]]:
+    """(file, line) of everything that looks like a whole command of ours."""
+    found = []
+    for file in DOCS:
+        text = file.read_text().partition(reference.BEGIN)[0].replace("\\\n", " ")
+        whole = re.findall(r"^\s*(?:\$ |\$\(BIN\)/)?prime-jax +([a-z].*)$", text, re.MULTILINE)
+        inline = re.findall(r"`prime-jax ([a-z][^`]*)`", text)
+        inline = [re.sub(r" ?\[(?!\[)[^\]\[]*\](?!\])", "", line) for line in inline]
+        found += [(file.name, line) for line in [*whole, *inline]]
+    return [(name, line) for name, line in found if not re.search(r"\.\.\.|\bCOMMAND\b", line)]
+
+
+def words_of(line: str) -> list[str]:
+    words = shlex.split(re.split(r" (?:&&|\|\|) ", line)[0], comments=True)
+    return [re.sub(r"\$\{?\(?\w+\)?\}?", "x", word) for word in words]
+
+
+def test_every_documented_line_is_understood():
+    lines = documented_lines()
+    assert len(lines) > 60
+    wrong = []
+    for file, line in lines:
+        words = words_of(line)
+        if " ".join(words) in cli.COMMANDS:
+            continue  # its name alone
+        try:
+            cli.parsed(words)
+        except UserError as error:
+            if not re.search(
+                r"is missing|are required", str(error)
+            ):  # a line of prose is cut short
+                wrong.append(f"{file}: {line}: {error}")
+    assert wrong == []
+
+
+def test_the_reference_is_that_of_the_declarations(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    page = reference.PAGE.read_text()
+    assert reference.renewed(page) == page, "python -m prime_jax.cli.reference"

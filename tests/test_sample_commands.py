@@ -52,7 +52,7 @@ def test_a_measured_grid_says_what_it_costs(tiny_run, capsys):
     assert "nelbo" in told
     assert cli.main([*command, "--within", "0.5"]) == 0
     assert "steps: measured grid" in capsys.readouterr().err
-    assert "must be 0 or more" in failing([*command, "--within", "-1.0"], capsys)
+    assert "must be at least 0" in failing([*command, "--within", "-1.0"], capsys)
 
 
 @pytest.mark.slow

@@ -19,10 +19,13 @@ def parse(module: str, words: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: argparse's own words.
     """
-    top = _Parser(prog="prime-jax")
-    commands = top.add_subparsers(required=True)
-    importlib.import_module(f"prime_jax.cli.{module}").register(commands)
-    args, args.rest = top.parse_known_args(words)
+    args, args.rest = _parser(module).parse_known_args(words)
     if args.rest and not getattr(args, "overridable", False):
         raise UserError(f"no such option: {' '.join(args.rest)}")
     return args
+
+
+def _parser(module: str) -> argparse.ArgumentParser:
+    top = _Parser(prog="prime-jax")
+    importlib.import_module(f"prime_jax.cli.{module}").register(top.add_subparsers(required=True))
+    return top

@@ -1,49 +1,35 @@
 """`prime-jax kernels check`."""
 
-import argparse
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from prime_jax.cli.console import say
+from prime_jax.cli.parse import Arguments
 from prime_jax.kernels.check_case import CHIPS
+from prime_jax.settings import setting
 
 KERNELS = ("embedding", "attention", "head")
 
 
-def register(subparsers: Any) -> None:
-    kernels = subparsers.add_parser(
-        "kernels",
-        help="compile the TPU kernels without a TPU",
-        description="The Pallas kernels of the head, the attention and the embedding, as the TPU "
-        "compiler sees them. No TPU is needed, or used if there is one.",
-    )
-    inner = kernels.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    check = inner.add_parser(
-        "check",
-        help="compile every kernel for the chips named, and print what the compiler says",
-        description="Compile forward and backward of each Pallas kernel for TPU chips that need "
-        "not be there: memory, compile time, and the static schedule of each kernel (bundles are "
-        "about cycles; shuffles and spills in the hot block cost time). Exit code 1 if a kernel "
-        "does not compile. Needs libtpu; minutes for all chips.",
-    )
-    check.add_argument(
-        "--chips",
-        nargs="+",
-        choices=CHIPS,
-        default=["v5e", "v5p", "v6e"],
-        help="to compile for (v5e v5p v6e)",
-    )
-    check.add_argument(
-        "--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="which (all of them)"
-    )
-    check.add_argument(
-        "--widths", nargs="+", type=int, default=[1024], help="model widths D (1024)"
-    )
-    check.add_argument("--vocab-size", type=int, default=51200, help="tokens V (51200)")
-    check.add_argument("--no-schedule", action="store_true", help="quicker: memory and time only")
-    check.set_defaults(run=run_check)
+@dataclass(frozen=True)
+class Check(Arguments):
+    """Compile forward and backward of each Pallas kernel for TPU chips that need not be there:
+    memory, compile time, and the static schedule of each kernel (bundles are about cycles; shuffles
+    and spills in the hot block cost time). Needs libtpu; minutes for all chips.
+
+    Exit code 1 if a kernel does not compile."""
+
+    EXAMPLES = ("prime-jax kernels check --chips v5e --kernels head --no-schedule",)
+
+    chips: tuple[Literal[CHIPS], ...] = setting(("v5e", "v5p", "v6e"), "to compile for")
+    kernels: tuple[Literal[KERNELS], ...] = setting(KERNELS, "which of them")
+    widths: tuple[int, ...] = setting((1024,), "model widths D", at_least=1, metavar="D")
+    vocab_size: int = setting(51200, "tokens V", at_least=1, metavar="V")
+    no_schedule: bool = setting(False, "quicker: memory and time only")
 
 
-def run_check(args: argparse.Namespace) -> int:
+def check(args: Check) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a TPU that is there stays free
     from prime_jax.kernels.check import check_all
 
@@ -54,13 +40,13 @@ def run_check(args: argparse.Namespace) -> int:
     for report in reports:
         total += 1
         failed += bool(report.error)
-        print(f"{report.chip:6}{report.case.name:48}{_result(report)}", flush=True)
+        say(f"{report.chip:6}{report.case.name:48}{_result(report)}")
         for s in report.schedules:
-            print(
+            say(
                 f"{'':8}{s.kernel:46}{s.bundles:>7} bundles, hot block {s.hot_bundles}: "
                 f"{s.matmuls} matmul, {s.shuffles} shuffle, {s.spills} spill slots"
             )
-    print(f"{total - failed} of {total} compiled")
+    say(f"{total - failed} of {total} compiled")
     return 1 if failed else 0
 
 

@@ -86,9 +86,9 @@ def help_page(cls: type[Arguments], prog: str) -> str:
         tyro.cli(_for_tyro(cls), prog=prog, description="", args=["--help"])
     table = page.getvalue()
     table = table[re.search(r"^.*(positional arguments|options)", table, re.MULTILINE).start() :]  # type: ignore[union-attr]
-    table = re.sub(r"[ \t]+$", "", table, flags=re.MULTILINE)
+    table = re.sub(r"[ \t]+$|^ ", "", table, flags=re.MULTILINE)
     about = [textwrap.fill(part, 100) for part in inspect.cleandoc(cls.__doc__ or "").split("\n\n")]
-    parts = [_usage(cls, prog), *about, table, inspect.cleandoc(cls.NOTES), _examples(cls.EXAMPLES)]
+    parts = [_usage(cls, prog), *about, table, textwrap.dedent(cls.NOTES), _examples(cls.EXAMPLES)]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
@@ -127,14 +127,16 @@ def _flat(cls: type) -> Iterator[tuple[type, Field]]:
 
 
 def _walk(cls: type) -> Iterator[tuple[type, Field]]:
+    """A command's own fields, then those of nested dataclasses."""
+    nested = []
     for field in dataclasses.fields(cls):
         hint = settings.hints(cls)[field.name]
-        if not field.metadata.get("flag", True):
-            continue
         if dataclasses.is_dataclass(hint):
-            yield from _walk(hint)
-        else:
+            nested.append(hint)
+        elif field.metadata.get("flag", True):
             yield cls, field
+    for inner in nested:
+        yield from _walk(inner)
 
 
 def _positional(field: Field) -> bool:

@@ -18,7 +18,7 @@ INNER = {"flag": False}  # for callers, not for the command line
 class Options(Flags):
     """How to sample."""
 
-    gen_length: int = setting(0, "tokens to write; 0 fills the context", at_least=0)
+    gen_length: int = setting(0, "tokens to write; 0 fills the context", at_least=0, **INNER)
     steps: int = setting(
         64, "reveal steps, over all blocks; what changes nothing is skipped", at_least=1
     )
@@ -55,7 +55,9 @@ class Options(Flags):
         True, "skip steps that reveal nothing; the samples are the same", **INNER
     )
     stop: int = setting(-1, "token at which a text ends; -1: none", **INNER)
-    seed: int = setting(0, "with the sample's number it determines the sample")
+    seed: int = setting(
+        0, "with the sample's number it determines the sample", at_least=0, at_most=2**32 - 1
+    )
     batch_size: int = setting(32, "samples at a time; changes no sample", at_least=1)
 
 
