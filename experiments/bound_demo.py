@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from prime_jax.cli.progress import RunProgress
+from prime_jax.cli.console import Progress
 from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -127,7 +127,7 @@ def main() -> None:
     }
     for name in RUNS if args.blocks else list(RUNS)[:-1]:
         run = config(name, args.steps, str(args.data))
-        with RunProgress() as progress:
+        with Progress() as progress:
             progress.log(f"training {name} ({run.steps} steps)")
             train(run, args.out / name, heartbeat=progress.heartbeat, log=progress.log)
         blocks = loader.eval_blocks(manifest.load(args.data), "valid", run.eval.examples)

@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import experiment
-from prime_jax.config import RunConfig, set_path
+from prime_jax.config import RunConfig
+from prime_jax.settings import set_path
 from prime_jax.sweep.grid import Sweep
 
 PUBLISHED: dict[str, dict[str, Any]] = {

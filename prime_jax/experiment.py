@@ -1,7 +1,4 @@
-"""Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many.
-
-Dataclasses do not check types, so the config that a file builds is validated again, strictly.
-"""
+"""Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many."""
 
 import dataclasses
 import re
@@ -11,29 +8,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prime_jax import config as settings
-from prime_jax.config import RunConfig, from_dict, nearest, to_dict
+from prime_jax import config as configs
+from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
+from prime_jax.settings import nearest
 
 T = TypeVar("T")
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """The run of an experiment file, see `call`.
-
-    Raises:
-        UserError: as `call`; a setting of the wrong type, or not one of its choices.
-    """
-    return typed(call(path, "config", RunConfig), f"{path}: config")
-
-
-def typed(config: RunConfig, where: str) -> RunConfig:
-    """`config`, checked: every value has the type that its setting declares.
-
-    Raises:
-        UserError: a value of another type, with what the setting allows.
-    """
-    return from_dict(RunConfig, to_dict(config), where)
+    """The run of an experiment file, see `call`."""
+    return call(path, "config", RunConfig)
 
 
 def call(path: str | Path, function: str, returns: type[T]) -> T:
@@ -65,8 +50,6 @@ def guarded(path: Path, run: Callable[[], T]) -> T:
     """
     try:
         return run()
-    except UserError:
-        raise
     except SyntaxError as error:
         raise UserError(f"{error.filename or path} line {error.lineno}: {error.msg}") from error
     except Exception as error:
@@ -74,12 +57,14 @@ def guarded(path: Path, run: Callable[[], T]) -> T:
         inside = [(frame, n) for frame, n in frames if frame.f_code.co_filename == str(path)]
         frame, number = inside[-1] if inside else (None, 0)
         line = f" line {number}" if inside else ""
-        known = vars(settings) | (frame.f_globals if frame else {})
+        known = vars(configs) | (frame.f_globals if frame else {})
         raise UserError(f"{path}{line}: {_what(error, known)}") from error
 
 
 def _what(error: Exception, known: Mapping[str, Any]) -> str:
-    """Message for an exception; for an unknown keyword of a class in `known`, the nearest one."""
+    """An exception in words; for a keyword that a class in `known` lacks, the nearest that it has."""
+    if isinstance(error, UserError):  # a setting refused its value
+        return str(error)
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     cls = known.get(found[1]) if found else None
     if not dataclasses.is_dataclass(cls):

@@ -7,8 +7,9 @@
 from typing import Literal, get_args
 
 from prime_jax import subtokens
-from prime_jax.config import ModelConfig, RunConfig, nearest
+from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.errors import UserError
+from prime_jax.settings import nearest
 
 Convention = Literal["matmul", "reference"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)

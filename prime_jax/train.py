@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from prime_jax import __version__, flops, optim, schedule, tuned
-from prime_jax.config import KernelConfig, RunConfig, from_dict, run_id, to_dict, validate
+from prime_jax.config import KernelConfig, RunConfig, run_id, validate
 from prime_jax.data import loader, manifest
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
@@ -28,6 +28,7 @@ from prime_jax.runtime import checkpoint, distributed, meshes, sharding, storage
 from prime_jax.runtime.metrics import Clock, MetricsLog, NoLog, Pace, Profile, memory_high_water
 from prime_jax.runtime.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
 from prime_jax.runtime.storage import Path
+from prime_jax.settings import from_dict, to_dict
 from prime_jax.step import Metrics, Program, State, program
 
 HEARTBEAT_SECONDS = 1.0

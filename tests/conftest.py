@@ -63,7 +63,7 @@ def tiny(markov_data):
 @pytest.fixture(scope="session")
 def quick(tiny):
     """`tiny` for tests of training: its evaluation compiles one estimator only."""
-    from prime_jax.config import set_path
+    from prime_jax.settings import set_path
 
     return set_path(tiny, "eval.estimators", ("subtoken",))
 

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from prime_jax import objectives, optim, step
-from prime_jax.config import RunConfig, from_dict
+from prime_jax.config import RunConfig
 from prime_jax.corrupt import step_key
 from prime_jax.runtime import distributed, meshes, sharding
 from prime_jax.runtime.metrics import Clock
+from prime_jax.settings import from_dict
 from prime_jax.subtokens import Codebook
 
 Rows = dict[str, str]  # by step key and row: the bytes of what the network sees and is charged for

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from prime_jax import flops
 from prime_jax.cli import compilations, forecast
+from prime_jax.cli.console import show
 from prime_jax.compile_check import aot, hlo
 from prime_jax.compile_check import worker as aot_worker
 from prime_jax.config import (
@@ -298,7 +299,7 @@ def test_an_oom_says_what_fills_the_memory_and_what_is_sent():
 
 def printed(verdicts: list[aot.Verdict], width: int) -> str:
     console = Console(width=width, file=io.StringIO())
-    console.print(forecast.table(verdicts))
+    show(forecast.table(verdicts), console)
     return console.file.getvalue()
 
 
@@ -312,7 +313,7 @@ def test_the_table_is_readable_at_80_columns():
     slice_ = slices.parse("2xv6e-256")
     verdicts = [aot.check(wide, slice_, compile=Compiler()), refused()]
     verdicts.append(aot.check(small, V5E, compile=Compiler()))
-    text = printed(verdicts, forecast.WIDTH)
+    text = printed(verdicts, 80)
     assert "…" not in text
     assert len(text.strip().splitlines()) == 2 + len(verdicts)  # no line was folded
     rows = [line.split() for line in text.splitlines()[-3:]]
@@ -343,8 +344,8 @@ def test_compilations_are_counted_and_have_an_end_in_sight(monkeypatch):
 
     with compilations.Compilations("t", Console(file=io.StringIO())) as progress:
         aot.autofit(BIG, V5E, compile=compile, progress=progress)
-        assert (progress._state.completed, progress._state.total) == (aot.TRIES, aot.TRIES)
-        assert progress._state.description.startswith("mdm 24x2048: try 6 of at most 6")
+        assert (progress._done, progress._total) == (aot.TRIES, aot.TRIES)
+        assert progress._text.startswith("mdm 24x2048: try 6 of at most 6")
     assert left[0] == compilations.FIRST_SECONDS
     assert left[1] > 0  # overdue is not done
     assert left[2] == 50

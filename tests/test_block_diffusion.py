@@ -18,7 +18,6 @@ from prime_jax.config import (
     RunConfig,
     SubtokenConfig,
     run_id,
-    set_path,
     validate,
 )
 from prime_jax.corrupt import corrupt, step_key
@@ -26,6 +25,7 @@ from prime_jax.errors import UserError
 from prime_jax.evaluate import estimators, likelihood
 from prime_jax.kernels.subtoken_head import subtoken_log_masses
 from prime_jax.objectives import cut, loss_sums, make_head, masked_inputs
+from prime_jax.settings import set_path
 from prime_jax.subtokens import Codebook
 from prime_jax.train import train
 

@@ -1,4 +1,3 @@
-import argparse
 import csv
 import dataclasses
 import json
@@ -7,7 +6,7 @@ import fake_trainer
 import pytest
 from fake_trainer import Trainer
 
-from prime_jax.cli import sweep as commands
+from prime_jax import cli
 from prime_jax.config import run_id
 from prime_jax.errors import UserError
 from prime_jax.sweep import collect, grid, state
@@ -128,10 +127,7 @@ def test_bad_places_are_told(tmp_path):
 
 
 def command(*words) -> int:
-    parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers())
-    args = parser.parse_args(["sweep", *map(str, words)])
-    return args.run(args) or 0
+    return cli.main(["sweep", *map(str, words)])
 
 
 def test_commands_on_a_sweep(tmp_path, capsys):
@@ -158,6 +154,6 @@ def test_the_plan_command_prints_without_data_and_refuses_to_write(tmp_path, cap
     out = capsys.readouterr().out
     assert "8 OK, 0 DROP" in out
     assert "not prepared" in out
-    with pytest.raises(UserError, match="prepare"):
-        command("plan", path, tmp_path / "sweep")
+    assert command("plan", path, tmp_path / "sweep") == 2
+    assert "prepare" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()

@@ -17,10 +17,11 @@ import process_groups
 import pytest
 from process_groups import ended
 
-from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig, to_dict
+from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig
 from prime_jax.errors import UserError
 from prime_jax.experiment import load_config
 from prime_jax.runtime import checkpoint, distributed
+from prime_jax.settings import to_dict
 from prime_jax.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,8 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from prime_jax.runtime import distributed
-from prime_jax.config import RunConfig, from_dict
+from prime_jax.config import RunConfig
+from prime_jax.settings import from_dict
 from prime_jax.errors import UserError
 log = lambda line: print(line, flush=True)
 try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from prime_jax import cli, experiment, flops
+from prime_jax.cli.sweep import plan_table
 from prime_jax.config import FAMILIES, RunConfig, run_id, validate
 from prime_jax.hardware import chips
 from prime_jax.runtime import meshes
@@ -109,9 +110,9 @@ def test_every_row_of_every_plan_can_run(name):
     listed = candidates(name)
     assert listed
     assert [c.drop for c in listed if c.drop] == []
-    table = plan.table(grid.load_experiment(FILES[name]), listed, 1e14)
-    assert table.row_count == len(listed)
-    assert f"{len(listed)} OK, 0 DROP" in table.caption
+    table = plan_table(grid.load_experiment(FILES[name]), listed, 1e14)
+    assert len(table.rows) == len(listed)
+    assert f"{len(listed)} OK, 0 DROP" in table.notes[0]
 
 
 def test_memory_of_the_largest_size_of_the_grid():
@@ -180,11 +181,11 @@ def test_the_preparation_of_the_docstring_fits_the_runs(name):
         assert "experiments/c4_grid.py" in text
         return
     (command,) = commands
-    args = cli.parser().parse_args(shlex.split(command)[1:])
+    _, args = cli.parsed(shlex.split(command)[1:])
     for candidate in candidates(name):
-        assert args.out == candidate.config.data.path
-        assert args.seq_len == candidate.config.data.seq_len
-        size = args.tokenizer.partition(":")[2]
+        assert str(args.out) == candidate.config.data.path
+        assert args.request.seq_len == candidate.config.data.seq_len
+        size = args.request.tokenizer.partition(":")[2]
         assert not size.isdigit() or int(size) == candidate.config.model.vocab_size
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from prime_jax.config import CheckpointConfig, RunConfig, to_dict
+from prime_jax.config import CheckpointConfig, RunConfig
 from prime_jax.runtime import checkpoint
+from prime_jax.settings import to_dict
 from prime_jax.train import train
 
 STEPS = {3: 60, 20: 480}  # by the number of kills, so that the last one comes well before the end
@@ -28,7 +29,8 @@ jax.monitoring.register_event_listener(
     lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None
 )
 from prime_jax import train
-from prime_jax.config import RunConfig, from_dict
+from prime_jax.config import RunConfig
+from prime_jax.settings import from_dict
 config = from_dict(RunConfig, json.loads(Path(sys.argv[1]).read_text()))
 log = lambda line: print(line, flush=True)
 train.train(config, Path(sys.argv[2]), log=log)

@@ -92,7 +92,7 @@ def test_commands_on_a_page_exist(name, monkeypatch):
     for line in lines:
         shell = ["bash", "-c", f"{names}\nprintf '%s\\n' {line}"]
         words = subprocess.run(shell, capture_output=True, text=True, check=True, cwd=engine.REPO)
-        cli.parser().parse_args(words.stdout.splitlines()[1:])
+        cli.parsed(words.stdout.splitlines()[1:])
 
 
 def test_xpks_one_liner():

@@ -14,12 +14,12 @@ from prime_jax.config import (
     OptimConfig,
     RunConfig,
     SubtokenConfig,
-    set_path,
 )
 from prime_jax.data import markov
 from prime_jax.data.prepare import prepare
 from prime_jax.errors import UserError
 from prime_jax.evaluate import estimators, likelihood
+from prime_jax.settings import set_path
 from prime_jax.subtokens import Codebook
 from prime_jax.train import train
 

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 from types import SimpleNamespace
 
@@ -6,8 +7,11 @@ import fake_trainer
 import pytest
 from rich.console import Console
 
-from prime_jax.config import RunConfig, from_dict, run_id
+from prime_jax.cli.console import show
+from prime_jax.cli.sweep import plan_table
+from prime_jax.config import RunConfig, run_id
 from prime_jax.errors import UserError
+from prime_jax.settings import from_dict
 from prime_jax.sweep import grid, plan, state
 
 
@@ -30,10 +34,9 @@ DATA = fake_trainer.BASE.data.path
 
 
 def printed(listed, experiment, flops_per_second=None) -> str:
-    console = Console(width=250, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(plan.table(experiment, listed, flops_per_second))
-    return console.export_text()
+    out = Console(width=250, file=io.StringIO())
+    show(plan_table(experiment, listed, flops_per_second), out)
+    return out.file.getvalue()
 
 
 def test_every_candidate_is_listed_as_ok_or_drop():
@@ -49,7 +52,7 @@ def test_every_candidate_is_listed_as_ok_or_drop():
     assert "model.heads" in drops[6]
     assert "no shape" in drops[7]
     text = printed(listed, tried)
-    assert (text.count("DROP:"), text.count("OK ")) == (14, 2)
+    assert (text.count("DROP:"), text.count(" OK")) == (14, 3)
 
 
 def test_table_shows_n_d_c_and_hours():

@@ -1,6 +1,5 @@
 """Preparation: what comes out is the text that went in, whoever interrupts it."""
 
-import argparse
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from corpora import corpus, make
 
-from prime_jax.cli import data as commands
+from prime_jax import cli
 from prime_jax.data import assemble, encode, loader, parallel, readers, sources
 from prime_jax.data import manifest as manifests
 from prime_jax.errors import UserError
@@ -285,11 +284,11 @@ def test_lossy_tokenizer_is_refused_and_another_may_follow(tmp_path, text, monke
         ({"valid_fraction": 0.7, "test_fraction": 0.3}, "fraction"),
         ({"valid_fraction": -0.1}, "fraction"),
         ({"valid_fraction": float("nan")}, "fraction"),
-        ({"seq_len": 1}, "seq_len"),
-        ({"workers": -3}, "workers = -3: must not be below 0"),
-        ({"max_documents": -1}, "max_documents = -1"),
-        ({"max_bytes": -1}, "max_bytes = -1"),
-        ({"seed": -1}, "seed = -1"),
+        ({"seq_len": 1}, "--seq-len 1: must be at least 2"),
+        ({"workers": -3}, "--workers -3: must be at least 0"),
+        ({"max_documents": -1}, "--max-documents -1"),
+        ({"max_bytes": -1}, "--max-bytes -1"),
+        ({"seed": -1}, "--seed -1"),
         ({"tokenizer": "chars:27"}, r"chars:27\+eos"),
         ({"tokenizer": "chars:27+eos"}, "a-z"),
         ({"source": "text:/nowhere/*"}, "nowhere"),
@@ -368,11 +367,8 @@ def test_workers_do_not_import_jax():
 # The commands.
 
 
-def run(*words: str) -> int | None:
-    parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers())
-    args = parser.parse_args(["data", *words])
-    return args.run(args)
+def run(*words: str) -> int:
+    return cli.main(["data", *words])
 
 
 def test_commands(text, tmp_path, capsys):

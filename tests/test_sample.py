@@ -330,8 +330,8 @@ def test_quality_numbers():
 @pytest.mark.parametrize(
     ("options", "family", "message"),
     [
-        ({"order": "confidnce"}, "prime", "did you mean confidence"),
-        ({"steps": 0}, "prime", "--steps 0: must be 1 or more"),
+        ({"order": "confidnce"}, "prime", "must be one of ancestral"),
+        ({"steps": 0}, "prime", "--steps 0: must be at least 1"),
         ({"threshold": 0.9}, "prime", "needs --order confidence"),
         ({"remasking": 0.5, "order": "random"}, "prime", "needs --order ancestral"),
         ({"top_p": 0.0}, "arm", "above 0"),

@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 from test_block_diffusion import decoded_log_prob, network, tiny_run
 
-from prime_jax.config import set_path
 from prime_jax.errors import UserError
 from prime_jax.sample import Options, Sampler
 from prime_jax.sample.block_diffusion import options_of
+from prime_jax.settings import set_path
 
 
 @lru_cache

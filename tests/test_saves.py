@@ -16,9 +16,10 @@ import process_groups
 import pytest
 
 from prime_jax.cli import main
-from prime_jax.config import CheckpointConfig, MeshConfig, to_dict
+from prime_jax.config import CheckpointConfig, MeshConfig
 from prime_jax.runtime import checkpoint, distributed
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import to_dict
 from prime_jax.train import train
 
 SILENT = lambda _: None  # noqa: E731
@@ -164,7 +165,8 @@ GANG = """
 import json, sys
 from pathlib import Path
 from prime_jax.runtime import distributed
-from prime_jax.config import RunConfig, from_dict
+from prime_jax.config import RunConfig
+from prime_jax.settings import from_dict
 
 distributed.start(print)
 from prime_jax import train
@@ -276,7 +278,8 @@ def test_a_save_that_takes_longer_than_the_grace_is_not_begun(quick, tmp_path, m
 def test_a_pinned_dataset_is_checked(tiny, tmp_path, capsys):
     experiment = tmp_path / "pinned.py"
     experiment.write_text(
-        "from prime_jax.config import RunConfig, from_dict\n"
+        "from prime_jax.config import RunConfig\n"
+        "from prime_jax.settings import from_dict\n"
         f"def config():\n    return from_dict(RunConfig, {to_dict(tiny)!r})\n"
     )
     words = ["train", str(experiment), "--out", str(tmp_path / "run"), "--data.fingerprint", "abc"]

@@ -87,7 +87,7 @@ def test_a_directory_that_is_no_fit(written, tmp_path):
     refused("fit again")
     older = result["method"]["settings"] | {"objective": "lad"}
     path.write_text(json.dumps(result | {"method": result["method"] | {"settings": older}}))
-    refused("settings.objective: 'lad' is not one of huber, ls")
+    refused("settings: objective = 'lad': must be one of huber, ls")
     path.write_text("[]")
     refused("version")
     path.write_text(json.dumps(result))

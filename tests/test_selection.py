@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from prime_jax.config import DataConfig, KernelConfig, RunConfig, run_id, set_path
+from prime_jax.config import DataConfig, KernelConfig, RunConfig, run_id
 from prime_jax.errors import UserError
 from prime_jax.kernels import selection
 from prime_jax.kernels.selection import Choices, Measured, Row
+from prime_jax.settings import set_path
 
 DEVICES = ("cpu", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H100", "MI300")
 CHOOSERS = {f.__name__: f for f in (selection.head, selection.attention, selection.embedding)}

@@ -21,12 +21,12 @@ from prime_jax.config import (
     OptimConfig,
     RunConfig,
     SubtokenConfig,
-    to_dict,
 )
 from prime_jax.errors import UserError
 from prime_jax.runtime import meshes
 from prime_jax.runtime.metrics import Clock
 from prime_jax.runtime.sharding import AXES
+from prime_jax.settings import to_dict
 
 TINY = RunConfig(
     family="prime",

@@ -26,13 +26,13 @@ from prime_jax.config import (
     RunConfig,
     SubtokenConfig,
     run_id,
-    set_path,
 )
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
 from prime_jax.hardware import chips, roofline
 from prime_jax.runtime import checkpoint, meshes
 from prime_jax.runtime.records import read_json
+from prime_jax.settings import set_path
 from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
 
 SILENT = lambda _: None  # noqa: E731

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from prime_jax.cli import runs
-from prime_jax.config import RunConfig, from_dict, run_id
+from prime_jax.config import RunConfig, run_id
 from prime_jax.errors import UserError
 from prime_jax.evaluate import trained
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import from_dict
 from prime_jax.sweep import state
 
 

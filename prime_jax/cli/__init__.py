@@ -1,57 +1,153 @@
 """The `prime-jax` command. Only the standard library is imported until a command runs."""
 
-import argparse
+import difflib
+import importlib
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from prime_jax import __version__
+from prime_jax.cli import boundary
 from prime_jax.errors import UserError
 
+PROG = "prime-jax"
+HELP = ("-h", "--help")
+ABOUT = "Scale masked diffusion language models over sub-tokens, with valid numbers."
+# Name -> the function that runs it, in the order of work, and its line in the list.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("doctor:doctor", "what this machine has, what is missing and how to get it"),
+    "data prepare": ("data:prepare", "tokenise a source into blocks, in parallel, resumable"),
+    "data inspect": ("data:inspect", "what a prepared dataset holds"),
+    "data entropy": ("data:entropy", "how evenly sub-tokens of each length are used"),
+    "train": ("train:train", "train and evaluate one run"),
+    "sweep plan": (
+        "sweep:plan",
+        "list the runs of an experiment; with ROOT, create or extend a sweep",
+    ),
+    "sweep run": ("sweep:run", "train here until nothing is open"),
+    "sweep work": ("sweep:work", "one worker, as every engine starts it"),
+    "sweep status": ("sweep:status", "where every run stands, and why some failed"),
+    "sweep logs": ("sweep:logs", "what the attempts at a run have said, host by host"),
+    "sweep retry": ("sweep:retry", "open failed, killed or stuck runs again"),
+    "sweep kill": ("sweep:kill", "stop runs for good"),
+    "sweep collect": ("sweep:collect", "write runs.csv, one row per run"),
+    "sweep report": ("sweep_report", "the fit's report, also while runs are still training"),
+    "sweep up": ("launch:up", "start workers on other machines"),
+    "sweep down": ("launch:down", "remove what `up` made for this sweep, and nothing else"),
+    "sweep render": ("launch:render", "print what would be sent to other machines"),
+    "fit": ("fit", "fit scaling laws to a sweep or a CSV: table, fit.json, figures, report.html"),
+    "scaling compare": ("scaling", "families against a baseline: compute multiplier, tests"),
+    "scaling predict": ("scaling", "N*, D* and the loss at a budget, with intervals"),
+    "scaling validate": ("scaling", "predict the larger budgets from the smaller ones"),
+    "scaling design": ("scaling", "which runs to train next, as rows for `sweep plan`"),
+    "eval": (
+        "evaluate:evaluate",
+        "likelihood of text with standard errors; samples; lm-eval tasks",
+    ),
+    "sample": ("sample:sample", "draw text from a trained model"),
+    "infill": ("sample:infill", "fill holes in a text"),
+    "analyse spectra": ("analyse:spectra", "singular values of weights, ranks, tail exponents"),
+    "analyse attention": (
+        "analyse:attention",
+        "mean maps, sinks, band, entropy, by hidden fraction",
+    ),
+    "analyse noise": ("analyse:noise", "where between noise and text the bound is paid"),
+    "analyse bits": ("analyse:bits", "cost and error of each sub-token of a token"),
+    "export": ("interchange:export", "write a finished run as safetensors, settings and tokenizer"),
+    "import": (
+        "interchange:import_",
+        "read published or exported weights into a folder that is a RUN",
+    ),
+    "kernels check": ("kernels:check", "compile the TPU kernels without a TPU"),
+}
+GROUPS = {
+    "data": "prepare and inspect datasets",
+    "sweep": "plan and run many trainings, collect their results",
+    "scaling": "compare families, validate, predict, design the next runs",
+    "analyse": "look inside finished runs",
+    "kernels": "compile the TPU kernels without a TPU",
+}
 
-def parser() -> argparse.ArgumentParser:
-    from prime_jax.cli import analyse as analyse_commands
-    from prime_jax.cli import data as data_commands
-    from prime_jax.cli import evaluate as eval_commands
-    from prime_jax.cli import fit as fit_commands
-    from prime_jax.cli import interchange as interchange_commands
-    from prime_jax.cli import kernels as kernels_commands
-    from prime_jax.cli import sample as sample_commands
-    from prime_jax.cli import scaling
-    from prime_jax.cli import sweep as sweep_commands
-    from prime_jax.cli import train as commands
 
-    top = argparse.ArgumentParser(
-        prog="prime-jax",
-        description="Scale masked diffusion language models over sub-tokens, with valid numbers.",
-        epilog="prime-jax COMMAND --help says more. Start with: make quickstart",
-    )
-    top.add_argument("--version", action="version", version=f"prime-jax {__version__}")
-    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for package in (
-        commands,
-        data_commands,
-        sweep_commands,
-        fit_commands,
-        scaling,
-        kernels_commands,
-        eval_commands,
-        analyse_commands,
-        interchange_commands,
-        sample_commands,
-    ):
-        package.register(subparsers)
-    return top
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (`boundary`)."""
+    return boundary.guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input ends in one line on stderr and exit code 2."""
-    top = parser()
-    try:
-        args, args.rest = top.parse_known_args(argv)
-        if args.rest and not getattr(args, "overridable", False):
-            top.error(f"no such option: {' '.join(args.rest)}")
-        return args.run(args) or 0
-    except UserError as error:
-        print(f"prime-jax: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
+def _run(words: list[str]) -> int | None:
+    for place, word in enumerate(words, 1):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"argument {place} is not UTF-8: {word!r}") from None
+    if not words or words[0] in HELP:
+        print(_overview(ABOUT, COMMANDS), end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"{PROG} {__version__}")
         return 0
+    if words[0] in GROUPS and (len(words) == 1 or words[1] in HELP):
+        inside = {name: c for name, c in COMMANDS.items() if name.split()[0] == words[0]}
+        print(_overview(f"{GROUPS[words[0]].capitalize()}.", inside), end="")
+        return 0 if len(words) > 1 else 2
+    name = _name(words)
+    rest = words[len(name.split()) :]
+    plain = rest[: rest.index("--")] if "--" in rest else rest
+    if ":" in COMMANDS[name][0] and any(word in HELP for word in plain):
+        from prime_jax.cli import parse
+
+        print(parse.help_page(parse.arguments_of(function(name)), f"{PROG} {name}"), end="")
+        return 0
+    command, args = parsed(words)
+    return command(args)
+
+
+def function(name: str) -> Callable[[Any], int | None]:
+    """What runs a command of COMMANDS."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(f"prime_jax.cli.{module}"), function)
+
+
+def parsed(words: Sequence[str]) -> tuple[Callable[[Any], int | None], Any]:
+    """The command of a line of words and its arguments.
+
+    Raises:
+        UserError: what is wrong with the first wrong word.
+    """
+    name = _name(words)
+    if ":" not in COMMANDS[name][0]:
+        from prime_jax.cli import argparsed
+
+        args = argparsed.parse(COMMANDS[name][0], words)
+        return args.run, args
+    from prime_jax.cli import parse
+
+    command = function(name)
+    rest = words[len(name.split()) :]
+    return command, parse.parse(parse.arguments_of(command), rest, f"{PROG} {name}")
+
+
+def _name(words: Sequence[str]) -> str:
+    """The command that the first words name.
+
+    Raises:
+        UserError: there is none; says the nearest.
+    """
+    if words[0] in COMMANDS:
+        return words[0]
+    group = words[0] in GROUPS
+    if group and f"{words[0]} {words[1]}" in COMMANDS:
+        return f"{words[0]} {words[1]}"
+    given = f"{words[0]} {words[1]}" if group else words[0]
+    valid = [name for name in COMMANDS if not group or name.split()[0] == words[0]]
+    close = difflib.get_close_matches(given, [*valid, *(() if group else GROUPS)], n=1, cutoff=0.5)
+    hint = f"did you mean {PROG} {close[0]}?" if close else f"{PROG} --help lists them"
+    raise UserError(f"no such command {given}; {hint}")
+
+
+def _overview(about: str, commands: Mapping[str, tuple[str, str]]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {line}" for name, (_, line) in commands.items()]
+    head = [f"usage: {PROG} COMMAND [arguments]", "", about, "", "commands:"]
+    tail = ["", f"{PROG} COMMAND --help says more. Start with: make quickstart", ""]
+    return "\n".join([*head, *lines, *tail])

@@ -1,94 +1,90 @@
 """`prime-jax analyse`: spectra, attention, noise, bits."""
 
-import argparse
 import csv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prime_jax.cli import runs
+from prime_jax.cli.console import Progress, Table, say, show
+from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
+from prime_jax.settings import REQUIRED, setting
 
 if TYPE_CHECKING:
     from prime_jax.analyse.subjects import Subject
 
 SCHEMA = 1
-DESCRIPTION = """\
-Look inside finished runs. Each analysis writes NAME.json (with units and what it was
-measured on), NAME.csv (a row per number) and figures (svg, png, pdf) into --out, by default
-RUN/analysis of the first run. Several runs are drawn side by side.
+WRITES = """
+Writes NAME.json (with units and what it was measured on), NAME.csv (a row per number) and figures
+(svg, png, pdf) into --out. Several runs are drawn side by side.
 """
 
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "analyse",
-        help="spectra of weights, attention, loss by noise level and by sub-token",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    kinds = parser.add_subparsers(metavar="WHAT", required=True)
+@dataclass(frozen=True)
+class OfRuns(Arguments):
+    """What every analysis takes."""
 
-    def add(name: str, run: Any, summary: str, examples: int = 0) -> argparse.ArgumentParser:
-        one = kinds.add_parser(name, help=summary, description=summary)
-        one.add_argument("runs", nargs="+", metavar="RUN", help=RUN)
-        one.add_argument(
-            "--out", type=Path, metavar="DIR", help="default: RUN/analysis of the first run"
-        )
-        if examples:
-            one.add_argument(
-                "--examples",
-                type=_positive,
-                default=examples,
-                help=f"blocks of the validation split ({examples})",
-            )
-            one.add_argument(
-                "--data", type=Path, metavar="DIR", help="another dataset that was prepared"
-            )
-        one.set_defaults(run=run)
-        return one
+    NOTES = WRITES
 
-    add("spectra", run_spectra, "singular values of the weight matrices, ranks, tail exponents")
-    look = add(
-        "attention", run_attention, "mean maps, sinks, band, entropy, by hidden fraction", 16
-    )
-    look.add_argument(
-        "--ratios",
-        type=_share,
-        nargs="+",
-        default=[0.1, 0.3, 0.5, 0.7, 0.9],
+    runs: tuple[str, ...] = setting(REQUIRED, RUN, positional=True, metavar="RUN")
+    out: Path | None = setting(None, "default: RUN/analysis of the first run", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class OnText(OfRuns):
+    """An analysis of what runs make of a text."""
+
+    examples: int = setting(64, "blocks of the validation split", at_least=1)
+    data: Path | None = setting(None, "another dataset that was prepared", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class Spectra(OfRuns):
+    """Singular values of the weight matrices, ranks, tail exponents."""
+
+    EXAMPLES = ("prime-jax analyse spectra quickstart:3f9a quickstart:77c1",)
+
+
+@dataclass(frozen=True)
+class Attention(OnText):
+    """Mean attention maps, sinks, band and entropy, by the fraction of hidden sub-tokens."""
+
+    EXAMPLES = ("prime-jax analyse attention quickstart:3f9a --ratios 0.3 0.7",)
+
+    examples: int = setting(16, "blocks of the validation split", at_least=1)
+    ratios: tuple[float, ...] = setting(
+        (0.1, 0.3, 0.5, 0.7, 0.9),
+        "fractions of hidden sub-tokens",
+        above=0,
+        at_most=1,
         metavar="U",
-        help="fractions of hidden sub-tokens (0.1 0.3 0.5 0.7 0.9)",
     )
-    noise = add("noise", run_noise, "where between noise and text the bound is paid", 64)
-    noise.add_argument("--levels", type=_positive, default=16, help="noise levels, and steps (16)")
-    bits = add("bits", run_bits, "cost and error of each sub-token of a token", 64)
-    for one, default in ((noise, 2), (bits, 8)):
-        one.add_argument(
-            "--replicates",
-            type=_positive,
-            default=default,
-            help=f"independent masks of every block ({default})",
-        )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+@dataclass(frozen=True)
+class Noise(OnText):
+    """Where between noise and text the bound is paid."""
+
+    EXAMPLES = ("prime-jax analyse noise quickstart:3f9a --levels 32",)
+
+    levels: int = setting(16, "noise levels, and steps", at_least=1)
+    replicates: int = setting(2, "independent masks of every block", at_least=1)
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
-    return value
+@dataclass(frozen=True)
+class Bits(OnText):
+    """Cost and error of each sub-token of a token."""
+
+    EXAMPLES = ("prime-jax analyse bits quickstart:3f9a",)
+
+    replicates: int = setting(8, "independent masks of every block", at_least=1)
 
 
-def run_spectra(args: argparse.Namespace) -> None:
+def spectra(args: Spectra) -> None:
     from prime_jax.analyse import figures, spectra
 
     found, out = _open(args)
@@ -110,7 +106,7 @@ def run_spectra(args: argparse.Namespace) -> None:
     _show(rows, ["run", "matrix"], medians, "medians over layers")
 
 
-def run_attention(args: argparse.Namespace) -> None:
+def attention(args: Attention) -> None:
     import numpy as np
 
     from prime_jax.analyse import attention, figures
@@ -136,7 +132,7 @@ def run_attention(args: argparse.Namespace) -> None:
     _show(rows, ["run", "hidden"], list(attention.STATISTICS), "medians over layers and heads")
 
 
-def run_noise(args: argparse.Namespace) -> None:
+def noise(args: Noise) -> None:
     from prime_jax.analyse import figures, noise, subjects
 
     found, out = _open(args)
@@ -160,7 +156,7 @@ def run_noise(args: argparse.Namespace) -> None:
     _show_losses(abouts)
 
 
-def run_bits(args: argparse.Namespace) -> None:
+def bits(args: Bits) -> None:
     from prime_jax.analyse import bits, figures, subjects
 
     found, out = _open(args)
@@ -188,29 +184,26 @@ def run_bits(args: argparse.Namespace) -> None:
     _show_losses(abouts)
 
 
-def _open(args: argparse.Namespace) -> "tuple[list[Subject], Path]":
+def _open(args: OfRuns) -> "tuple[list[Subject], Path]":
     from prime_jax.analyse import subjects
 
+    if not args.runs:
+        raise UserError(f"RUN is missing: {RUN}")
     found = subjects.load([runs.attempts(name) for name in args.runs], getattr(args, "data", None))
     out = args.out or found[0].run.path / "analysis"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {out}: {error.strerror}") from error
+    out.mkdir(parents=True, exist_ok=True)
     return found, out
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[..., None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console()
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("measuring", total=total or None)
+    with Progress(transient=True) as progress:
+        done = 0
 
         def tick(text: str = "measuring") -> None:
-            bar.update(task, advance=1, description=text)
+            nonlocal done
+            done += 1
+            progress.show("measuring", text, total or None, done)
 
         yield tick
 
@@ -236,34 +229,31 @@ def _write(
     write_json_atomic(out / f"{name}.json", record | about | {"rows": rows})
     for (_, suffix), path in paths.items():
         if suffix == "png":
-            print(f"figure  {path}")
-    print(f"numbers {out / name}.json, .csv")
+            say(f"figure  {path}")
+    say(f"numbers {out / name}.json, .csv")
 
 
 def _show(rows: list[dict[str, Any]], by: list[str], columns: list[str], title: str = "") -> None:
     """A table of medians over everything that is not in `by`."""
     import statistics
 
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*by, *(name.replace("_", " ") for name in columns), title=title or None)
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    cells = []
     for key, group in groups.items():
-        cells = []
+        medians = []
         for name in columns:
             known = [row[name] for row in group if row[name] is not None]
-            cells.append(f"{statistics.median(known):.4g}" if known else "")
-        table.add_row(*(f"{x:g}" if isinstance(x, float) else str(x) for x in key), *cells)
-    Console().print(table)
+            medians.append(f"{statistics.median(known):.4g}" if known else "")
+        cells.append([*(f"{x:g}" if isinstance(x, float) else str(x) for x in key), *medians])
+    show(Table((*by, *(name.replace("_", " ") for name in columns)), cells, title=title))
 
 
 def _show_losses(abouts: list[dict[str, Any]]) -> None:
     for about in abouts:
         for loss in about["losses"]:
-            print(
+            say(
                 f"{about['run']}: {loss['estimator']} {loss['kind']} {loss['value']:.4f} nats/token, "
                 f"se {loss['se_mc']:.4f} (MC) {loss['se_data']:.4f} (data)"
             )

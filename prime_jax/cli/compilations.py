@@ -7,17 +7,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
+from prime_jax.cli.console import Progress
 from prime_jax.compile_check import aot
 from prime_jax.config import MeshConfig, RunConfig
 
@@ -32,27 +25,30 @@ class Compilations(aot.Progress):
         title: shown before the first compilation.
     """
 
-    def __init__(self, title: str, console: Console | None = None):
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TextColumn("ETA"), _Left(self))
-        self._bar = Progress(*columns, *times, transient=True, console=console)
-        self._task = self._bar.add_task(title, total=1)
+    def __init__(self, title: str, out: Console | None = None):
+        self._shown = Progress(out, transient=True, left=_Left(self))
+        self._text, self._total, self._done = title, 1, 0
         self._took: list[float] = []
         self._began: float | None = None
         self._shape: RunConfig | None = None
 
     def __enter__(self) -> "Compilations":
-        self._bar.start()
+        self._shown.__enter__()
+        self._show()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._shown.__exit__()
+
+    def _show(self) -> None:
+        self._shown.show("compilations", self._text, self._total, self._done)
 
     def expect(self, total: int) -> None:
-        self._bar.update(self._task, total=total)
+        self._total = total
+        self._show()
 
     def expect_more(self) -> None:
-        self._bar.update(self._task, total=self._state.total + 1)
+        self.expect(self._total + 1)
 
     @contextmanager
     def watch(self, config: RunConfig, text: str) -> Iterator[None]:
@@ -63,26 +59,24 @@ class Compilations(aot.Progress):
         if shape == self._shape:
             self.expect_more()
         self._shape = shape
-        self._bar.update(self._task, description=name)
+        self._text = name
+        self._show()
         self._began = time.monotonic()
         yield
         took, self._began = time.monotonic() - self._began, None
         if took > REMEMBERED_SECONDS:
             self._took.append(took)
-        self._bar.advance(self._task)
+        self._done += 1
+        self._show()
 
     def left(self) -> float:
         """Seconds, if the rest takes as long as those before; a late one is three quarters done."""
         each = sum(self._took) / len(self._took) if self._took else FIRST_SECONDS
-        waiting = self._state.total - self._state.completed
+        waiting = self._total - self._done
         if self._began is None:
             return each * waiting
         running = time.monotonic() - self._began
         return each * (waiting - 1) + max(each - running, running / 3)
-
-    @property
-    def _state(self) -> Task:
-        return self._bar.tasks[self._task]
 
 
 class _Left(ProgressColumn):

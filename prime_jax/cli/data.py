@@ -1,110 +1,69 @@
 """`prime-jax data`: prepare, inspect, entropy."""
 
-import argparse
+import dataclasses
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-DESCRIPTION = """Prepare text once into blocks of tokens; everything else reads the prepared data.
+from prime_jax.cli.console import Progress, Table, say, show, write
+from prime_jax.cli.parse import Arguments
+from prime_jax.data import manifest as manifests
+from prime_jax.data.manifest import Request
+from prime_jax.settings import REQUIRED, setting
 
-sources:     pysource | text:GLOB | stream:GLOB | jsonl:GLOB | parquet:GLOB | tfds:NAME |
-             markov:V=16,order=1,... | A*0.7+B*0.3 (fractions of the tokens)
-             GLOB may be gs://...; .gz, .zst, .bz2 and .xz are read as they are
-tokenizers:  bpe:N | unigram:N (trained here) | bytes | sentencepiece:PATH | hf:PATH |
-             tiktoken:PATH | chars:27 | synthetic:V
-"""
 PREPARED = "made by `prime-jax data prepare`"
+SPECS = """
+SOURCE:  pysource | text:GLOB | stream:GLOB | jsonl:GLOB | parquet:GLOB | tfds:NAME |
+         markov:V=16,order=1,... | A*0.7+B*0.3 (fractions of the tokens)
+         GLOB may be gs://...; .gz, .zst, .bz2 and .xz are read as they are
+SPEC:    bpe:N | unigram:N (trained here) | bytes | sentencepiece:PATH | hf:PATH |
+         tiktoken:PATH | chars:27 | synthetic:V
+"""
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
-    """Add `data` and its three commands."""
-    data = subparsers.add_parser(
-        "data",
-        help="prepare and inspect datasets",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True)
+class Prepare(Arguments):
+    """Tokenise a source into blocks of tokens, once; everything else reads the prepared data.
+    Run it again to go on after an interruption."""
+
+    NOTES = SPECS
+    EXAMPLES = (
+        "prime-jax data prepare pysource --tokenizer bytes --seq-len 64 --out data/quickstart",
+        "prime-jax data prepare 'text:books/*.txt' --tokenizer bpe:8192 --out data/books",
     )
-    commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
 
-    prepare = commands.add_parser(
-        "prepare",
-        help="tokenize a source into blocks",
-        description=DESCRIPTION + "\nRun it again to go on after an interruption.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    prepare.add_argument("source", metavar="SOURCE", help="what text to read, see above")
-    prepare.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="SPEC",
-        help="what makes ids of it, see above (required)",
-    )
-    prepare.add_argument(
-        "--out", required=True, metavar="DIR", help="local folder to make (required)"
-    )
-    prepare.add_argument("--seq-len", type=int, default=128, help="tokens of a block (128)")
-    prepare.add_argument("--valid-fraction", type=float, default=0.05, help="of documents (0.05)")
-    prepare.add_argument("--test-fraction", type=float, default=0.05, help="of documents (0.05)")
-    prepare.add_argument("--max-documents", type=int, default=0, help="of each source; 0: all")
-    prepare.add_argument("--max-bytes", type=int, default=0, help="of each source; 0: all")
-    prepare.add_argument("--seed", type=int, default=0, help="of the split (0)")
-    prepare.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
-    prepare.set_defaults(run=run_prepare)
-
-    inspect = commands.add_parser(
-        "inspect",
-        help="what a prepared dataset holds",
-        description="Prints what DIR was made of, its sizes split by split, statistics of its "
-        "tokens and the first block as text.",
-    )
-    inspect.add_argument("dir", metavar="DIR", help=PREPARED)
-    inspect.add_argument("--verify", action="store_true", help="also read and hash every record")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.set_defaults(run=run_inspect)
-
-    entropy = commands.add_parser(
-        "entropy",
-        help="how evenly sub-tokens of each length are used, by shuffling",
-        description="Mean sub-token entropy, total correlation and mutual information, in bits.",
-    )
-    entropy.add_argument("dir", metavar="DIR", help=PREPARED)
-    entropy.add_argument(
-        "-l",
-        "--length",
-        type=int,
-        nargs="+",
-        default=[1, 2, 4, 8],
-        help="sub-tokens per token, 1 to 32 (1 2 4 8)",
-    )
-    entropy.add_argument("--seed", type=int, default=0, help="of the permutation (0)")
-    entropy.add_argument("--json", action="store_true", help="print one JSON object")
-    entropy.set_defaults(run=run_entropy)
+    request: Request = setting(REQUIRED, "what is made")
+    out: Path = setting(REQUIRED, "local folder to make", metavar="DIR")
+    workers: int = setting(0, "processes; 0: one per core", at_least=0)
 
 
-def run_prepare(args: argparse.Namespace) -> int | None:
-    from pathlib import Path
-
-    from prime_jax.data import manifest as manifests
+def prepare(args: Prepare) -> None:
     from prime_jax.data.prepare import prepare
 
-    names = ("valid_fraction", "test_fraction", "max_documents", "max_bytes", "seed", "workers")
-    options = {name: getattr(args, name) for name in names}
-    finished = (Path(args.out) / manifests.FILE).exists()
-    try:
-        manifest = prepare(args.source, args.tokenizer, args.out, args.seq_len, **options)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on")
-        return 130
-    rate = f"{manifest.tokens_per_second:,.0f} tokens/s"
-    print(f"{args.out} is already prepared" if finished else f"{args.out}: {rate}")
-    _print_summary(manifest)
-    return None
+    finished = (args.out / manifests.FILE).exists()
+    request = {f.name: getattr(args.request, f.name) for f in dataclasses.fields(args.request)}
+    with Progress(transient=True) as progress:
+        made = prepare(**request, out=args.out, workers=args.workers, tick=progress.tick)
+    rate = f"{made.tokens_per_second:,.0f} tokens/s"
+    say(f"{args.out} is already prepared" if finished else f"{args.out}: {rate}")
+    _show_summary(made)
 
 
-def run_inspect(args: argparse.Namespace) -> None:
-    import dataclasses
+@dataclass(frozen=True)
+class Inspect(Arguments):
+    """What a prepared dataset was made of, its sizes split by split, statistics of its tokens and
+    the first block as text."""
 
+    EXAMPLES = ("prime-jax data inspect data/quickstart --verify",)
+
+    dir: Path = setting(REQUIRED, PREPARED, positional=True)
+    verify: bool = setting(False, "also read and hash every record")
+    json: bool = setting(False, "print one JSON object")
+
+
+def inspect(args: Inspect) -> None:
     from prime_jax.data import loader
-    from prime_jax.data import manifest as manifests
 
     manifest = manifests.load(args.dir, verify=args.verify)
     statistics = _statistics(manifest)
@@ -112,12 +71,12 @@ def run_inspect(args: argparse.Namespace) -> None:
     sample = manifest.tokenizer().decode(block.tokens[0])
     if args.json:
         about = dataclasses.asdict(manifest)
-        print(json.dumps(about | {"statistics": statistics, "sample": sample}, indent=2))
+        write(json.dumps(about | {"statistics": statistics, "sample": sample}, indent=2))
         return
-    _print_summary(manifest)
+    _show_summary(manifest)
     for name, value in statistics.items():
-        print(f"{name.replace('_', ' '):24} {value:,.4g}")
-    print(f"\nfirst block of the train split (document {block.doc[0]}):\n{sample}")
+        say(f"{name.replace('_', ' '):24} {value:,.4g}")
+    say(f"\nfirst block of the train split (document {block.doc[0]}):\n{sample}")
 
 
 def _statistics(manifest: Any) -> dict[str, float]:
@@ -133,31 +92,43 @@ def _statistics(manifest: Any) -> dict[str, float]:
     }
 
 
-def _print_summary(manifest: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _show_summary(manifest: Any) -> None:
     request = manifest.request
-    print(f"source {request.source}, tokenizer {request.tokenizer} ({manifest.tokenizer_hash})")
-    print(
+    say(f"source {request.source}, tokenizer {request.tokenizer} ({manifest.tokenizer_hash})")
+    say(
         f"vocabulary {manifest.vocab_size}, EOS {manifest.eos_policy} ({manifest.eos_id}), blocks "
         f"of {manifest.seq_len} {manifest.dtype}, fingerprint {manifest.fingerprint}"
     )
     if manifest.skipped or manifest.empty:
-        print(f"left out: {manifest.skipped} documents not valid text, {manifest.empty} empty")
-    table = Table("split", "documents", "blocks", "tokens", "bytes", "dropped tokens", "shards")
+        say(f"left out: {manifest.skipped} documents not valid text, {manifest.empty} empty")
+    rows = []
     for name in ("train", "valid", "test"):
         split = manifest.split(name)
         numbers = (split.documents, split.blocks, split.tokens, split.bytes, split.dropped_tokens)
-        table.add_row(name, *(f"{n:,}" for n in numbers), str(len(split.shards)))
-    Console().print(table)
+        rows.append([name, *(f"{n:,}" for n in numbers), str(len(split.shards))])
+    show(
+        Table(("split", "documents", "blocks", "tokens", "bytes", "dropped tokens", "shards"), rows)
+    )
 
 
-def run_entropy(args: argparse.Namespace) -> None:
-    import dataclasses
+@dataclass(frozen=True)
+class Entropy(Arguments):
+    """How evenly sub-tokens of each length are used, by shuffling: mean sub-token entropy, total
+    correlation and mutual information, in bits. Costs nothing, and guides the choice of
+    --subtokens.length before any training."""
 
+    EXAMPLES = ("prime-jax data entropy data/quickstart -l 1 2 4 8",)
+
+    dir: Path = setting(REQUIRED, PREPARED, positional=True)
+    length: tuple[int, ...] = setting(
+        (1, 2, 4, 8), "sub-tokens per token", at_least=1, at_most=32, alias="-l", metavar="L"
+    )
+    seed: int = setting(0, "of the permutation", at_least=0)
+    json: bool = setting(False, "print one JSON object")
+
+
+def entropy(args: Entropy) -> None:
     from prime_jax.config import SubtokenConfig
-    from prime_jax.data import manifest as manifests
     from prime_jax.data.entropy import SHUFFLES, entropies
 
     counts = manifests.load(args.dir).unigram()
@@ -166,21 +137,18 @@ def run_entropy(args: argparse.Namespace) -> None:
         for n in args.length
     ]
     if args.json:
-        print(json.dumps({"entropies": [dataclasses.asdict(e) for row in rows for e in row]}))
+        write(json.dumps({"entropies": [dataclasses.asdict(e) for row in rows for e in row]}))
         return
-    print(f"entropy of a token: {rows[0][0].token:.4f} bits; shuffling: identity, 25 %, full")
-    _print_entropies(rows, "mean sub-token entropy", "mean", limit=True)
-    _print_entropies(rows, "total correlation (slots less token)", "total_correlation")
-    _print_entropies(rows, "mutual information of two slots, mean", "mutual_information")
+    say(f"entropy of a token: {rows[0][0].token:.4f} bits; shuffling: identity, 25 %, full")
+    _show_entropies(rows, "mean sub-token entropy", "mean", limit=True)
+    _show_entropies(rows, "total correlation (slots less token)", "total_correlation")
+    _show_entropies(rows, "mutual information of two slots, mean", "mutual_information")
 
 
-def _print_entropies(rows: list, title: str, name: str, *, limit: bool = False) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    heads = ["l", "b", "identity", "25 %", "full", *["maximum"] * limit]
-    table = Table(*heads, title=f"{title}, bits", title_justify="left")
+def _show_entropies(rows: list, title: str, name: str, *, limit: bool = False) -> None:
+    cells = []
     for row in rows:
         values = [getattr(e, name) for e in row] + [row[0].maximum] * limit
-        table.add_row(str(row[0].length), str(row[0].base), *(f"{v:.4f}" for v in values))
-    Console().print(table)
+        cells.append([str(row[0].length), str(row[0].base), *(f"{v:.4f}" for v in values)])
+    head = ("l", "b", "identity", "25 %", "full", *["maximum"] * limit)
+    show(Table(head, cells, title=f"{title}, bits"))

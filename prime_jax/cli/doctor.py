@@ -5,12 +5,14 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from prime_jax import __version__
+from prime_jax.cli.console import Table, show
+from prime_jax.cli.parse import Arguments
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tyro")
 OPTIONAL = {  # package -> (what it is for, how to get it)
@@ -30,6 +32,37 @@ ACCELERATORS = {  # plug-in -> extra
 }
 
 
+Row = tuple[str, str | Text, str]  # what, what was found, a note
+
+
+@dataclass(frozen=True)
+class Doctor(Arguments):
+    """What this machine has, what is missing and how to get it: versions, devices, memory,
+    compilers and optional packages. Exit code 1 if a required package is missing."""
+
+    EXAMPLES = ("prime-jax doctor",)
+
+
+def doctor(_: Doctor) -> int:
+    missing = [package for package in REQUIRED if not version(package)]
+    parts: list[tuple[str, Callable[[], Iterator[Row]]]] = [
+        ("machine", _machine),
+        ("package", _packages),
+        ("device", _devices),
+        ("kernel", _kernels),
+        ("package", _optional),
+    ]
+    rows: list[Row] = []
+    for what, part in parts:
+        try:
+            rows += part()
+        except Exception as error:  # whatever is wrong with this machine is what was asked for
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows.append((what, Text("unknown", "red"), text))
+    show(Table(("what", "found", "note"), rows, title=f"prime-jax {__version__}"))
+    return 1 if missing else 0
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -37,12 +70,20 @@ def version(package: str) -> str | None:
         return None
 
 
-def memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+def _machine() -> Iterator[Row]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield "python", platform.python_version(), sys.executable
+    yield "machine", platform.machine(), f"{os.cpu_count()} cores, {memory:.0f} GiB"
 
 
-def device_lines() -> list[str]:
-    """One line per kind of device that JAX sees, with its memory limit where it is known."""
+def _packages() -> Iterator[Row]:
+    for package in REQUIRED:
+        found = version(package)
+        yield package, found or Text("missing", "red"), "" if found else "make install"
+
+
+def _devices() -> Iterator[Row]:
+    """One row per kind of device that JAX sees, with its memory limit where it is known."""
     import jax
 
     from prime_jax.hardware.chips import peak_flops
@@ -50,17 +91,15 @@ def device_lines() -> list[str]:
     kinds: dict[str, list] = {}
     for device in jax.devices():
         kinds.setdefault(device.device_kind, []).append(device)
-    lines = []
     for kind, devices in kinds.items():
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")
         memory = f", {limit / 2**30:.1f} GiB each" if limit else ""
         peak = peak_flops(kind)
         speed = f", {peak / 1e12:.0f} TFLOP/s bfloat16 peak" if peak else ", peak unknown: no MFU"
-        lines.append(f"{len(devices)} x {kind}{memory}{speed}")
-    return lines
+        yield "device", f"{len(devices)} x {kind}{memory}{speed}", ""
 
 
-def kernel_rows() -> list[tuple[str, str, str]]:
+def _kernels() -> Iterator[Row]:
     """What `auto` means for the heavy parts on this device: by default, and where measured."""
     import jax
 
@@ -70,42 +109,24 @@ def kernel_rows() -> list[tuple[str, str, str]]:
 
     kind = jax.devices()[0].device_kind
     choices, long = tuned.load(kind), RunConfig(data=DataConfig(seq_len=selection.SHORT))
-    out = []
     for kernel in selection.KERNELS:
         usual = selection.default(kernel, long, kind)
-        out.append((f"kernel {kernel}", usual.implementation, usual.why))
-        off = choices.wrong(kernel).items()
-        out += [(f"kernel {kernel}", f"not {name}", f"measured: {why}") for name, why in off]
+        yield f"kernel {kernel}", usual.implementation, usual.why
+        for name, why in choices.wrong(kernel).items():
+            yield f"kernel {kernel}", f"not {name}", f"measured: {why}"
     for row in choices.rows:
         shape = " ".join(f"{name}={value}" for name, value in row.shape.items())
         blocks = f" {row.blocks}" if row.blocks else ""
         found = f"{row.implementation}{blocks}"
-        out.append((f"kernel {row.kernel}", found, f"measured: {row.why}; at {shape}"))
-    return out
+        yield f"kernel {row.kernel}", found, f"measured: {row.why}; at {shape}"
 
 
-def run() -> int:
-    """Print the report; 1 if a required package is missing."""
-    console = Console()
-    table = Table("what", "found", "note", title=f"prime-jax {__version__}")
-    table.add_row("python", platform.python_version(), sys.executable)
-    table.add_row("machine", platform.machine(), f"{os.cpu_count()} cores, {memory_gib():.0f} GiB")
-    missing = 0
-    for package in REQUIRED:
-        found = version(package)
-        missing += found is None
-        table.add_row(package, found or "[red]missing[/]", "" if found else "make install")
-    for line in device_lines():
-        table.add_row("device", line, "")
-    for row in kernel_rows():
-        table.add_row(*map(escape, row))
+def _optional() -> Iterator[Row]:
     for package, how in ACCELERATORS.items():
-        table.add_row(package, version(package) or "-", "" if version(package) else escape(how))
+        yield package, version(package) or "-", "" if version(package) else how
     for package, (purpose, how) in OPTIONAL.items():
         found = version(package)
-        table.add_row(package, found or "-", purpose if found else escape(f"{purpose}: {how}"))
+        yield package, found or "-", purpose if found else f"{purpose}: {how}"
     for compiler in ("gcc", "nvcc"):
         path = shutil.which(compiler)
-        table.add_row(compiler, "yes" if path else "-", path or "not needed to run prime-jax")
-    console.print(table)
-    return 1 if missing else 0
+        yield compiler, "yes" if path else "-", path or "not needed to run prime-jax"

@@ -1,165 +1,134 @@
 """`prime-jax eval`: likelihood on text, zero-shot sets, scored samples, tasks."""
 
-import argparse
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from prime_jax.cli.console import Progress, Table, say, show
+from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
+from prime_jax.settings import REQUIRED, setting
+
+Tick = Callable[[str, int, int], None]
 
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "eval",
-        help="what a finished run is worth: likelihood with standard errors, tasks",
-        description="Likelihood of text under RUN (a run directory, ROOT:ID of a sweep or an "
-        "exported folder), by every estimator that applies, each marked as valid (a likelihood or "
-        "a bound on one) or not. Results are added to RUN/eval.json. An interrupted evaluation "
-        "continues when the same command is given again.",
-        epilog="Examples: prime-jax eval RUN ; prime-jax eval RUN --data text:books/*.txt "
-        "--estimators subtoken,chain:l2r ; prime-jax eval RUN --data zero-shot:sets/ ; prime-jax "
-        "eval RUN --samples out.jsonl --scorer OTHER ; prime-jax eval RUN --tasks sciq,arc_easy "
-        "--task-data tasks/",
+@dataclass(frozen=True)
+class Eval(Arguments):
+    """Likelihood of text under RUN, by every estimator that applies, each marked as valid (a
+    likelihood or a bound on one) or not. Results are added to RUN/eval.json. An interrupted
+    evaluation continues when the same command is given again.
+
+    With --samples: generative perplexity. With --tasks: lm-eval tasks (needs prime_jax[eval])."""
+
+    EXAMPLES = (
+        "prime-jax eval RUN",
+        "prime-jax eval RUN --data 'text:books/*.txt' --estimators subtoken,chain:l2r",
+        "prime-jax eval RUN --data zero-shot:sets/",
+        "prime-jax eval RUN --samples out.jsonl --scorer OTHER",
+        "prime-jax eval RUN --tasks sciq,arc_easy --task-data tasks/",
     )
-    parser.add_argument("run_name", metavar="RUN", help=RUN)
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
+
+    run: str = setting(REQUIRED, RUN, positional=True)
+    data: tuple[str, ...] = setting(
+        (),
+        "prepared dataset, text:GLOB (each file one text), jsonl:GLOB, a zero-shot set as NAME:PATH "
+        "(lambada, wikitext2, ptb, lm1b, ag_news, pubmed, arxiv) or zero-shot:DIR for all of them "
+        "(default: the run's own data)",
+        repeat=True,
         metavar="WHAT",
-        help="prepared dataset, text:GLOB (each file one text), jsonl:GLOB, a zero-shot set as "
-        "NAME:PATH (lambada, wikitext2, ptb, lm1b, ag_news, pubmed, arxiv) or zero-shot:DIR for "
-        "all of them; may be given again (default: the run's own data)",
     )
-    parser.add_argument(
-        "--estimators",
-        default="",
+    estimators: str = setting(
+        "",
+        "subtoken, token, finite:T, chain:ORDER with ORDER l2r, confidence, margin, entropy, random "
+        "or subtokens; subtoken:independent and token:independent mask without fixed counts "
+        "(default: those of the run's config; ar for an autoregressive run)",
         metavar="LIST",
-        help="subtoken, token, finite:T, chain:ORDER with ORDER l2r, confidence, margin, "
-        "entropy, random or subtokens; subtoken:independent and token:independent mask without "
-        "fixed counts (default: those of the run's config; ar for an autoregressive run)",
     )
-    parser.add_argument(
-        "--replicates", type=int, default=8, metavar="R", help="Monte-Carlo passes (default 8)"
+    replicates: int = setting(
+        8, "Monte-Carlo passes; the standard error is their spread", at_least=2, metavar="R"
     )
-    parser.add_argument(
-        "--stride",
-        type=int,
-        default=0,
-        metavar="N",
-        help="tokens scored per window (default: the model's length less the context)",
+    stride: int = setting(
+        0, "tokens scored per window; 0: the model's length less the context", at_least=0
     )
-    parser.add_argument(
-        "--context",
-        type=int,
-        default=0,
-        metavar="N",
-        help="tokens before them that are given, visible and free (default 0)",
+    context: int = setting(0, "tokens before them that are given, visible and free", at_least=0)
+    split: Literal["train", "valid", "test"] = setting("valid", "of a prepared dataset")
+    examples: int | None = setting(
+        None,
+        "blocks of a prepared dataset, 0 for all (default: as the run's config says)",
+        at_least=0,
     )
-    parser.add_argument(
-        "--split", default="valid", help="of a prepared dataset: train, valid (default) or test"
+    batch_size: int = setting(
+        0, "windows per call, 0: the run's own; changes no number", at_least=0
     )
-    parser.add_argument(
-        "--examples",
-        type=int,
-        default=None,
-        metavar="N",
-        help="blocks of a prepared dataset, 0 for all (default: as the run's config says)",
+    devices: int = setting(0, "how many to use; 0: all", at_least=0)
+    out: Path | None = setting(None, "write here instead of RUN/eval.json", metavar="FILE")
+    samples: Path | None = setting(None, "samples of RUN, JSON lines", metavar="FILE")
+    scorer: str | None = setting(None, "the run that scores them (default: RUN)", metavar="OTHER")
+    tasks: str = setting("", "names of lm-eval tasks", metavar="LIST")
+    task_data: Path | None = setting(
+        None, "local TASK.jsonl files; no network is used", metavar="DIR"
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=0, help="windows per call; changes no number"
-    )
-    parser.add_argument("--devices", type=int, default=0, help="how many to use (default all)")
-    parser.add_argument("--out", type=Path, help="write here instead of RUN/eval.json")
-    _samples_and_tasks(parser)
-    parser.set_defaults(run=run)
-
-
-def _samples_and_tasks(parser: Any) -> None:
-    samples = parser.add_argument_group("generative perplexity")
-    samples.add_argument("--samples", type=Path, metavar="FILE", help="samples of RUN, JSON lines")
-    samples.add_argument("--scorer", metavar="OTHER", help="the run that scores them (default RUN)")
-    tasks = parser.add_argument_group("tasks (needs prime_jax[eval])")
-    tasks.add_argument("--tasks", default="", metavar="LIST", help="names of lm-eval tasks")
-    tasks.add_argument(
-        "--task-data", type=Path, metavar="DIR", help="local TASK.jsonl files; no network is used"
-    )
-    tasks.add_argument(
-        "--include-path", type=Path, metavar="DIR", help="more task definitions (YAML)"
-    )
-    tasks.add_argument(
-        "--model-args",
-        default="",
+    include_path: Path | None = setting(None, "more task definitions (YAML)", metavar="DIR")
+    model_args: str = setting(
+        "",
+        "mc_num, cfg, steps, gen_length, block_length, nll_type; one preset serves all tasks",
         metavar="K=V,...",
-        help="mc_num, cfg, steps, gen_length, block_length, nll_type; one preset serves all tasks",
     )
-    tasks.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task")
-    tasks.add_argument(
-        "--sensitivity", action="store_true", help="repeat the tasks with each setting changed"
-    )
+    limit: int | None = setting(None, "the first N documents of each task", at_least=1)
+    sensitivity: bool = setting(False, "repeat the tasks with each setting changed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer and not self.samples:
+            raise UserError("--scorer needs --samples FILE")
+        of_tasks = (self.sensitivity, self.task_data, self.include_path, self.model_args)
+        if any(of_tasks) and not self.tasks:
+            raise UserError(
+                "--sensitivity, --task-data, --include-path, --model-args need --tasks LIST"
+            )
 
 
-def run(args: argparse.Namespace) -> int:
-    _check(args)
-    from rich.console import Console
-
+def evaluate(args: Eval) -> int:
     from prime_jax.cli import runs
     from prime_jax.evaluate import report
     from prime_jax.runtime import distributed, outputs
 
-    console = Console()
-    log = lambda line: console.print(line, highlight=False, markup=False)  # noqa: E731
     if args.tasks:
         from prime_jax.evaluate import tasks
 
         tasks.check(args.tasks, args.include_path, args.task_data)  # before anything is loaded
     if args.out:
         outputs.refuse_overwrite(_inputs(args), [args.out])
-    found = runs.load(args.run_name, log)
+    found = runs.load(args.run, say)
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []
-    with distributed.PreemptionGuard() as guard, progress(console, guard) as tick:
+    with distributed.PreemptionGuard() as guard, Progress() as progress:
+
+        def tick(what: str, total: int, more: int) -> None:
+            progress.tick(what, total, more)
+            if guard.should_stop():
+                raise KeyboardInterrupt
+
         try:
             if args.samples:
                 _samples(args, found, out, tick, records)
             if args.tasks:
-                _tasks(args, found, out, tick, console)
+                _tasks(args, found, out, tick)
             if not (args.samples or args.tasks) or args.data:
                 _texts(args, found, out, tick, records)
         except KeyboardInterrupt:
-            log("stopped; what is done is kept, and the same command continues")
+            progress.log("stopped; what is done is kept, and the same command continues")
             return 85
-    wide = Console(width=max(report.WIDTH, console.width))
     for record in records:
-        wide.print(report.table(record))
-    log(f"record: {out}")
+        show(_losses_table(record))
+    say(f"record: {out}")
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.replicates < 2:
-        raise UserError(
-            f"--replicates {args.replicates}: must be at least 2; the standard error is their spread"
-        )
-    if args.scorer and not args.samples:
-        raise UserError("--scorer needs --samples FILE")
-    if (args.sensitivity or args.task_data or args.include_path or args.model_args) and not (
-        args.tasks
-    ):
-        raise UserError(
-            "--sensitivity, --task-data, --include-path, --model-args need --tasks LIST"
-        )
-    for name in ("stride", "context", "batch_size", "devices"):
-        if getattr(args, name) < 0:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative"
-            )
-
-
-def _inputs(args: argparse.Namespace) -> list[Any]:
+def _inputs(args: Eval) -> list[Any]:
     """The files and folders that this evaluation reads."""
     import glob
 
@@ -169,7 +138,7 @@ def _inputs(args: argparse.Namespace) -> list[Any]:
     from prime_jax.evaluate.texts import SUFFIXES
     from prime_jax.runtime import outputs
 
-    read = [runs.attempts(run) for run in (args.run_name, args.scorer) if run]
+    read = [runs.attempts(run) for run in (args.run, args.scorer) if run]
     found = [part for directories in read for part in outputs.of_run(directories)]
     data = [trained.read_config(*directories).data.path for directories in read]
     found += [Path(path) for path in data if path]
@@ -186,41 +155,13 @@ def _inputs(args: argparse.Namespace) -> list[Any]:
     return found
 
 
-@contextmanager
-def progress(console: Any, guard: Any) -> Iterator[Any]:
-    """tick(what, total, newly done): a bar on a terminal; raises KeyboardInterrupt when told to stop."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    )
-    started: dict[str, Any] = {}
-
-    def tick(what: str, total: int, done: int) -> None:
-        if what not in started:
-            started[what] = bar.add_task(what, total=total)
-        bar.update(started[what], advance=done)
-        if guard.should_stop():
-            raise KeyboardInterrupt
-
-    with bar:
-        yield tick
-
-
-def _scorer(args: argparse.Namespace, found: Any) -> Any:
+def _scorer(args: Eval, found: Any) -> Any:
     from prime_jax.evaluate.score import Scorer
 
     return Scorer(found, devices=args.devices, batch_size=args.batch_size)
 
 
-def _texts(args, found, out: Path, tick, records: list) -> None:
+def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None:
     from prime_jax.evaluate import report, texts
     from prime_jax.runtime import distributed
 
@@ -248,7 +189,7 @@ def _texts(args, found, out: Path, tick, records: list) -> None:
             report.store(found, out, "sets", records[-1], same)
 
 
-def _samples(args, found, out: Path, tick, records: list) -> None:
+def _samples(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None:
     from prime_jax.cli import runs
     from prime_jax.evaluate import report, samples
     from prime_jax.runtime import distributed
@@ -268,9 +209,7 @@ def _samples(args, found, out: Path, tick, records: list) -> None:
         report.store(found, out, "samples", record, ("data", "hash", "scorer"))
 
 
-def _tasks(args, found, out: Path, tick, console: Any) -> None:
-    from rich.console import Console
-
+def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> None:
     from prime_jax.evaluate import report, tasks
     from prime_jax.runtime import distributed
 
@@ -292,4 +231,49 @@ def _tasks(args, found, out: Path, tick, console: Any) -> None:
         results.append(tasks.evaluate(scorer, call, variant, named))
         if distributed.is_writer():
             report.store(found, out, "tasks", results[-1], ("tasks", "settings", "limit"))
-    Console(width=max(report.WIDTH, console.width)).print(tasks.table(results))
+    show(tasks_table(results))
+
+
+def _losses_table(record: dict[str, Any]) -> Table:
+    """Of one set of texts."""
+    rows = []
+    for loss in record["losses"]:
+        bits = loss.get("bits_per_byte")
+        rows.append(
+            (
+                loss["estimator"],
+                loss["kind"],
+                "yes" if loss["valid"] else "no",
+                *(f"{loss[name]:.4f}" for name in ("value", "se_mc", "se_data")),
+                f"{loss['perplexity']:.2f}" if loss["valid"] else "",
+                "" if bits is None else f"{bits:.4f}",
+                f"{loss['n_tokens']:,}",
+            )
+        )
+    head = ("estimator", "kind", "valid", "nats/token", "se (MC)", "se (data)")
+    return Table((*head, "perplexity", "bits/byte", "tokens"), rows, title=record["data"])
+
+
+def tasks_table(records: list[dict[str, Any]]) -> Table:
+    """One row per call, one column per task and measure; accuracies in percent."""
+    from prime_jax.evaluate import tasks
+
+    default = records[0]["settings"]
+    columns = [
+        (task, measure)
+        for task, values in records[0]["results"].items()
+        for measure in tasks.MEASURES
+        if measure in values
+    ]
+    rows = []
+    for record in records:
+        changed = {k: v for k, v in record["settings"].items() if v != default[k]}
+        name = ", ".join(f"{k}={v}" for k, v in changed.items())
+        row = [name or ("preset" if len(records) > 1 else record["estimator"])]
+        for task, measure in columns:
+            value, error = record["results"][task][measure]
+            scale = 1 if measure in ("bits_per_byte", "perplexity") else 100
+            row.append(f"{scale * value:.2f}" + (f" ± {scale * error:.2f}" if error else ""))
+        mean = tasks.mean_accuracy(record["results"])
+        rows.append([*row, "" if mean is None else f"{100 * mean:.2f}"])
+    return Table(("settings", *(f"{task} {m}" for task, m in columns), "mean acc"), rows)

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from prime_jax import flops
+from prime_jax.cli.console import Table, say, show
 from prime_jax.compile_check import aot
 from prime_jax.compile_check.aot import Verdict
 from prime_jax.config import RunConfig
@@ -15,35 +14,44 @@ from prime_jax.hardware import roofline
 from prime_jax.hardware.prices import Prices
 from prime_jax.hardware.slices import Slice, human_bytes
 
-WIDTH = 80  # that the table needs; narrower terminals wrap its lines
+HEAD = (
+    "family",
+    "shape",
+    "batch",
+    "mesh",
+    "remat",
+    "state",
+    "temp",
+    "total",
+    "s/step",
+    "comm.",
+    "",
+)
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:
-    """One line per shape that was compiled; fits `WIDTH` columns."""
+    """One line per shape that was compiled; fits 80 columns."""
     limit = human_bytes(verdicts[0].limit)
-    title = f"compiled for {verdicts[0].slice_.name}: memory a chip, of {limit}"
-    out = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for name in ("family", "shape", "batch", "mesh", "remat"):
-        out.add_column(name, no_wrap=True)
-    for name in ("state", "temp", "total", "s/step", "comm."):
-        out.add_column(name, justify="right", no_wrap=True)
-    out.add_column("", no_wrap=True)
+    rows = []
     for v in verdicts:
         m, predicted = v.config.model, v.prediction
         memory = {"arguments": roofline.memory(v.config, v.mesh)[0]} | v.record["memory"]
         parts = v.config.mesh.accumulate
-        out.add_row(
-            v.config.family,
-            f"{m.layers}x{m.width}x{m.heads}",
-            f"{v.config.batch_size}/{parts}" if parts > 1 else str(v.config.batch_size),
-            "x".join(map(str, v.mesh[:3])),
-            v.config.mesh.remat,
-            *(_short(size) for size in (memory["arguments"], v.temporaries, v.total)),
-            f"{predicted.step_seconds:.3g}",
-            f"{predicted.communication:.0%}",
-            "[green]OK[/]" if v.fits else "[red]OOM[/]",
+        rows.append(
+            [
+                v.config.family,
+                f"{m.layers}x{m.width}x{m.heads}",
+                f"{v.config.batch_size}/{parts}" if parts > 1 else str(v.config.batch_size),
+                "x".join(map(str, v.mesh[:3])),
+                v.config.mesh.remat,
+                *(_short(size) for size in (memory["arguments"], v.temporaries, v.total)),
+                f"{predicted.step_seconds:.3g}",
+                f"{predicted.communication:.0%}",
+                Text("OK", "green") if v.fits else Text("OOM", "red"),
+            ]
         )
-    return out
+    title = f"compiled for {verdicts[0].slice_.name}: memory a chip, of {limit}"
+    return Table(HEAD, rows, title=title)
 
 
 def _short(size: float) -> str:
@@ -106,8 +114,8 @@ def cost_estimate(runs: Sequence[RunConfig], slice_: Slice, prices: Prices | Non
     return f"{text}, {cost:,.0f} {prices.currency} at the prices of {prices.date}"
 
 
-def show(verdicts: Sequence[Verdict], console: Console) -> None:
-    console.print(table(verdicts))
+def show_verdicts(verdicts: Sequence[Verdict]) -> None:
+    show(table(verdicts))
     for verdict in verdicts:
         for line in details(verdict):
-            console.print(escape(line), soft_wrap=True)
+            say(line)

@@ -1,95 +1,55 @@
 """`prime-jax kernels check`, for absent TPUs, and `prime-jax kernels tune`, on the devices here."""
 
-import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prime_jax.errors import UserError
-from prime_jax.hardware import chips
+from prime_jax.cli.console import say
+from prime_jax.cli.parse import Arguments
+from prime_jax.hardware.chips import tpus
 from prime_jax.runtime import storage
+from prime_jax.settings import setting
+
+CHIPS = tuple(tpus())
 
 KERNELS = ("embedding", "attention", "head")
 
 
-def register(subparsers: Any) -> None:
-    kernels = subparsers.add_parser(
-        "kernels",
-        help="measure the kernels here, or compile those of TPUs without one",
-        description="What computes the head, the attention and the embedding: measured on the "
-        "devices of this machine, or compiled for TPUs that need not be there.",
-    )
-    inner = kernels.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    check = inner.add_parser(
-        "check",
-        help="compile every kernel for the chips named, and print what the compiler says",
-        description="Compile forward and backward of each Pallas kernel for TPU chips that need "
-        "not be there: memory, compile time, and the static schedule of each kernel (bundles are "
-        "about cycles; shuffles and spills in the hot block cost time). Exit code 1 if a kernel "
-        "does not compile. Needs libtpu; minutes for all chips.",
-    )
-    check.add_argument(
-        "--chips",
-        nargs="+",
-        choices=chips.tpus(),
-        default=["v5e", "v5p", "v6e"],
-        help="to compile for (v5e v5p v6e)",
-    )
-    check.add_argument(
-        "--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="which (all of them)"
-    )
-    check.add_argument(
-        "--widths", nargs="+", type=int, default=[1024], help="model widths D (1024)"
-    )
-    check.add_argument("--vocab-size", type=int, default=51200, help="tokens V (51200)")
-    check.add_argument("--no-schedule", action="store_true", help="quicker: memory and time only")
-    check.set_defaults(run=run_check)
-    _register_tune(inner)
+@dataclass(frozen=True)
+class Tune(Arguments):
+    """Measure every implementation on this machine's device, and keep the choice. Values and
+    gradients of each are compared with the reference twin, those that agree are timed in turns.
+    What is clearly quicker than the default is what `auto` means from then on: for this user's
+    runs, or with --root for that sweep's. A run that has begun keeps its kernels."""
 
+    EXAMPLES = ("prime-jax kernels tune --shapes experiments/quickstart.py",)
 
-def _register_tune(commands: Any) -> None:
-    tune = commands.add_parser(
-        "tune",
-        help="measure every implementation on this machine's device, and keep the choice",
-        description="Compares values and gradients of each implementation with the reference twin, "
-        "then times those that agree, in turns. What is clearly quicker than the default is what "
-        "`auto` means from then on: for this user's runs, or with --root for that sweep's. A run "
-        "that has begun keeps its kernels.",
-    )
-    tune.add_argument(
-        "--shapes",
-        type=Path,
+    shapes: Path | None = setting(
+        None,
+        "measure at the shapes of this experiment's runs (default: those of ROOT, or else of the "
+        "default run)",
         metavar="EXPERIMENT",
-        help="measure at the shapes of this experiment's runs (default: those of ROOT, or else of "
-        "the default run)",
     )
-    tune.add_argument(
-        "--root", type=storage.path, metavar="ROOT", help="keep the table in ROOT/kernels"
-    )
-    tune.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each side (5)")
-    tune.set_defaults(run=run_tune)
+    root: str | None = setting(None, "keep the table in ROOT/kernels", metavar="ROOT")
+    rounds: int = setting(5, "turns of each side", at_least=1, metavar="N")
 
 
-def run_tune(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
+def tune(args: Tune) -> None:
     from prime_jax import tuned
+    from prime_jax.hardware import chips
     from prime_jax.kernels.tune import tune
 
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: must be at least 1")
-    console = Console()
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
+    root = None if args.root is None else storage.path(args.root)
     chips.keep_heap()
-    choices = tune(_runs(args.shapes, args.root), rounds=args.rounds, progress=say)
-    file = tuned.save(choices, args.root)
-    say(f"{choices.device_kind}: {len(choices.rows)} choices in {file}")
-    return 0
+    choices = tune(_runs(args.shapes, root), rounds=args.rounds, progress=say)
+    say(f"{choices.device_kind}: {len(choices.rows)} choices in {tuned.save(choices, root)}")
 
 
 def _runs(experiment: Path | None, root: Any) -> list[Any]:
     """The runs whose shapes are measured."""
-    from prime_jax.config import RunConfig, from_dict
+    from prime_jax.config import RunConfig
+    from prime_jax.settings import from_dict
     from prime_jax.sweep import grid, state
 
     if experiment:
@@ -101,7 +61,24 @@ def _runs(experiment: Path | None, root: Any) -> list[Any]:
     return [from_dict(RunConfig, run.spec["config"], run.id) for run in state.list_runs(root)]
 
 
-def run_check(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Check(Arguments):
+    """Compile forward and backward of each Pallas kernel for TPU chips that need not be there:
+    memory, compile time, and the static schedule of each kernel (bundles are about cycles; shuffles
+    and spills in the hot block cost time). Needs libtpu; minutes for all chips.
+
+    Exit code 1 if a kernel does not compile."""
+
+    EXAMPLES = ("prime-jax kernels check --chips v5e --kernels head --no-schedule",)
+
+    chips: tuple[Literal[CHIPS], ...] = setting(("v5e", "v5p", "v6e"), "to compile for")
+    kernels: tuple[Literal[KERNELS], ...] = setting(KERNELS, "which of them")
+    widths: tuple[int, ...] = setting((1024,), "model widths D", at_least=1, metavar="D")
+    vocab_size: int = setting(51200, "tokens V", at_least=1, metavar="V")
+    no_schedule: bool = setting(False, "quicker: memory and time only")
+
+
+def check(args: Check) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a TPU that is there stays free
     from prime_jax.kernels.check import check_all
 
@@ -112,13 +89,13 @@ def run_check(args: argparse.Namespace) -> int:
     for report in reports:
         total += 1
         failed += bool(report.error)
-        print(f"{report.chip:6}{report.case.name:48}{_result(report)}", flush=True)
+        say(f"{report.chip:6}{report.case.name:48}{_result(report)}")
         for s in report.schedules:
-            print(
+            say(
                 f"{'':8}{s.kernel:46}{s.bundles:>7} bundles, hot block {s.hot_bundles}: "
                 f"{s.matmuls} matmul, {s.shuffles} shuffle, {s.spills} spill slots"
             )
-    print(f"{total - failed} of {total} compiled")
+    say(f"{total - failed} of {total} compiled")
     return 1 if failed else 0
 
 

@@ -1,11 +1,16 @@
 """`prime-jax sample` and `prime-jax infill`."""
 
-import argparse
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from prime_jax.cli.console import console, say
+from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
+from prime_jax.sample.options import Options, validate
+from prime_jax.settings import REQUIRED, setting
 
 ORDERS = """orders (masked diffusion):
   ancestral      the model's own reverse process in --steps steps (default); idle steps are free
@@ -22,136 +27,112 @@ HOLES = """holes in TEXT:
 """
 
 
-def register(subparsers: Any) -> None:
-    sample = subparsers.add_parser(
-        "sample",
-        help="draw text from a trained model",
-        description="Draw text from a finished run (a run directory or ROOT:ID).",
-        epilog=ORDERS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    sample.add_argument("run_name", metavar="RUN", help=RUN)
-    sample.add_argument("--prompt", metavar="TEXT", help="text to continue (default: none)")
-    sample.add_argument("--gen-length", type=int, default=0, help="tokens; 0 fills the context")
-    sample.add_argument("--stop-at-eos", action="store_true", help="end a text at its first EOS")
-    _add_options(sample)
-    sample.set_defaults(run=run_sample)
+@dataclass(frozen=True)
+class Drawing(Arguments):
+    """What both commands take."""
 
-    infill = subparsers.add_parser(
-        "infill",
-        help="fill holes in a text",
-        description="Fill the holes of TEXT with a finished run of family mdm or prime, e.g. "
-        "prime-jax infill RUN 'def add(a, b):[[MASK*8]] + b'",
-        epilog=HOLES + "\n" + ORDERS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    run: str = setting(REQUIRED, RUN, positional=True)
+    num: int = setting(1, "samples", at_least=1)
+    out: Path | None = setting(
+        None, 'write {"tokens": .., "text": ..} per line', alias="-o", metavar="FILE"
     )
-    infill.add_argument("run_name", metavar="RUN", help=RUN)
-    infill.add_argument("text", metavar="TEXT", help="with holes, see below")
-    _add_options(infill)
-    infill.set_defaults(run=run_infill)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--num", type=int, default=1, help="samples (1)")
-    add("-o", "--out", type=Path, metavar="FILE", help='write {"tokens": .., "text": ..} per line')
-    add("--seed", type=int, default=0, help="with its number it determines a sample (0)")
-    add("--steps", type=int, default=64, help="reveal steps, over all blocks (64)")
-    add("--order", default="ancestral", help="what is revealed when, see below (ancestral)")
-    add(
-        "--grid",
-        default="uniform",
-        help="how much each step reveals: uniform, cosine, or measured: the grid of least loss, "
-        "from the validation data (uniform)",
+    grid: Literal["uniform", "cosine", "measured"] = setting(
+        "uniform",
+        "how much each step reveals; measured: the grid of least loss, from the validation data",
     )
-    add(
-        "--within",
-        type=float,
+    within: float | None = setting(
+        None,
+        "with --grid measured, in place of --steps: the fewest steps that lose at most so many nats "
+        "per token against infinitely many",
+        at_least=0,
         metavar="NATS",
-        help="with --grid measured, in place of --steps: the fewest steps that lose at most so "
-        "many nats per token against infinitely many",
     )
-    add("--block-length", type=int, default=0, help="write blocks left to right; 0: one block")
-    add("--threshold", type=float, help="confidence, margin or entropy that needs no more steps")
-    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1)")
-    add("--top-k", type=int, default=0, help="draw among so many likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="draw within this mass, nucleus sampling (1)")
-    add("--cfg-scale", type=float, default=0.0, help="guidance away from the unprompted model (0)")
-    add(
-        "--remasking",
-        type=float,
-        default=0.0,
-        metavar="RATE",
-        help="hide revealed sub-tokens again, 0 to 1 of the largest rate that ReMDM allows (0)",
-    )
-    add("--batch-size", type=int, default=32, help="samples at a time; changes no sample (32)")
-    add("--watch", action="store_true", help="show sub-tokens resolving on the terminal")
+    watch: bool = setting(False, "show sub-tokens resolving on the terminal")
+    options: Options = setting(Options(), "how to sample")
 
 
-def run_sample(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Sample(Drawing):
+    """Draw text from a finished run."""
+
+    NOTES = ORDERS
+    EXAMPLES = (
+        "prime-jax sample runs/3f9a --prompt 'def add(a, b):' --num 4",
+        "prime-jax sample quickstart:3f9a --order confidence --steps 32 --watch",
+    )
+
+    prompt: str | None = setting(None, "text to continue (default: none)")
+    gen_length: int = setting(0, "tokens to write; 0 fills the context", at_least=0)
+    stop_at_eos: bool = setting(False, "end a text at its first EOS")
+
+
+def sample(args: Sample) -> int:
     if args.prompt == "":
         raise UserError("--prompt is empty; leave it out to sample without one")
     from prime_jax.cli import runs
     from prime_jax.sample import Sampler
 
     _spare(args)
-    run = runs.load(args.run_name)
+    run = runs.load(args.run)
     prompt = [] if args.prompt is None else run.tokenizer.encode(args.prompt).tolist()
     sampler = Sampler(run)
-    options = _options(args, run, sampler, gen_length=args.gen_length)
+    changes: dict[str, Any] = {"gen_length": args.gen_length}
+    if args.stop_at_eos:
+        if run.eos_id < 0:
+            raise UserError("--stop-at-eos: the data of this run has no EOS token")
+        changes["stop"] = run.eos_id
+    options = _options(args, run, sampler, **changes)
     return _draw(args, run, sampler, sampler.canvas(prompt, args.gen_length), options)
 
 
-def run_infill(args: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Infill(Drawing):
+    """Fill the holes of a text with a finished run of family mdm or prime."""
+
+    NOTES = f"{HOLES}\n{ORDERS}"
+    EXAMPLES = ("prime-jax infill quickstart:3f9a 'def add(a, b):[[MASK*8]] + b'",)
+
+    text: str = setting(REQUIRED, "with holes, see below", positional=True)
+
+
+def infill(args: Infill) -> int:
     from prime_jax.cli import runs
     from prime_jax.sample import Sampler, infill
 
     _spare(args)
-    run = runs.load(args.run_name)
+    run = runs.load(args.run)
     sampler = Sampler(run)
     canvas = infill.canvas(args.text, run.tokenizer, run.codebook)
     return _draw(args, run, sampler, canvas, _options(args, run, sampler))
 
 
-def _spare(args: argparse.Namespace) -> None:
+def _spare(args: Drawing) -> None:
     """Raises: UserError: the samples would replace a file of the run."""
     from prime_jax.cli import runs
     from prime_jax.runtime import outputs
 
     if args.out:
-        outputs.refuse_overwrite(outputs.of_run(runs.attempts(args.run_name)), [args.out])
+        outputs.refuse_overwrite(outputs.of_run(runs.attempts(args.run)), [args.out])
 
 
-def _options(args: argparse.Namespace, run: Any, sampler: Any, **more: Any) -> Any:
+def _options(args: Drawing, run: Any, sampler: Any, **changes: Any) -> Options:
     """The options of a command line, checked; measures a grid if that is asked for."""
-    from prime_jax.sample.options import Options, validate
-
-    names = ("steps", "order", "block_length", "threshold", "temperature", "top_k", "top_p")
-    names += ("cfg_scale", "remasking", "seed", "batch_size")
-    values = {name: getattr(args, name) for name in names} | more
-    if getattr(args, "stop_at_eos", False):
-        if run.eos_id < 0:
-            raise UserError("--stop-at-eos: the data of this run has no EOS token")
-        values["stop"] = run.eos_id
-    if args.num < 1:
-        raise UserError(f"--num {args.num}: must be 1 or more")
-    if args.within is not None and (args.grid != "measured" or args.within < 0):
-        raise UserError(f"--within {args.within}: needs --grid measured, and must be 0 or more")
+    if args.within is not None and args.grid != "measured":
+        raise UserError(f"--within {args.within}: needs --grid measured")
     if args.watch and (args.num > 1 or run.config.family == "arm"):
         raise UserError("--watch shows one sample of a model of family mdm or prime")
+    grid = "cosine" if args.grid == "measured" else args.grid
+    options = dataclasses.replace(args.options, grid=grid, **changes)
+    validate(options, run.config.family)
     if args.grid != "measured":
-        return validate(Options(**values, grid=args.grid), run.config.family)
-    validate(Options(**values, grid="cosine"), run.config.family)
-    return Options(**values, time_grid=_measured(args, run, sampler))
+        return options
+    return dataclasses.replace(options, grid="uniform", time_grid=_measured(args, run, sampler))
 
 
-def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, ...]:
+def _measured(args: Drawing, run: Any, sampler: Any) -> tuple[float, ...]:
     """Measure and tell the grid of least loss for --steps, or of fewest steps for --within."""
-    from rich.console import Console
-
     from prime_jax.data import loader
     from prime_jax.sample import grids
-    from prime_jax.sample.options import Options
     from prime_jax.sample.orders import time_grid
 
     if run.data is None:
@@ -159,19 +140,19 @@ def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, 
             f"--grid measured needs the run's dataset, and {run.config.data.path} is not on this "
             "machine"
         )
-    if args.block_length:
+    if args.options.block_length:
         raise UserError("--block-length: --grid measured is the grid of one block")
-    if args.steps > grids.MAX_STEPS:
+    if args.options.steps > grids.MAX_STEPS:
         raise UserError(f"--grid measured: --steps must be at most {grids.MAX_STEPS}")
-    console = Console(stderr=True)
-    with console.status("measuring the loss of steps"):
+    out = console(stderr=True)
+    with out.status("measuring the loss of steps"):
         blocks = loader.eval_blocks(run.data, "valid", 2 * grids.EXAMPLES).tokens
         # What is told comes from blocks that the search did not see: it favours lucky noise.
         rates, check = (
             grids.measure(sampler.model, run.params, run.config, half)
             for half in (blocks[::2], blocks[1::2])
         )
-    steps = args.steps
+    steps = args.options.steps
     if args.within is not None:
         fewest = grids.fewest(rates, rates.bound + args.within)
         if fewest is None:
@@ -184,38 +165,36 @@ def _measured(args: argparse.Namespace, run: Any, sampler: Any) -> tuple[float, 
         name: check.loss(time_grid(Options(grid=name), steps)) for name in ("uniform", "cosine")
     }
     told = ", ".join(f"{name} {loss:.4f}" for name, loss in rivals.items())
-    console.print(
+    say(
         f"{steps} steps: measured grid {check.loss(found):.4f} nats/token (nelbo), {told}, "
         f"infinitely many steps {check.bound:.4f}",
-        highlight=False,
+        out,
     )
     return tuple(found.tolist())
 
 
-def _draw(args: argparse.Namespace, run: Any, sampler: Any, canvas: Any, options: Any) -> int:
+def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> int:
     """Draw --num samples of one canvas, print or write them, and say what they are like."""
     import time
 
-    from rich.console import Console
-
-    console, done, began = Console(), [], time.monotonic()
+    done: list[Any] = []
+    out, began = console(), time.monotonic()
     hidden = (canvas == run.codebook.base).any(axis=1)
     try:
         for samples in _batches(
-            args, run=run, sampler=sampler, canvas=canvas, options=options, console=console
+            args, run=run, sampler=sampler, canvas=canvas, options=options, console=out
         ):
             done.append(samples)
     except KeyboardInterrupt:
         kept = f" are in {args.out}" if args.out else ""
-        console.print(f"interrupted: {sum(len(s.tokens) for s in done)} samples{kept}")
+        say(f"interrupted: {sum(len(s.tokens) for s in done)} samples{kept}")
         return 130
     tokens = [x for samples in done for x in samples.tokens]
     if args.out is None:
         for x in tokens:
             if len(tokens) > 1:
-                console.rule(style="dim")
-            text = run.tokenizer.decode(x)
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+                out.rule(style="dim")
+            say(run.tokenizer.decode(x), out)
     drawn = [x[hidden[: len(x)]] for x in tokens]
     spent = f"{sum(sum(samples.calls) for samples in done)} network calls"
     idle = [fraction for samples in done for fraction in samples.idle]
@@ -223,7 +202,7 @@ def _draw(args: argparse.Namespace, run: Any, sampler: Any, canvas: Any, options
         spent += f" ({sum(idle) / len(idle):.1%} of the steps were idle and skipped)"
     _tell(drawn, f"{spent}, {time.monotonic() - began:.1f} s with compiling")
     if args.out:
-        console.print(f"samples: {args.out}", highlight=False)
+        say(f"samples: {args.out}")
     return 0
 
 
@@ -232,9 +211,7 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: A
     import contextlib
     import json
 
-    from rich.console import Console
-    from rich.progress import track
-
+    from prime_jax.cli import console as shown
     from prime_jax.cli.watch import Watcher
 
     with contextlib.ExitStack() as stack:
@@ -243,8 +220,11 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: A
         if args.watch:
             watch = stack.enter_context(Watcher(run.codebook, run.tokenizer, canvas, console))
         starts = range(0, args.num, options.batch_size)
-        if len(starts) > 1 and console.is_terminal:
-            starts = track(starts, description="sampling", console=Console(stderr=True))
+        progress = None
+        if len(starts) > 1:
+            progress = stack.enter_context(
+                shown.Progress(shown.console(stderr=True), transient=True)
+            )
         for start in starts:
             count = min(options.batch_size, args.num - start)
             samples = sampler.sample([canvas] * count, options, watch, first=start)
@@ -253,6 +233,8 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: A
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             if out:
                 out.flush()
+            if progress:
+                progress.tick("sampling", args.num, count)
             yield samples
 
 
@@ -265,15 +247,12 @@ def _open(path: Path) -> Any:
 
 def _tell(drawn: list, spent: str) -> None:
     """One line about the drawn tokens of all samples."""
-    from rich.console import Console
-
     from prime_jax.sample.quality import REPEAT, quality
 
     measured = quality(drawn)
     ones = " / ".join(f"{x:.2f}" for x in measured.distinct)
-    Console(stderr=True).print(
+    say(
         f"{sum(len(x) for x in drawn)} tokens in {spent}; entropy {measured.entropy:.2f} "
         f"nats/token, repeated {REPEAT}-grams {measured.repetition:.1%}, distinct-1/2/3 {ones}",
-        highlight=False,
-        soft_wrap=True,
+        console(stderr=True),
     )

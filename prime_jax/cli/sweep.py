@@ -1,346 +1,357 @@
-"""`prime-jax sweep ...`: plan, run, work, status, report, logs, collect, retry, kill."""
+"""`prime-jax sweep ...`: plan, run, work, status, logs, collect, retry, kill."""
 
-import argparse
 import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from prime_jax.cli import launch as commands_of_launch
-from prime_jax.cli import train as commands_of_train
-from prime_jax.cli.fit_options import positive
+from rich.text import Text
+
+from prime_jax.cli.console import Table, console, say, show, write
+from prime_jax.cli.launch import ROOT
+from prime_jax.cli.parse import Arguments
+from prime_jax.cli.train import LookAhead
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
+from prime_jax.settings import REQUIRED, setting
 
-ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s3://BUCKET/..."
-WIDTH = 110  # that a plan needs at least; narrower terminals wrap its lines
+if TYPE_CHECKING:
+    from prime_jax.sweep.grid import Experiment
+    from prime_jax.sweep.plan import Candidate
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
-    """Add `sweep` and its sub-commands."""
-    sweep = subparsers.add_parser(
-        "sweep",
-        help="plan and run many trainings, collect their results",
-        description="A sweep is a directory ROOT. `plan` fills it with runs, `run` trains them, "
-        "`collect` writes what `prime-jax fit` reads. Everything can be interrupted and repeated.",
+@dataclass(frozen=True)
+class OfSweep(Arguments):
+    """A command on a sweep."""
+
+    root: str = setting(REQUIRED, ROOT, positional=True)
+
+    @property
+    def place(self) -> storage.Path:
+        return storage.path(self.root)
+
+
+# --- plan
+
+
+@dataclass(frozen=True)
+class Plan(Arguments):
+    """List every candidate run as OK or DROP with the reason. With ROOT, write the OK ones there;
+    planning again adds what is new and changes nothing else."""
+
+    NOTES = """
+        docs/experiments.md describes both forms of EXPERIMENT: the fields of a Sweep, its rules,
+        and the schema of a JSON row.
+        """
+    EXAMPLES = (
+        "prime-jax sweep plan experiments/quickstart.py",
+        "prime-jax sweep plan experiments/quickstart.py quickstart",
+        "prime-jax sweep plan experiments/c4_grid.py --slice v5e-16 --check",
     )
-    commands = sweep.add_subparsers(metavar="COMMAND", required=True)
-    _plan(commands)
-    _run(commands)
-    _work(commands)
-    _status(commands)
-    _report(commands)
-    _logs(commands)
-    _collect(commands)
-    _by_hand(
-        commands,
-        "retry",
-        help="open failed, killed or stuck runs again",
-        description="Runs that failed three times, or for a reason that only a person can mend, "
-        "wait for this. A retried run continues from its newest checkpoint.",
+
+    experiment: Path = setting(
+        REQUIRED,
+        "a Python file with a function sweep() -> Sweep, or a .json file, a list of rows",
+        positional=True,
     )
-    _by_hand(
-        commands,
-        "kill",
-        help="stop runs for good",
-        description="A running worker leaves the run at its next heartbeat (within 30 seconds) and "
-        "takes the next one. `retry` opens the run again.",
+    root: str | None = setting(None, f"{ROOT}; left out: only print", positional=True)
+    flops_per_second: float | None = setting(
+        None, "speed to estimate hours with, e.g. 5e10", above=0, metavar="F"
     )
-    commands_of_launch.register(commands, {"type": storage.path, "help": ROOT})
+    check: Literal["largest", "all"] | None = setting(
+        None,
+        "compile the largest shape of each family for the slice, and smaller ones until one fits "
+        "(--check alone); --check=all compiles every shape. What does not fit is dropped",
+        bare="largest",
+    )
+    ahead: LookAhead = setting(LookAhead(), "predictions")
 
 
-def _plan(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="list the runs of an experiment; with ROOT, create or extend the sweep",
-        description="Lists every candidate run as OK or DROP with the reason. With ROOT, writes "
-        "the OK ones there. Planning again adds what is new and changes nothing else.",
-        epilog="docs/experiments.md describes both forms of EXPERIMENT: the fields of a Sweep, "
-        "its rules, and the schema of a JSON row.",
-    )
-    parser.add_argument(
-        "experiment",
-        type=Path,
-        metavar="EXPERIMENT",
-        help="a Python file with a function sweep() -> Sweep, or a .json file, a list of rows",
-    )
-    parser.add_argument(
-        "root", type=storage.path, metavar="ROOT", nargs="?", help=f"{ROOT}; left out: only print"
-    )
-    parser.add_argument(
-        "--flops-per-second",
-        type=positive,
-        metavar="F",
-        help="speed to estimate hours with, e.g. 5e10",
-    )
-    commands_of_train.add_slice(parser)
-    parser.add_argument(
-        "--check",
-        nargs="?",
-        const="largest",
-        choices=("largest", "all"),
-        help="compile the largest shape of each family for the slice, and smaller ones until one "
-        "fits; --check=all compiles every shape. What does not fit is dropped",
-    )
-    parser.set_defaults(run=plan)
-
-
-def _run(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="train here until nothing is open",
-        description="Trains the open runs, largest first. Ctrl-C saves and stops; the same "
-        "command continues. Exit code: 0 all done, 1 runs failed, 2 nothing can train here (the data "
-        "is not there; runs stay open), 85 interrupted.",
-    )
-    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes that share this machine's cores (default 1)",
-    )
-    parser.set_defaults(run=run)
-
-
-def _work(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "work",
-        help="one worker, as every engine starts it",
-        description="Claims the largest open run, trains it, publishes its result, and so on. "
-        "Any number of workers may share ROOT. Exit code: 0 nothing left, 1 runs failed, 85 interrupted.",
-    )
-    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
-    parser.add_argument(
-        "--slice",
-        default="",
-        metavar="NAME",
-        help="what this worker runs on, e.g. v5e-16: it leaves runs planned for others alone "
-        "(default: it takes any run)",
-    )
-    parser.add_argument(
-        "--time-limit",
-        type=positive,
-        metavar="MINUTES",
-        help="when this machine is taken away: the worker saves and leaves (exit code 85) before",
-    )
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="measure the kernels first, if ROOT has no table of this kind of chip",
-    )
-    parser.set_defaults(run=work)
-
-
-def _status(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "status",
-        help="where every run stands, and why some failed",
-        description="Counts, then one line per run: id, budget C, size N, family, seed, state, progress.",
-    )
-    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    parser.add_argument(
-        "--watch",
-        action="store_true",
-        help="a table that renews itself until nothing is left to run; Ctrl-C leaves it",
-    )
-    parser.add_argument(
-        "--prices",
-        type=Path,
-        metavar="FILE",
-        help="your price list, like docs/prices.toml: says what the sweep has cost so far",
-    )
-    parser.set_defaults(run=show_status)
-
-
-def _report(commands: argparse._SubParsersAction) -> None:
-    from prime_jax.cli import fit as commands_of_fit
-
-    parser = commands.add_parser(
-        "report",
-        help="the fit's report; with --live from the runs that have finished so far",
-        description="Fits and writes the report as `prime-jax fit ROOT` does. With --live it uses "
-        "what has finished so far, and says of how many runs. Exit code: as `fit`.",
-    )
-    commands_of_fit.add_options(parser)
-    parser.add_argument("--live", action="store_true", help="do not wait for the last run")
-    parser.set_defaults(run=report, curves=None)
-
-
-def _logs(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "logs",
-        help="what the attempts at a run have said, host by host",
-        description="Prints the log of every attempt and host of one run, tracebacks included.",
-    )
-    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
-    parser.add_argument("id", metavar="ID", help="id of a run, or its beginning")
-    parser.set_defaults(run=show_logs)
-
-
-def _collect(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "collect",
-        help="write runs.csv, one row per run",
-        description="Writes the table that `prime-jax fit` reads. Runs without a result are rows "
-        "with a status and a reason.",
-    )
-    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=storage.path,
-        default=Path("runs.csv"),
-        metavar="FILE",
-        help="default runs.csv",
-    )
-    parser.set_defaults(run=collect)
-
-
-def _by_hand(commands: argparse._SubParsersAction, name: str, **texts: str) -> None:
-    parser = commands.add_parser(name, **texts)
-    parser.add_argument("root", type=storage.path, metavar="ROOT", help=ROOT)
-    parser.add_argument("ids", nargs="*", metavar="ID", help="ids of runs, or their beginnings")
-    if name == "retry":
-        parser.add_argument("--all-failed", action="store_true", help="every run that has failed")
-    parser.set_defaults(run=by_hand, action=name)
-
-
-def plan(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
+def plan(args: Plan) -> None:
     from prime_jax.sweep import grid
     from prime_jax.sweep import plan as planning
 
     experiment = grid.load_experiment(args.experiment)
     datasets = planning.load_datasets(experiment, required=args.root is not None)
     listed = planning.candidates(experiment, datasets)
-    console = Console(width=max(WIDTH, Console().width))
-    slice_, prices = commands_of_train.slice_of(args)
+    slice_, prices = args.ahead.understood(check=bool(args.check))
     if args.check:
-        listed = _checked(args, listed, slice_, console)
-    console.print(planning.table(experiment, listed, args.flops_per_second))
+        listed = _checked(args, listed, slice_)
+    show(plan_table(experiment, listed, args.flops_per_second))
     if slice_:
         from prime_jax.cli import forecast
 
         good = [candidate.config for candidate in listed if not candidate.drop]
-        console.print(forecast.cost_estimate(good, slice_, prices), soft_wrap=True)
+        say(forecast.cost_estimate(good, slice_, prices))
     if args.root is not None:
-        added = planning.write(args.root, experiment, listed, slice_.name if slice_ else "")
-        console.print(
-            f"{args.root}: {added} runs added; next: prime-jax sweep run {args.root}",
-            soft_wrap=True,
-        )
+        root = storage.path(args.root)
+        added = planning.write(root, experiment, listed, slice_.name if slice_ else "")
+        say(f"{root}: {added} runs added; next: prime-jax sweep run {root}")
 
 
-def _checked(args: argparse.Namespace, listed, slice_, console):
+def _checked(args: Plan, listed: "list[Candidate]", slice_: Any) -> "list[Candidate]":
     """The candidates after the compiler has seen them."""
     from prime_jax import tuned
     from prime_jax.cli import forecast
     from prime_jax.cli.compilations import Compilations
     from prime_jax.sweep import check
 
-    cache = args.root / check.CACHE if args.root else None
-    choices = tuned.load(slice_.chip.device_kind, args.root)
-    options = check.Options(args.check == "all", args.autofit, cache, choices)
-    with Compilations(f"compiling for {slice_.name}", console) as progress:
+    root = storage.path(args.root) if args.root else None
+    choices = tuned.load(slice_.chip.device_kind, root)
+    options = check.Options(
+        every=args.check == "all",
+        autofit=args.ahead.autofit,
+        cache=root / check.CACHE if root else None,
+        choices=choices,
+    )
+    with Compilations(f"compiling for {slice_.name}") as progress:
         listed, verdicts = check.check(listed, slice_, options, progress=progress)
     if verdicts:
-        forecast.show(verdicts, console)
+        forecast.show_verdicts(verdicts)
     return listed
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
+def plan_table(
+    experiment: "Experiment", listed: "Sequence[Candidate]", flops_per_second: float | None
+) -> Table:
+    """The plan as people read it."""
+    from prime_jax import flops
+
+    good = [candidate for candidate in listed if not candidate.drop]
+    total = sum(flops.train_flops(c.config, "matmul") for c in good)
+    summary = f"{len(good)} OK, {len(listed) - len(good)} DROP, {total:.3g} FLOPs (matmul)"
+    final = sum(flops.evaluation_flops(c.config, "matmul") for c in good)
+    if total:
+        summary += f" and {100 * final / total:.2g} % more to evaluate at the end"
+    if flops_per_second:
+        summary += f", {total / flops_per_second / 3600:.3g} h at {flops_per_second:.3g} FLOP/s"
+    if any(candidate.epochs is None for candidate in good):
+        summary += "; the data is not prepared: ids are provisional, epochs unknown"
+    hours = ("hours",) if flops_per_second else ()
+    head = ("id", "family", "seed", "shape", "N", "D", "C", "steps", "batch", "lr", "epochs")
+    rows = [_plan_row(candidate, flops_per_second) for candidate in listed]
+    return Table((*head, *hours, "verdict"), rows, (summary,), title=experiment.name)
+
+
+def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[str | Text]:
+    from prime_jax import flops
+    from prime_jax.sweep.plan import PARAMS, human
+
+    row, config = candidate.row, candidate.config
+    shape = f"{row.layers}x{row.width}x{row.heads}" if row.layers else ""
+    n, d, *rest = [""] * (7 if flops_per_second else 6)
+    if config is not None:
+        n, d = human(flops.param_counts(config)[PARAMS[row.flops]]), human(config.tokens)
+        epochs = "?" if candidate.epochs is None else f"{candidate.epochs:.2f}"
+        rest = [str(config.steps), str(config.batch_size), f"{row.peak_lr:.2g}", epochs]
+        if flops_per_second:
+            hours = flops.train_flops(config, "matmul") / flops_per_second / 3600
+            rest.append(f"{hours:.2g}")
+    drop = Text(f"DROP: {candidate.drop}", "red")
+    verdict = drop if candidate.drop else f"OK {candidate.note}"
+    head = [candidate.id, row.family, str(row.seed), shape]
+    return [*head, n, d, f"{row.budget:.3g}", *rest, verdict]
+
+
+# --- run, work
+
+
+@dataclass(frozen=True)
+class Run(OfSweep):
+    """Train the open runs here, largest first. Ctrl-C saves and stops; the same command continues.
+
+    Exit code: 0 all done, 1 runs failed, 2 nothing can train here (the data is not there; runs stay
+    open), 85 interrupted."""
+
+    EXAMPLES = ("prime-jax sweep run quickstart --workers 2",)
+
+    workers: int = setting(1, "processes that share this machine's cores", at_least=1)
+
+
+def run(args: Run) -> int:
     if args.workers == 1:
-        return work(args)
+        return work(Work(args.root))
     from prime_jax.data import manifest
     from prime_jax.sweep import state
     from prime_jax.sweep.pool import supervise
     from prime_jax.sweep.worker import with_data
 
-    state.check_root(args.root)
-    with_data(state.open_runs(args.root), manifest.of_run)
-    return supervise(args.root, args.workers)
+    root = args.place
+    state.check_root(root)
+    with_data(state.open_runs(root), manifest.of_run)
+    return supervise(root, args.workers)
 
 
-def work(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Work(OfSweep):
+    """One worker, as every engine starts it: claims the largest open run, trains it, publishes its
+    result, and so on. Any number of workers may share ROOT.
+
+    Exit code: 0 nothing left, 1 runs failed, 85 interrupted."""
+
+    EXAMPLES = ("prime-jax sweep work gs://BUCKET/c4 --slice v5e-16 --time-limit 240",)
+
+    slice: str = setting(
+        "",
+        "what this worker runs on, e.g. v5e-16: it leaves runs planned for others alone (default: "
+        "it takes any run)",
+        metavar="NAME",
+    )
+    time_limit: float | None = setting(
+        None,
+        "when this machine is taken away: the worker saves and leaves (exit code 85) before",
+        above=0,
+        metavar="MINUTES",
+    )
+    tune: bool = setting(
+        False, "measure the kernels first, if ROOT has no table of this kind of chip"
+    )
+
+
+def work(args: Work) -> int:
     from prime_jax.hardware import slices
     from prime_jax.sweep import worker
 
-    name = getattr(args, "slice", "")
-    slice = slices.parse(name).name if name else ""
-    minutes, tune = getattr(args, "time_limit", None), getattr(args, "tune", False)
-    return worker.work(args.root, slice=slice, minutes=minutes, tune=tune)
+    slice_ = slices.parse(args.slice).name if args.slice else ""
+    return worker.work(args.place, slice=slice_, minutes=args.time_limit, tune=args.tune)
 
 
-def show_status(args: argparse.Namespace) -> None:
-    import json
+# --- status, logs, collect
 
-    from rich.console import Console
 
+@dataclass(frozen=True)
+class Status(OfSweep):
+    """Where every run stands, and why some failed: counts, then one line per run with id, budget C,
+    size N, family, seed, state, progress."""
+
+    EXAMPLES = ("prime-jax sweep status quickstart --watch",)
+
+    json: bool = setting(False, "print JSON, for programs")
+    watch: bool = setting(
+        False, "a table that renews itself until nothing is left to run; Ctrl-C leaves it"
+    )
+    prices: Path | None = setting(
+        None,
+        "your price list, like docs/prices.toml: says what the sweep has cost so far",
+        metavar="FILE",
+    )
+
+
+def status(args: Status) -> None:
     from prime_jax.hardware.prices import load_prices
     from prime_jax.sweep import state, status
 
-    state.check_root(args.root)
+    state.check_root(args.place)
     prices = load_prices(args.prices) if args.prices else None
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            status.watch(args.root, Console(), prices)
+            status.watch(args.place, console(), prices)
         return
-    runs = state.list_runs(args.root)
+    runs = state.list_runs(args.place)
     if args.json:
-        print(json.dumps(status.as_dicts(runs), indent=2))
-    else:
-        status.show(runs, Console(), status.summary(runs, prices))
+        write(json.dumps(status.as_dicts(runs), indent=2))
+        return
+    say(status.summary(runs, prices))
+    for run in runs:
+        say(status.line(run))
+        if run.state == "failed":
+            say(status.failure(run), style="red")
 
 
-def report(args: argparse.Namespace) -> int:
-    from prime_jax.cli import fit as commands_of_fit
+@dataclass(frozen=True)
+class Logs(OfSweep):
+    """What the attempts at a run have said, host by host, tracebacks included."""
+
+    EXAMPLES = ("prime-jax sweep logs quickstart 3f9a",)
+
+    id: str = setting(REQUIRED, "id of a run, or its beginning", positional=True)
+
+
+def logs(args: Logs) -> None:
     from prime_jax.sweep import state
 
-    state.check_root(args.runs)
-    runs = state.list_runs(args.runs)
-    done = sum(run.result is not None for run in runs)
-    if done < len(runs) and not args.live:
-        raise UserError(f"{args.runs}: {done} of {len(runs)} runs have finished; add --live")
-    args.note = f"live: {done} of {len(runs)} runs" if done < len(runs) else ""
-    return commands_of_fit.run(args)
-
-
-def show_logs(args: argparse.Namespace) -> None:
-    from prime_jax.sweep import state
-
-    state.check_root(args.root)
-    (run,) = state.select(state.list_runs(args.root), [args.id])
+    root = args.place
+    state.check_root(root)
+    (run,) = state.select(state.list_runs(root), [args.id])
     for attempt in run.attempts:
-        folder = args.root / "runs" / run.id / str(attempt.k)
-        logs = sorted(name for name in storage.names(folder) if name.startswith("log."))
+        folder = root / "runs" / run.id / str(attempt.k)
         how = f": {attempt.end['state']}, {attempt.end['reason']}" if attempt.end else ""
-        print(f"=== attempt {attempt.k}{how}")
-        for name in logs:
-            print(f"--- process {name.split('.')[1]}")
-            print(storage.read(folder / name).decode(errors="replace"), end="")
+        say(f"=== attempt {attempt.k}{how}")
+        for name in sorted(name for name in storage.names(folder) if name.startswith("log.")):
+            say(f"--- process {name.split('.')[1]}")
+            write(storage.read(folder / name).decode(errors="replace"))
 
 
-def collect(args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Collect(OfSweep):
+    """Write the table that `prime-jax fit` reads, one row per run. Runs without a result are rows
+    with a status and a reason."""
+
+    EXAMPLES = ("prime-jax sweep collect quickstart -o quickstart/runs.csv",)
+
+    out: str = setting("runs.csv", "a file, also gs://... or s3://...", alias="-o", metavar="FILE")
+
+
+def collect(args: Collect) -> None:
     from prime_jax.sweep import collect as collecting
 
-    finished = collecting.write(args.root, args.out)
-    print(f"{args.out}: {finished} runs with a result; next: prime-jax fit {args.out}")
+    finished = collecting.write(args.place, storage.path(args.out))
+    say(f"{args.out}: {finished} runs with a result; next: prime-jax fit {args.out}")
 
 
-def by_hand(args: argparse.Namespace) -> None:
+# --- by hand
+
+
+@dataclass(frozen=True)
+class Retry(OfSweep):
+    """Open runs again that failed three times, or for a reason that only a person can mend, were
+    killed, or are stuck. A retried run continues from its newest checkpoint."""
+
+    EXAMPLES = ("prime-jax sweep retry ROOT 3f9a", "prime-jax sweep retry ROOT --all-failed")
+
+    ids: tuple[str, ...] = setting(
+        (), "ids of runs, or their beginnings", positional=True, metavar="ID"
+    )
+    all_failed: bool = setting(False, "every run that has failed")
+
+
+def retry(args: Retry) -> None:
     from prime_jax.sweep import state
 
-    every = getattr(args, "all_failed", False)
-    if bool(args.ids) == every:
-        other = ", or --all-failed" if args.action == "retry" else ""
-        raise UserError(f"{args.action}: give ids of runs{other}")
-    state.check_root(args.root)
-    if every:
-        print(f"retry: {len(state.retry_failed(args.root))} failed runs are open again")
-    for run in state.select(state.list_runs(args.root), args.ids):
-        {"retry": state.retry, "kill": state.kill}[args.action](args.root, run)
-        print(f"{args.action} {run.id}")
+    if bool(args.ids) == args.all_failed:
+        raise UserError("retry: give ids of runs, or --all-failed")
+    state.check_root(args.place)
+    if args.all_failed:
+        say(f"retry: {len(state.retry_failed(args.place))} failed runs are open again")
+    _each(args, "retry", state.retry)
+
+
+@dataclass(frozen=True)
+class Kill(OfSweep):
+    """Stop runs for good. A running worker leaves the run at its next heartbeat (within 30 seconds)
+    and takes the next one. `retry` opens the run again."""
+
+    EXAMPLES = ("prime-jax sweep kill ROOT 3f9a",)
+
+    ids: tuple[str, ...] = setting(
+        (), "ids of runs, or their beginnings", positional=True, metavar="ID"
+    )
+
+
+def kill(args: Kill) -> None:
+    from prime_jax.sweep import state
+
+    if not args.ids:
+        raise UserError("kill: give ids of runs")
+    state.check_root(args.place)
+    _each(args, "kill", state.kill)
+
+
+def _each(args: Retry | Kill, name: str, action: Callable[[storage.Path, Any], object]) -> None:
+    from prime_jax.sweep import state
+
+    for run in state.select(state.list_runs(args.place), args.ids):
+        action(args.place, run)
+        say(f"{name} {run.id}")

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import flops
-from prime_jax.config import MeshConfig, RunConfig, to_dict
+from prime_jax.config import MeshConfig, RunConfig
 from prime_jax.errors import UserError
 from prime_jax.hardware import roofline
 from prime_jax.hardware.slices import Slice, human_bytes
 from prime_jax.runtime import meshes, storage
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import to_dict
 
 TRIES = 6  # of autofit
 ENVIRONMENT = {

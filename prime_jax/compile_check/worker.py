@@ -17,11 +17,12 @@ from typing import Any
 
 from prime_jax import optim, step
 from prime_jax.compile_check import gpu_target, hlo
-from prime_jax.config import RunConfig, from_dict
+from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
 from prime_jax.hardware import chips, slices
 from prime_jax.hardware.slices import Slice
 from prime_jax.runtime import records, sharding, storage
+from prime_jax.settings import from_dict
 
 SCHEMA = 1
 COMPILERS = ("jax", "jaxlib", "libtpu", *gpu_target.PLUGINS)

@@ -20,6 +20,7 @@ from prime_jax import config as configs
 from prime_jax.data import shards, tokenizers
 from prime_jax.errors import NoData, UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import REQUIRED, Flags, from_dict, nearest, setting
 
 SCHEMA = 1
 SPLITS = ("train", "valid", "test")
@@ -28,17 +29,25 @@ UNIGRAM, TOKEN_BYTES = "unigram.npy", "token_bytes.npy"
 
 
 @dataclass(frozen=True)
-class Request:
-    """The arguments of `data prepare`."""
+class Request(Flags):
+    """What `data prepare` was asked for."""
 
-    source: str
-    tokenizer: str
-    seq_len: int = 128
-    valid_fraction: float = 0.05
-    test_fraction: float = 0.05
-    max_documents: int = 0  # at most this many of each source; 0: all
-    max_bytes: int = 0  # of text, of each source; 0: all
-    seed: int = 0  # of the split
+    source: str = setting(REQUIRED, "what text to read, see below", positional=True)
+    tokenizer: str = setting(REQUIRED, "what makes ids of it, see below", metavar="SPEC")
+    seq_len: int = setting(128, "tokens of a block", at_least=2)
+    valid_fraction: float = setting(0.05, "of the documents", at_least=0, below=1)
+    test_fraction: float = setting(0.05, "of the documents", at_least=0, below=1)
+    max_documents: int = setting(0, "the first so many of each source; 0: all", at_least=0)
+    max_bytes: int = setting(0, "of text, of each source; 0: all", at_least=0)
+    seed: int = setting(0, "of the split", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise UserError(
+                f"--valid-fraction {self.valid_fraction} and --test-fraction {self.test_fraction}: "
+                "must leave something to train on"
+            )
 
     def command(self, out: Path | str) -> str:
         """The command line that makes this dataset."""
@@ -110,7 +119,7 @@ class Manifest:
 
     def split(self, name: str) -> Split:
         if name not in SPLITS:
-            raise UserError(f"split {name!r}: no such split{configs.nearest(name, SPLITS)}")
+            raise UserError(f"split {name!r}: no such split{nearest(name, SPLITS)}")
         return getattr(self, name)
 
     @property
@@ -186,8 +195,8 @@ def load(path: str | Path, *, verify: bool = False) -> Manifest:
             f"remove {directory} and run: {again}"
         )
     try:
-        manifest = configs.from_dict(Manifest, values | {"directory": str(directory)}, str(file))
-    except TypeError as error:  # a field is missing
+        manifest = from_dict(Manifest, values | {"directory": str(directory)})
+    except UserError as error:
         raise UserError(f"{file} is damaged ({error}); run: {again}") from error
     splits = [manifest.split(name) for name in SPLITS]
     content = (manifest.tokenizer_hash, manifest.seq_len, manifest.eos_policy, splits)

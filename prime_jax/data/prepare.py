@@ -10,13 +10,10 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from prime_jax.data import assemble, encode, parallel, shards, sources, tokenizers
 from prime_jax.data import manifest as manifests
@@ -24,6 +21,8 @@ from prime_jax.data.manifest import SPLITS, Manifest, Request
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
+
+Tick = Callable[[str, int, int], None]
 
 
 def prepare(
@@ -33,6 +32,7 @@ def prepare(
     seq_len: int = 128,
     *,
     workers: int = 0,
+    tick: Tick = lambda what, total, more: None,
     **options: float,
 ) -> Manifest:
     """Make the dataset in `out`, continue an interrupted call, or return the finished dataset.
@@ -43,6 +43,7 @@ def prepare(
         seq_len: tokens of a block.
         workers: processes; 0 for one per core. They are spawned and import the calling script, so
             that needs `if __name__ == "__main__"`, or pass 1.
+        tick: receives what is done, of how much, and how much more of it.
         options: `valid_fraction` and `test_fraction` of the documents, chosen by the hash of their
             text and `seed` (of a stream without documents: its end); `max_documents` and
             `max_bytes` of each source.
@@ -51,7 +52,8 @@ def prepare(
             content, or one that cannot be written.
     """
     request = Request(source, tokenizer, seq_len, **options)
-    _validate(request, workers)
+    if workers < 0:
+        raise UserError(f"--workers {workers}: must be at least 0")
     if "://" in str(out):
         raise UserError(f"--out {out}: prepare into a local folder, then copy it")
     directory = Path(out)
@@ -64,28 +66,13 @@ def prepare(
         (directory / "parts").mkdir(parents=True, exist_ok=True)
         with storage.locked(directory / "parts", f"preparing {directory}"):
             try:
-                return _prepare(request, directory, workers or os.cpu_count() or 1)
+                return _prepare(request, directory, workers or os.cpu_count() or 1, tick)
             except UserError:
                 if not _finished_parts(directory):
                     _remove_leftovers(directory)
                 raise
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
-
-
-def _validate(request: Request, workers: int) -> None:
-    if request.seq_len < 2:
-        raise UserError(f"seq_len = {request.seq_len}: must be at least 2")
-    names = ("max_documents", "max_bytes", "seed")
-    for name, value in (("workers", workers), *((name, getattr(request, name)) for name in names)):
-        if value < 0:
-            raise UserError(f"{name} = {value}: must not be below 0")
-    fractions = (request.valid_fraction, request.test_fraction)
-    if not (min(fractions) >= 0 and sum(fractions) < 1):
-        raise UserError(
-            f"valid_fraction = {fractions[0]}, test_fraction = {fractions[1]}: must not be below 0 "
-            "and must leave something to train on"
-        )
 
 
 def _finished(directory: Path, request: Request) -> Manifest:
@@ -110,7 +97,7 @@ def _remove_leftovers(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
+def _prepare(request: Request, directory: Path, workers: int, tick: Tick) -> Manifest:
     corpus = sources.parse(request.source)
     _check_plan(request, directory, corpus)
     tokenizer = _tokenizer(request, directory, corpus)
@@ -121,7 +108,7 @@ def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
             f"end them; use {request.tokenizer}+eos"
         )
     started = time.monotonic()
-    parts, encoded = _encode_all(request, directory, corpus, tokenizer.hash, workers)
+    parts, encoded = _encode_all(request, directory, corpus, tokenizer.hash, workers, tick)
     pieces = assemble.streams(assemble.mix(parts, [s.weight for s in corpus]) if parts else [])
     _check_enough(request, directory, pieces)
     dtype = encode.stored_dtype(tokenizer.vocab_size)
@@ -138,9 +125,9 @@ def _prepare(request: Request, directory: Path, workers: int) -> Manifest:
         )
     ]
     todo = [t for t in tasks if not (Path(f"{t.stem}.json").exists() and t.shard.exists())]
-    with _bar("writing blocks", len(tasks), len(tasks) - len(todo)) as advance:
-        for _ in parallel.run(assemble.assemble_shard, todo, min(workers, len(todo))):
-            advance(1)
+    tick("writing blocks", len(tasks), len(tasks) - len(todo))
+    for _ in parallel.run(assemble.assemble_shard, todo, min(workers, len(todo))):
+        tick("writing blocks", len(tasks), 1)
 
     splits = [
         assemble.summary(stream, [t for t in tasks if t.split == i], tokenizer.token_bytes)
@@ -227,6 +214,7 @@ def _encode_all(
     corpus: list[sources.Source],
     tokenizer_hash: str,
     workers: int,
+    tick: Tick,
 ) -> tuple[list[list[assemble.PartPrefix]], int]:
     """First pass: the parts of each source, within the limits, and tokens encoded by this call."""
     stems = [
@@ -254,10 +242,10 @@ def _encode_all(
     earlier = sum(size for size, d in zip(sizes, done, strict=True) if d)
     processes = min(workers, sum(not d for d in done))
     encoded = 0
-    with _bar("tokenizing", sum(sizes), earlier) as advance:
-        for task in parallel.run(encode.encode_part, needed(), processes):
-            encoded += read_json(Path(f"{task.stem}.json"))["tokens"]
-            advance(task.part.size)
+    tick("tokenising", sum(sizes), earlier)
+    for task in parallel.run(encode.encode_part, needed(), processes):
+        encoded += read_json(Path(f"{task.stem}.json"))["tokens"]
+        tick("tokenising", sum(sizes), task.part.size)
     return [_within(request, row) for row in stems], encoded
 
 
@@ -303,11 +291,3 @@ def _check_enough(request: Request, directory: Path, pieces: list[list[assemble.
                 f"{request.seq_len} ({documents} documents in all); give more text, other "
                 f"fractions, or cut one long text by position with stream:PATH"
             )
-
-
-@contextmanager
-def _bar(what: str, total: int, done: int) -> Iterator:
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task(what, total=total, completed=done)
-        yield lambda n: progress.advance(bar, n)

@@ -6,7 +6,6 @@ only on its own tokens and the settings.
 """
 
 import dataclasses
-import typing
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -15,47 +14,39 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood, trained
 from prime_jax.evaluate.likelihood import Row
 from prime_jax.evaluate.score import Scorer, Windows, cut, replicated
+from prime_jax.settings import Checked, allowed, hints, nearest, read, setting
 
 Tick = Callable[[str, int, int], None]
 NAMES = {"mc": "subtoken", "chain_rule": "chain:l2r"}  # names of other adapters
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings for all tasks, under the names that are usual for diffusion models.
+class Settings(Checked):
+    """One preset for all tasks, under the names that users of diffusion models know."""
 
-    Attributes:
-        nll_type: estimator of a continuation's likelihood; `mc` is subtoken, `chain_rule` is
-            chain:l2r. Autoregressive runs always use ar.
-        mc_num: draws per request, stratified over noise levels (exact estimators need one).
-        cfg: scale of classifier-free guidance by the context.
-        gen_length: tokens to generate; 0: half of the model's length, at most 256.
-        steps: network calls of a generation; 0: one per token.
-        block_length: generation proceeds in blocks of this many tokens.
-        replicates, stride, context: of rolling likelihoods, as in `prime-jax eval`.
-    """
-
-    nll_type: str = "subtoken"
-    mc_num: int = 128
-    cfg: float = 0.0
-    gen_length: int = 0
-    steps: int = 0
-    block_length: int = 32
-    replicates: int = 8
-    stride: int = 0
-    context: int = 0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 1 if field.name in ("mc_num", "block_length", "replicates") else 0
-            if not isinstance(value, str) and value < least:
-                raise UserError(f"{field.name} = {value}: must be at least {least}")
+    nll_type: str = setting(
+        "subtoken",
+        "estimator of a continuation's likelihood; `mc` is subtoken, `chain_rule` is chain:l2r; "
+        "an autoregressive run has its own, ar",
+    )
+    mc_num: int = setting(
+        128,
+        "draws per request, stratified over noise levels (exact estimators need one)",
+        at_least=1,
+    )
+    cfg: float = setting(0.0, "scale of classifier-free guidance by the context", at_least=0)
+    gen_length: int = setting(
+        0, "tokens to write; 0: half of the model's length, at most 256", at_least=0
+    )
+    steps: int = setting(0, "network calls of a generation; 0: one per token", at_least=0)
+    block_length: int = setting(32, "generation goes block by block of so many tokens", at_least=1)
+    replicates: int = setting(8, "of rolling likelihoods, as `prime-jax eval` has it", at_least=1)
+    stride: int = setting(0, "of rolling likelihoods", at_least=0)
+    context: int = setting(0, "of rolling likelihoods", at_least=0)
 
     @property
     def estimator(self) -> str:
@@ -70,16 +61,17 @@ class Settings:
         Raises:
             UserError: an unknown name or a value of the wrong type.
         """
-        hints, values = typing.get_type_hints(cls), {}
+        values = {}
         for item in filter(None, text.split(",")):
             name, _, value = item.partition("=")
-            if name not in hints:
-                raise UserError(f"--model-args {name}: no such setting{nearest(name, hints)}")
             try:
-                values[name] = hints[name](value)
-            except ValueError as error:
-                kind = hints[name].__name__
-                raise UserError(f"--model-args {item}: expected {name}=<{kind}>") from error
+                values[name] = read(hints(cls)[name], [value])
+            except KeyError:
+                hint = nearest(name, hints(cls))
+                raise UserError(f"--model-args {name}: no such setting{hint}") from None
+            except ValueError:
+                right = allowed(cls, name)
+                raise UserError(f"--model-args {item}: {name} must be {right}") from None
         made = cls(**values)
         likelihood.estimator(made.estimator)
         return made

@@ -28,9 +28,6 @@ from prime_jax.runtime.records import Loss, as_dict, read_json, write_json_atomi
 
 SCHEMA = 1
 FILE, WORK = "eval.json", "eval"
-WIDTH = 110  # columns that the tables need
-COLUMNS = ("estimator", "kind", "valid", "nats/token", "se (MC)", "se (data)")
-COLUMNS += ("perplexity", "bits/byte", "tokens")
 
 
 def names_of(run: Trained, asked: str) -> list[str]:
@@ -150,27 +147,3 @@ def store(run: Trained, path: Path, key: str, entry: dict[str, Any], same: tuple
     else:
         entries.append(entry)
     write_json_atomic(path, found)
-
-
-def table(record: dict[str, Any]) -> Any:
-    """A rich table of one set's losses, at most `WIDTH` wide."""
-    from rich import box
-    from rich.table import Table
-
-    out = Table(title=record["data"], title_justify="left", box=box.SIMPLE_HEAD)
-    for column in COLUMNS:
-        out.add_column(column, no_wrap=True)
-    for loss in record["losses"]:
-        bits = loss.get("bits_per_byte")
-        out.add_row(
-            loss["estimator"],
-            loss["kind"],
-            "yes" if loss["valid"] else "no",
-            f"{loss['value']:.4f}",
-            f"{loss['se_mc']:.4f}",
-            f"{loss['se_data']:.4f}",
-            f"{loss['perplexity']:.2f}" if loss["valid"] else "",
-            "" if bits is None else f"{bits:.4f}",
-            f"{loss['n_tokens']:,}",
-        )
-    return out

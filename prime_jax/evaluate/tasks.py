@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.evaluate.score import Scorer
 from prime_jax.evaluate.trained import Trained
+from prime_jax.settings import nearest
 
 OFFLINE = Path(__file__).parent / "offline"
 FEWSHOT_SEED = 1234  # default of the harness
@@ -218,28 +218,3 @@ def variations(chosen: Any, run: Trained, kinds: set[str]) -> list[Any]:
     for name, values in changes.items():
         out += [dataclasses.replace(chosen, **{name: value}) for value in values]
     return list(dict.fromkeys(out))
-
-
-def table(records: list[dict[str, Any]]) -> Any:
-    """A rich table: one row per call, one column per task and measure; accuracies in percent."""
-    from rich.table import Table
-
-    default = records[0]["settings"]
-    columns = [
-        (task, measure)
-        for task, values in records[0]["results"].items()
-        for measure in MEASURES
-        if measure in values
-    ]
-    out = Table("settings", *(f"{task} {measure}" for task, measure in columns), "mean acc")
-    for i, record in enumerate(records):
-        changed = {k: v for k, v in record["settings"].items() if v != default[k]}
-        name = ", ".join(f"{k}={v}" for k, v in changed.items())
-        row = [name or ("preset" if len(records) > 1 else record["estimator"])]
-        for task, measure in columns:
-            value, error = record["results"][task][measure]
-            scale = 1 if measure in ("bits_per_byte", "perplexity") else 100
-            row.append(f"{scale * value:.2f}" + (f" ± {scale * error:.2f}" if error else ""))
-        mean = mean_accuracy(record["results"])
-        out.add_row(*row, "" if mean is None else f"{100 * mean:.2f}", end_section=i == 0)
-    return out

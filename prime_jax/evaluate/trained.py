@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from prime_jax.config import RunConfig, from_dict, run_id
+from prime_jax.config import RunConfig, run_id
 from prime_jax.data import manifest, tokenizers
 from prime_jax.data.manifest import Manifest
 from prime_jax.data.tokenizers import NO_EOS, Tokenizer
@@ -18,6 +18,7 @@ from prime_jax.model import build
 from prime_jax.objectives import Network
 from prime_jax.runtime import checkpoint, storage
 from prime_jax.runtime.records import read_json
+from prime_jax.settings import from_dict
 from prime_jax.step import Program, State, program
 from prime_jax.subtokens import Codebook
 

@@ -9,9 +9,9 @@ import math
 import re
 from dataclasses import dataclass
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.hardware.chips import CHIPS, GIB, MIB, Chip, generation_of
+from prime_jax.settings import nearest
 
 
 @dataclass(frozen=True)

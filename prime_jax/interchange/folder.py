@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from prime_jax.config import ModelConfig, RunConfig, from_dict, to_dict
+from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.errors import UserError
 from prime_jax.interchange.layouts import OURS, Shape, body, body_tensors, check
 from prime_jax.interchange.tensors import open_weights
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import from_dict, to_dict
 from prime_jax.subtokens import Codebook, base
 
 SCHEMA = 1

@@ -2,7 +2,7 @@
 
 An engine is a module of this package with
 
-    Options                                       a frozen dataclass: its command-line options
+    Options                                       a frozen dataclass of flags (`settings.Flags`)
     render(sweep, options) -> {file: text}        what would be submitted
     up(sweep, options, dialogue) -> exit code     start workers; idempotent
     down(sweep, options, dialogue) -> exit code   list and remove what `up` created
@@ -13,7 +13,7 @@ A target that is only rendered has APPLY, the command for its files, instead of 
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -177,11 +177,6 @@ class Dialogue:
         if price is None:
             return f"cost unknown: no {slice_.generation} in the price list"
         return f"{price:.2f} {self.prices.currency} per hour on demand ({self.prices.date})"
-
-
-def option(default: Any, help: str, **more: Any) -> Any:
-    """A field of an engine's Options: default, help text and further arguments for argparse."""
-    return field(default=default, metadata={"help": help, **more})
 
 
 def _data(runs: Sequence[Any]) -> tuple[str, ...]:

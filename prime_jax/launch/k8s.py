@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, Sweep, fill, option
+from prime_jax.launch.engine import Pool, Sweep, fill
+from prime_jax.settings import Flags, setting
 
 APPLY = "kubectl apply -f"
 MAX_NAME = 28  # characters of a JobSet's name, a prefix of names of pods, services, Kueue objects
@@ -21,13 +22,13 @@ FUSE = ["metadata:", "  annotations:", '    gke-gcsfuse/volumes: "true"']
 
 
 @dataclass(frozen=True)
-class Options:
-    image: str = option("", "container image built from launch/Dockerfile")
-    namespace: str = option("default", "Kubernetes namespace")
-    queue: str = option("", "Kueue's local queue (default: none, start at once)")
-    spot: bool = option(False, "use spot machines: cheaper, but can be preempted at any time")
-    service_account: str = option("default", "Kubernetes service account that may write to ROOT")
-    data: str = option(
+class Options(Flags):
+    image: str = setting("", "container image built from launch/Dockerfile")
+    namespace: str = setting("default", "Kubernetes namespace")
+    queue: str = setting("", "Kueue's local queue (default: none, start at once)")
+    spot: bool = setting(False, "use spot machines: cheaper, but can be preempted at any time")
+    service_account: str = setting("default", "Kubernetes service account that may write to ROOT")
+    data: str = setting(
         "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
     )
 

@@ -4,15 +4,16 @@ import shlex
 from dataclasses import dataclass
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, Sweep, fill, option
+from prime_jax.launch.engine import Pool, Sweep, fill
+from prime_jax.settings import Flags, setting
 
 APPLY = "sky jobs launch"
 
 
 @dataclass(frozen=True)
-class Options:
-    spot: bool = option(False, "use spot machines: cheaper, but can be preempted at any time")
-    data: str = option(
+class Options(Flags):
+    spot: bool = setting(False, "use spot machines: cheaper, but can be preempted at any time")
+    data: str = setting(
         "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
     )
 

@@ -16,28 +16,34 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Dialogue, Pool, Sweep, needs, option
+from prime_jax.launch.engine import Dialogue, Pool, Sweep, needs
+from prime_jax.settings import Flags, setting
 
 GRACE = 120  # seconds between SIGTERM and the time limit
 
 
 @dataclass(frozen=True)
-class Options:
-    partition: str = option("", "partition to submit to (default: the cluster's)")
-    account: str = option("", "account to charge")
-    qos: str = option("", "quality of service")
-    constraint: str = option("", "features that nodes must have")
-    time: int = option(1440, "limit of one job; workers save before it ends", metavar="MINUTES")
-    cpus: int = option(0, "cores per process (default: the cluster's)", metavar="N")
-    mem: float = option(0.0, "memory per node (default: the cluster's)", metavar="GB")
-    tasks: int = option(
-        0, "array tasks, including spare ones (default: 10 per worker)", metavar="N"
+class Options(Flags):
+    partition: str = setting("", "partition to submit to (default: the cluster's)")
+    account: str = setting("", "account to charge")
+    qos: str = setting("", "quality of service")
+    constraint: str = setting("", "features that nodes must have")
+    time: int = setting(
+        1440, "limit of one job; workers save before it ends", at_least=1, metavar="MINUTES"
     )
-    setup: tuple[str, ...] = option(
-        (), "shell line to run before the worker; may be repeated", metavar="LINE"
+    cpus: int = setting(0, "cores per process (default: the cluster's)", at_least=0, metavar="N")
+    mem: float = setting(0.0, "memory per node (default: the cluster's)", at_least=0, metavar="GB")
+    tasks: int = setting(
+        0,
+        "array tasks, first and spare ones together (default: 10 per worker)",
+        at_least=0,
+        metavar="N",
     )
-    sbatch: tuple[str, ...] = option(
-        (), "further option of sbatch; may be repeated", metavar="NAME=VALUE"
+    setup: tuple[str, ...] = setting(
+        (), "shell line to run before the worker", metavar="LINE", repeat=True
+    )
+    sbatch: tuple[str, ...] = setting(
+        (), "further option of sbatch", metavar="NAME=VALUE", repeat=True
     )
 
 

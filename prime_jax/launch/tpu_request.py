@@ -6,35 +6,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, option, template
+from prime_jax.launch.engine import Pool, template
+from prime_jax.settings import Flags, setting
 
 PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
 
 
 @dataclass(frozen=True)
-class Options:
-    project: str = option("", "Google Cloud project")
-    zone: str = option("", "its zone, e.g. europe-west4-b")
-    spot: bool = option(False, "use spot machines: cheaper, but can be preempted at any time")
-    reservation: str = option("", "use machines of this reservation", metavar="NAME")
-    valid_until: str = option(
+class Options(Flags):
+    project: str = setting("", "Google Cloud project")
+    zone: str = setting("", "its zone, e.g. europe-west4-b")
+    spot: bool = setting(False, "use spot machines: cheaper, but can be preempted at any time")
+    reservation: str = setting("", "use machines of this reservation", metavar="NAME")
+    valid_until: str = setting(
         "", "cancel a request that waited this long, e.g. 6h or 2d", metavar="TIME"
     )
-    runtime_version: str = option("", "image of the machines (default: the usual one of the slice)")
-    network: str = option("", "VPC network (default: the project's)")
-    subnetwork: str = option("", "its subnetwork")
-    service_account: str = option(
+    runtime_version: str = setting(
+        "", "image of the machines (default: the usual one of the slice)"
+    )
+    network: str = setting("", "VPC network (default: the project's)")
+    subnetwork: str = setting("", "its subnetwork")
+    service_account: str = setting(
         "", "identity of the machines (default: the project's)", metavar="EMAIL"
     )
-    data: str = option(
+    data: str = setting(
         "", "bucket folder from which machines read prepared data", metavar="gs://BUCKET/DIR"
     )
-    mount: bool = option(False, "mount the data with gcsfuse instead of copying it")
-    setup: tuple[str, ...] = option(
-        (), "shell line to run before the worker; may be repeated", metavar="LINE"
+    mount: bool = setting(False, "mount the data with gcsfuse instead of copying it")
+    setup: tuple[str, ...] = setting(
+        (), "shell line to run before the worker", metavar="LINE", repeat=True
     )
-    again: bool = option(False, "start machines although earlier ones failed")
-    watch: bool = option(False, "keep running: check every minute and replace preempted machines")
+    again: bool = setting(False, "start machines although earlier ones failed")
+    watch: bool = setting(False, "keep running: check every minute and replace preempted machines")
 
 
 def parent_of(options: Options) -> str:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, approach3, joint, labels
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
@@ -37,6 +36,7 @@ from prime_jax.scaling.points import Points, Runs, assign_budgets, strata
 from prime_jax.scaling.results import Origin, origin
 from prime_jax.scaling.schema import hidden, key
 from prime_jax.scaling.settings import Settings
+from prime_jax.settings import nearest
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

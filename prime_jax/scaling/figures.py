@@ -13,7 +13,6 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.special import ndtri
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, labels
 from prime_jax.scaling.drawing import (
@@ -35,6 +34,7 @@ from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import optimum
 from prime_jax.scaling.results import FamilyFit, ScalingFit, curve_budgets
 from prime_jax.scaling.rollout import model_error
+from prime_jax.settings import nearest
 
 MAX_LABELS = 10  # budgets named beside their curves; more get a colour bar
 CENSORED = {"below": "<", "above": ">"}

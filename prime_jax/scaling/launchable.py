@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import flops
-from prime_jax.config import FAMILIES, RunConfig, from_dict
+from prime_jax.config import FAMILIES, RunConfig
 from prime_jax.errors import UserError
+from prime_jax.settings import from_dict
 from prime_jax.sweep import grid, rules, state
 
 RULES = ("shape", "batch", "lr", "warmup")

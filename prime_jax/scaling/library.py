@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prime_jax.config import from_dict
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.runtime.records import write_json_atomic
@@ -25,6 +24,7 @@ from prime_jax.scaling.rollout import Validation, validate_family
 from prime_jax.scaling.schema import as_dict, hidden, key
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Choice, Logs, Table, of_columns, read_with_curves
+from prime_jax.settings import from_dict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

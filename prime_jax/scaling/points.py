@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prime_jax.config import nearest
 from prime_jax.errors import UserError
 from prime_jax.scaling import labels
 from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
@@ -26,6 +25,7 @@ from prime_jax.scaling.table import (
     require,
     text,
 )
+from prime_jax.settings import nearest
 
 Array = NDArray[np.float64]
 

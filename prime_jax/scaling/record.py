@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prime_jax.config import from_dict
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.scaling.fits import fit_family, whole
@@ -22,6 +21,7 @@ from prime_jax.scaling.results import SCHEMA, ScalingFit
 from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Choice, Table, number, read_csv, text
+from prime_jax.settings import from_dict
 
 FIT, POINTS = "fit.json", "points.csv"
 MEASURE = ("given", "tokenizer", "eval_set")

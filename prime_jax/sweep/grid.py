@@ -4,34 +4,44 @@ An EXPERIMENT is a Python file with `sweep() -> Sweep`, or a JSON file that hold
 the fields of `Row`. docs/experiments.md describes both.
 """
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prime_jax import experiment, flops
-from prime_jax.config import FAMILIES, RunConfig, from_dict, nearest, set_path, to_dict, validate
+from prime_jax.config import FAMILIES, RunConfig, validate
 from prime_jax.errors import UserError
 from prime_jax.flops import Convention
 from prime_jax.runtime import records
+from prime_jax.settings import (
+    REQUIRED,
+    Checked,
+    flatten,
+    from_dict,
+    nearest,
+    set_path,
+    setting,
+    to_dict,
+)
 from prime_jax.sweep import rules
 from prime_jax.sweep.rules import Shape
-from prime_jax.sweep.strict import strict
 
 Size = Shape | float  # an explicit shape, or a target N (without embeddings and head)
+Sizes = Sequence[Size] | Mapping[float, Sequence[Size]] | Callable[..., Sequence[Size]]
 Rule = str | Callable[..., Any]
+RULE = "the name of a rule, fixed:VALUE or a function"
 
 
 @dataclass(frozen=True)
-class Around:
+class Around(Checked, path="Around"):
     """Sizes in equal ratios from N*/span to N* span around an expected optimum N*."""
 
-    span: float = 4.0
-    count: int = 5
-    optimum: Rule = "chinchilla"
+    span: float = setting(4.0, "ratio of the largest size to the optimum", at_least=1)
+    count: int = setting(5, "sizes", at_least=1)
+    optimum: Rule = setting("chinchilla", "rule that expects the optimum", takes=RULE)
 
     def __call__(self, config: RunConfig, budget: float) -> list[float]:
         center = rules.resolve("optimum", self.optimum)[1](config.family, budget)
@@ -46,56 +56,60 @@ class Around:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Families x budgets x sizes x seeds, and the rules for the rest.
+class Sweep(Checked, path="sweep"):
+    """Families x budgets x sizes x seeds, and the rules for the rest."""
 
-    Attributes:
-        name: used in tables and reports.
-        base: the configuration that every cell starts from.
-        families: label -> dotted overrides. A label that is no family of `RunConfig` gives it
-            under `family`, e.g. `{"prime-l2": {"family": "prime", "subtokens.length": 2}}`.
-        budgets: training FLOPs C in the convention `flops`.
-        sizes: for all budgets, or by budget, or a function of (config, budget) such as `Around`.
-        seeds: of every cell; `extra_seeds` adds some at given budgets.
-        epochs_limit: runs with more epochs are flagged.
-    """
-
-    name: str
-    base: RunConfig
-    families: Mapping[str, Mapping[str, Any]]
-    budgets: Sequence[float]
-    sizes: (
-        Sequence[Size]
-        | Mapping[float, Sequence[Size]]
-        | Callable[[RunConfig, float], Sequence[Size]]
+    name: str = setting(REQUIRED, "what tables and reports call it")
+    base: RunConfig = setting(REQUIRED, "the run that every cell starts from", takes="a RunConfig")
+    # A label that is no family of `RunConfig` gives it under `family`, e.g.
+    # {"prime-l2": {"family": "prime", "subtokens.length": 2}}.
+    families: Mapping[str, Mapping[str, Any]] = setting(
+        REQUIRED,
+        "label -> dotted overrides",
+        takes='label -> overrides, e.g. {"arm": {}, "mdm": {"optim.peak_lr": 1e-3}}',
     )
-    flops: Convention = "matmul"
-    seeds: Sequence[int] = (0,)
-    extra_seeds: Mapping[float, Sequence[int]] = field(default_factory=dict)
-    shape: Rule = "aspect"
-    batch: Rule = "deepseek"
-    lr: Rule = "step-law"
-    warmup: Rule = "capped"
-    epochs_limit: float = 4.0
+    budgets: Sequence[float] = setting(
+        REQUIRED, "training FLOPs C, as `flops` counts", above=0, takes="numbers of FLOPs above 0"
+    )
+    sizes: Sizes = setting(
+        REQUIRED,
+        "for all budgets, or by budget, or a function of (config, budget) such as `Around`",
+        takes="shapes (layers, width, heads) or numbers of parameters; or these by budget; or a "
+        "function",
+    )
+    flops: Convention = setting("matmul", "how FLOPs are counted")
+    seeds: Sequence[int] = setting((0,), "of every cell", takes="whole numbers")
+    extra_seeds: Mapping[float, Sequence[int]] = setting(
+        dict,
+        "more of them at named budgets",
+        takes="budget -> whole numbers, e.g. {1e18: (1, 2)}",
+    )
+    shape: Rule = setting("aspect", "layers, width and heads of a size", takes=RULE)
+    batch: Rule = setting("deepseek", "sequences of a step", takes=RULE)
+    lr: Rule = setting("step-law", "peak learning rate", takes=RULE)
+    warmup: Rule = setting("capped", "steps of warm-up", takes=RULE)
+    epochs_limit: float = setting(
+        4.0, "runs that repeat the data more often are flagged", above=0, infinite=True
+    )
 
 
 @dataclass(frozen=True)
-class Row:
-    """One planned run, and the schema of a JSON row."""
+class Row(Checked):
+    """One run to be, and the schema of a JSON row."""
 
-    family: str  # the label; also the RunConfig family unless overrides["family"] says otherwise
-    budget: float  # training FLOPs, in the convention `flops`
-    seed: int
-    layers: int
-    width: int
-    heads: int
-    steps: int
-    batch_size: int  # sequences
-    peak_lr: float
-    overrides: dict = field(default_factory=dict)  # dotted setting -> value
-    rules: dict = field(default_factory=dict)  # kind -> name of the rule used
-    flops: Convention = "matmul"
-    problem: str = ""  # why this run is impossible
+    family: str = setting(REQUIRED, "label; also the RunConfig's unless overrides has `family`")
+    budget: float = setting(REQUIRED, "training FLOPs, in the convention `flops`", above=0)
+    seed: int = setting(REQUIRED, "of the run")
+    layers: int = setting(REQUIRED, "of the model")
+    width: int = setting(REQUIRED, "of the model")
+    heads: int = setting(REQUIRED, "of the model")
+    steps: int = setting(REQUIRED, "of the optimizer")
+    batch_size: int = setting(REQUIRED, "sequences of a step")
+    peak_lr: float = setting(REQUIRED, "learning rate after warm-up")
+    overrides: dict = setting(dict, "dotted setting -> value")
+    rules: dict = setting(dict, "kind -> name of the rule that chose")
+    flops: Convention = setting("matmul", "how FLOPs are counted")
+    problem: str = setting("", "why there can be no such run")
 
 
 @dataclass(frozen=True)
@@ -132,10 +146,8 @@ def load_experiment(path: str | Path) -> Experiment:
             raise UserError(f"{path}: expected a list of rows")
         made = [_numbered(value, f"{path}, row {i}") for i, value in enumerate(values, 1)]
         return Experiment(path.stem, tuple(made), _hash(path))
-    sweep = strict(experiment.call(path, "sweep", Sweep), f"{path}: sweep")
-    made = experiment.guarded(
-        path, lambda: tuple(rows(sweep))
-    )  # rules may be functions of the file
+    sweep = experiment.call(path, "sweep", Sweep)
+    made = experiment.guarded(path, lambda: tuple(rows(sweep)))  # rules may be the file's own
     return Experiment(sweep.name, made, _hash(path), sweep.epochs_limit)
 
 
@@ -165,14 +177,15 @@ def rows(sweep: Sweep) -> list[Row]:
 
 
 def to_config(row: Row) -> RunConfig:
-    """The run of a row.
+    """The run of a row; of one step where the budget does not pay for one.
 
     Raises:
-        UserError: an unknown setting, or a value of the wrong type.
+        UserError: an unknown setting, or a value that it does not take.
     """
     config = _of_family(RunConfig(), row.family, row.overrides)
-    for setting, name in OWN.items():
-        config = set_path(config, setting, getattr(row, name))
+    for path, name in OWN.items():
+        value = getattr(row, name)
+        config = set_path(config, path, max(value, 1) if name == "steps" else value)
     return config
 
 
@@ -189,22 +202,12 @@ def from_json(value: Any) -> Row:
     Raises:
         UserError: an unknown field (with the nearest valid name), a missing field, or a wrong type.
     """
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise UserError("expected an object with the fields of a row")
-    names = [f.name for f in dataclasses.fields(Row)]
-    for key in value:
-        if key not in (*names, "tokens"):
-            raise UserError(f"{key}: no such field{nearest(key, [*names, 'tokens'])}")
-    if ("tokens" in value) == ("steps" in value):
-        raise UserError("give either steps or tokens")
     tokens = value.get("tokens")
-    value = {"steps": 0} | {k: v for k, v in value.items() if k != "tokens"}
-    required = [f.name for f in dataclasses.fields(Row) if _has_no_default(f)]
-    if missing := [name for name in required if name not in value]:
-        raise UserError(f"missing {', '.join(missing)}")
-    row = from_dict(Row, value, "row")
-    if not 0 < row.budget < math.inf:
-        raise UserError(f"budget = {row.budget}: must be above 0 (FLOPs)")
+    row = from_dict(Row, {"steps": 0} | {k: v for k, v in value.items() if k != "tokens"})
+    if (tokens is None) == ("steps" not in value):
+        raise UserError("give either steps or tokens")
     config = to_config(row)
     if tokens is None:
         return row
@@ -214,18 +217,14 @@ def from_json(value: Any) -> Row:
     return replace(row, steps=round(tokens / max(1, row.batch_size * config.data.seq_len)))
 
 
-def _has_no_default(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
 def _of_family(base: RunConfig, label: str, changes: Mapping[str, Any]) -> RunConfig:
     if label not in FAMILIES and "family" not in changes:
         raise UserError(
             f"family {label!r}: no such family{nearest(label, FAMILIES)}; or set one under 'family'"
         )
     config = set_path(base, "family", changes.get("family", label))
-    for setting, value in changes.items():
-        config = set_path(config, setting, value)
+    for path, value in changes.items():
+        config = set_path(config, path, value)
     return config
 
 
@@ -286,15 +285,8 @@ def _cell(config: RunConfig, budget: float, convention: Convention) -> rules.Cel
 
 def _changes(config: RunConfig) -> dict[str, Any]:
     """The dotted settings in which `config` differs from the defaults."""
-    mine, default = _flat(to_dict(config)), _flat(to_dict(RunConfig()))
+    mine, default = flatten(to_dict(config)), flatten(to_dict(RunConfig()))
     return {key: value for key, value in mine.items() if value != default[key]}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def _hash(path: Path) -> str:

@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from prime_jax import flops
-from prime_jax.config import RunConfig, run_id, set_path, to_dict, validate
+from prime_jax.config import RunConfig, run_id, validate
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
+from prime_jax.settings import set_path, to_dict
 from prime_jax.sweep import grid, state
 from prime_jax.sweep.grid import Experiment, Row
 
@@ -75,7 +73,9 @@ def load_datasets(experiment: Experiment, *, required: bool) -> dict[str, Any]:
     Raises:
         UserError: one is missing or damaged (only if `required`).
     """
-    paths = {grid.to_config(row).data.path for row in experiment.rows if not row.problem}
+    default = RunConfig().data.path
+    runs = [row for row in experiment.rows if not row.problem]
+    paths = {row.overrides.get("data.path", default) for row in runs}
     out = {}
     for path in sorted(paths):
         if required or (Path(path) / manifest.FILE).exists():
@@ -131,48 +131,6 @@ def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     }
 
 
-def table(
-    experiment: Experiment, listed: Sequence[Candidate], flops_per_second: float | None
-) -> Table:
-    """The plan as a table."""
-    good = [candidate for candidate in listed if not candidate.drop]
-    total = sum(flops.train_flops(c.config, "matmul") for c in good)
-    summary = f"{len(good)} OK, {len(listed) - len(good)} DROP, {total:.3g} FLOPs (matmul)"
-    final = sum(flops.evaluation_flops(c.config, "matmul") for c in good)
-    if total:
-        summary += f" and {100 * final / total:.2g} % more to evaluate at the end"
-    if flops_per_second:
-        summary += f", {total / flops_per_second / 3600:.3g} h at {flops_per_second:.3g} FLOP/s"
-    if any(candidate.epochs is None for candidate in good):
-        summary += "; the data is not prepared: ids are provisional, epochs unknown"
-    out = Table(title=experiment.name, caption=summary, box=None, padding=(0, 1, 0, 0))
-    out.add_column("id", no_wrap=True)
-    out.add_column("family", no_wrap=True)
-    hours = ["hours"] if flops_per_second else []
-    for name in ("seed", "shape", "N", "D", "C", "steps", "batch", "lr", "epochs", *hours):
-        out.add_column(name, justify="right", no_wrap=True)
-    out.add_column("verdict", min_width=8)
-    for candidate in listed:
-        row = candidate.row
-        shape = f"{row.layers}x{row.width}x{row.heads}" if row.layers else ""
-        n, d, *rest = _cells(candidate, flops_per_second)
-        verdict = (
-            f"[red]DROP[/]: {escape(candidate.drop)}" if candidate.drop else f"OK {candidate.note}"
-        )
-        out.add_row(
-            candidate.id,
-            row.family,
-            str(row.seed),
-            shape,
-            n,
-            d,
-            f"{row.budget:.3g}",
-            *rest,
-            verdict,
-        )
-    return out
-
-
 def human(n: float) -> str:
     """151234567 -> 151M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -184,11 +142,11 @@ def human(n: float) -> str:
 def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candidate:
     if row.problem:
         return Candidate(row, None, row.problem)
-    config = grid.to_config(row)
-    if row.steps < 1:
-        return Candidate(row, None, _too_small(row, config))
-    prepared = datasets.get(config.data.path)
     try:
+        config = grid.to_config(row)
+        if row.steps < 1:
+            return Candidate(row, None, _too_small(row, config))
+        prepared = datasets.get(config.data.path)
         if prepared is not None:
             config = _with_fingerprint(config, prepared)
         validate(config)
@@ -210,28 +168,11 @@ def _with_fingerprint(config: RunConfig, prepared: Any) -> RunConfig:
 
 
 def _too_small(row: Row, config: RunConfig) -> str:
-    if row.batch_size < 1:
-        return f"batch_size = {row.batch_size}: must be above 0"
     one = flops.train_flops(replace(config, steps=1), row.flops)
     size = f"{row.batch_size} x {config.data.seq_len} tokens"
     return (
         f"too few steps: the budget is {row.budget / one:.2g} of one step ({size}, {one:.3g} FLOPs)"
     )
-
-
-def _cells(candidate: Candidate, flops_per_second: float | None) -> list[str]:
-    """N, D, steps, batch, peak learning rate, epochs and, if a speed is given, hours."""
-    row, config = candidate.row, candidate.config
-    if config is None:
-        return [""] * (7 if flops_per_second else 6)
-    n = flops.param_counts(config)[PARAMS[row.flops]]
-    epochs = "?" if candidate.epochs is None else f"{candidate.epochs:.2f}"
-    cells = [human(n), human(config.tokens), str(config.steps), str(config.batch_size)]
-    cells += [f"{row.peak_lr:.2g}", epochs]
-    if flops_per_second:
-        hours = flops.train_flops(config, "matmul") / flops_per_second / 3600
-        cells.append(f"{hours:.2g}")
-    return cells
 
 
 def _open(root: storage.Path) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prime_jax import flops
-from prime_jax.config import RunConfig, nearest
+from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
+from prime_jax.settings import nearest
 
 Shape = tuple[int, int, int]  # layers, width, heads
 

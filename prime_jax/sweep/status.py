@@ -98,18 +98,6 @@ def failure(run: Run) -> str:
     return "\n".join(f"    {text}" for text in lines)
 
 
-def show(runs: Sequence[Run], console: Console, head: str) -> None:
-    lines = [head]
-    for run in runs:
-        lines.append(line(run))
-        if run.state == "failed":
-            console.out("\n".join(lines), highlight=False)
-            console.out(failure(run), style="red", highlight=False)
-            lines = []
-    if lines:
-        console.out("\n".join(lines), highlight=False)
-
-
 def as_dicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The output of `--json`: per run its id, state, attempts, last heartbeat and reason."""
     return [

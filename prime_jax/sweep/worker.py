@@ -23,12 +23,13 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from prime_jax.config import RunConfig, from_dict
+from prime_jax.config import RunConfig
 from prime_jax.errors import NoData, UserError
 from prime_jax.runtime import distributed, storage
 from prime_jax.runtime.logfile import Log
 from prime_jax.runtime.records import write_json_atomic
 from prime_jax.runtime.storage import Path
+from prime_jax.settings import from_dict
 from prime_jax.sweep import state, status
 from prime_jax.sweep.state import Run
 from prime_jax.sweep.status import WorkerProgress

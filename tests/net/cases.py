@@ -16,8 +16,8 @@ from prime_jax.config import (
     OptimConfig,
     RunConfig,
     SubtokenConfig,
-    set_path,
 )
+from prime_jax.settings import set_path
 
 HERE = Path(__file__).parent
 SWEEP, TABLE = HERE / "sweep", HERE / "runs.csv"

@@ -1,0 +1,140 @@
+"""Where errors and signals end: what went wrong is one line, and the exit code says of what kind.
+
+0 done; 1 something failed, or an error that nobody foresaw; 2 wrong input or environment; 3 an
+answer was refused; 85 interrupted and saved; 130 interrupted.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from prime_jax.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+STUCK_SECONDS = 1.5  # a compilation is left that long after Ctrl-C
+COMPILERS = ("jax/_src/compiler.py", "jax/_src/compilation_cache.py")  # their last frame is in C++
+REPORT = "please report this with that file: https://github.com/prime-jax/prime-jax/issues"
+
+
+def guarded(run: Callable[[], int | None]) -> int:
+    """The exit code of a command; whatever it raises is told on stderr.
+
+    Ctrl-C ends it at any time: Python sees no signal while the compiler runs, so then a thread
+    ends the process.
+    """
+    try:
+        with _interruptible():
+            _fit_streams()
+            code = run() or 0
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        return _quiet()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
+    except Exception as error:
+        return _told(error)
+
+
+def _told(error: Exception) -> int:
+    if isinstance(error, UserError):
+        _say(" ".join(str(error).split("\n")))
+        return 2
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            _say(f"the disk is full{_place(cause)}")
+            return 2
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        _say(f"{error.strerror}{_place(error)}")
+        return 2
+    _say(f"unforeseen {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
+    with contextlib.suppress(OSError):
+        handle, path = tempfile.mkstemp(prefix="prime-jax-", suffix=".txt", text=True)
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(f"{sys.argv}\n{''.join(traceback.format_exception(error))}")
+        _say(f"the whole trace: {path}")
+    _say(REPORT)
+    return 1
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _place(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"prime-jax: {text}", file=sys.stderr, flush=True)
+
+
+def _quiet() -> int:
+    """Nobody reads any more; what is still in buffers goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fit_streams() -> None:
+    """Streams that were closed are replaced, and characters that one lacks become `?`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif reconfigure := getattr(getattr(sys, name), "reconfigure", None):
+            reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within, a Ctrl-C that comes during a compilation ends the process."""
+    free = threading.current_thread() is threading.main_thread()
+    reading, writing = os.pipe() if free else (-1, -1)
+    if free:
+        os.set_blocking(writing, False)
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        if before != -1:  # an event loop's; it has its own way with Ctrl-C
+            signal.set_wakeup_fd(before)
+        threading.Thread(target=_watch, args=(reading, threading.get_ident()), daemon=True).start()
+    try:
+        yield
+    finally:
+        if free:
+            if before == -1:
+                signal.set_wakeup_fd(-1)
+            os.close(writing)
+
+
+def _watch(reading: int, main: int) -> None:
+    with open(reading, "rb", buffering=0) as signals:
+        while numbers := signals.read(64):
+            if signal.SIGINT in numbers and _stays_compiling(main):
+                _say("interrupted while compiling")
+                if sys.stderr.isatty():
+                    os.write(2, b"\x1b[?25h")  # a bar has hidden the cursor
+                os._exit(130)
+
+
+def _stays_compiling(main: int) -> bool:
+    end = time.monotonic() + STUCK_SECONDS
+    while time.monotonic() < end:
+        frame = sys._current_frames().get(main)
+        if frame is None or not frame.f_code.co_filename.endswith(COMPILERS):
+            return False
+        time.sleep(0.05)
+    return True
