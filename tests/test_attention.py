@@ -285,13 +285,11 @@ def test_lowers_for_a_tpu(size, dtype):
     assert text.count("@tpu_custom_call") == 2
 
 
-@pytest.mark.parametrize(
-    ("length", "kernel"), [(2048, "masked_attention"), (1 << 16, "splash_mha")]
-)
-def test_a_tpu_gets_our_kernel_and_very_long_rows_splash_attention(length, kernel):
+@pytest.mark.parametrize("length", [2048, 1 << 16])
+def test_a_tpu_gets_splash_attention_until_it_is_measured(length):
     x = jax.ShapeDtypeStruct((1, length, 1, 128), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(V5E):
-        assert kernel in str(jax.make_jaxpr(attention)(x, x, x))
+        assert "splash_mha" in str(jax.make_jaxpr(attention)(x, x, x))
 
 
 def test_a_tpu_gets_splash_attention_for_block_diffusion():
