@@ -58,6 +58,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "interchange:import_",
         "read published or exported weights into a folder that is a RUN",
     ),
+    "kernels tune": ("kernels:tune", "measure every implementation here, and keep the choice"),
     "kernels check": ("kernels:check", "compile the TPU kernels without a TPU"),
 }
 GROUPS = {
@@ -65,7 +66,7 @@ GROUPS = {
     "sweep": "plan and run many trainings, collect their results",
     "scaling": "compare families, validate, predict, design the next runs",
     "analyse": "look inside finished runs",
-    "kernels": "compile the TPU kernels without a TPU",
+    "kernels": "measure the kernels here, or compile those of TPUs without one",
 }
 
 
