@@ -4,24 +4,40 @@ Each command gets its lines in one process of its own, in an empty folder.
 """
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import typing
+from collections import Counter
 from pathlib import Path
 
+import fake_trainer
 import pytest
 
 from prime_jax import cli, settings
 from prime_jax.cli import parse
+from prime_jax.data.prepare import prepare
 
-LINES = 40
+LINES = 60
 CODES = {0, 1, 2, 3, 85, 130}
 DECLARED = [name for name, (place, _) in cli.COMMANDS.items() if ":" in place]
-ODD = ("", " ", "x", "-1", "0", "1", "3", "1e400", "nan", "inf", "-inf", "99999999999999999999")
-ODD += (
+ODD = (
+    "",
+    " ",
+    "x",
+    "-1",
+    "0",
+    "1e400",
+    "nan",
+    "inf",
+    "-inf",
+    "99999999999999999999",
     "é",
     "a" * 5000,
+)
+ODD += (
     "--",
     "-",
     "=",
@@ -33,8 +49,38 @@ ODD += (
     "nowhere/at/all",
     "\x1b[0m",
     "%s",
+    "[red]x[/]",
 )
-SOURCES = ("markov:V=16,order=1,tokens=2000", "text:/nowhere/*", "pysource:x", "A*0.5+B*0.5")
+# What lies in the folder, and a few names that mean something.
+NAMES = ("one.py", "bad.py", "rows.json", "data", "sweep", "out", "empty", "slurm", "k8s", "v5e-16")
+SOURCES = (
+    "markov:V=16,order=1,tokens=2000",
+    "text:/nowhere/*",
+    "stream:one.py",
+    "synthetic:16",
+    "bytes",
+)
+FITTING = {
+    **{"root": "sweep", "dir": "data", "experiment": "one.py", "source": SOURCES[0]},
+    **{"tokenizer": "synthetic:16", "run": "run", "runs": "run", "file": "exported", "on": "k8s"},
+    **{
+        "layout": "safetensors",
+        "slice": "v5e-16",
+        "out": "out",
+        "image": "i",
+        "valid_fraction": "0.1",
+    },
+    **{"test_fraction": "0.1", "prices": "prices.toml", "data": "data", "ids": "1", "check": "all"},
+}
+QUICK = ("export", "import", "analyse spectra")  # commands that get a finished run
+ONE = """
+from prime_jax.config import DataConfig, ModelConfig, RunConfig
+from prime_jax.sweep.grid import Sweep
+def config():
+    return RunConfig(model=ModelConfig(vocab_size=16, width=16, heads=1), data=DataConfig("gone"))
+def sweep():
+    return Sweep("mine", config(), {"arm": {}}, [1e9], [(2, 32, 2)], batch="fixed:4", lr="fixed:1e-3")
+"""
 RUN = """
 import io, json, signal, sys
 from prime_jax import cli
@@ -54,47 +100,63 @@ json.dump(out, open(sys.argv[2], "w"))
 
 
 def word_for(hint: typing.Any, rng: random.Random) -> str:
-    """A value that a setting may take, or an odd one."""
-    if rng.random() < 0.5:
+    """A value that a setting takes, most of the time."""
+    if rng.random() < 0.1:
         return rng.choice(ODD)
-    choices = typing.get_args(hint)
-    if choices and typing.get_origin(hint) is not tuple:
-        return str(rng.choice(choices))
-    return str(rng.choice([1, 2, 7, 0.5, 1e-3, "text", *SOURCES]))
+    if typing.get_origin(hint) is tuple or type(None) in typing.get_args(hint):
+        return word_for(typing.get_args(hint)[0], rng)
+    if typing.get_origin(hint) is typing.Literal:
+        return rng.choice(typing.get_args(hint))
+    if hint in (int, float):
+        return str(rng.choice((1, 2, 7)) if hint is int else rng.choice((0.5, 1e-3, 2.0)))
+    return rng.choice((*NAMES, *SOURCES) if hint is str else NAMES)
 
 
 def line_for(name: str, rng: random.Random) -> list[str]:
-    """A line of a command: some of its positionals and flags, sometimes misspelt."""
+    """A line of a command (but --watch, which stays), sometimes with a missing, surplus, misspelt or odd word."""
     cls = parse.arguments_of(cli.function(name))
     words = []
     for owner, field in parse._flat(cls):
         hint = settings.hints(owner)[field.name]
-        needed = settings.required(field)
-        if rng.random() > (0.9 if needed else 0.25):
+        if field.name == "watch" or rng.random() > (0.97 if settings.required(field) else 0.15):
             continue
         if not parse._positional(field):
             flag = parse._flag(field)
-            words.append(flag if rng.random() < 0.95 else flag[:-1])
+            words.append(flag if rng.random() < 0.98 else flag[:-1])
             if hint is bool:
                 continue
-        words += [word_for(hint, rng) for _ in range(rng.choice((0, 1, 1, 1, 1, 2)))]
+        count = 1 if rng.random() < 0.97 else rng.choice((0, 2))
+        fits = rng.random() < 0.85 and field.name in FITTING
+        words += [FITTING[field.name] if fits else word_for(hint, rng) for _ in range(count)]
     if cls.SETTINGS and rng.random() < 0.5:
         path = rng.choice(list(settings.flatten(settings.to_dict(cls.SETTINGS()))))
-        words += [f"--{path}", rng.choice(ODD)]
+        owner, field = settings.find(cls.SETTINGS, path)
+        words += [f"--{path}", word_for(settings.hints(owner)[field.name], rng)]
     return words
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECLARED)
-def test_random_lines_end_well(name, tmp_path):
+def test_random_lines_end_well(name, tmp_path, request):
     rng = random.Random(name)
     lines = [[*name.split(), *line_for(name, rng)] for _ in range(LINES)]
     asked, found = tmp_path / "lines.json", tmp_path / "found.json"
     asked.write_text(json.dumps(lines))
     work = tmp_path / "work"
-    work.mkdir()
+    (work / "empty").mkdir(parents=True)
+    (work / "one.py").write_text(ONE)
+    (work / "bad.py").write_text("def config(:")
+    (work / "rows.json").write_text('[{"family": "arm"}]')
+    fake_trainer.planned(work / "sweep")  # its runs wait for data that is not there
+    prepare(SOURCES[0], "synthetic:16", work / "data", seq_len=16, workers=1)
+    shutil.copy(Path(cli.__file__).parents[2] / "docs" / "prices.toml", work)
+    if name in QUICK:
+        run = request.getfixturevalue("tiny_run")
+        shutil.copytree(run, work / "run")
+        assert cli.main(["export", str(run), str(work / "exported")]) == 0
     words = [sys.executable, "-c", RUN, str(asked), str(found)]
-    environment = {**__import__("os").environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    environment["NO_GCE_CHECK"] = "true"  # nobody asks for a cloud
     done = subprocess.run(words, cwd=work, env=environment, capture_output=True, timeout=1200)
     assert done.returncode == 0, done.stderr.decode()
     for line, (code, told) in zip(lines, json.loads(found.read_text()), strict=True):
@@ -102,3 +164,4 @@ def test_random_lines_end_well(name, tmp_path):
         assert "Traceback" not in told, line
         assert "unforeseen" not in told, (line, told)
         assert code != 2 or len(told.strip().splitlines()) <= 2, (line, told)
+    print(name, Counter(code for code, _ in json.loads(found.read_text())))

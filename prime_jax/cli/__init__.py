@@ -72,7 +72,10 @@ GROUPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (`boundary`)."""
-    return boundary.guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+    code = boundary.guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+    if argv is None and code == boundary.INTERRUPTED:
+        boundary.leave(code)  # this is the whole process
+    return code
 
 
 def _run(words: list[str]) -> int | None:

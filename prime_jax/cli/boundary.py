@@ -14,13 +14,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from prime_jax.errors import UserError
 
+INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SWALLOWED_SECONDS = 1.5  # after which a Ctrl-C that had no effect is given again
 STUCK_SECONDS = 1.5  # a compilation is left that long after Ctrl-C
 COMPILERS = ("jax/_src/compiler.py", "jax/_src/compilation_cache.py")  # their last frame is in C++
-REPORT = "please report this with that file: https://github.com/prime-jax/prime-jax/issues"
+REPORT = "please report this to the maintainers with that file, which says what was run"
 
 
 def guarded(run: Callable[[], int | None]) -> int:
@@ -37,13 +40,27 @@ def guarded(run: Callable[[], int | None]) -> int:
             return code
     except KeyboardInterrupt:
         _say("interrupted")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         return _quiet()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
     except Exception as error:
         return _told(error)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process here and now.
+
+    Python's own way out of an interrupted JAX may crash in C++, or kill itself by SIGINT.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+            if stream.isatty():
+                stream.write("\x1b[?25h")  # a bar may have hidden the cursor
+                stream.flush()
+    os._exit(code)
 
 
 def _told(error: Exception) -> int:
@@ -102,32 +119,52 @@ def _fit_streams() -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within, a Ctrl-C that comes during a compilation ends the process."""
-    free = threading.current_thread() is threading.main_thread()
-    reading, writing = os.pipe() if free else (-1, -1)
-    if free:
-        os.set_blocking(writing, False)
-        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        if before != -1:  # an event loop's; it has its own way with Ctrl-C
-            signal.set_wakeup_fd(before)
-        threading.Thread(target=_watch, args=(reading, threading.get_ident()), daemon=True).start()
+    """Within, Ctrl-C ends the process also where the compiler or a library would not let it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    if before != -1:  # an event loop's; it has its own way with Ctrl-C
+        signal.set_wakeup_fd(before)
+    ignored = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:  # lost in a callback of the garbage collector
+            lost.set()
+        else:
+            ignored(unraisable)
+
+    sys.unraisablehook = again
+    over, lost = threading.Event(), threading.Event()
+    arguments = (reading, threading.get_ident(), over, lost)
+    threading.Thread(target=_watch, args=arguments, daemon=True).start()
     try:
         yield
     finally:
-        if free:
-            if before == -1:
-                signal.set_wakeup_fd(-1)
-            os.close(writing)
+        over.set()
+        sys.unraisablehook = ignored
+        if before == -1:
+            signal.set_wakeup_fd(-1)
+        os.close(writing)
 
 
-def _watch(reading: int, main: int) -> None:
+def _watch(reading: int, main: int, over: threading.Event, lost: threading.Event) -> None:
     with open(reading, "rb", buffering=0) as signals:
         while numbers := signals.read(64):
-            if signal.SIGINT in numbers and _stays_compiling(main):
+            if signal.SIGINT not in numbers:
+                continue
+            plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            if _stays_compiling(main):
                 _say("interrupted while compiling")
-                if sys.stderr.isatty():
-                    os.write(2, b"\x1b[?25h")  # a bar has hidden the cursor
-                os._exit(130)
+                leave(INTERRUPTED)
+            end = time.monotonic() + SWALLOWED_SECONDS
+            while plain and not over.wait(0.05):
+                if lost.is_set() or time.monotonic() > end:  # or a library has caught it
+                    lost.clear()
+                    signal.pthread_kill(main, signal.SIGINT)
+                    break
 
 
 def _stays_compiling(main: int) -> bool:
