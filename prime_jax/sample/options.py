@@ -78,20 +78,22 @@ def validate(options: Options, family: str) -> Options:
     if family == "arm":
         for name in DIFFUSION_ONLY:
             if getattr(o, name) != getattr(Options, name):
-                raise _wrong(name, getattr(o, name), "an autoregressive model writes left to right")
+                raise _wrong(
+                    name, getattr(o, name), "an autoregressive model generates left to right"
+                )
         return o
     if o.threshold is not None and o.order not in ADAPTIVE:
         raise _wrong("threshold", o.threshold, f"needs --order {', '.join(ADAPTIVE)}")
     if o.remasking and o.order != "ancestral":
         raise _wrong("remasking", o.remasking, "needs --order ancestral")
     if o.remasking and o.block_length:
-        raise _wrong("remasking", o.remasking, "does not go with --block-length")
+        raise _wrong("remasking", o.remasking, "cannot be combined with --block-length")
     if o.time_grid:
         falls = all(a > b for a, b in zip(o.time_grid, o.time_grid[1:], strict=False))
         if not (falls and o.time_grid[0] == 1 and o.time_grid[-1] == 0):
             raise _wrong("time_grid", o.time_grid, "must fall from 1 to 0")
         if o.block_length:
-            raise _wrong("block_length", o.block_length, "does not go with a time grid")
+            raise _wrong("block_length", o.block_length, "cannot be combined with a time grid")
     return o
 
 
