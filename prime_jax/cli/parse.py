@@ -313,7 +313,10 @@ def _explain(cls: type, words: list[str], page: str) -> str:
         if not name:
             loose += values
         elif found not in options:
-            return f"no such option {name}{_meant(name, [*options, '--help'])}"
+            config = getattr(cls, "SETTINGS", None)
+            dotted = settings.flatten(settings.to_dict(config())) if config else ()
+            valid = [*options, *(f"--{path}" for path in dotted), "--help"]
+            return f"no such option {name}{_meant(name, valid)}"
         else:
             given.add(found)
             wrong, rest = _judge(*options[found], name, values)
