@@ -73,7 +73,7 @@ def test_impossible_lengths_are_refused(length):
 
 
 def test_a_negative_seed_is_refused():
-    with pytest.raises(UserError, match="seed -1"):
+    with pytest.raises(UserError, match="seed = -1"):
         entropies(COUNTS, SubtokenConfig(2, seed=-1))
 
 

@@ -43,7 +43,8 @@ RENDERS = {
 def prime_jax(*words, code: int = 0) -> str:
     """What a command prints; it must end with `code`."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it; narrow tables fold
         assert cli.main([str(word) for word in words]) == code, out.getvalue()
     return out.getvalue()
 
