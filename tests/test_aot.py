@@ -98,10 +98,10 @@ def test_what_no_setting_can_mend_asks_for_more_chips():
     assert "more chips" in said
     assert "try --autofit" in said
     state = 12 * flops.param_counts(huge)["total"] / V5E.chip.memory
-    assert f"fills {state:.1f} chips" in said
+    assert f"needs {state:.1f} chips" in said
     copied = dataclasses.replace(huge, mesh=MeshConfig(replica=16, data=1, remat="full"))
     said = " ".join(aot.fixes(aot.check(copied, V5E, compile=Compiler())))
-    assert f"fills {state:.1f} chips" in said  # not that of 16 copies
+    assert f"needs {state:.1f} chips" in said  # not that of 16 copies
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.6])
