@@ -81,7 +81,7 @@ def test_hidden_counts_are_exact(subject):
     tokens = np.zeros((3, 16), np.int32)
     keys = bits.keys_of(np.zeros(3, int), np.arange(3))
     hide = jax.jit(partial(bits.hide, subject))
-    inputs, weight = hide(tokens, keys, jnp.array([0.001, 0.5, 1.0]))
+    inputs, weight = hide(tokens, keys, jnp.array([0.0, 0.499, 0.999]))  # levels are in [0, 1)
     np.testing.assert_array_equal(inputs.masked_BxLxS.sum(axis=(1, 2)), [1, 32, 64])
     np.testing.assert_allclose(weight, [64, 2, 1])
 
