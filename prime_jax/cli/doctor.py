@@ -49,7 +49,7 @@ def doctor(_: Doctor) -> int:
         ("machine", _machine),
         ("package", _packages),
         ("device", _devices),
-        ("kernel", _kernels),
+        ("kernel", kernel_rows),
         ("package", _optional),
     ]
     rows: list[Row] = []
@@ -99,7 +99,7 @@ def _devices() -> Iterator[Row]:
         yield "device", f"{len(devices)} x {kind}{memory}{speed}", ""
 
 
-def _kernels() -> Iterator[Row]:
+def kernel_rows() -> Iterator[Row]:
     """What `auto` means for the heavy parts on this device: by default, and where measured."""
     import jax
 
