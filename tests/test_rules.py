@@ -11,7 +11,15 @@ from prime_jax.config import FAMILIES, ModelConfig, RunConfig, validate
 from prime_jax.errors import UserError
 from prime_jax.sweep import rules
 
-CELL = rules.Cell("arm", 1e19, 200_000_000, 8e9, 2048, 1000)
+CELL = rules.Cell(
+    family="arm",
+    budget=1e19,
+    shape=(16, 1024, 16),
+    params=200_000_000,
+    tokens=8e9,
+    seq_len=2048,
+    warmup_steps=1000,
+)
 
 
 @pytest.mark.parametrize("target", np.geomspace(3e4, 5e10, 25))

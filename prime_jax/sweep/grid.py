@@ -276,6 +276,7 @@ def _cell(config: RunConfig, budget: float, convention: Convention) -> rules.Cel
     return rules.Cell(
         family=config.family,
         budget=budget,
+        shape=(config.model.layers, config.model.width, config.model.heads),
         params=flops.param_counts(config)["nonembedding"],
         tokens=budget / flops.flops_per_token(config, convention),
         seq_len=config.data.seq_len,

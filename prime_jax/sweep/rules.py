@@ -48,6 +48,7 @@ class Cell:
     Attributes:
         family: `arm`, `mdm` or `prime`.
         budget: training FLOPs C, in the sweep's convention.
+        shape: layers, width, heads.
         params: N, exact, without embeddings and head.
         tokens: D = C / FLOPs per token, before rounding to whole steps.
         seq_len: tokens per sequence.
@@ -57,6 +58,7 @@ class Cell:
 
     family: str
     budget: float
+    shape: Shape
     params: int
     tokens: float
     seq_len: int
