@@ -26,9 +26,7 @@ def param_counts(config: RunConfig) -> dict[str, int]:
         `reference`: the published convention, `12 width^2 layers`.
     """
     m = config.model
-    head_size = m.width // m.heads
-    scales = 2 * m.width + 2 * head_size * m.qk_norm
-    nonembedding = m.layers * (_layer_matrices(m) + scales) + m.width
+    nonembedding = m.layers * layer_params(m) + m.width
     head = m.vocab_size * m.width
     return {
         "total": nonembedding + _embedding(config) + (0 if m.tied_head else head),
@@ -36,6 +34,11 @@ def param_counts(config: RunConfig) -> dict[str, int]:
         "nonembedding_plus_head": nonembedding + head,
         "reference": 12 * m.width**2 * m.layers,
     }
+
+
+def layer_params(m: ModelConfig) -> int:
+    """Parameters of one layer; what is left of `nonembedding` is the scale of the last norm."""
+    return _layer_matrices(m) + 2 * m.width + 2 * (m.width // m.heads) * m.qk_norm
 
 
 def flops_per_token(config: RunConfig, convention: Convention) -> float:

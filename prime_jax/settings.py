@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import reprlib
 import types
 import typing
@@ -109,17 +110,19 @@ def check_value(cls: type, field: dataclasses.Field, value: Any, path: str = "")
     return value
 
 
+HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
+
+
 def _check_range(field: dataclasses.Field, value: Any, name: str) -> None:
     limits, infinite = field.metadata.get("limits", {}), field.metadata.get("infinite", False)
-    tests: dict[str, Callable[[float, float], bool]] = {
-        "at_least": lambda x, limit: x >= limit,
-        "above": lambda x, limit: x > limit,
-        "at_most": lambda x, limit: x <= limit,
-        "below": lambda x, limit: x < limit,
-    }
     for number in _numbers(value):
         finite = not math.isnan(number) and (infinite or abs(number) != math.inf)
-        if not (finite and all(tests[test](number, limit) for test, limit in limits.items())):
+        if not (finite and all(HOLDS[test](number, limit) for test, limit in limits.items())):
             raise UserError(
                 f"{_told(name, number)}: must be {range_of(field) or 'a finite number'}"
             )

@@ -85,17 +85,15 @@ def shape_aspect(params: float, config: RunConfig) -> Shape:
         UserError: no shape is within 25 % of the target.
     """
     widths = [*range(32, 128, 16), *range(128, 1280, 64), *range(1280, 16384, 128)]
-    shapes = []
+    shapes = {}
     for width in widths:
-        layer, rest = (_count(config, (n, width, heads_of(width))) for n in (1, 2))
-        layers = max(2, round((params - 2 * layer + rest) / (rest - layer)))
-        shapes.append((layers, width, heads_of(width)))
+        layer = flops.layer_params(replace(config.model, width=width, heads=heads_of(width)))
+        layers = max(2, round((params - width) / layer))
+        shapes[layers, width, heads_of(width)] = layers * layer + width
 
     def distance(shape: Shape) -> float:
         layers, width, _ = shape
-        return 10 * _log_distance(_count(config, shape), params) + _log_distance(
-            width / layers, ASPECT
-        )
+        return 10 * _log_distance(shapes[shape], params) + _log_distance(width / layers, ASPECT)
 
     return _within(25, min(shapes, key=distance), params, config)
 
