@@ -79,7 +79,7 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (`boundary`)."""
     code = boundary.guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
-    if argv is None and code == boundary.INTERRUPTED:
+    if argv is None and code in (boundary.INTERRUPTED, boundary.SAVED):
         boundary.leave(code)  # this is the whole process
     return code
 
