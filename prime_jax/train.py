@@ -9,7 +9,8 @@ import dataclasses
 import io
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax
@@ -38,7 +39,13 @@ OnHeartbeat = Callable[[dict[str, Any]], bool]
 
 
 class Interrupted(Exception):
-    """The run stopped early after saving a checkpoint; a new start continues it."""
+    """The run stopped early after saving a checkpoint; a new start continues it.
+
+    Attributes:
+        seconds: spent until then, by phase.
+    """
+
+    seconds: Mapping[str, float] = MappingProxyType({})
 
 
 class Preempted(Interrupted):
@@ -190,6 +197,9 @@ class Run:
                 raise Preempted(
                     f"received a signal to stop: nothing new to save of run {self.id}"
                 ) from None
+            except Interrupted as stop:
+                stop.seconds = dict(self.clock.seconds)
+                raise
 
     def _complete(self) -> dict[str, Any]:
         finished = self._prepare()

@@ -228,6 +228,20 @@ def test_doctor_reports_what_is_there(capsys):
     assert all(f"kernel {name}" in out for name in ("attention", "embedding", "head"))
 
 
+def test_doctor_says_which_device_is_missing(monkeypatch, capsys):
+    import jax
+
+    def none():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "JAX_PLATFORMS=cuda: JAX has no plug-in for it" in out
+    assert "prime_jax[cuda]" in out
+
+
 DOCS = [ROOT / "README.md", ROOT / "Makefile", *sorted(ROOT.glob("docs/*.md"))]
 DOCS += sorted(ROOT.glob("experiments/*.py"))
 

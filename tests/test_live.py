@@ -1,12 +1,15 @@
 """What people see of a sweep that runs."""
 
 import json
+import threading
+import time
 
 import fake_trainer
 import pytest
 
-from prime_jax.cli import main
+from prime_jax.cli import main, runs
 from prime_jax.hardware.prices import Prices
+from prime_jax.runtime import storage
 from prime_jax.sweep import grid, plan, state, status
 
 PRICES = Prices("2026-11-01", "USD", {"v5e": 2.0})
@@ -57,6 +60,20 @@ def test_the_table_shows_what_runs_and_what_is_in_trouble(root):
     assert pending not in text
     for part in ("v5e-16", "3.125", "0.41", "1h0"):
         assert part in text
+
+
+def test_a_run_without_heartbeats_is_not_called_running(root, monkeypatch, capsys):
+    half = next(run for run in state.list_runs(root) if run.state == "running")
+    monkeypatch.setattr(state, "process_alive", lambda claim: None)  # it is on another machine
+    state.heartbeat(root, half.id, 1, {"step": 5, "tokens_per_second": 9.0, "time": 1.0})
+    assert main(["sweep", "status", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "1 silent" in out
+    assert "silent (no heartbeat for" in out
+    assert "ETA" not in out
+    state.heartbeat(root, half.id, 1, {"step": 5, "tokens_per_second": 9.0, "time": time.time()})
+    assert main(["sweep", "status", str(root)]) == 0
+    assert "1 running" in capsys.readouterr().out
 
 
 def test_watching_ends_with_the_sweep_and_shows_failures_at_once(root, capsys):
@@ -128,3 +145,15 @@ def test_a_live_report_says_of_how_many_runs(tmp_path):
     )
     assert code in (0, 3)
     assert f"live: {len(ids) - 1} of {len(ids)} runs" in (out / "report.html").read_text()
+
+
+def test_a_store_that_does_not_answer_is_waited_for_with_words_and_a_bound(capsys):
+    held = threading.Event()
+    with pytest.raises(storage.Unreachable, match="gs://b: no answer for 0 s"):
+        runs.answered("gs://b", held.wait, patience=0.1, silent=0.05)
+    held.set()
+    assert "waiting for gs://b, at most 0 s" in capsys.readouterr().err
+    assert runs.answered("gs://b", lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        runs.answered("gs://b", lambda: 1 / 0)
+    assert capsys.readouterr().err == ""

@@ -313,11 +313,8 @@ def fail(config, call, heartbeat):
 
 
 def test_the_share_of_training_leaves_compilation_out():
-    results = [
-        {"seconds": {"train": 30.0, "compile": 5.0}},
-        {"seconds": {"train": 42.0, "compile": 5.0}},
-    ]
-    assert "80%" in worker.step_fraction(results, 100.0)
+    spent = [{"train": 30.0, "compile": 5.0}, {"train": 42.0, "compile": 5.0}, {}]
+    assert "80%" in worker.step_fraction(spent, 100.0)
 
 
 def start(root, seconds) -> subprocess.Popen:
@@ -511,3 +508,14 @@ def test_a_worker_measures_the_kernels_once_for_its_sweep(tmp_path, monkeypatch)
     assert [rest["choices"] for rest in given] == [NOTHING, *[Choices("cpu", "jax")] * 2]
     assert [c.family for c in asked] == ["arm"] * len(state.open_runs(root))
     assert tuned.file_of("cpu", root).exists()
+
+
+def test_an_interrupted_attempt_counts_as_training(root, progress):
+    def interrupted(*_):
+        stop = Trainer.Preempted("saved")
+        stop.seconds = {"train": 1000.0, "compile": 0.0}
+        raise stop
+
+    assert work(root, Trainer(interrupted), progress=progress) == 85
+    fraction = re.search(r"training steps: (\d+)% of", shown(progress))
+    assert int(fraction[1]) > 100

@@ -37,13 +37,12 @@ Row = tuple[str, str | Cell, str]  # what, what was found, a note
 @dataclass(frozen=True)
 class Doctor(Arguments):
     """What this machine has, what is missing and how to get it: versions, devices, memory,
-    compilers and optional packages. Exit code 1 if a required package is missing."""
+    compilers and optional packages. Exit code 1 if a device or a required package is missing."""
 
     EXAMPLES = ("prime-jax doctor",)
 
 
 def doctor(_: Doctor) -> int:
-    missing = [package for package in REQUIRED if not version(package)]
     parts: list[tuple[str, Callable[[], Iterator[Row]]]] = [
         ("machine", _machine),
         ("package", _packages),
@@ -59,7 +58,7 @@ def doctor(_: Doctor) -> int:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append((what, Cell("unknown", style="bad"), text))
     show(Table(("what", "found", "note"), rows, title=f"prime-jax {__version__}"))
-    return 1 if missing else 0
+    return 1 if any(str(found) == "missing" for _, found, _ in rows) else 0
 
 
 def version(package: str) -> str | None:
@@ -88,7 +87,15 @@ def _devices() -> Iterator[Row]:
     from prime_jax.hardware.chips import peak_flops
 
     kinds: dict[str, list] = {}
-    for device in jax.devices():
+    try:
+        found = jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        text = " ".join(str(error).split()) or "JAX has no plug-in for it"
+        why = f"JAX_PLATFORMS={asked}: {text}" if asked else text
+        yield "device", Cell("missing", style="bad"), f"{why}; {'; '.join(ACCELERATORS.values())}"
+        return
+    for device in found:
         kinds.setdefault(device.device_kind, []).append(device)
     for kind, devices in kinds.items():
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prime_jax.cli import runs
 from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.errors import UserError
@@ -93,15 +94,11 @@ class Report(OfRuns):
 
 
 def report(args: Report) -> int:
-    from prime_jax.sweep import state
-
-    root = args.source
-    state.check_root(root)
-    runs = state.list_runs(root)
-    done = sum(run.result is not None for run in runs)
-    if done < len(runs) and not args.live:
-        raise UserError(f"{root}: {done} of {len(runs)} runs have finished; add --live")
-    return _fit(args, note=f"live: {done} of {len(runs)} runs" if done < len(runs) else "")
+    root, listed = runs.sweep(args.runs)
+    done = sum(run.result is not None for run in listed)
+    if done < len(listed) and not args.live:
+        raise UserError(f"{root}: {done} of {len(listed)} runs have finished; add --live")
+    return _fit(args, note=f"live: {done} of {len(listed)} runs" if done < len(listed) else "")
 
 
 def _fit(args: OfRuns, curves: Path | None = None, note: str = "") -> int:

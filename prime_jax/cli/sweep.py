@@ -2,11 +2,12 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from prime_jax.cli import runs
 from prime_jax.cli.console import Progress, say, show, write
 from prime_jax.cli.launch import ROOT
 from prime_jax.cli.parse import Arguments
@@ -178,8 +179,7 @@ def run(args: Run) -> int:
     from prime_jax.sweep.pool import supervise
     from prime_jax.sweep.worker import with_data
 
-    root = args.place
-    state.check_root(root)
+    root, _ = runs.sweep(args.root)
     with_data(state.open_runs(root), manifest.of_run)
     with Progress() as progress:
         return supervise(root, args.workers, progress=WorkerBars(progress))
@@ -251,20 +251,19 @@ class Status(OfSweep):
 def status(args: Status) -> None:
     from prime_jax.cli import workers
     from prime_jax.hardware.prices import load_prices
-    from prime_jax.sweep import state, status
+    from prime_jax.sweep import status
 
-    state.check_root(args.place)
+    root, listed = runs.sweep(args.root)
     prices = load_prices(args.prices) if args.prices else None
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            workers.watch(args.place, prices)
+            workers.watch(root, prices)
         return
-    runs = state.list_runs(args.place)
     if args.json:
-        write(json.dumps(status.as_dicts(runs), indent=2))
+        write(json.dumps(status.as_dicts(listed), indent=2))
         return
-    say(status.summary(runs, prices))
-    for run in runs:
+    say(status.summary(listed, prices))
+    for run in listed:
         say(status.line(run))
         if run.state == "failed":
             say(status.failure(run), style="red")
@@ -282,9 +281,8 @@ class Logs(OfSweep):
 def logs(args: Logs) -> None:
     from prime_jax.sweep import state
 
-    root = args.place
-    state.check_root(root)
-    (run,) = state.select(state.list_runs(root), [args.id])
+    root, listed = runs.sweep(args.root)
+    (run,) = state.select(listed, [args.id])
     for attempt in run.attempts:
         folder = root / "runs" / run.id / str(attempt.k)
         how = f": {attempt.end['state']}, {attempt.end['reason']}" if attempt.end else ""
@@ -332,10 +330,12 @@ def retry(args: Retry) -> None:
 
     if bool(args.ids) == args.all_failed:
         raise UserError("retry: give ids of runs, or --all-failed")
-    state.check_root(args.place)
+    place, listed = runs.sweep(args.root)
     if args.all_failed:
-        say(f"retry: {len(state.retry_failed(args.place))} failed runs are open again")
-    _each(args, "retry", state.retry)
+        say(f"retry: {len(state.retry_failed(place))} failed runs are open again")
+    for run in state.select(listed, args.ids):
+        state.retry(place, run)
+        say(f"retry {run.id}")
 
 
 @dataclass(frozen=True)
@@ -355,13 +355,7 @@ def kill(args: Kill) -> None:
 
     if not args.ids:
         raise UserError("kill: give ids of runs")
-    state.check_root(args.place)
-    _each(args, "kill", state.kill)
-
-
-def _each(args: Retry | Kill, name: str, action: Callable[[storage.Path, Any], object]) -> None:
-    from prime_jax.sweep import state
-
-    for run in state.select(state.list_runs(args.place), args.ids):
-        action(args.place, run)
-        say(f"{name} {run.id}")
+    place, listed = runs.sweep(args.root)
+    for run in state.select(listed, args.ids):
+        state.kill(place, run)
+        say(f"kill {run.id}")

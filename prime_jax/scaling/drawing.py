@@ -38,6 +38,7 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "text.parse_math": False,  # `$` in a name of a family or a file is itself
     "svg.hashsalt": "prime_jax",  # the same data give the same file
 }
 BUDGET_COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.78, 256)))

@@ -95,9 +95,9 @@ def supervise(
         finally:
             _stop(team)
         results += _report_changes(root, watch, progress, reported)
-        progress.log(
-            step_fraction([run.result for run in results], (time.monotonic() - began) * workers)
-        )
+        if not stopping.is_set():  # what was interrupted is told in the workers' own logs
+            life = (time.monotonic() - began) * workers
+            progress.log(step_fraction([run.result["seconds"] for run in results], life))
         return _exit_code(root, team, stopping.is_set(), progress)
 
 

@@ -19,6 +19,7 @@ STATES = (
     "done",
     "diverged",
     "running",
+    "silent",
     "pending",
     "preempted",
     "lost",
@@ -29,12 +30,26 @@ STATES = (
 TAIL = 8  # lines of a traceback that are shown
 ROWS = 30  # runs shown: running ones first, then those in TROUBLE
 POLL, POLL_REMOTE = 2.0, 15.0  # seconds between two refreshes
-TROUBLE = ("failed", "lost", "stalled", "killed")
+SILENCE = 300.0  # seconds without a heartbeat, by this machine's clock
+TROUBLE = ("failed", "silent", "lost", "stalled", "killed")
 
 
 def status_of(run: Run) -> str:
-    """The run's state; `diverged` or `done` for a run with a result."""
-    return run.result["status"] if run.result else run.state
+    """The run's state; `diverged` or `done` for a run with a result.
+
+    `silent` is one that nobody has closed and whose last heartbeat is old: its machine may be gone.
+    """
+    if run.result:
+        return run.result["status"]
+    return "silent" if silence(run) > SILENCE else run.state
+
+
+def silence(run: Run) -> float:
+    """Seconds since the last heartbeat of a run that should have one, as far as clocks agree."""
+    if run.state != "running" or run.certain:
+        return 0.0
+    last = _heartbeat(run).get("time") or run.attempts[-1].claim.get("time")
+    return time.time() - last if last else 0.0
 
 
 def counts(runs: Sequence[Run]) -> str:
@@ -53,6 +68,7 @@ def line(run: Run, heartbeat: dict[str, Any] | None = None) -> str:
     words += [spec["family"], f"seed {spec['config']['seed']}"]
     words += [run.slice] if run.slice else []
     words.append(state)
+    words += [f"(no heartbeat for {duration(silence(run))})"] if state == "silent" else []
     steps, step = spec["config"]["steps"], heartbeat.get("step", 0)
     if run.result:
         words += [f"{loss['estimator']} {loss['value']:.4f}" for loss in run.result["losses"]]
@@ -142,7 +158,7 @@ def totals(runs: Sequence[Run], prices: Prices | None = None) -> Totals:
     speed = 0.0
     for run in runs:
         rate = _heartbeat(run).get("tokens_per_second")
-        if run.state == "running" and rate:
+        if status_of(run) == "running" and rate:
             speed += rate * run.spec["flops"]["matmul"] / run.spec["tokens"]
     left = [run for run in runs if run.state != "done" and not _given_up(run)]
     rest = sum(run.spec["flops"]["matmul"] * (1 - progress(run)) for run in left)

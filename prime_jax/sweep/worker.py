@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
@@ -102,6 +102,7 @@ class Heartbeat(threading.Thread):
             with contextlib.suppress(UserError):  # a store hiccup never stops training
                 quiet = round(time.monotonic() - self._updated, 1)
                 own = {"count": count, "quiet": quiet, "seconds": round(self.machine_seconds(), 1)}
+                own["time"] = round(time.time(), 1)
                 state.heartbeat(self.root, self.run_id, self.k, {**self._latest, **own})
                 if state.superseded(self.root, self.run_id, self.k):
                     self.fenced.set()
@@ -116,6 +117,7 @@ class Worker:
         group: processes that train together, None for one.
         stopping: set when this worker must stop.
         out_of_time: whether to save and stop now, given the seconds that a save takes.
+        spent: seconds of every attempt by phase, also of those that were interrupted.
     """
 
     root: Path
@@ -125,6 +127,7 @@ class Worker:
     stopping: threading.Event
     out_of_time: Callable[[float], bool]
     heartbeat_seconds: float
+    spent: list[Mapping[str, float]] = field(default_factory=list)
 
     @property
     def is_leader(self) -> bool:
@@ -180,6 +183,7 @@ class _Attempt:
                     config, self.folder, earlier=earlier, heartbeat=self.on_heartbeat, log=self.log
                 )
         except (trainer.Preempted, trainer.Stopped, KeyboardInterrupt) as error:
+            worker.spent.append(getattr(error, "seconds", {}))
             if fenced.is_set():
                 self.log("stopped: another attempt has started, or the run was killed", "yellow")
                 if worker.group:  # JAX can stop its processes together only once
@@ -206,6 +210,7 @@ class _Attempt:
             self.ended("failed", f"{type(error).__name__}: {error}", tail)
             self.resynchronise()
         else:
+            worker.spent.append(result["seconds"])
             return self.publish(result) if worker.is_leader else result
         return None
 
@@ -410,12 +415,16 @@ class Leader:
         self.results += [result] if result else []
 
     def log_step_fraction(self) -> None:
-        self.worker.progress.log(step_fraction(self.results, time.monotonic() - self.began))
+        self.worker.progress.log(step_fraction(self.worker.spent, time.monotonic() - self.began))
 
 
-def step_fraction(results: Sequence[dict[str, Any]], life: float) -> str:
-    """The fraction of `life` seconds spent in training steps, without compilation."""
-    train, compile_ = (sum(r["seconds"][what] for r in results) for what in ("train", "compile"))
+def step_fraction(spent: Sequence[Mapping[str, float]], life: float) -> str:
+    """The fraction of `life` seconds spent in training steps, without compilation.
+
+    Args:
+        spent: seconds of attempts by phase.
+    """
+    train, compile_ = (sum(s.get(what, 0.0) for s in spent) for what in ("train", "compile"))
     rest = max(life - compile_, 1e-9)
     without = f"(without {compile_:.0f} s of compilation)"
     return f"training steps: {train / rest:.0%} of {rest:.0f} s {without}"
