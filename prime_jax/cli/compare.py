@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.fit import OfRuns, complain, show_head, show_warnings, spare
+from prime_jax.runtime import outputs
 from prime_jax.settings import REQUIRED, setting
 
 
@@ -30,22 +31,24 @@ class Compare(OfRuns):
 def compare(args: Compare) -> int:
     from prime_jax import scaling
     from prime_jax.runtime.records import write_json_atomic
-    from prime_jax.scaling import record, tables
+    from prime_jax.scaling import tables
 
     out = args.directory
-    spare(args, ("compare.json",), ("multiplier",))
+    files = spare(args, ("compare.json",), ("multiplier",))
     with Progress(transient=True) as progress:
         progress.doing("comparing")
         found = scaling.compare(
             args.source, args.baseline, args.against, progress=progress.doing, **args.options()
         )
     result = found.to_dict()
-    write_json_atomic(record.make(out) / "compare.json", result)
-    show_head(result)
-    for table in tables.comparison(result):
-        show(table)
-    show_warnings(result)
-    for path in (out / "compare.json", *found.draw(out, args.formats.split(","), complain)):
+    with outputs.folder(out, files, force=args.force):
+        write_json_atomic(out / "compare.json", result)
+        show_head(result)
+        for table in tables.comparison(result):
+            show(table)
+        show_warnings(result)
+        drawn = found.draw(out, args.formats.split(","), complain)
+    for path in (out / "compare.json", *drawn):
         say(f"wrote  {path}")
     return 3 if found.refused else 0
 
@@ -63,13 +66,14 @@ class Validate(OfRuns):
 def validate(args: Validate) -> int:
     from prime_jax import scaling
     from prime_jax.runtime.records import write_json_atomic
-    from prime_jax.scaling import record, tables
+    from prime_jax.scaling import tables
 
-    spare(args, ("validate.json",), ())
+    files = spare(args, ("validate.json",), ())
     with Progress(transient=True) as progress:
         found = scaling.validate(args.source, progress=progress.doing, **args.options())
-    result, path = found.to_dict(), record.make(args.directory) / "validate.json"
-    write_json_atomic(path, result)
+    result, path = found.to_dict(), args.directory / "validate.json"
+    with outputs.folder(args.directory, files, force=args.force):
+        write_json_atomic(path, result)
     show_head(result)
     for name, family in result["families"].items():
         if family["steps"]:

@@ -103,6 +103,7 @@ def evaluate(args: Eval) -> int:
         tasks.check(args.tasks, args.include_path, args.task_data)  # before anything is loaded
     if args.out:
         outputs.refuse_overwrite(_inputs(args), [args.out])
+        outputs.check_file(args.out)
     found = runs.load(args.run, say)
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []

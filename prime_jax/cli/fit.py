@@ -31,6 +31,9 @@ class OfRuns(Arguments):
     formats: str = setting(
         "svg", "of the figures: svg (the report needs it) and, besides, png or pdf", metavar="F,F"
     )
+    force: bool = setting(
+        False, "replace files there that prime-jax did not make, or that were changed since"
+    )
     choice: Choice = setting(Choice(), "what to fit")
     settings: Settings = setting(Settings(), "how to fit")
 
@@ -106,20 +109,21 @@ def _fit(args: OfRuns, curves: Path | None = None, note: str = "") -> int:
     from prime_jax.scaling import figures, record, tables
 
     out = args.directory
-    spare(args, (record.FIT, record.POINTS), figures.NAMES, curves)
+    files = spare(args, (record.FIT, record.POINTS), figures.NAMES, curves)
     with Progress(transient=True) as progress:
         fitted = scaling.fit(
             args.source, curves=curves, note=note, progress=progress.doing, **args.options()
         )
-    result = record.write(fitted, out)
-    show_head(result)
-    show(tables.summary(result))
-    show_warnings(result)
-    if result["excluded"]:
-        say(f"left out: {len(result['excluded'])}; the report says why")
-    with Progress(transient=True) as progress:
-        progress.doing("drawing")
-        written = fitted.draw(out, args.formats.split(","), complain)
+    with outputs.folder(out, files, force=args.force):
+        result = record.write(fitted, out)
+        show_head(result)
+        show(tables.summary(result))
+        show_warnings(result)
+        if result["excluded"]:
+            say(f"left out: {len(result['excluded'])}; the report says why")
+        with Progress(transient=True) as progress:
+            progress.doing("drawing")
+            written = fitted.draw(out, args.formats.split(","), complain)
     show_paths(written)
     return 3 if fitted.refused else 0
 
@@ -138,17 +142,19 @@ def complain(text: str) -> None:
 
 def spare(
     args: OfRuns, files: Iterable[str], names: Iterable[str], curves: Path | None = None
-) -> None:
-    """Refuse a directory in which the runs or the curves would be overwritten.
+) -> list[str]:
+    """The names of the files that will be written, where all of them may be.
 
     Raises:
-        UserError: names the file.
+        UserError: names the file that is an input, or somebody else's.
     """
     given = [args.source, *([curves] if curves else [])]
     read = [part for g in given for part in (outputs.of_sweep(g) if g.is_dir() else [g])]
     pictures = [f"{name}.{suffix}" for name in names for suffix in FORMATS]
-    written = [args.directory / name for name in (*files, "report.html", *pictures)]
-    outputs.refuse_overwrite(read, written)
+    written = [*files, *(["report.html", *pictures] if pictures else [])]
+    outputs.refuse_overwrite(read, [args.directory / name for name in written])
+    outputs.check_folder(args.directory, written, force=args.force)
+    return written
 
 
 def show_head(result: dict[str, Any]) -> None:

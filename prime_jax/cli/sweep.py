@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prime_jax.cli import runs
-from prime_jax.cli.console import Progress, say, show, write
+from prime_jax.cli.console import Progress, console, say, show, write
 from prime_jax.cli.launch import ROOT
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.train import LookAhead
 from prime_jax.errors import UserError
-from prime_jax.runtime import storage
+from prime_jax.runtime import outputs, storage
 from prime_jax.settings import REQUIRED, setting
 from prime_jax.table import Cell, Table
 
@@ -299,14 +299,18 @@ class Collect(OfSweep):
 
     EXAMPLES = ("prime-jax sweep collect quickstart -o quickstart/runs.csv",)
 
-    out: str = setting("runs.csv", "a file, also gs://... or s3://...", alias="-o", metavar="FILE")
+    out: str = setting(
+        "runs.csv", "a file, also gs://... or s3://...; - is stdout", alias="-o", metavar="FILE"
+    )
 
 
 def collect(args: Collect) -> None:
     from prime_jax.sweep import collect as collecting
 
     finished = collecting.write(args.place, storage.path(args.out))
-    say(f"{args.out}: {finished} runs with a result; next: prime-jax fit {args.out}")
+    to_stdout = args.out == outputs.STDOUT
+    then = "" if to_stdout else f"; next: prime-jax fit {args.out}"
+    say(f"{args.out}: {finished} runs with a result{then}", console(stderr=to_stdout))
 
 
 # --- by hand

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prime_jax.errors import UserError
-from prime_jax.runtime import storage
+from prime_jax.runtime import outputs, storage
 from prime_jax.runtime.records import write_json_atomic
 from prime_jax.scaling import launchable, record, tables
 from prime_jax.scaling.approach1 import join_curves
@@ -69,9 +69,14 @@ class Fit(ScalingFit):
         Raises:
             UserError: the directory cannot be written to.
         """
+        from prime_jax.scaling import figures
+
         path = Path(path)
-        record.write(self, path)
-        self.draw(path, formats)
+        drawn = [f"{name}.{suffix}" for name in figures.NAMES for suffix in formats]
+        made = [record.FIT, record.POINTS, "report.html", *drawn]
+        with outputs.folder(path, made, force=True):
+            record.write(self, path)
+            self.draw(path, formats)
         return path
 
     def draw(
@@ -110,9 +115,11 @@ class Compared(Comparison):
 
     def save(self, path: str | Path, formats: Sequence[str] = ("svg",)) -> Path:
         """Write compare.json and the figure, and a section into the report of a fit there."""
-        path = record.make(Path(path))
-        write_json_atomic(path / "compare.json", self.to_dict())
-        self.draw(path, formats)
+        path = Path(path)
+        drawn = [f"multiplier.{suffix}" for suffix in formats]
+        with outputs.folder(path, ["compare.json", "report.html", *drawn], force=True):
+            write_json_atomic(path / "compare.json", self.to_dict())
+            self.draw(path, formats)
         return path
 
     def draw(
