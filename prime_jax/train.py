@@ -9,7 +9,8 @@ import dataclasses
 import io
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax
@@ -38,7 +39,13 @@ OnHeartbeat = Callable[[dict[str, Any]], bool]
 
 
 class Interrupted(Exception):
-    """The run stopped early after saving a checkpoint; a new start continues it."""
+    """The run stopped early after saving a checkpoint; a new start continues it.
+
+    Attributes:
+        seconds: spent until then, by phase.
+    """
+
+    seconds: Mapping[str, float] = MappingProxyType({})
 
 
 class Preempted(Interrupted):
@@ -182,6 +189,19 @@ class Run:
         return selection.record(self.program.train.kernels, jax.devices()[0].device_kind)
 
     def complete(self) -> dict[str, Any]:
+        with distributed.PreemptionGuard() as self.guard:
+            self.guard.at_once = True  # while programs are traced and the state is restored
+            try:
+                return self._complete()
+            except distributed.StoppedAtOnce:
+                raise Preempted(
+                    f"received a signal to stop: nothing new to save of run {self.id}"
+                ) from None
+            except Interrupted as stop:
+                stop.seconds = dict(self.clock.seconds)
+                raise
+
+    def _complete(self) -> dict[str, Any]:
         finished = self._prepare()
         if finished is not None:
             return finished
@@ -191,7 +211,7 @@ class Run:
         self.first_step = self.last_step = int(state.step)
         logged = (self.config.log, self.run_dir, self.id, self.first_step)
         self.metrics_log = MetricsLog(*logged) if distributed.is_writer() else NoLog()
-        with distributed.PreemptionGuard() as self.guard, self.checkpoints:
+        with self.checkpoints:
             try:
                 with self.clock.measure("train"):
                     state = self._train(state)
@@ -246,6 +266,7 @@ class Run:
                 tokens = sharding.shard_local_rows(self.program.mesh, tokens, c.batch_size)
             state, metrics = self.program.train(self.clock, state, tokens, row, seed, horizon)
             self.last_step = step + 1
+            self.guard.at_once = False
             self._read_pending()  # only now, while the device is busy
             profile.step(step + 1 - self.first_step)
             self.pending = (step + 1, metrics)
@@ -370,6 +391,7 @@ class Run:
         params = state.ema if self.config.optim.ema else state.params
         step = int(state.step)
         draw = draws.of_program(self.program)
+        self.guard.at_once = final  # all steps are saved
         with self.clock.measure("eval"):
             losses, nats, n_tokens = likelihood.evaluate(
                 self.config,
@@ -383,6 +405,7 @@ class Run:
                 tick=lambda: self._poll(step, state, "evaluate"),
                 devices=self.program.mesh_choice.replica * self.program.mesh_choice.data,
             )
+        self.guard.at_once = False
         self.metrics_log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
         if final and distributed.is_writer():
             self._write_arrays(

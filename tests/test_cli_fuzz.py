@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fake_trainer
 import pytest
+from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax import cli, settings
 from prime_jax.cli import parse
@@ -22,7 +23,6 @@ from prime_jax.data.prepare import prepare
 
 LINES = 60
 CODES = {0, 1, 2, 3, 85, 130}
-DECLARED = [name for name, (place, _) in cli.COMMANDS.items() if ":" in place]
 ODD = (
     "",
     " ",
@@ -62,7 +62,13 @@ SOURCES = (
 )
 FITTING = {
     **{"root": "sweep", "dir": "data", "experiment": "one.py", "source": SOURCES[0]},
-    **{"tokenizer": "synthetic:16", "run": "run", "runs": "run", "file": "exported", "on": "k8s"},
+    **{
+        "tokenizer": "synthetic:16",
+        "run": "run",
+        "runs": "runs.csv",
+        "file": "exported",
+        "on": "k8s",
+    },
     **{
         "layout": "safetensors",
         "slice": "v5e-16",
@@ -71,6 +77,14 @@ FITTING = {
         "valid_fraction": "0.1",
     },
     **{"test_fraction": "0.1", "prices": "prices.toml", "data": "data", "ids": "1", "check": "all"},
+    **{
+        "fit": "runs-fit",
+        "baseline": "known",
+        "family": "known",
+        "target": "1e20",
+        "budget": "1e19",
+    },
+    **{"replicates": "100", "formats": "svg"},
 }
 QUICK = ("export", "import", "analyse spectra")  # commands that get a finished run
 ONE = """
@@ -108,7 +122,7 @@ def word_for(hint: typing.Any, rng: random.Random) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return rng.choice(typing.get_args(hint))
     if hint in (int, float):
-        return str(rng.choice((1, 2, 7)) if hint is int else rng.choice((0.5, 1e-3, 2.0)))
+        return str(rng.choice((1, 2, 7)) if hint is int else rng.choice((0.5, 1e-3, 2.0, 1e20)))
     return rng.choice((*NAMES, *SOURCES) if hint is str else NAMES)
 
 
@@ -136,7 +150,7 @@ def line_for(name: str, rng: random.Random) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_random_lines_end_well(name, tmp_path, request):
     rng = random.Random(name)
     lines = [[*name.split(), *line_for(name, rng)] for _ in range(LINES)]
@@ -150,6 +164,10 @@ def test_random_lines_end_well(name, tmp_path, request):
     fake_trainer.planned(work / "sweep")  # its runs wait for data that is not there
     prepare(SOURCES[0], "synthetic:16", work / "data", seq_len=16, workers=1)
     shutil.copy(Path(cli.__file__).parents[2] / "docs" / "prices.toml", work)
+    rows = csv_rows(surface(noise=0.003))
+    write_csv(work / "runs.csv", rows + [row | {"family": "other"} for row in rows])
+    if name in ("scaling predict", "scaling design"):
+        assert cli.main(["fit", str(work / "runs.csv"), "--bootstrap", "100"]) == 0
     if name in QUICK:
         run = request.getfixturevalue("tiny_run")
         shutil.copytree(run, work / "run")

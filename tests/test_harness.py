@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import types
 from pathlib import Path
 
@@ -266,6 +267,31 @@ def test_mean_accuracy_counts_the_rounds_of_anli_once():
         "sciq": {"acc": [0.9, 0.1]}
     }
     assert tasks.mean_accuracy(results) == pytest.approx(0.6)
+
+
+GOOD = {"question": "q", "support": "s", "choices": {"text": ["a", "b"]}}
+
+
+@pytest.mark.parametrize(
+    ("records", "says"),
+    [
+        ([], "no record"),
+        ([GOOD, {"question": "q", "support": "s"}], "line 2: no field choices"),
+        ([GOOD, GOOD | {"question": None}], "line 2: question is null; it must be text"),
+        ([GOOD, GOOD | {"question": 5}], "line 2: question is a number; it must be text"),
+        ([GOOD | {"question": ""}], "line 1: question is empty"),
+        ([GOOD, GOOD | {"choices": {"text": ["a", ""]}}], "line 2: choices.text is empty"),
+        ([GOOD, ["a"]], "line 2: no JSON object"),
+        ([GOOD, GOOD | {"support": ""}], None),
+    ],
+)
+def test_a_bad_record_is_named(records, says, tmp_path):
+    file = tmp_path / "sciq.jsonl"
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    if says is None:
+        return tasks.check_records(file)
+    with pytest.raises(UserError, match=re.escape(says)):
+        tasks.check_records(file)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """What people see of a sweep that runs."""
 
 import json
+import threading
+import time
 
 import fake_trainer
 import pytest
-from rich.console import Console
 
-from prime_jax.cli import main
+from prime_jax.cli import main, runs
 from prime_jax.hardware.prices import Prices
+from prime_jax.runtime import storage
 from prime_jax.sweep import grid, plan, state, status
 
 PRICES = Prices("2026-11-01", "USD", {"v5e": 2.0})
@@ -50,9 +52,7 @@ def test_totals_count_work_time_and_money(root):
 
 def test_the_table_shows_what_runs_and_what_is_in_trouble(root):
     runs = state.list_runs(root)
-    console = Console(width=160, record=True)
-    console.print(status.table(runs))
-    text = console.export_text()
+    text = str(status.table(runs))
     done, half, failed, pending = (run.id for run in runs)
     assert half in text
     assert failed in text
@@ -62,7 +62,21 @@ def test_the_table_shows_what_runs_and_what_is_in_trouble(root):
         assert part in text
 
 
-def test_watching_ends_with_the_sweep_and_shows_failures_at_once(root):
+def test_a_run_without_heartbeats_is_not_called_running(root, monkeypatch, capsys):
+    half = next(run for run in state.list_runs(root) if run.state == "running")
+    monkeypatch.setattr(state, "process_alive", lambda claim: None)  # it is on another machine
+    state.heartbeat(root, half.id, 1, {"step": 5, "tokens_per_second": 9.0, "time": 1.0})
+    assert main(["sweep", "status", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "1 silent" in out
+    assert "silent (no heartbeat for" in out
+    assert "ETA" not in out
+    state.heartbeat(root, half.id, 1, {"step": 5, "tokens_per_second": 9.0, "time": time.time()})
+    assert main(["sweep", "status", str(root)]) == 0
+    assert "1 running" in capsys.readouterr().out
+
+
+def test_watching_ends_with_the_sweep_and_shows_failures_at_once(root, capsys):
     for run in state.list_runs(root):
         if run.state in ("running", "pending"):
             state.kill(root, run)
@@ -70,9 +84,8 @@ def test_watching_ends_with_the_sweep_and_shows_failures_at_once(root):
     for k in (2, 3):
         state.claim(root, run.id, k)
         state.end(root, run.id, k, "failed", "boom", tail="Traceback\nValueError: boom")
-    console = Console(width=160, record=True)
-    status.watch(root, console)
-    assert "ValueError: boom" in console.export_text()
+    assert main(["sweep", "status", str(root), "--watch"]) == 0
+    assert "ValueError: boom" in capsys.readouterr().out
 
 
 def test_status_as_json_and_with_prices(root, tmp_path, capsys):
@@ -91,7 +104,7 @@ def test_a_report_is_asked_for_as_live(root, monkeypatch, capsys):
     from prime_jax.cli import fit as commands
 
     asked = []
-    monkeypatch.setattr(commands, "run", lambda args: asked.append(args.note) or 0)
+    monkeypatch.setattr(commands, "_fit", lambda args, note: asked.append(note) or 0)
     assert main(["sweep", "report", str(root)]) == 2
     assert "1 of 4 runs" in capsys.readouterr().err
     assert main(["sweep", "report", str(root), "--live"]) == 0
@@ -132,3 +145,15 @@ def test_a_live_report_says_of_how_many_runs(tmp_path):
     )
     assert code in (0, 3)
     assert f"live: {len(ids) - 1} of {len(ids)} runs" in (out / "report.html").read_text()
+
+
+def test_a_store_that_does_not_answer_is_waited_for_with_words_and_a_bound(capsys):
+    held = threading.Event()
+    with pytest.raises(storage.Unreachable, match="gs://b: no answer for 0 s"):
+        runs.answered("gs://b", held.wait, patience=0.1, silent=0.05)
+    held.set()
+    assert "waiting for gs://b, at most 0 s" in capsys.readouterr().err
+    assert runs.answered("gs://b", lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        runs.answered("gs://b", lambda: 1 / 0)
+    assert capsys.readouterr().err == ""

@@ -1,8 +1,11 @@
 """No command replaces what it reads."""
 
+import contextlib
 import os
 import shutil
+import stat
 
+import fake_trainer
 import pytest
 from scaling_cases import csv_rows, surface, write_csv
 
@@ -127,3 +130,81 @@ def test_evaluation_and_samples_spare_the_run_and_the_texts(tiny_run, tmp_path, 
         assert "would be replaced" in capsys.readouterr().err
     assert text.read_text() == "1 2 3 "
     assert (tiny_run / "result.json").read_bytes() == before
+
+
+def test_a_folder_keeps_what_is_not_ours(tmp_path):
+    place = tmp_path / "fit"
+    with outputs.folder(place, ["a", "b"]):
+        (place / "a").write_text("1")
+    outputs.check_folder(place, ["a", "b", "c"])  # the same again needs no flag
+    (place / "c").write_text("mine")
+    with pytest.raises(UserError, match=r"c was not made by prime-jax.*--force"):
+        outputs.check_folder(place, ["c"])
+    (place / "a").write_text("2")
+    with pytest.raises(UserError, match="a was changed since"):
+        outputs.check_folder(place, ["a"])
+    outputs.check_folder(place, ["a", "c"], force=True)
+    with contextlib.ExitStack() as interrupted:
+        interrupted.enter_context(contextlib.suppress(KeyboardInterrupt))
+        interrupted.enter_context(outputs.folder(place, ["a"], force=True))
+        (place / "a").write_text("half")
+        raise KeyboardInterrupt
+    with outputs.folder(place, ["a"]):  # what was interrupted is made again
+        (place / "a").write_text("3")
+    outputs.check_folder(place, ["a"])
+
+
+def test_a_named_file_is_followed_and_written_into(tmp_path, capsys):
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    outputs.write(tmp_path / "link.csv", "new")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    outputs.write(tmp_path / "pipe", "through")
+    assert os.read(reading, 99) == b"through"
+    os.close(reading)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    outputs.write(storage.path("/dev/null"), "x")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    outputs.write(storage.path("-"), "to stdout")
+    assert capsys.readouterr().out == "to stdout"
+
+
+@pytest.mark.parametrize("name", ["missing/x.csv", "folder", "read-only"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "read-only").write_text("keep")
+    (tmp_path / "read-only").chmod(0o444)
+    with pytest.raises(UserError, match="cannot write"):
+        outputs.check_file(tmp_path / name)
+    with pytest.raises(UserError, match="cannot write"):
+        outputs.write(tmp_path / name, "x")
+    assert (tmp_path / "read-only").read_text() == "keep"
+
+
+def test_a_fit_replaces_its_own_files_only(runs, capsys):
+    words = ["fit", "points.csv", "--bootstrap", "100", "--out", "mine"]
+    (runs.parent / "mine").mkdir()
+    (runs.parent / "mine" / "isoflop.svg").write_text("a drawing of the user")
+    assert main(words) == 2
+    assert "isoflop.svg was not made by prime-jax" in capsys.readouterr().err
+    assert [path.name for path in (runs.parent / "mine").iterdir()] == ["isoflop.svg"]
+    words[:1] = ["scaling", "validate"]
+    (runs.parent / "mine" / "validate.json").write_text("a record of the user")
+    assert main(words) == 2
+    assert main([*words, "--force"]) == 0
+    assert main(words) == 0
+    (runs.parent / "mine" / "validate.json").write_text("{}")
+    assert main(words) == 2
+    assert "validate.json was changed since" in capsys.readouterr().err
+
+
+def test_a_table_goes_to_stdout_alone(tmp_path, capsys):
+    fake_trainer.planned(tmp_path / "sweep")
+    assert main(["sweep", "collect", str(tmp_path / "sweep"), "-o", "-"]) == 0
+    streams = capsys.readouterr()
+    assert streams.out.startswith("run,family,seed")
+    assert len(streams.out.splitlines()) == 9
+    assert "0 runs with a result" in streams.err

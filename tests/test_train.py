@@ -33,6 +33,7 @@ from prime_jax.hardware import chips, roofline
 from prime_jax.runtime import checkpoint, meshes
 from prime_jax.runtime.records import read_json
 from prime_jax.settings import set_path
+from prime_jax.step import Compiled
 from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
 
 SILENT = lambda _: None  # noqa: E731
@@ -134,6 +135,20 @@ def test_a_signal_saves_and_the_same_directory_continues(whole, tiny, tmp_path):
     assert values(train(tiny, tmp_path, log=SILENT)) == values(whole[0])
     assert losses(tmp_path) == losses(whole[1])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_program_is_traced_ends_at_once(quick, tmp_path, monkeypatch, number):
+    def traced(*_):
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(Compiled, "__call__", traced)
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match="nothing new to save"):
+        train(quick, tmp_path, log=SILENT)
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+    assert signal.getsignal(number) == before
 
 
 def test_a_finished_run_is_not_repeated(whole, tiny):

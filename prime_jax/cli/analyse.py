@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prime_jax.cli import runs
-from prime_jax.cli.console import Progress, Table, say, show
+from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
+from prime_jax.runtime import outputs
 from prime_jax.settings import REQUIRED, setting
+from prime_jax.table import Table
 
 if TYPE_CHECKING:
     from prime_jax.analyse.subjects import Subject
@@ -32,6 +34,9 @@ class OfRuns(Arguments):
 
     runs: tuple[str, ...] = setting(REQUIRED, RUN, positional=True, metavar="RUN")
     out: Path | None = setting(None, "default: RUN/analysis of the first run", metavar="DIR")
+    force: bool = setting(
+        False, "replace files there that prime-jax did not make, or that were changed since"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Bits(OnText):
 def spectra(args: Spectra) -> None:
     from prime_jax.analyse import figures, spectra
 
-    found, out = _open(args)
+    found, out = _open(args, "spectra")
     with _progress(0) as tick:
         rows, values = spectra.measure(found, tick)
     names = [subject.name for subject in found]
@@ -101,17 +106,16 @@ def spectra(args: Spectra) -> None:
         "interval": spectra.LEVEL,
         "singular_values": {name: values[name].tolist() for name in values},
     }
-    _write(out, name="spectra", found=found, rows=rows, about=about, drawn=drawn)
+    _write(args, out, name="spectra", found=found, rows=rows, about=about, drawn=drawn)
     medians = ["stable_rank", "effective_rank", "tail_exponent"]
     _show(rows, ["run", "matrix"], medians, "medians over layers")
 
 
 def attention(args: Attention) -> None:
-    import numpy as np
 
     from prime_jax.analyse import attention, figures
 
-    found, out = _open(args)
+    found, out = _open(args, "attention")
     rows, maps, abouts = [], {}, []
     with _progress(len(found) * len(args.ratios) * args.examples) as tick:
         for subject in found:
@@ -127,15 +131,14 @@ def attention(args: Attention) -> None:
             shown = maps[f"{subject.name}/{ratio:g}"]
             drawn[f"attention-maps-{k}"] = figures.maps(subject.name, ratio, shown, length)
     about = {"method": attention.__doc__, "band": attention.BAND, "measured": abouts}
-    _write(out, name="attention", found=found, rows=rows, about=about, drawn=drawn)
-    np.savez(out / "attention.npz", **maps)
+    _write(args, out, name="attention", found=found, rows=rows, about=about, drawn=drawn, maps=maps)
     _show(rows, ["run", "hidden"], list(attention.STATISTICS), "medians over layers and heads")
 
 
 def noise(args: Noise) -> None:
     from prime_jax.analyse import figures, noise, subjects
 
-    found, out = _open(args)
+    found, out = _open(args, "noise")
     subjects.diffusion_only(found, "analyse noise")
     rows, abouts = [], []
     sizes = (args.levels, args.examples, args.replicates)
@@ -146,6 +149,7 @@ def noise(args: Noise) -> None:
     with figures.styled():
         drawn = {"noise": figures.noise(rows, [subject.name for subject in found])}
     _write(
+        args,
         out,
         name="noise",
         found=found,
@@ -159,7 +163,7 @@ def noise(args: Noise) -> None:
 def bits(args: Bits) -> None:
     from prime_jax.analyse import bits, figures, subjects
 
-    found, out = _open(args)
+    found, out = _open(args, "bits")
     subjects.diffusion_only(found, "analyse bits")
     rows, abouts = [], []
     calls = [
@@ -173,6 +177,7 @@ def bits(args: Bits) -> None:
     with figures.styled():
         drawn = {"bits": figures.bits(rows, [subject.name for subject in found])}
     _write(
+        args,
         out,
         name="bits",
         found=found,
@@ -184,14 +189,14 @@ def bits(args: Bits) -> None:
     _show_losses(abouts)
 
 
-def _open(args: OfRuns) -> "tuple[list[Subject], Path]":
+def _open(args: OfRuns, name: str) -> "tuple[list[Subject], Path]":
     from prime_jax.analyse import subjects
 
     if not args.runs:
         raise UserError(f"RUN is missing: {RUN}")
     found = subjects.load([runs.attempts(name) for name in args.runs], getattr(args, "data", None))
     out = args.out or found[0].run.path / "analysis"
-    out.mkdir(parents=True, exist_ok=True)
+    outputs.check_folder(out, [f"{name}.json", f"{name}.csv"], force=args.force)
     return found, out
 
 
@@ -209,24 +214,33 @@ def _progress(total: int) -> Iterator[Callable[..., None]]:
 
 
 def _write(
+    args: OfRuns,
     out: Path,
     name: str,
     found: "list[Subject]",
     rows: list[dict[str, Any]],
     about: dict[str, Any],
     drawn: dict[str, Any],
+    maps: dict[str, Any] | None = None,
 ) -> None:
-    """NAME.csv, figures, and last NAME.json."""
+    """NAME.csv, figures, arrays where there are some, and last NAME.json."""
+    import numpy as np
+
     from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import drawing
 
-    with (out / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    paths = drawing.save(drawn, out)
-    record = {"schema": SCHEMA, "analysis": name, "runs": [subject.about() for subject in found]}
-    write_json_atomic(out / f"{name}.json", record | about | {"rows": rows})
+    files = [f"{name}.{suffix}" for suffix in ("json", "csv", *(["npz"] if maps else []))]
+    files += [f"{figure}.{suffix}" for figure in drawn for suffix in drawing.FORMATS]
+    with outputs.folder(out, files, force=args.force):
+        with (out / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        paths = drawing.save(drawn, out)
+        if maps:
+            np.savez(out / f"{name}.npz", **maps)
+        record = {"schema": SCHEMA, "analysis": name, "runs": [s.about() for s in found]}
+        write_json_atomic(out / f"{name}.json", record | about | {"rows": rows})
     for (_, suffix), path in paths.items():
         if suffix == "png":
             say(f"figure  {path}")

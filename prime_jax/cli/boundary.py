@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from prime_jax.errors import UserError
 
-INTERRUPTED = 130
+INTERRUPTED, SAVED = 130, 85
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SWALLOWED_SECONDS = 1.5  # after which a Ctrl-C that had no effect is given again
 STUCK_SECONDS = 1.5  # a compilation is left that long after Ctrl-C

@@ -8,11 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rich.text import Text
-
 from prime_jax import __version__
-from prime_jax.cli.console import Table, show
+from prime_jax.cli.console import show
 from prime_jax.cli.parse import Arguments
+from prime_jax.table import Cell, Table
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tyro")
 OPTIONAL = {  # package -> (what it is for, how to get it)
@@ -32,19 +31,18 @@ ACCELERATORS = {  # plug-in -> extra
 }
 
 
-Row = tuple[str, str | Text, str]  # what, what was found, a note
+Row = tuple[str, str | Cell, str]  # what, what was found, a note
 
 
 @dataclass(frozen=True)
 class Doctor(Arguments):
     """What this machine has, what is missing and how to get it: versions, devices, memory,
-    compilers and optional packages. Exit code 1 if a required package is missing."""
+    compilers and optional packages. Exit code 1 if a device or a required package is missing."""
 
     EXAMPLES = ("prime-jax doctor",)
 
 
 def doctor(_: Doctor) -> int:
-    missing = [package for package in REQUIRED if not version(package)]
     parts: list[tuple[str, Callable[[], Iterator[Row]]]] = [
         ("machine", _machine),
         ("package", _packages),
@@ -58,9 +56,9 @@ def doctor(_: Doctor) -> int:
             rows += part()
         except Exception as error:  # whatever is wrong with this machine is what was asked for
             text = f"{type(error).__name__}: {error}".splitlines()[0]
-            rows.append((what, Text("unknown", "red"), text))
+            rows.append((what, Cell("unknown", style="bad"), text))
     show(Table(("what", "found", "note"), rows, title=f"prime-jax {__version__}"))
-    return 1 if missing else 0
+    return 1 if any(str(found) == "missing" for _, found, _ in rows) else 0
 
 
 def version(package: str) -> str | None:
@@ -79,7 +77,7 @@ def _machine() -> Iterator[Row]:
 def _packages() -> Iterator[Row]:
     for package in REQUIRED:
         found = version(package)
-        yield package, found or Text("missing", "red"), "" if found else "make install"
+        yield package, found or Cell("missing", style="bad"), "" if found else "make install"
 
 
 def _devices() -> Iterator[Row]:
@@ -89,7 +87,15 @@ def _devices() -> Iterator[Row]:
     from prime_jax.hardware.chips import peak_flops
 
     kinds: dict[str, list] = {}
-    for device in jax.devices():
+    try:
+        found = jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        text = " ".join(str(error).split()) or "JAX has no plug-in for it"
+        why = f"JAX_PLATFORMS={asked}: {text}" if asked else text
+        yield "device", Cell("missing", style="bad"), f"{why}; {'; '.join(ACCELERATORS.values())}"
+        return
+    for device in found:
         kinds.setdefault(device.device_kind, []).append(device)
     for kind, devices in kinds.items():
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prime_jax.cli.console import Progress, Table, say, show
+from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 from prime_jax.settings import REQUIRED, setting
+from prime_jax.table import Table
 
 Tick = Callable[[str, int, int], None]
 
@@ -102,6 +103,7 @@ def evaluate(args: Eval) -> int:
         tasks.check(args.tasks, args.include_path, args.task_data)  # before anything is loaded
     if args.out:
         outputs.refuse_overwrite(_inputs(args), [args.out])
+        outputs.check_file(args.out)
     found = runs.load(args.run, say)
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from prime_jax.errors import UserError
 from prime_jax.launch import k8s, slurm, tpu
 from prime_jax.launch import sky as skypilot
 from prime_jax.launch.engine import REPO, Dialogue, Sweep, sweep_at
-from prime_jax.runtime import storage
+from prime_jax.runtime import outputs, storage
 from prime_jax.settings import REQUIRED, Flags, nearest, setting
 
 ENGINES = {"slurm": slurm, "tpu": tpu, "k8s": k8s, "sky": skypilot}
@@ -111,6 +111,9 @@ class Render(_Start):
     EXAMPLES = ("prime-jax sweep render gs://BUCKET/c4 --on k8s --slice v5e-16 --image IMAGE",)
 
     out: Path | None = setting(None, "write the files there", alias="-o", metavar="DIR")
+    force: bool = setting(
+        False, "replace files there that prime-jax did not make, or that were changed since"
+    )
 
 
 def render(args: Render) -> None:
@@ -122,8 +125,8 @@ def render(args: Render) -> None:
         if args.out is None:
             write(f"# ---- {name}\n{text}" if len(files) > 1 else text)
             continue
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / name).write_text(text)
+        with outputs.folder(args.out, [name], force=args.force):
+            (args.out / name).write_text(text)
         say(str(args.out / name))
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prime_jax.cli.console import console, say
+from prime_jax.cli.console import Progress, console, say
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
+from prime_jax.runtime import outputs
 from prime_jax.sample.options import Options, validate
 from prime_jax.settings import REQUIRED, setting
 
@@ -34,7 +35,7 @@ class Drawing(Arguments):
     run: str = setting(REQUIRED, RUN, positional=True)
     num: int = setting(1, "samples", at_least=1)
     out: Path | None = setting(
-        None, 'write {"tokens": .., "text": ..} per line', alias="-o", metavar="FILE"
+        None, 'write {"tokens": .., "text": ..} per line; - is stdout', alias="-o", metavar="FILE"
     )
     grid: Literal["uniform", "cosine", "measured"] = setting(
         "uniform",
@@ -109,10 +110,10 @@ def infill(args: Infill) -> int:
 def _spare(args: Drawing) -> None:
     """Raises: UserError: the samples would replace a file of the run."""
     from prime_jax.cli import runs
-    from prime_jax.runtime import outputs
 
     if args.out:
         outputs.refuse_overwrite(outputs.of_run(runs.attempts(args.run)), [args.out])
+        outputs.check_file(args.out)
 
 
 def _options(args: Drawing, run: Any, sampler: Any, **changes: Any) -> Options:
@@ -145,7 +146,8 @@ def _measured(args: Drawing, run: Any, sampler: Any) -> tuple[float, ...]:
     if args.options.steps > grids.MAX_STEPS:
         raise UserError(f"--grid measured: --steps must be at most {grids.MAX_STEPS}")
     out = console(stderr=True)
-    with out.status("measuring the loss of steps"):
+    with Progress(out, transient=True) as progress:
+        progress.doing("measuring the loss of steps")
         blocks = loader.eval_blocks(run.data, "valid", 2 * grids.EXAMPLES).tokens
         # What is told comes from blocks that the search did not see: it favours lucky noise.
         rates, check = (
@@ -182,7 +184,7 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     hidden = (canvas == run.codebook.base).any(axis=1)
     try:
         for samples in _batches(
-            args, run=run, sampler=sampler, canvas=canvas, options=options, console=out
+            args, run=run, sampler=sampler, canvas=canvas, options=options, screen=out
         ):
             done.append(samples)
     except KeyboardInterrupt:
@@ -201,30 +203,27 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     if any(idle) and not options.remasking:
         spent += f" ({sum(idle) / len(idle):.1%} of the steps were idle and skipped)"
     _tell(drawn, f"{spent}, {time.monotonic() - began:.1f} s with compiling")
-    if args.out:
+    if args.out and not outputs.is_stdout(args.out):
         say(f"samples: {args.out}")
     return 0
 
 
-def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: Any) -> Any:
+def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, screen: Any) -> Any:
     """The samples, batch by batch; each is written before the next is drawn."""
     import contextlib
     import json
 
-    from prime_jax.cli import console as shown
-    from prime_jax.cli.watch import Watcher
+    from prime_jax.cli.watch import watcher
 
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(_open(args.out)) if args.out else None
+        out = stack.enter_context(outputs.stream(args.out)) if args.out else None
         watch = None
         if args.watch:
-            watch = stack.enter_context(Watcher(run.codebook, run.tokenizer, canvas, console))
+            watch = stack.enter_context(watcher(run.codebook, run.tokenizer, canvas, screen))
         starts = range(0, args.num, options.batch_size)
         progress = None
         if len(starts) > 1:
-            progress = stack.enter_context(
-                shown.Progress(shown.console(stderr=True), transient=True)
-            )
+            progress = stack.enter_context(Progress(console(stderr=True), transient=True))
         for start in starts:
             count = min(options.batch_size, args.num - start)
             samples = sampler.sample([canvas] * count, options, watch, first=start)
@@ -236,13 +235,6 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: A
             if progress:
                 progress.tick("sampling", args.num, count)
             yield samples
-
-
-def _open(path: Path) -> Any:
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _tell(drawn: list, spent: str) -> None:

@@ -2,20 +2,20 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.text import Text
-
-from prime_jax.cli.console import Table, console, say, show, write
+from prime_jax.cli import runs
+from prime_jax.cli.console import Progress, console, say, show, write
 from prime_jax.cli.launch import ROOT
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.train import LookAhead
 from prime_jax.errors import UserError
-from prime_jax.runtime import storage
+from prime_jax.runtime import outputs, storage
 from prime_jax.settings import REQUIRED, setting
+from prime_jax.table import Cell, Table
 
 if TYPE_CHECKING:
     from prime_jax.sweep.grid import Experiment
@@ -135,7 +135,7 @@ def plan_table(
     return Table((*head, *hours, "verdict"), rows, (summary,), title=experiment.name)
 
 
-def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[str | Text]:
+def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[str | Cell]:
     from prime_jax import flops
     from prime_jax.sweep.plan import PARAMS, human
 
@@ -149,7 +149,7 @@ def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[st
         if flops_per_second:
             hours = flops.train_flops(config, "matmul") / flops_per_second / 3600
             rest.append(f"{hours:.2g}")
-    drop = Text(f"DROP: {candidate.drop}", "red")
+    drop = Cell(f"DROP: {candidate.drop}", style="bad")
     verdict = drop if candidate.drop else f"OK {candidate.note}"
     head = [candidate.id, row.family, str(row.seed), shape]
     return [*head, n, d, f"{row.budget:.3g}", *rest, verdict]
@@ -173,15 +173,16 @@ class Run(OfSweep):
 def run(args: Run) -> int:
     if args.workers == 1:
         return work(Work(args.root))
+    from prime_jax.cli.workers import WorkerBars
     from prime_jax.data import manifest
     from prime_jax.sweep import state
     from prime_jax.sweep.pool import supervise
     from prime_jax.sweep.worker import with_data
 
-    root = args.place
-    state.check_root(root)
+    root, _ = runs.sweep(args.root)
     with_data(state.open_runs(root), manifest.of_run)
-    return supervise(root, args.workers)
+    with Progress() as progress:
+        return supervise(root, args.workers, progress=WorkerBars(progress))
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,19 @@ class Work(OfSweep):
 
 
 def work(args: Work) -> int:
+    from prime_jax.cli.workers import WorkerBars
     from prime_jax.hardware import slices
     from prime_jax.sweep import worker
 
     slice_ = slices.parse(args.slice).name if args.slice else ""
-    return worker.work(args.place, slice=slice_, minutes=args.time_limit, tune=args.tune)
+    with Progress() as progress:
+        return worker.work(
+            args.place,
+            slice=slice_,
+            minutes=args.time_limit,
+            tune=args.tune,
+            progress=WorkerBars(progress),
+        )
 
 
 # --- status, logs, collect
@@ -240,21 +249,21 @@ class Status(OfSweep):
 
 
 def status(args: Status) -> None:
+    from prime_jax.cli import workers
     from prime_jax.hardware.prices import load_prices
-    from prime_jax.sweep import state, status
+    from prime_jax.sweep import status
 
-    state.check_root(args.place)
+    root, listed = runs.sweep(args.root)
     prices = load_prices(args.prices) if args.prices else None
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            status.watch(args.place, console(), prices)
+            workers.watch(root, prices)
         return
-    runs = state.list_runs(args.place)
     if args.json:
-        write(json.dumps(status.as_dicts(runs), indent=2))
+        write(json.dumps(status.as_dicts(listed), indent=2))
         return
-    say(status.summary(runs, prices))
-    for run in runs:
+    say(status.summary(listed, prices))
+    for run in listed:
         say(status.line(run))
         if run.state == "failed":
             say(status.failure(run), style="red")
@@ -272,9 +281,8 @@ class Logs(OfSweep):
 def logs(args: Logs) -> None:
     from prime_jax.sweep import state
 
-    root = args.place
-    state.check_root(root)
-    (run,) = state.select(state.list_runs(root), [args.id])
+    root, listed = runs.sweep(args.root)
+    (run,) = state.select(listed, [args.id])
     for attempt in run.attempts:
         folder = root / "runs" / run.id / str(attempt.k)
         how = f": {attempt.end['state']}, {attempt.end['reason']}" if attempt.end else ""
@@ -291,14 +299,18 @@ class Collect(OfSweep):
 
     EXAMPLES = ("prime-jax sweep collect quickstart -o quickstart/runs.csv",)
 
-    out: str = setting("runs.csv", "a file, also gs://... or s3://...", alias="-o", metavar="FILE")
+    out: str = setting(
+        "runs.csv", "a file, also gs://... or s3://...; - is stdout", alias="-o", metavar="FILE"
+    )
 
 
 def collect(args: Collect) -> None:
     from prime_jax.sweep import collect as collecting
 
     finished = collecting.write(args.place, storage.path(args.out))
-    say(f"{args.out}: {finished} runs with a result; next: prime-jax fit {args.out}")
+    to_stdout = args.out == outputs.STDOUT
+    then = "" if to_stdout else f"; next: prime-jax fit {args.out}"
+    say(f"{args.out}: {finished} runs with a result{then}", console(stderr=to_stdout))
 
 
 # --- by hand
@@ -322,10 +334,12 @@ def retry(args: Retry) -> None:
 
     if bool(args.ids) == args.all_failed:
         raise UserError("retry: give ids of runs, or --all-failed")
-    state.check_root(args.place)
+    place, listed = runs.sweep(args.root)
     if args.all_failed:
-        say(f"retry: {len(state.retry_failed(args.place))} failed runs are open again")
-    _each(args, "retry", state.retry)
+        say(f"retry: {len(state.retry_failed(place))} failed runs are open again")
+    for run in state.select(listed, args.ids):
+        state.retry(place, run)
+        say(f"retry {run.id}")
 
 
 @dataclass(frozen=True)
@@ -345,13 +359,7 @@ def kill(args: Kill) -> None:
 
     if not args.ids:
         raise UserError("kill: give ids of runs")
-    state.check_root(args.place)
-    _each(args, "kill", state.kill)
-
-
-def _each(args: Retry | Kill, name: str, action: Callable[[storage.Path, Any], object]) -> None:
-    from prime_jax.sweep import state
-
-    for run in state.select(state.list_runs(args.place), args.ids):
-        action(args.place, run)
-        say(f"{name} {run.id}")
+    place, listed = runs.sweep(args.root)
+    for run in state.select(listed, args.ids):
+        state.kill(place, run)
+        say(f"kill {run.id}")

@@ -7,6 +7,7 @@ where their data can be downloaded.
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ LIKELIHOOD = {
     "mc_num": (32, 128, 512),
     "cfg": (0.0, 0.5, 1.0),
 }
+MAY_BE_EMPTY = ("support", "reason")  # fields that the published records leave empty
 GENERATION = {"gen_length": (64, 256), "steps": (32, 128), "block_length": (8, 32, 128)}
 
 
@@ -64,6 +66,51 @@ def check(names: str, include: Path | None, data: Path | None) -> None:
                 raise UserError(f"--tasks {name}: no such offline task{nearest(name, available())}")
             if not (data / f"{name}.jsonl").exists():
                 raise UserError(f"--tasks {name}: {data / f'{name}.jsonl'} does not exist")
+            check_records(data / f"{name}.jsonl")
+
+
+def check_records(file: Path) -> None:
+    """Hold every record of a local task against the first one: its fields and their types.
+
+    Raises:
+        UserError: the file, the line and the field; or there is no record.
+    """
+    first: dict[str, Any] | None = None
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{file} line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: no JSON object") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: no JSON object")
+        first = record if first is None else first
+        _check_like(first, record, where)
+    if first is None:
+        raise UserError(f"{file}: no record")
+
+
+def _check_like(first: Any, found: Any, where: str, field: str = "") -> None:
+    """Raises UserError where `found` is not of the form of `first`, or is an empty text."""
+    words = {str: "text", bool: "true or false", int: "a number", float: "a number"}
+    words |= {list: "a list", dict: "an object", type(None): "null"}
+    kind, needed = words[type(found)], words[type(first)]
+    if found is None or kind != needed:
+        right = "something" if first is None else needed
+        raise UserError(f"{where}: {field} is {kind}; it must be {right}")
+    if found == "" and field not in MAY_BE_EMPTY:
+        raise UserError(f"{where}: {field} is empty")
+    if isinstance(found, dict):
+        for name, value in first.items():
+            inner = f"{field}.{name}" if field else name
+            if name not in found:
+                raise UserError(f"{where}: no field {inner}")
+            _check_like(value, found[name], where, inner)
+    elif isinstance(found, list):
+        for part in found:
+            _check_like(first[0] if first else part, part, where, field)
 
 
 def available() -> list[str]:

@@ -249,16 +249,25 @@ def stop_requested() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A signal arrived while nothing would be lost."""
+
+
 class PreemptionGuard:
     """Handles SIGTERM and SIGINT so that all processes stop at the same step.
 
     The first signal is recorded, a second one ends the process. With several processes JAX's own
     SIGTERM handler notifies the others, and `should_stop` becomes True on all of them at the same
     call; from then on another SIGTERM ends the process.
+
+    Attributes:
+        at_once: nothing would be lost now: a process that is alone does not wait until somebody
+            asks, the first signal raises StoppedAtOnce where it arrives.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.at_once = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "PreemptionGuard":
@@ -286,6 +295,8 @@ class PreemptionGuard:
             self.stop_all()
         elif callable(outer := self._previous[number]) and outer is not signal.default_int_handler:
             outer(number, frame)  # the worker's own handler: it must stop as well
+        if self.alone and self.at_once:
+            raise StoppedAtOnce
 
     def stop_all(self) -> None:
         """Make every process stop, as if this one had been preempted."""

@@ -38,6 +38,7 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "text.parse_math": False,  # `$` in a name of a family or a file is itself
     "svg.hashsalt": "prime_jax",  # the same data give the same file
 }
 BUDGET_COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.78, 256)))
@@ -71,7 +72,7 @@ def count_axis(panel: Axes, which: str) -> None:
     low, high = panel.get_xlim() if which == "x" else panel.get_ylim()
     wide = high / low > 30
     axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if wide else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: labels.count(v)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: labels.tick(v)))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -346,7 +346,7 @@ def exponent_intervals(fit: ScalingFit) -> Figure:
     panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
     panel.set_xlabel(
-        f"exponent a of N* ∝ C$^a$ (N {labels.convention(fit.data.columns.params_convention)}, "
+        f"exponent a of N* ∝ Cᵃ (N {labels.convention(fit.data.columns.params_convention)}, "
         f"FLOPs {labels.convention(fit.data.columns.flops_convention)}), "
         f"{fit.settings.level:.0%} intervals"
     )

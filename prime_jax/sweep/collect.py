@@ -4,7 +4,7 @@ import csv
 import io
 from typing import Any
 
-from prime_jax.runtime import outputs, storage
+from prime_jax.runtime import outputs
 from prime_jax.runtime.records import best_valid
 from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
@@ -69,12 +69,13 @@ def write(root: Path, out: Path) -> int:
         UserError: as `rows`, or `out` cannot be written, or is part of the sweep.
     """
     outputs.refuse_overwrite(outputs.of_sweep(root), [out])
+    outputs.check_file(out)
     found = rows(root)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, found[0] if found else COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
-    storage.write(out, text.getvalue().encode())
+    outputs.write(out, text.getvalue())
     return sum(row["status"] in ("done", "diverged") for row in found)
 
 

@@ -16,12 +16,10 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
-
-from rich.console import Console
 
 from prime_jax.config import RunConfig
 from prime_jax.errors import NoData, UserError
@@ -32,7 +30,7 @@ from prime_jax.runtime.storage import Path
 from prime_jax.settings import from_dict
 from prime_jax.sweep import state, status
 from prime_jax.sweep.state import Run
-from prime_jax.sweep.status import WorkerProgress
+from prime_jax.sweep.status import SILENT, WorkerProgress
 
 DONE, FAILED, PREEMPTED = 0, 1, 85  # exit codes, the same on every engine
 POLL, POLL_REMOTE = 1.0, 15.0  # seconds between listings while no run can be taken
@@ -104,6 +102,7 @@ class Heartbeat(threading.Thread):
             with contextlib.suppress(UserError):  # a store hiccup never stops training
                 quiet = round(time.monotonic() - self._updated, 1)
                 own = {"count": count, "quiet": quiet, "seconds": round(self.machine_seconds(), 1)}
+                own["time"] = round(time.time(), 1)
                 state.heartbeat(self.root, self.run_id, self.k, {**self._latest, **own})
                 if state.superseded(self.root, self.run_id, self.k):
                     self.fenced.set()
@@ -118,6 +117,7 @@ class Worker:
         group: processes that train together, None for one.
         stopping: set when this worker must stop.
         out_of_time: whether to save and stop now, given the seconds that a save takes.
+        spent: seconds of every attempt by phase, also of those that were interrupted.
     """
 
     root: Path
@@ -127,6 +127,7 @@ class Worker:
     stopping: threading.Event
     out_of_time: Callable[[float], bool]
     heartbeat_seconds: float
+    spent: list[Mapping[str, float]] = field(default_factory=list)
 
     @property
     def is_leader(self) -> bool:
@@ -182,6 +183,7 @@ class _Attempt:
                     config, self.folder, earlier=earlier, heartbeat=self.on_heartbeat, log=self.log
                 )
         except (trainer.Preempted, trainer.Stopped, KeyboardInterrupt) as error:
+            worker.spent.append(getattr(error, "seconds", {}))
             if fenced.is_set():
                 self.log("stopped: another attempt has started, or the run was killed", "yellow")
                 if worker.group:  # JAX can stop its processes together only once
@@ -208,6 +210,7 @@ class _Attempt:
             self.ended("failed", f"{type(error).__name__}: {error}", tail)
             self.resynchronise()
         else:
+            worker.spent.append(result["seconds"])
             return self.publish(result) if worker.is_leader else result
         return None
 
@@ -270,7 +273,7 @@ def work(
     minutes: float | None = None,
     tune: bool = False,
     trainer: Trainer | None = None,
-    console: Console | None = None,
+    progress: WorkerProgress = SILENT,
     heartbeat_seconds: float = 30.0,
     timeout: float = 300.0,
     backoff: float = state.BACKOFF,
@@ -283,7 +286,7 @@ def work(
         minutes: time limit of this machine, from now.
         tune: measure the kernels first if the sweep has no table for this kind of chip.
         trainer: `prime_jax.train` by default; tests replace it.
-        console: for progress.
+        progress: told what the worker does.
         heartbeat_seconds: between two heartbeats.
         timeout: seconds after which an attempt with an unchanged heartbeat is lost.
         backoff: seconds before a failed run is retried.
@@ -296,11 +299,11 @@ def work(
         UserError: `root` is not a sweep of this version, has no run for this slice, or cannot be
             written to; or not all processes of the group connected.
     """
-    limit, console = Limit(minutes), console or Console()
+    limit = Limit(minutes)
     state.check_root(root)
-    group = distributed.start(lambda text: console.print(text, highlight=False, soft_wrap=True))
+    group = distributed.start(progress.log)
     is_leader = group is None or group.process == 0
-    with signals(group) as stopping, WorkerProgress.open(console) as progress:
+    with signals(group) as stopping:
         trainer = trainer or JaxTrainer(root)
         if is_leader and isinstance(trainer, JaxTrainer):
             trainer.choose(root, slice if tune else None, progress.log)
@@ -412,12 +415,16 @@ class Leader:
         self.results += [result] if result else []
 
     def log_step_fraction(self) -> None:
-        self.worker.progress.log(step_fraction(self.results, time.monotonic() - self.began))
+        self.worker.progress.log(step_fraction(self.worker.spent, time.monotonic() - self.began))
 
 
-def step_fraction(results: Sequence[dict[str, Any]], life: float) -> str:
-    """The fraction of `life` seconds spent in training steps, without compilation."""
-    train, compile_ = (sum(r["seconds"][what] for r in results) for what in ("train", "compile"))
+def step_fraction(spent: Sequence[Mapping[str, float]], life: float) -> str:
+    """The fraction of `life` seconds spent in training steps, without compilation.
+
+    Args:
+        spent: seconds of attempts by phase.
+    """
+    train, compile_ = (sum(s.get(what, 0.0) for s in spent) for what in ("train", "compile"))
     rest = max(life - compile_, 1e-9)
     without = f"(without {compile_:.0f} s of compilation)"
     return f"training steps: {train / rest:.0%} of {rest:.0f} s {without}"
