@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Optimum
 from prime_jax.scaling.points import Runs
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.table import Columns, Log, Logs, Table, number, text
 
 Array = NDArray[np.float64]

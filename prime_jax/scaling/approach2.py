@@ -20,11 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_ndtr
 
 from prime_jax.scaling import labels, newton
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Compute, Optimum, PowerLaw
 from prime_jax.scaling.points import SPREAD, Points, budget_spread
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 
 Array = NDArray[np.float64]
 Side = Literal["below", "above"]

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, approach3, joint, labels
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.fits import too_few, weighted_fit
 from prime_jax.scaling.intervals import (
     bootstrap_weights,
@@ -34,7 +33,7 @@ from prime_jax.scaling.multiplier import (
 )
 from prime_jax.scaling.points import Points, Runs, assign_budgets, strata
 from prime_jax.scaling.results import Origin, origin
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.settings import Settings
 from prime_jax.settings import nearest
 

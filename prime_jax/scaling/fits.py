@@ -17,7 +17,6 @@ from prime_jax.errors import UserError
 from prime_jax.scaling import approach1, approach2, approach3, labels, noise
 from prime_jax.scaling.approach1 import Approach1, Curves
 from prime_jax.scaling.approach2 import Approach2, Debiased
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.intervals import (
     Ends,
     at_bound,
@@ -32,6 +31,7 @@ from prime_jax.scaling.noise import ErrorBudget, Held
 from prime_jax.scaling.points import Points, Runs, budget_levels, strata
 from prime_jax.scaling.results import Approach3, FamilyFit, ScalingFit, curve_budgets, origin
 from prime_jax.scaling.rollout import Rollout, model_error, rollout
+from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.settings import DEFAULTS, Settings
 from prime_jax.scaling.table import Table
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import labels
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.table import (
     KINDS,
     Choice,

@@ -6,12 +6,12 @@ import numpy as np
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, labels, launchable
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.intervals import known_percentiles, percentiles
 from prime_jax.scaling.launchable import Template
 from prime_jax.scaling.laws import optima, optimum
 from prime_jax.scaling.results import FamilyFit
 from prime_jax.scaling.rollout import ModelError, distance, model_error
+from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.settings import Settings
 
 

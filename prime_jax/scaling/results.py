@@ -17,13 +17,12 @@ from prime_jax.errors import UserError
 from prime_jax.scaling.approach1 import Approach1
 from prime_jax.scaling.approach2 import Approach2
 from prime_jax.scaling.approach3 import Certificate, Fit, Problem
-from prime_jax.scaling.diagnostics import Diagnostic
 from prime_jax.scaling.intervals import Ends, percentiles
 from prime_jax.scaling.laws import Compute, Law, Optimum, optima, optimum
 from prime_jax.scaling.noise import ErrorBudget
 from prime_jax.scaling.points import Excluded, Points, Runs
 from prime_jax.scaling.rollout import ModelError, Rollout, distance
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Table
 
