@@ -42,8 +42,8 @@ Array = NDArray[np.float64]
 BLOCK = 20_000  # runs x replicates per numpy call: arrays of this size stay in the cache
 WEBB = np.sqrt([0.5, 1.0, 1.5]).repeat(2) * np.tile([-1.0, 1.0], 3)  # mean 0, variance 1
 PENALTY = 100.0  # the penalty's curvature over that of the objective along the quantity
-CLOSE = 1e-3  # an end is found when the root of the rise is within this fraction of its limit
-ROUNDS, DOUBLINGS = 25, 10
+CLOSE = 1e-7  # an end is found when the root of the rise is within this fraction of its limit
+ROUNDS, DOUBLINGS = 40, 10
 STEPS = 100  # of Newton's method for one point of a profile
 FAR = 50.0  # an end this far from the fit, a factor of e**50, is none
 SILENT = 1e-6  # residuals of runs without noise
@@ -255,13 +255,14 @@ def _pushed(p: Problem, theta_K: Array, g: _Stack, rise: float) -> tuple[Push, A
 def _search(push: Push, best_P: Array, step_P: Array, far: float = np.inf) -> list[float | None]:
     """The value at which the root reaches 1, from `best` in the direction of `step`.
 
-    Steps double until the root is above 1, and are then divided by interpolation. None where
-    that takes too many or leads further than `far`.
+    Steps double until the root is above 1, and are then divided by the Illinois method: straight
+    lines, and half the height of an end that stays. None where that takes too many or leads
+    further than `far`.
     """
     count = len(best_P)
-    inner, inner_root, step = best_P.copy(), np.zeros(count), step_P.copy()
-    outer, outer_root = np.full(count, np.nan), np.full(count, np.nan)
-    aim, doubled = best_P + step, np.zeros(count, dtype=int)
+    inner, below, step = best_P.copy(), np.full(count, -1.0), step_P.copy()
+    outer, above = np.full(count, np.nan), np.full(count, np.nan)
+    aim, doubled, last = best_P + step, np.zeros(count, dtype=int), np.zeros(count)
     found: list[float | None] = [None] * count
     active = np.arange(count)
     for _ in range(ROUNDS):
@@ -269,19 +270,22 @@ def _search(push: Push, best_P: Array, step_P: Array, far: float = np.inf) -> li
             break
         going = []
         for k, at, root in zip(active, *push(active, aim[active]), strict=True):
-            if abs(root - 1) < CLOSE:
+            off = root - 1
+            if abs(off) < CLOSE:
                 found[k] = float(at)
                 continue
-            bounded = root > 1 or np.isfinite(outer[k])
-            if root > 1:
-                outer[k], outer_root[k] = at, root
-            elif abs(at - inner[k]) > 0.1 * abs(aim[k] - inner[k]):
-                inner[k], inner_root[k] = at, root
-            elif not bounded:
+            bounded = off > 0 or np.isfinite(outer[k])
+            if off > 0:
+                outer[k], above[k] = at, off
+            elif bounded or abs(at - inner[k]) > 0.1 * abs(aim[k] - inner[k]):
+                inner[k], below[k] = at, off
+            else:
                 continue  # at the edge of what a law can be
             if bounded:
-                fraction = (1 - inner_root[k]) / (outer_root[k] - inner_root[k])
-                aim[k] = inner[k] + np.clip(fraction, 0.05, 0.95) * (outer[k] - inner[k])
+                if last[k] * off > 0:
+                    (below if off > 0 else above)[k] *= 0.5
+                last[k] = off
+                aim[k] = inner[k] - below[k] / (above[k] - below[k]) * (outer[k] - inner[k])
             elif doubled[k] < DOUBLINGS and abs(inner[k] - best_P[k]) < far:
                 doubled[k] += 1
                 step[k] *= 2
