@@ -16,6 +16,7 @@ from prime_jax.errors import UserError
 from prime_jax.scaling import labels
 from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.table import (
+    DONE,
     KINDS,
     Choice,
     Columns,
@@ -23,6 +24,7 @@ from prime_jax.scaling.table import (
     choose_columns,
     number,
     require,
+    status,
     text,
 )
 from prime_jax.settings import nearest
@@ -33,6 +35,7 @@ SAME, JUMP = 1.05, 1.25  # largest ratio of C / (N D) at one size, and between n
 SEED = 0.0014  # of the loss: a standard deviation of .004 nats at a loss of 2.9, as is typical
 GAP = 1.05  # runs further apart than this belong to different budgets
 SPREAD = 1.10  # a budget whose FLOPs differ by more is no IsoFLOP: loss moves with C as well as N
+LOSS_RULE = "loss must be a number above 0 (a run that ended without one is left out where a column status says diverged, failed or the like)"
 MIN_COUNT = 1000  # fewer parameters or tokens than this are counted in another unit
 UNIT_RATIO = 100  # no convention moves C / (6 N D) this far from one; a wrong unit does
 
@@ -198,9 +201,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
     columns = choose_columns(table, choice)
     reasons = [_why_not(row, columns.loss) for row in table.rows]
     excluded = tuple(
-        Excluded(
-            text(row, "run", name), text(row, "family", "?"), text(row, "status", "done"), reason
-        )
+        Excluded(text(row, "run", name), text(row, "family", "?"), status(row) or "done", reason)
         for row, name, reason in zip(table.rows, table.names, reasons, strict=True)
         if reason
     )
@@ -208,7 +209,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
     if not used.rows:
         states = ", ".join(sorted({run.status for run in excluded}))
         raise UserError(
-            f"{table.source}: none of its {len(excluded)} runs is done; nothing to fit (status: {states})"
+            f"{table.source}: none of its {len(excluded)} runs is done; nothing to fit (status: {states}; a run counts as {', '.join(DONE[:3])} or with none)"
         )
     _refuse_duplicates(used, columns)
     arrays = _arrays(used, columns)
@@ -239,17 +240,17 @@ def _subset(table: Table, keep: Any) -> Table:
 
 
 def _why_not(row: dict[str, Any], loss: str) -> str | None:
-    status = text(row, "status")
-    if status not in ("", "done"):
-        return text(row, "reason", status)
-    if status == "done" and not text(row, loss):
+    found = status(row)
+    if found not in ("", "done"):
+        return text(row, "reason", found)
+    if found == "done" and not text(row, loss):
         return f"no value in column {loss}"
     return None
 
 
 def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
     """The numbers [n] of all runs; the one of C, N, D that is not in the table is derived."""
-    out = {"loss": _positive(table, columns.loss, 0, "loss must be a number above 0")}
+    out = {"loss": _positive(table, columns.loss, 0, LOSS_RULE)}
     for quantity in ("flops", "params", "tokens"):
         column = getattr(columns, quantity)
         if column:
