@@ -18,8 +18,6 @@ from prime_jax.settings import to_dict
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("jax", "etils", "orbax", "flax", "matplotlib", "grain", "lm_eval")
-DECLARED = [name for name, (place, _) in cli.COMMANDS.items() if ":" in place]
-ARGPARSED = sorted(set(cli.COMMANDS) - set(DECLARED))
 
 
 def class_of(name: str) -> type[parse.Arguments]:
@@ -40,7 +38,7 @@ def test_help_imports_nothing_heavy():
     assert imported_by("--help") == []
 
 
-@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
     assert cli.main([*name.split(), "--help"]) == 0
     page = capsys.readouterr().out
@@ -57,15 +55,9 @@ def test_every_command_explains_itself(name, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_a_command_imports_nothing_heavy(name):
     assert imported_by(*name.split(), "--help") == []
-
-
-@pytest.mark.parametrize("name", ARGPARSED)
-def test_commands_of_argparse_explain_themselves(name, capsys):
-    assert cli.main([*name.split(), "--help"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) > 5
 
 
 @pytest.mark.parametrize("group", cli.GROUPS)
@@ -91,7 +83,7 @@ def test_groups_list_their_commands(group, capsys):
         (["data", "entropy", "d", "-l", "33"], "--length 33: must be between 1 and 32"),
         (["data", "inspect", "\udcff"], "argument 3 is not UTF-8"),
         (["train", "x.py", "--see", "3"], "no such option --see"),
-        (["fit", "x", "--bootstrap", "3"], "argument --bootstrap: '3': a whole number"),
+        (["fit", "x", "--bootstrap", "3"], "--bootstrap 3: must be an integer, at least 100"),
     ],
 )
 def test_a_wrong_word_is_one_line(words, says, capsys):

@@ -1,4 +1,4 @@
-"""What people see: tables that lose no digits, numbers with their intervals, progress."""
+"""What people see: tables that lose no digits, progress, pictures that renew themselves."""
 
 import io
 import re
@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from prime_jax.cli import console
-from prime_jax.cli.console import Progress, Table, rounded, show
+from prime_jax.cli.console import Progress, picture, show
+from prime_jax.table import Cell, Table
 
 TABLE = Table(("name", "value"), [("a[b]", "1234567.891"), ("prime-l2", "-3e-05")], ("a [note]",))
 
@@ -31,21 +32,6 @@ def test_text_of_users_is_no_markup():
     assert "[red]x[/]" in drawn(Table(("x",), [("[red]x[/]",)]), 80)
 
 
-@pytest.mark.parametrize(
-    ("value", "ends", "text"),
-    [
-        (3.14159, None, "3.142"),
-        (3.4121, (3.4052, 3.4187), "3.4121 (3.4052 to 3.4187)"),
-        (3.4121, (2.9, 4.1), "3.412 (2.9 to 4.1)"),
-        (1.5e21, (1.4e21, 1.7e21), "1.5e+21 (1.4e+21 to 1.7e+21)"),
-        (1000.0, (999.99, 1000.01), "1000 (999.99 to 1000.01)"),
-        (0.0, (-1e-3, 1e-3), "0 (-0.001 to 0.001)"),
-    ],
-)
-def test_an_interval_is_never_coarser_than_its_value(value, ends, text):
-    assert rounded(value, ends) == text
-
-
 def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
@@ -67,3 +53,20 @@ def test_progress_is_a_bar_on_a_terminal():
     assert "step [1]" in out.file.getvalue()
     assert "5/10" in out.file.getvalue()
     assert "a [line]" in out.file.getvalue()
+
+
+def test_a_picture_renews_itself_and_reads_no_markup():
+    out = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with picture(out) as renew:
+        renew("first [x]")
+        renew(Table(("a",), [(Cell("[b]", style="bad"),)], ("a note",)), "second [y]")
+    text = out.file.getvalue()
+    assert all(part in text for part in ("first [x]", "[b]", "a note", "second [y]"))
+
+
+def test_what_is_done_now_has_no_count():
+    out = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with Progress(out) as progress:
+        progress.doing("fitting [arm]")
+    assert "fitting [arm]" in out.file.getvalue()
+    assert "/" not in re.sub(r"\x1b\S*?[A-Za-z]", "", out.file.getvalue())

@@ -4,7 +4,6 @@ import json
 
 import fake_trainer
 import pytest
-from rich.console import Console
 
 from prime_jax.cli import main
 from prime_jax.hardware.prices import Prices
@@ -50,9 +49,7 @@ def test_totals_count_work_time_and_money(root):
 
 def test_the_table_shows_what_runs_and_what_is_in_trouble(root):
     runs = state.list_runs(root)
-    console = Console(width=160, record=True)
-    console.print(status.table(runs))
-    text = console.export_text()
+    text = str(status.table(runs))
     done, half, failed, pending = (run.id for run in runs)
     assert half in text
     assert failed in text
@@ -62,7 +59,7 @@ def test_the_table_shows_what_runs_and_what_is_in_trouble(root):
         assert part in text
 
 
-def test_watching_ends_with_the_sweep_and_shows_failures_at_once(root):
+def test_watching_ends_with_the_sweep_and_shows_failures_at_once(root, capsys):
     for run in state.list_runs(root):
         if run.state in ("running", "pending"):
             state.kill(root, run)
@@ -70,9 +67,8 @@ def test_watching_ends_with_the_sweep_and_shows_failures_at_once(root):
     for k in (2, 3):
         state.claim(root, run.id, k)
         state.end(root, run.id, k, "failed", "boom", tail="Traceback\nValueError: boom")
-    console = Console(width=160, record=True)
-    status.watch(root, console)
-    assert "ValueError: boom" in console.export_text()
+    assert main(["sweep", "status", str(root), "--watch"]) == 0
+    assert "ValueError: boom" in capsys.readouterr().out
 
 
 def test_status_as_json_and_with_prices(root, tmp_path, capsys):
@@ -91,7 +87,7 @@ def test_a_report_is_asked_for_as_live(root, monkeypatch, capsys):
     from prime_jax.cli import fit as commands
 
     asked = []
-    monkeypatch.setattr(commands, "run", lambda args: asked.append(args.note) or 0)
+    monkeypatch.setattr(commands, "_fit", lambda args, note: asked.append(note) or 0)
     assert main(["sweep", "report", str(root)]) == 2
     assert "1 of 4 runs" in capsys.readouterr().err
     assert main(["sweep", "report", str(root), "--live"]) == 0

@@ -1,4 +1,3 @@
-import argparse
 import json
 from dataclasses import replace
 
@@ -7,7 +6,7 @@ import pytest
 from scaling_cases import LAW, csv_rows, points, published, surface, write_csv
 from scipy.stats import kstest
 
-from prime_jax.cli import compare as compare_command
+from prime_jax import cli
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach3, comparison, joint, multiplier
 from prime_jax.scaling.laws import Compute, PowerLaw, optimum
@@ -16,7 +15,7 @@ from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Choice, Table
 
-QUICK = Settings(replicates=40)
+QUICK = Settings(replicates=100)
 # Published points (arXiv 2603.16077): C of mdm -> m, 95 % interval. In range from 6e19 on.
 PUBLISHED = {6e19: (16.2, 14.9, 17.3), 1e20: (18.5, 16.8, 20.0), 3e20: (25.6, 22.2, 29.0)}
 
@@ -142,7 +141,7 @@ def test_exponents_that_differ_are_told_apart():
     for difference in vars(pair.exponents).values():
         assert difference.significant
     assert pair.exponents.approach3.difference == pytest.approx(truth, abs=0.01)
-    assert pair.tests["exponents"].p == pytest.approx(1 / 41)  # none of 40 simulations
+    assert pair.tests["exponents"].p == pytest.approx(1 / 101)  # none of 100 simulations
     assert "exponents_do_not_differ" not in {diagnostic.code for diagnostic in pair.warnings}
 
 
@@ -268,10 +267,8 @@ def test_families_that_are_not_there(baseline, others, says):
 
 
 def command(*arguments):
-    parser = argparse.ArgumentParser()
-    compare_command.register(parser.add_subparsers())
-    args = parser.parse_args([str(argument) for argument in arguments])
-    return args.run(args)
+    run, args = cli.parsed(["scaling", *map(str, arguments)])
+    return run(args)
 
 
 def test_the_command(tmp_path, capsys):

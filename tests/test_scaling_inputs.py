@@ -1,12 +1,10 @@
 """Bad tables of runs as a person meets them: one line, with the rows where they help."""
 
-import argparse
-
 import numpy as np
 import pytest
 from scaling_cases import csv_rows, surface, write_csv
 
-from prime_jax.cli import fit as commands
+from prime_jax import cli
 from prime_jax.errors import UserError
 from prime_jax.scaling import points, table
 
@@ -14,10 +12,8 @@ ROWS = csv_rows(surface())
 
 
 def fit(path):
-    parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers())
-    args = parser.parse_args(["fit", "--bootstrap", "100", str(path)])
-    return args.run(args)
+    run, args = cli.parsed(["fit", "--bootstrap", "100", str(path)])
+    return run(args)
 
 
 def without(*columns):

@@ -1,6 +1,5 @@
 """Figures, report and command: what a person gets."""
 
-import argparse
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -12,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from scaling_cases import csv_rows, published, surface, write_csv
 
+from prime_jax import cli
 from prime_jax.cli import fit as commands
-from prime_jax.cli import scaling
 from prime_jax.errors import UserError
 from prime_jax.scaling import drawing, figures, labels, record, report
 from prime_jax.scaling.fits import fit_runs
@@ -30,19 +29,14 @@ def fit_file(path, **choice):
 
 
 def command(*arguments):
-    parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers())
-    args = parser.parse_args(["fit", "--bootstrap", "100", *map(str, arguments)])
-    return args.run(args)
+    run, args = cli.parsed(["fit", "--bootstrap", "100", *map(str, arguments)])
+    return run(args)
 
 
 def compare(*arguments):
-    parser = argparse.ArgumentParser()
-    scaling.register(parser.add_subparsers())
-    args = parser.parse_args(
-        ["scaling", "compare", "--bootstrap", "100", "--baseline", "arm", *map(str, arguments)]
-    )
-    return args.run(args)
+    words = ["scaling", "compare", "--bootstrap", "100", "--baseline", "arm"]
+    run, args = cli.parsed([*words, *map(str, arguments)])
+    return run(args)
 
 
 def outside_pictures(page):
@@ -239,7 +233,7 @@ def test_open_and_unknown_intervals_are_said(fit):
     arm["approach3"]["optima"][-1]["intervals_with_model"] = None
     result["method"]["delta"] = None
     page = report.render(result, {})
-    assert "open – 2.000" in page
+    assert "open–2.0" in page
     assert "not known" in page
 
 
@@ -387,10 +381,9 @@ def test_more_formats_on_request(fit, tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["gif", "svg,", "svg png"])
-def test_formats_that_are_none(three, bad, capsys):
-    with pytest.raises(SystemExit):
+def test_formats_that_are_none(three, bad):
+    with pytest.raises(UserError, match=r"--formats .*some of svg, png, pdf"):
         command(three, "--formats", bad)
-    assert "some of svg, png, pdf" in capsys.readouterr().err
 
 
 def test_every_format_is_the_same_for_the_same_fit(fit, tmp_path):
@@ -411,11 +404,9 @@ def test_a_place_that_cannot_be_written_is_told(one, tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["0", "99", "many"])
-def test_too_few_replicates_are_a_usage_error(three, bad, capsys):
-    with pytest.raises(SystemExit) as caught:
-        command(three, "--bootstrap", bad)
-    assert caught.value.code == 2
-    capsys.readouterr()
+def test_too_few_replicates_are_a_usage_error(three, bad):
+    with pytest.raises(UserError, match=f"--bootstrap {bad}: must be an integer, at least 100"):
+        cli.parsed(["fit", str(three), "--bootstrap", bad])
 
 
 def test_default_places(tmp_path):
@@ -424,10 +415,33 @@ def test_default_places(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(412e6, "412M"), (1.2056e9, "1.21B"), (999.6e6, "1B"), (65536, "65.5k"), (2e12, "2T"), (12, "12")]
+    ("number", "text"), [(412e6, "412M"), (1.2056e9, "1.21B"), (999.6e6, "1.00B"), (65536, "65.5k"), (2e12, "2.00T"), (12, "12.0")]
 )  # fmt: skip
 def test_counts_as_people_write_them(number, text):
     assert labels.count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "ends", "show", "text"),
+    [
+        (2.69, (2.66, 2.72), labels.value, "2.69 (2.66–2.72)"),
+        (3.4121, (3.4052, 3.4187), labels.value, "3.412 (3.405–3.419)"),
+        (3.4121, (2.9, 4.1), labels.value, "3.41 (2.90–4.10)"),
+        (998.2, (981.4, 1015.3), labels.value, "998 (981–1015)"),
+        (2.0, (1.0, None), labels.value, "2.00 (1.00–open)"),
+        (2.0, (2.0, 2.0), labels.value, "2.00 (2.00–2.00)"),
+        (2.0, None, labels.value, "2.00 (no interval)"),
+        (1.23e9, (844e6, 1.7e9), labels.count, "1.23B (844M–1.70B)"),
+        (412e6, (398e6, 1.7e9), labels.count, "412M (398M–1.700B)"),
+    ],
+)
+def test_an_interval_is_never_coarser_than_its_value(number, ends, show, text):
+    assert "{} ({})".format(*labels.estimate(number, ends, show)) == text
+
+
+def test_ticks_are_short():
+    shown = [labels.tick(x) for x in (25e6, 1e9, 1.5e9, 300, 0.5)]
+    assert shown == ["25M", "1B", "1.5B", "300", "0.5"]
 
 
 def test_flops_as_people_write_them():

@@ -1,11 +1,10 @@
-import argparse
 import json
 
 import numpy as np
 import pytest
 from scaling_cases import LAW, csv_rows, published, surface, write_csv
 
-from prime_jax.cli import compare
+from prime_jax import cli
 from prime_jax.scaling import rollout
 from prime_jax.scaling.fits import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, Optimum, optimum
@@ -137,10 +136,8 @@ def test_a_fit_records_its_rollout_and_wider_bands(tmp_path):
 
 
 def command(*arguments):
-    parser = argparse.ArgumentParser()
-    compare.register(parser.add_subparsers())
-    args = parser.parse_args([str(argument) for argument in arguments])
-    return args.run(args)
+    run, args = cli.parsed(["scaling", *map(str, arguments)])
+    return run(args)
 
 
 def test_the_command_writes_every_run(tmp_path, capsys):

@@ -13,14 +13,13 @@ from pathlib import Path
 import fake_trainer
 import pytest
 from fake_trainer import Trainer
-from rich.console import Console
 
 from prime_jax.cli import main
 from prime_jax.data import manifest
 from prime_jax.data.prepare import prepare
 from prime_jax.errors import NoData, UserError
 from prime_jax.runtime import storage
-from prime_jax.sweep import grid, plan, pool, state, worker
+from prime_jax.sweep import grid, plan, pool, state, status, worker
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -33,14 +32,22 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def progress(tmp_path):
-    with (tmp_path / "screen.txt").open("w+") as file:
-        yield Console(file=file, width=200)
+def progress():
+    return Told()
 
 
-def shown(console) -> str:
-    console.file.seek(0)
-    return console.file.read()
+class Told(status.WorkerProgress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, text, style=""):
+        self.lines.append(text)
+
+
+def shown(progress) -> str:
+    return "\n".join(progress.lines)
 
 
 def work(root, trainer, **kwargs) -> int:
@@ -96,7 +103,7 @@ def test_largest_first_but_one_compilation_for_one_shape(root):
 def test_a_failure_is_recorded_shown_and_retried_three_times(root, progress):
     bad = state.list_runs(root)[-1].id
     trainer = Trainer(failing_on(bad, ZeroDivisionError("lost the plot")))
-    assert work(root, trainer, console=progress) == 1
+    assert work(root, trainer, progress=progress) == 1
     assert Counter(run for run, *_ in trainer.calls)[bad] == state.FAILURES
     run = find(root, bad)
     assert (run.state, run.reason) == ("failed", "ZeroDivisionError: lost the plot")
@@ -125,7 +132,7 @@ def test_a_failure_that_passes_leaves_a_good_sweep(root):
 def test_bad_input_fails_once_in_one_line(root, progress):
     bad = keep_one(root)
     trainer = Trainer(failing_on(bad, UserError("the data is gone")))
-    assert work(root, trainer, console=progress) == 1
+    assert work(root, trainer, progress=progress) == 1
     assert len(trainer.calls) == 1
     assert find(root, bad).reason == "the data is gone"
     assert "Traceback" not in shown(progress)
@@ -359,7 +366,7 @@ def test_a_pool_finishes_a_sweep_and_replaces_a_killed_worker(root, progress, wo
     )
     environment = f"PYTHONPATH={Path(__file__).parent}:{ENVIRONMENT['PYTHONPATH']}"
     command = ("env", environment, sys.executable, "-c", code, str(root))
-    assert pool.supervise(root, workers, command=command, console=progress) == 0
+    assert pool.supervise(root, workers, command=command, progress=progress) == 0
     runs = state.list_runs(root)
     assert [run.state for run in runs] == ["done"] * 8
     assert sorted(run.k for run in runs) == [1] * 7 + [2]
@@ -387,7 +394,7 @@ def test_a_pool_passes_a_signal_on_and_says_so(root, progress):
 
 def test_a_pool_whose_workers_cannot_start_shows_why(root, progress):
     command = (sys.executable, "-c", "raise SystemExit('no such luck')")
-    assert pool.supervise(root, 1, command=command, console=progress) == 1
+    assert pool.supervise(root, 1, command=command, progress=progress) == 1
     assert "no such luck" in shown(progress)
 
 

@@ -31,15 +31,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep retry": ("sweep:retry", "open failed, killed or stuck runs again"),
     "sweep kill": ("sweep:kill", "stop runs for good"),
     "sweep collect": ("sweep:collect", "write runs.csv, one row per run"),
-    "sweep report": ("sweep_report", "the fit's report, also while runs are still training"),
+    "sweep report": ("fit:report", "the fit's report, also while runs are still training"),
     "sweep up": ("launch:up", "start workers on other machines"),
     "sweep down": ("launch:down", "remove what `up` made for this sweep, and nothing else"),
     "sweep render": ("launch:render", "print what would be sent to other machines"),
-    "fit": ("fit", "fit scaling laws to a sweep or a CSV: table, fit.json, figures, report.html"),
-    "scaling compare": ("scaling", "families against a baseline: compute multiplier, tests"),
-    "scaling predict": ("scaling", "N*, D* and the loss at a budget, with intervals"),
-    "scaling validate": ("scaling", "predict the larger budgets from the smaller ones"),
-    "scaling design": ("scaling", "which runs to train next, as rows for `sweep plan`"),
+    "fit": (
+        "fit:fit",
+        "fit scaling laws to a sweep or a CSV: table, fit.json, figures, report.html",
+    ),
+    "scaling compare": (
+        "compare:compare",
+        "families against a baseline: compute multiplier, tests",
+    ),
+    "scaling predict": ("design:predict", "N*, D* and the loss at a budget, with intervals"),
+    "scaling validate": ("compare:validate", "predict the larger budgets from the smaller ones"),
+    "scaling design": ("design:design", "which runs to train next, as rows for `sweep plan`"),
     "eval": (
         "evaluate:evaluate",
         "likelihood of text with standard errors; samples; lm-eval tasks",
@@ -97,7 +103,7 @@ def _run(words: list[str]) -> int | None:
     name = _name(words)
     rest = words[len(name.split()) :]
     plain = rest[: rest.index("--")] if "--" in rest else rest
-    if ":" in COMMANDS[name][0] and any(word in HELP for word in plain):
+    if any(word in HELP for word in plain):
         from prime_jax.cli import parse
 
         print(parse.help_page(parse.arguments_of(function(name)), f"{PROG} {name}"), end="")
@@ -119,11 +125,6 @@ def parsed(words: Sequence[str]) -> tuple[Callable[[Any], int | None], Any]:
         UserError: what is wrong with the first wrong word.
     """
     name = _name(words)
-    if ":" not in COMMANDS[name][0]:
-        from prime_jax.cli import argparsed
-
-        args = argparsed.parse(COMMANDS[name][0], words)
-        return args.run, args
     from prime_jax.cli import parse
 
     command = function(name)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prime_jax.cli import runs
-from prime_jax.cli.console import Progress, Table, say, show
+from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 from prime_jax.settings import REQUIRED, setting
+from prime_jax.table import Table
 
 if TYPE_CHECKING:
     from prime_jax.analyse.subjects import Subject

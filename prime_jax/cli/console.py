@@ -1,22 +1,21 @@
-"""What people see: one table model, one way to round, one progress display.
+"""What people see: tables, lines, one progress display, one picture that renews itself.
 
 The border at which text from files and users is escaped: nothing here reads markup in a cell or
 a line.
 """
 
-import math
+import contextlib
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     ProgressColumn,
     TaskID,
     TextColumn,
@@ -28,18 +27,13 @@ from rich.progress import (
 from rich.table import Table as Drawn
 from rich.text import Text
 
+from prime_jax.table import Cell, Table
+
 WIDE = 200  # columns where nobody says how many: in files and pipes
 LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows under a head; `notes` are lines below. A cell may carry a style: `Text("x", "red")`."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str | Text]]
-    notes: Sequence[str] = ()
-    title: str = ""
+COLOURS = {"": "", "good": "green", "bad": "red", "notable": "yellow"}  # of cells
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -78,8 +72,12 @@ def _drawn(table: Table, gap: int) -> Drawn:
         justify = "right" if any(cells) and all(map(_numeric, cells)) else "left"
         drawn.add_column(Text(name), justify=justify, overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+        drawn.add_row(*map(_text, row))
     return drawn
+
+
+def _text(cell: Any) -> Text:
+    return Text(str(cell), COLOURS[cell.style] if isinstance(cell, Cell) else "")
 
 
 def _numeric(cell: str) -> bool:
@@ -91,20 +89,21 @@ def say(text: str, out: Console | None = None, style: str = "") -> None:
     (out or console()).print(Text(text, style=style), soft_wrap=True)
 
 
-def rounded(value: float, ends: Sequence[float] | None = None, digits: int = 4) -> str:
-    """A number to `digits` significant ones, and its interval with it: `3.412 (3.405 to 3.418)`.
+def _shown(part: Table | Text | str) -> RenderableType:
+    if isinstance(part, Table):
+        return Group(_drawn(part, gap=1), *map(Text, part.notes))
+    return Text(part) if isinstance(part, str) else part
 
-    As many more as it takes to give the nearer end of the interval two digits of its distance.
-    """
-    if ends is not None and math.isfinite(value) and value:
-        distance = min((abs(end - value) for end in ends if end not in (value, None)), default=0.0)
-        if 0 < distance < math.inf:
-            places = math.floor(math.log10(abs(value))) - math.floor(math.log10(distance))
-            digits = min(max(digits, places + 2), 17)
-    if ends is None:
-        return f"{value:.{digits}g}"
-    low, high = (f"{end:.{digits}g}" for end in ends)
-    return f"{value:.{digits}g} ({low} to {high})"
+
+@contextlib.contextmanager
+def picture(out: Console | None = None) -> Iterator[Callable[..., None]]:
+    """Yields what shows tables and texts in the place of those that it showed before."""
+    with Live(console=out or console(), auto_refresh=False) as live:
+
+        def renew(*parts: Table | Text | str) -> None:
+            live.update(Group(*map(_shown, parts)), refresh=True)
+
+        yield renew
 
 
 class Progress:
@@ -126,7 +125,7 @@ class Progress:
     ):
         self.out = out or console()
         columns = (TextColumn("{task.description}", markup=False), BarColumn(20))
-        times = (MofNCompleteColumn(), left or TimeRemainingColumn())
+        times = (TextColumn("{task.fields[count]}"), left or TimeRemainingColumn())
         self._bars = Bars(
             *columns,
             *times,
@@ -151,8 +150,11 @@ class Progress:
     def show(self, name: str, text: str, total: float | None, done: float) -> None:
         """Task `name` is at `done` of `total`; the text may change from call to call."""
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(text, total=total)
-        self._bars.update(self._tasks[name], description=text, total=total, completed=done)
+            self._tasks[name] = self._bars.add_task(text, total=total, count="")
+        count = f"{done:,.0f}/{total:,.0f}" if total else ""
+        self._bars.update(
+            self._tasks[name], description=text, total=total, completed=done, count=count
+        )
         self._tell(text, total, done)
 
     def heartbeat(self, now: dict[str, Any]) -> bool:
@@ -163,6 +165,10 @@ class Progress:
             "run", f"{now['phase']} loss {now['loss']:.4f} {speed}", now["steps"], now["step"]
         )
         return True
+
+    def doing(self, text: str) -> None:
+        """What is done now; nobody knows how long it takes."""
+        self.show("now", text, None, 0)
 
     def tick(self, text: str, total: float, more: float) -> None:
         """`more` of `total` of the task called `text` is done."""

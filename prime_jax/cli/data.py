@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_jax.cli.console import Progress, Table, say, show, write
+from prime_jax.cli.console import Progress, say, show, write
 from prime_jax.cli.parse import Arguments
 from prime_jax.data import manifest as manifests
 from prime_jax.data.manifest import Request
 from prime_jax.settings import REQUIRED, setting
+from prime_jax.table import Table
 
 PREPARED = "made by `prime-jax data prepare`"
 SPECS = """

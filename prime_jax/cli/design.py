@@ -1,14 +1,19 @@
-"""`prime-jax scaling design`."""
+"""`prime-jax scaling predict` and `prime-jax scaling design`: what a fit says of other budgets."""
 
-import argparse
+import dataclasses
 import functools
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from prime_jax.cli import fit as fit_commands
-from prime_jax.cli import fit_options
+from prime_jax.cli.console import say, show, write
+from prime_jax.cli.fit import show_warnings
+from prime_jax.cli.parse import Arguments, override
+from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
+from prime_jax.settings import REQUIRED, setting
 
 if TYPE_CHECKING:
     from prime_jax.scaling.designs import Cell
@@ -17,97 +22,173 @@ if TYPE_CHECKING:
     from prime_jax.sweep.grid import Row
 
 SCHEMA = 1
-DESCRIPTION = """\
-Reads DIR of `prime-jax fit` and chooses the runs that make N* at the target budget best known for
-the FLOPs they cost, every cell at least twice. With --emit, writes them as rows for
-`prime-jax sweep plan`; where the fit is not of a sweep directory, --sweep ROOT or --data.path
-is then required.
-
-Exit code: 0 runs were chosen, 3 none is worth it (the output says why), 2 bad input.
-"""
+BUDGET = "FLOPs, in the convention of the fit"
 
 
-def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = fit_options.parser(
-        commands, "design", "which runs to train next, as rows for `sweep plan`", DESCRIPTION
+@dataclass(frozen=True)
+class OfFit(Arguments):
+    """A command on what `fit` wrote, with what a run that can be launched needs to be known."""
+
+    SETTINGS = RunConfig
+    NOTES = """
+        Any setting of a run may follow, as with `prime-jax train` (--model.vocab-size 50304,
+        --data.seq-len 1024). What is left out is that of the sweep which was fitted, or of
+        --sweep ROOT, or the default.
+        """
+
+    fit: Path = setting(REQUIRED, "written by `prime-jax fit`", positional=True, metavar="DIR")
+    sweep: Path | None = setting(None, "take a run's settings from it", metavar="ROOT")
+    kind: Literal["arm", "mdm", "prime"] | None = setting(
+        None, "what a run of the family is, where its name does not say", flag="as"
     )
-    parser.add_argument(
-        "--target",
-        type=fit_options.positive,
-        required=True,
-        metavar="C",
-        help="the budget at which N* is to be known, FLOPs (required)",
+    json: bool = setting(False, "print JSON, for programs")
+    overrides: tuple[str, ...] = setting((), "dotted settings", flag=False)
+
+    def template(self, fitted: "Fit", family: str) -> "Template":
+        """The settings of new runs of a family.
+
+        Raises:
+            UserError: --sweep is none or has no such family, or a setting is unknown.
+        """
+        from prime_jax.scaling import launchable
+
+        known = fitted.family(family).template
+        if self.sweep:
+            families = launchable.of_sweep(self.sweep)
+            if family not in families:
+                has = ", ".join(families)
+                raise UserError(f"{self.sweep}: no family {family!r}; it has {has}")
+            known = families[family]
+        made = launchable.template(family, vars(fitted.conventions), known, self.kind)
+        return dataclasses.replace(made, config=override(made.config, self.overrides))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(OfFit):
+    """Reads DIR of `prime-jax fit` and gives, for a compute budget C in the fit's FLOPs: the best
+    size N*, its tokens D* and the loss there, each with its interval (approach 3 from the
+    bootstrap, approach 2 from the power law through its optima), whether C lies within the data,
+    and the nearest run that can be launched. The rollout, how wrong losses of larger budgets were
+    when predicted from smaller ones, widens the interval of the loss."""
+
+    EXAMPLES = ("prime-jax scaling predict quickstart/fit --flops 1e21 --family arm prime",)
+
+    flops: float = setting(REQUIRED, f"the budget: {BUDGET}", above=0, metavar="C")
+    family: tuple[str, ...] = setting((), "only these (default: all of them)", metavar="F")
+    data_limit: float | None = setting(
+        None,
+        "unique tokens of the training data (default: what the runs say)",
+        above=0,
+        metavar="TOKENS",
     )
-    parser.add_argument(
-        "--budget",
-        type=fit_options.positive,
-        required=True,
-        metavar="C",
-        help="FLOPs that all new runs together may cost (required)",
+
+
+def predict(args: Predict) -> None:
+    from prime_jax import scaling
+    from prime_jax.scaling import labels, record, tables
+    from prime_jax.scaling.prediction import predict_family
+    from prime_jax.scaling.schema import as_dict
+
+    fitted = scaling.load(args.fit, args.family or None)
+    unique, rows = record.unique_tokens(fitted.table), []
+    for name, family in fitted.families.items():
+        template = args.template(fitted, name)
+        limit = args.data_limit or unique.get(name)
+        rows.append(as_dict(predict_family(family, fitted.settings, args.flops, template, limit)))
+    head = {"schema": SCHEMA, "level": fitted.settings.level, **_origin(fitted)}
+    if args.json:
+        found = [row | {"loss_unit": tables.UNIT if row["kind"] else None} for row in rows]
+        return write(json.dumps(head | {"predictions": found}, indent=2))
+    say(
+        f"{fitted.source.name} at C = {labels.flops(args.flops)} FLOPs "
+        f"({labels.convention(fitted.conventions.flops)}); "
+        f"N {labels.convention(fitted.conventions.params)}; {head['level']:.0%} intervals"
     )
-    parser.add_argument("--family", metavar="F", help="required where the fit has several")
-    parser.add_argument("--emit", type=Path, metavar="FILE", help="write the rows there, as JSON")
-    parser.add_argument(
-        "--least-gain",
-        type=fit_options.positive,
+    show(tables.predictions(rows))
+    for row in rows:
+        for note in (row["launch"] or {"notes": []})["notes"]:
+            say(f"note {row['family']}: {note}", style="dim")
+    show_warnings({"families": {row["family"]: {"warnings": row["findings"]} for row in rows}})
+    return None
+
+
+def _origin(fitted: "Fit") -> dict[str, Any]:
+    from prime_jax.scaling.schema import as_dict
+
+    return {key: as_dict(getattr(fitted, key)) for key in ("source", "metric", "conventions")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design(OfFit):
+    """Reads DIR of `prime-jax fit` and chooses the runs that make N* at the target budget best
+    known for the FLOPs they cost, every cell at least twice. With --emit, writes them as rows for
+    `prime-jax sweep plan`; where the fit is not of a sweep directory, --sweep ROOT or --data.path
+    is then required.
+
+    Exit code: 0 runs were chosen, 3 none is worth it (the output says why), 2 bad input."""
+
+    EXAMPLES = (
+        "prime-jax scaling design quickstart/fit --family prime --target 1e15 --budget 1e13 "
+        "--emit next.json",
+    )
+
+    target: float = setting(
+        REQUIRED, f"the budget at which N* is to be known: {BUDGET}", above=0, metavar="C"
+    )
+    budget: float = setting(
+        REQUIRED, "FLOPs that all new runs together may cost", above=0, metavar="C"
+    )
+    family: str | None = setting(None, "required where the fit has several", metavar="F")
+    emit: Path | None = setting(None, "write the rows there, as JSON", metavar="FILE")
+    least_gain: float = setting(
+        0.05,
+        "stop where all FLOPs, at the next runs' rate, would lower the sd by less",
+        above=0,
         metavar="SHARE",
-        help="stop where all FLOPs, at the next runs' rate, would lower the sd by less (0.05)",
     )
-    parser.set_defaults(run=run, overridable=True)
 
 
-def run(args: argparse.Namespace) -> int:
-    import json
-
-    from rich.console import Console
-
+def design(args: Design) -> int:
     from prime_jax import scaling
     from prime_jax.runtime import outputs
     from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import labels, record, tables
-    from prime_jax.scaling.designs import MIN_GAIN, REPEATS, merged
+    from prime_jax.scaling.designs import REPEATS, merged
     from prime_jax.scaling.schema import as_dict
 
     if args.emit:
         read = [args.fit / record.FIT, args.fit / record.POINTS]
-        outputs.refuse_overwrite(
-            [*read, *(outputs.of_sweep(args.sweep) if args.sweep else ())], [args.emit]
-        )
+        read += outputs.of_sweep(args.sweep) if args.sweep else []
+        outputs.refuse_overwrite(read, [args.emit])
     name = args.family or _only(record.families(args.fit))
     fitted = scaling.load(args.fit, [name])
-    template = fit_options.template(args, fitted, name)
+    template = args.template(fitted, name)
     if args.emit:
         _check_launch(args, fitted, template)
     cells = _Launcher(template) if args.emit or template.known else None
-    least = MIN_GAIN if args.least_gain is None else args.least_gain
     snap = {"snap": functools.cache(cells.snap)} if cells else {}
-    found = scaling.design(fitted, name, args.target, args.budget, least_gain=least, **snap)
+    found = scaling.design(
+        fitted, name, args.target, args.budget, least_gain=args.least_gain, **snap
+    )
     # Above every seed of the data, so that no run is one that exists.
     seed = max(record.seeds(fitted.table), default=-1) + 1
     rows = [_row(row) for row in cells.rows(merged(found), seed)] if cells else []
     if args.emit and rows:
         write_json_atomic(args.emit, rows)
     if args.json:
-        head = {"schema": SCHEMA, "notes": list(template.notes)}
-        head |= {key: as_dict(getattr(fitted, key)) for key in ("source", "metric", "conventions")}
-        print(json.dumps(head | as_dict(found) | {"cost": found.cost, "rows": rows}, indent=2))
+        head = {"schema": SCHEMA, "notes": list(template.notes), **_origin(fitted)}
+        write(json.dumps(head | as_dict(found) | {"cost": found.cost, "rows": rows}, indent=2))
         return 0 if found.picks else 3
-    console = Console()
-    console.print(
+    say(
         f"{fitted.source.name}, {found.family}: runs for {labels.flops(found.flops_budget)} FLOPs "
         f"({labels.convention(fitted.conventions.flops)}) that tell most about N* "
-        f"({labels.convention(fitted.conventions.params)}) at {labels.flops(found.target)}",
-        highlight=False,
+        f"({labels.convention(fitted.conventions.params)}) at {labels.flops(found.target)}"
     )
-    fit_commands.show(console, tables.design(as_dict(found), REPEATS))
+    show(tables.design(as_dict(found), REPEATS))
     for note in template.notes if args.emit or template.known else ():
-        console.print(f"[dim]note[/] {note}", highlight=False)
+        say(f"note {note}", style="dim")
     if args.emit and found.picks:
-        console.print(
-            f"{args.emit}: written; next: prime-jax sweep plan {args.emit} ROOT",
-            soft_wrap=True,
-            highlight=False,
-        )
+        say(f"{args.emit}: written; next: prime-jax sweep plan {args.emit} ROOT")
     return 0 if found.picks else 3
 
 
@@ -149,11 +230,11 @@ def _only(families: Sequence[str]) -> str:
     return families[0]
 
 
-def _check_launch(args: argparse.Namespace, fitted: "Fit", template: "Template") -> None:
+def _check_launch(args: Design, fitted: "Fit", template: "Template") -> None:
     """Raises UserError if rows would have to guess what they train on, or what they are."""
     from prime_jax.config import FAMILIES
 
-    given = [word.partition("=")[0] for word in args.rest]
+    given = [word.partition("=")[0] for word in args.overrides]
     if not template.known and "--data.path" not in given:
         raise UserError(
             f"--emit: {fitted.source.name} does not say what its runs trained on; give --sweep ROOT, "
@@ -166,6 +247,4 @@ def _check_launch(args: argparse.Namespace, fitted: "Fit", template: "Template")
 
 
 def _row(row: "Row") -> dict[str, Any]:
-    import dataclasses
-
     return {k: v for k, v in dataclasses.asdict(row).items() if k != "problem"}

@@ -8,11 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rich.text import Text
-
 from prime_jax import __version__
-from prime_jax.cli.console import Table, show
+from prime_jax.cli.console import show
 from prime_jax.cli.parse import Arguments
+from prime_jax.table import Cell, Table
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tyro")
 OPTIONAL = {  # package -> (what it is for, how to get it)
@@ -32,7 +31,7 @@ ACCELERATORS = {  # plug-in -> extra
 }
 
 
-Row = tuple[str, str | Text, str]  # what, what was found, a note
+Row = tuple[str, str | Cell, str]  # what, what was found, a note
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def doctor(_: Doctor) -> int:
             rows += part()
         except Exception as error:  # whatever is wrong with this machine is what was asked for
             text = f"{type(error).__name__}: {error}".splitlines()[0]
-            rows.append((what, Text("unknown", "red"), text))
+            rows.append((what, Cell("unknown", style="bad"), text))
     show(Table(("what", "found", "note"), rows, title=f"prime-jax {__version__}"))
     return 1 if missing else 0
 
@@ -79,7 +78,7 @@ def _machine() -> Iterator[Row]:
 def _packages() -> Iterator[Row]:
     for package in REQUIRED:
         found = version(package)
-        yield package, found or Text("missing", "red"), "" if found else "make install"
+        yield package, found or Cell("missing", style="bad"), "" if found else "make install"
 
 
 def _devices() -> Iterator[Row]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prime_jax.cli.console import Progress, Table, say, show
+from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 from prime_jax.settings import REQUIRED, setting
+from prime_jax.table import Table
 
 Tick = Callable[[str, int, int], None]
 

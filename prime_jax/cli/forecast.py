@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.text import Text
-
 from prime_jax import flops
-from prime_jax.cli.console import Table, say, show
+from prime_jax.cli.console import say, show
 from prime_jax.compile_check import aot
 from prime_jax.compile_check.aot import Verdict
 from prime_jax.config import RunConfig
 from prime_jax.hardware import roofline
 from prime_jax.hardware.prices import Prices
 from prime_jax.hardware.slices import Slice, human_bytes
+from prime_jax.table import Cell, Table
 
 HEAD = (
     "family",
@@ -47,7 +46,7 @@ def table(verdicts: Sequence[Verdict]) -> Table:
                 *(_short(size) for size in (memory["arguments"], v.temporaries, v.total)),
                 f"{predicted.step_seconds:.3g}",
                 f"{predicted.communication:.0%}",
-                Text("OK", "green") if v.fits else Text("OOM", "red"),
+                Cell("OK", style="good") if v.fits else Cell("OOM", style="bad"),
             ]
         )
     title = f"compiled for {verdicts[0].slice_.name}: memory a chip, of {limit}"

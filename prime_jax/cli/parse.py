@@ -13,8 +13,9 @@ A command is a frozen dataclass of arguments and a function that takes it:
     def inspect(args: Inspect) -> int | None: ...
 
 Besides ranges a `setting` may say `positional=True`, `metavar="DIR"`, `alias="-o"`, `repeat=True`
-(given again for each value), `bare=VALUE` (what the flag alone means) and `flag=False` (not on the
-command line). A field whose type is another dataclass brings that one's flags.
+(given again for each value), `bare=VALUE` (what the flag alone means), `flag="name"` (where that is
+not the field's) and `flag=False` (not on the command line). A field whose type is another
+dataclass brings that one's flags.
 """
 
 import contextlib
@@ -133,7 +134,7 @@ def _walk(cls: type) -> Iterator[tuple[type, Field]]:
         hint = settings.hints(cls)[field.name]
         if dataclasses.is_dataclass(hint):
             nested.append(hint)
-        elif field.metadata.get("flag", True):
+        elif field.metadata.get("flag") is not False:
             yield cls, field
     for inner in nested:
         yield from _walk(inner)
@@ -144,7 +145,7 @@ def _positional(field: Field) -> bool:
 
 
 def _flag(field: Field) -> str:
-    return f"--{field.name.replace('_', '-')}"
+    return f"--{field.metadata.get('flag', field.name).replace('_', '-')}"
 
 
 def _metavar(cls: type, field: Field) -> str:
@@ -179,6 +180,7 @@ def _for_tyro(cls: type) -> type:
         alias = field.metadata.get("alias")
         notes: list[Any] = [
             tyro.conf.arg(
+                name=None if _positional(field) else _flag(field)[2:],
                 help=field.metadata["help"],
                 metavar=_metavar(owner, field),
                 aliases=(alias,) if alias else None,
@@ -211,11 +213,22 @@ def _rebuild(cls: type[A], flat: Any) -> A:
     values = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         hint = settings.hints(cls)[field.name]
-        if not field.metadata.get("flag", True):
+        if field.metadata.get("flag") is False:
             continue
         nested = dataclasses.is_dataclass(hint)
-        values[field.name] = _rebuild(hint, flat) if nested else getattr(flat, field.name)
+        value = _rebuild(hint, flat) if nested else getattr(flat, field.name)
+        if not issubclass(cls, Flags):  # whose errors would name the setting, not the flag
+            _check_flag(cls, field, value)
+        values[field.name] = value
     return cls(**values)
+
+
+def _check_flag(cls: type, field: Field, value: Any) -> None:
+    try:
+        settings.check_value(cls, field, value)
+    except UserError:
+        right = settings.allowed(cls, field.name)
+        raise UserError(f"{_flag(field)} {value}: must be {right}") from None
 
 
 def _fill_bare(cls: type, words: list[str]) -> list[str]:

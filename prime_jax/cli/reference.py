@@ -31,10 +31,9 @@ def reference() -> str:
     os.environ["COLUMNS"] = "100"  # of the pages
     rows = [f"| `prime-jax {name}` | {line} |" for name, (_, line) in cli.COMMANDS.items()]
     parts = ["\n".join(["| command | what it does |", "|---|---|", *rows])]
-    for name, (place, _) in cli.COMMANDS.items():
-        if ":" in place:  # what is declared with argparse prints another page on every Python
-            page = parse.help_page(parse.arguments_of(cli.function(name)), f"prime-jax {name}")
-            parts.append(f"### prime-jax {name}\n\n```\n{page.strip()}\n```")
+    for name in cli.COMMANDS:
+        page = parse.help_page(parse.arguments_of(cli.function(name)), f"prime-jax {name}")
+        parts.append(f"### prime-jax {name}\n\n```\n{page.strip()}\n```")
     return "\n\n".join(parts)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prime_jax.cli.console import console, say
+from prime_jax.cli.console import Progress, console, say
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
@@ -145,7 +145,8 @@ def _measured(args: Drawing, run: Any, sampler: Any) -> tuple[float, ...]:
     if args.options.steps > grids.MAX_STEPS:
         raise UserError(f"--grid measured: --steps must be at most {grids.MAX_STEPS}")
     out = console(stderr=True)
-    with out.status("measuring the loss of steps"):
+    with Progress(out, transient=True) as progress:
+        progress.doing("measuring the loss of steps")
         blocks = loader.eval_blocks(run.data, "valid", 2 * grids.EXAMPLES).tokens
         # What is told comes from blocks that the search did not see: it favours lucky noise.
         rates, check = (
@@ -182,7 +183,7 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     hidden = (canvas == run.codebook.base).any(axis=1)
     try:
         for samples in _batches(
-            args, run=run, sampler=sampler, canvas=canvas, options=options, console=out
+            args, run=run, sampler=sampler, canvas=canvas, options=options, screen=out
         ):
             done.append(samples)
     except KeyboardInterrupt:
@@ -206,25 +207,22 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     return 0
 
 
-def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: Any) -> Any:
+def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, screen: Any) -> Any:
     """The samples, batch by batch; each is written before the next is drawn."""
     import contextlib
     import json
 
-    from prime_jax.cli import console as shown
-    from prime_jax.cli.watch import Watcher
+    from prime_jax.cli.watch import watcher
 
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_open(args.out)) if args.out else None
         watch = None
         if args.watch:
-            watch = stack.enter_context(Watcher(run.codebook, run.tokenizer, canvas, console))
+            watch = stack.enter_context(watcher(run.codebook, run.tokenizer, canvas, screen))
         starts = range(0, args.num, options.batch_size)
         progress = None
         if len(starts) > 1:
-            progress = stack.enter_context(
-                shown.Progress(shown.console(stderr=True), transient=True)
-            )
+            progress = stack.enter_context(Progress(console(stderr=True), transient=True))
         for start in starts:
             count = min(options.batch_size, args.num - start)
             samples = sampler.sample([canvas] * count, options, watch, first=start)

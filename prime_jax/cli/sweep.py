@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.text import Text
-
-from prime_jax.cli.console import Table, console, say, show, write
+from prime_jax.cli.console import Progress, say, show, write
 from prime_jax.cli.launch import ROOT
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.train import LookAhead
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.settings import REQUIRED, setting
+from prime_jax.table import Cell, Table
 
 if TYPE_CHECKING:
     from prime_jax.sweep.grid import Experiment
@@ -135,7 +134,7 @@ def plan_table(
     return Table((*head, *hours, "verdict"), rows, (summary,), title=experiment.name)
 
 
-def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[str | Text]:
+def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[str | Cell]:
     from prime_jax import flops
     from prime_jax.sweep.plan import PARAMS, human
 
@@ -149,7 +148,7 @@ def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[st
         if flops_per_second:
             hours = flops.train_flops(config, "matmul") / flops_per_second / 3600
             rest.append(f"{hours:.2g}")
-    drop = Text(f"DROP: {candidate.drop}", "red")
+    drop = Cell(f"DROP: {candidate.drop}", style="bad")
     verdict = drop if candidate.drop else f"OK {candidate.note}"
     head = [candidate.id, row.family, str(row.seed), shape]
     return [*head, n, d, f"{row.budget:.3g}", *rest, verdict]
@@ -173,6 +172,7 @@ class Run(OfSweep):
 def run(args: Run) -> int:
     if args.workers == 1:
         return work(Work(args.root))
+    from prime_jax.cli.workers import WorkerBars
     from prime_jax.data import manifest
     from prime_jax.sweep import state
     from prime_jax.sweep.pool import supervise
@@ -181,7 +181,8 @@ def run(args: Run) -> int:
     root = args.place
     state.check_root(root)
     with_data(state.open_runs(root), manifest.of_run)
-    return supervise(root, args.workers)
+    with Progress() as progress:
+        return supervise(root, args.workers, progress=WorkerBars(progress))
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,19 @@ class Work(OfSweep):
 
 
 def work(args: Work) -> int:
+    from prime_jax.cli.workers import WorkerBars
     from prime_jax.hardware import slices
     from prime_jax.sweep import worker
 
     slice_ = slices.parse(args.slice).name if args.slice else ""
-    return worker.work(args.place, slice=slice_, minutes=args.time_limit, tune=args.tune)
+    with Progress() as progress:
+        return worker.work(
+            args.place,
+            slice=slice_,
+            minutes=args.time_limit,
+            tune=args.tune,
+            progress=WorkerBars(progress),
+        )
 
 
 # --- status, logs, collect
@@ -240,6 +249,7 @@ class Status(OfSweep):
 
 
 def status(args: Status) -> None:
+    from prime_jax.cli import workers
     from prime_jax.hardware.prices import load_prices
     from prime_jax.sweep import state, status
 
@@ -247,7 +257,7 @@ def status(args: Status) -> None:
     prices = load_prices(args.prices) if args.prices else None
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            status.watch(args.place, console(), prices)
+            workers.watch(args.place, prices)
         return
     runs = state.list_runs(args.place)
     if args.json:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import settings
-from prime_jax.cli.console import Progress, Table, say, show
+from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.parse import Arguments, override
 from prime_jax.config import RunConfig, run_id
 from prime_jax.errors import UserError
 from prime_jax.settings import REQUIRED, Flags, flatten, set_path, setting, to_dict
+from prime_jax.table import Table
 
 
 @dataclass(frozen=True)

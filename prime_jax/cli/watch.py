@@ -1,12 +1,13 @@
 """Sub-tokens resolving on the terminal: `prime-jax sample RUN --watch`."""
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.text import Text
 
+from prime_jax.cli.console import picture
 from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.subtokens import Codebook
 
@@ -20,7 +21,7 @@ def shown(piece: bytes) -> str:
     return "".join(c if c.isprintable() and c != "\ufffd" else "·" for c in text) or "¶"
 
 
-def picture(digits_LxS: np.ndarray, fresh_L: np.ndarray, book: Codebook, tokenizer: Tokenizer):
+def text_of(digits_LxS: np.ndarray, fresh_L: np.ndarray, book: Codebook, tokenizer: Tokenizer):
     """One text: finished tokens in full (new ones bright), others as bars of what is known."""
     text = Text()
     seen_L = (digits_LxS != book.base).mean(axis=1)
@@ -38,28 +39,21 @@ def picture(digits_LxS: np.ndarray, fresh_L: np.ndarray, book: Codebook, tokeniz
     return text
 
 
-class Watcher:
-    """Draws the first text of a batch after every call; a context manager."""
+@contextlib.contextmanager
+def watcher(
+    book: Codebook, tokenizer: Tokenizer, canvas_LxS: np.ndarray, out: Console
+) -> Iterator[Callable[[np.ndarray, int], None]]:
+    """Yields what draws the first text of a batch after every call."""
+    last, drawn = canvas_LxS, canvas_LxS == book.base
+    with picture(out) as renew:
 
-    def __init__(self, book: Codebook, tokenizer: Tokenizer, canvas: np.ndarray, console: Console):
-        self.book, self.tokenizer, self.canvas = book, tokenizer, canvas
-        self.last = canvas
-        self.live = Live(console=console, auto_refresh=False)
+        def draw(digits_BxLxS: np.ndarray, calls: int) -> None:
+            nonlocal last
+            now = digits_BxLxS[0, : len(canvas_LxS)]
+            fresh_L = (last == book.base).any(axis=1) & (now != book.base).all(axis=1)
+            known = (now != book.base)[drawn].mean()
+            head = Text(f"call {calls}: {known:.0%} of {drawn.sum()} sub-tokens", style="dim")
+            renew(head, text_of(now, fresh_L, book, tokenizer))
+            last = now
 
-    def __enter__(self) -> "Watcher":
-        self.live.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.live.stop()
-
-    def __call__(self, digits_BxLxS: np.ndarray, calls: int) -> None:
-        base = self.book.base
-        now = digits_BxLxS[0, : len(self.canvas)]
-        fresh_L = (self.last == base).any(axis=1) & (now != base).all(axis=1)
-        drawn = self.canvas == base
-        known = (now != base)[drawn].mean()
-        head = Text(f"call {calls}: {known:.0%} of {drawn.sum()} sub-tokens", style="dim")
-        body = picture(now, fresh_L, self.book, self.tokenizer)
-        self.live.update(Group(head, body), refresh=True)
-        self.last = now
+        yield draw

@@ -167,7 +167,10 @@ class Dialogue:
             raise UserError(
                 "stdin is not a terminal, so nobody can confirm; --yes skips the question"
             )
-        return self.console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        return self.console.input(f"{question} [y/N] ", markup=False).strip().lower() in (
+            "y",
+            "yes",
+        )
 
     def cost(self, slice_: Slice | None, workers: int) -> str:
         """Text: cost of the workers per hour."""

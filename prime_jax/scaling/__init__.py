@@ -5,9 +5,21 @@
     fit = scaling.fit("runs.csv")
     fit.families["arm"].approach3.optimum(1e21)
 
-These functions are those of `library`; docs/scaling-python.md shows them at work.
+These functions are those of `library`; docs/scaling-python.md shows them at work. It is imported
+with the first of them: `scaling.settings` alone is light, for the command line.
 """
 
-from prime_jax.scaling.library import compare, design, fit, load, predict, validate
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prime_jax.scaling.library import compare, design, fit, load, predict, validate
 
 __all__ = ["compare", "design", "fit", "load", "predict", "validate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from prime_jax.scaling import library
+
+    return getattr(library, name)

@@ -24,10 +24,10 @@ from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Compute, Optimum, PowerLaw
 from prime_jax.scaling.points import SPREAD, Points, budget_spread
 from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
+from prime_jax.scaling.settings import Method
 
 Array = NDArray[np.float64]
 Side = Literal["below", "above"]
-Method = Literal["parabola", "akima"]
 
 MIN_SIZES = {"parabola": 3, "akima": 5}  # Akima's slopes come from five neighbours
 HALF_LOG_2PI = np.log(np.sqrt(2 * np.pi))

@@ -9,7 +9,6 @@ how well it converged.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,11 +17,10 @@ from scipy.special import ndtr
 from prime_jax.errors import UserError
 from prime_jax.scaling import newton
 from prime_jax.scaling.laws import POWERS, Form, Law, form_of
+from prime_jax.scaling.settings import DELTA, Objective
 
 Array = NDArray[np.float64]
-Objective = Literal["huber", "ls"]
 
-DELTA = 1e-3
 AGREE = 1e-9  # starts within this relative distance of the best objective agree with it
 MIN_AGREEING = 0.9  # of the starts should
 STATIONARY = 1e-6  # largest scaled gradient of a converged fit

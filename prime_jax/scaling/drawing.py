@@ -71,7 +71,7 @@ def count_axis(panel: Axes, which: str) -> None:
     low, high = panel.get_xlim() if which == "x" else panel.get_ylim()
     wide = high / low > 30
     axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if wide else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: labels.count(v)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: labels.tick(v)))
     axis.set_minor_formatter(NullFormatter())
 
 

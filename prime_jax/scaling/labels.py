@@ -1,20 +1,29 @@
 """Numbers and names as people read them: in tables, figures and the report."""
 
 import math
+import re
+from collections.abc import Callable, Sequence
 
 from prime_jax.scaling.table import AS_GIVEN, Columns
 
 WIDTH = 100  # columns that the wider tables need; a narrower terminal wraps their lines
+Ends = Sequence[float | None] | None
+MAX_DIGITS = 6  # closer than that, an interval is as good as none
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 KINDS = {"nll": "NLL", "nelbo": "NELBO", "train_loss": "training loss", "": "loss"}
 
 
 def count(value: float, digits: int = 3) -> str:
-    """Parameters or tokens: 412M, 1.21B."""
+    """Parameters or tokens: 412M, 1.20B."""
     for unit, suffix in UNITS:
         if value >= unit * (1 - 0.5 * 10**-digits):
-            return f"{_short(value / unit, digits)}{suffix}"
-    return _short(value, digits)
+            return f"{_plain(value / unit, digits)}{suffix}"
+    return _plain(value, digits)
+
+
+def tick(value: float) -> str:
+    """A count on an axis: 25M, 1B."""
+    return re.sub(r"\.?0+(?=\D?$)", "", count(value)) if "." in count(value) else count(value)
 
 
 def flops(value: float) -> str:
@@ -28,6 +37,32 @@ def value(number: float, digits: int = 4) -> str:
     if number == 0 or 1e-3 <= abs(number) < 1e5:
         return _plain(number, digits)
     return f"{number:.{digits - 1}g}"
+
+
+def estimate(
+    number: float, ends: Ends, show: Callable[[float, int], str], digits: int = 3
+) -> tuple[str, str]:
+    """A number and its interval, `2.69` and `2.66–2.72`; an end that is None is open.
+
+    No end is rounded more coarsely than the number, and both have the digits that it takes to tell
+    the nearer end from it.
+    """
+    known = [end for end in ends or () if end is not None and math.isfinite(end)]
+    apart = [abs(end - number) for end in known if end != number]
+    digits = max([digits, *(_magnitude(number) - _magnitude(gap) + 1 for gap in apart)])
+    digits = min(digits, MAX_DIGITS)
+    if ends is None:
+        return show(number, digits), "no interval"
+    # One more where an end has one more before the point: 998 (981–1015).
+    low, high = (
+        show(end, digits + (_magnitude(end) > _magnitude(number))) if end in known else "open"
+        for end in ends
+    )
+    return show(number, digits), f"{low}–{high}"
+
+
+def _magnitude(number: float) -> int:
+    return math.floor(math.log10(abs(number))) if number else 0
 
 
 def fraction(probability: float, replicates: int) -> str:
@@ -67,10 +102,6 @@ def convention(name: str) -> str:
 
 
 def _plain(number: float, digits: int) -> str:
-    places = max(0, digits - 1 - math.floor(math.log10(abs(number)))) if number else 0
+    rounded = float(f"{number:.{digits - 1}e}")  # 0.9996 is 1.00
+    places = max(0, digits - 1 - _magnitude(rounded)) if number else 0
     return f"{number:.{places}f}"
-
-
-def _short(number: float, digits: int) -> str:
-    text = _plain(number, digits)
-    return text.rstrip("0").rstrip(".") if "." in text else text

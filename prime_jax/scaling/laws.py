@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prime_jax.errors import UserError
+from prime_jax.scaling.settings import POWERS
 
 Array = NDArray[np.float64]
 
@@ -350,7 +351,6 @@ class PowerForm:
         return one_x, one_y, *products
 
 
-POWERS = "powers"
 # By name: what makes the form of a law on params, tokens, and the class of its parameters.
 LAWS: dict[str, tuple[Callable[[Array, Array], Form], type]] = {POWERS: (PowerForm.on, PowerLaw)}
 

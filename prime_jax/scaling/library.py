@@ -22,8 +22,8 @@ from prime_jax.scaling.prediction import Prediction, predict_family
 from prime_jax.scaling.results import Origin, ScalingFit, origin
 from prime_jax.scaling.rollout import Validation, validate_family
 from prime_jax.scaling.schema import as_dict, hidden, key
-from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Choice, Logs, Table, of_columns, read_with_curves
+from prime_jax.scaling.settings import DEFAULT_METRIC, Choice, Settings
+from prime_jax.scaling.table import Logs, Table, of_columns, read_with_curves
 from prime_jax.settings import from_dict
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 Source = str | Path | Mapping[str, Sequence[Any]] | Any  # a path, a dict of columns, a data frame
 Progress = Callable[[str], None]
 Log = Callable[[str], None]
-
-MIN_REPLICATES = 100  # percentile intervals of 95 % need some in their tails
 
 
 def quiet(_: str) -> None:
@@ -155,7 +153,7 @@ def fit(
     source: Source,
     *,
     curves: Source | None = None,
-    metric: str = Choice.metric,
+    metric: str = DEFAULT_METRIC,
     flops: str | None = None,
     params: str | None = None,
     allow_mixed_kinds: bool = False,
@@ -178,7 +176,7 @@ def fit(
         UserError: bad input, in one line.
     """
     choice = Choice(metric, flops, params, allow_mixed_kinds)
-    found = _settings(settings)
+    found = from_dict(Settings, settings)
     table, logs = _read(source, curves, metric)
     if note:
         table = replace(table, source=f"{table.source} ({note})")
@@ -274,15 +272,6 @@ def _readable(source: Source) -> Path | Table:
     return source if hasattr(source, "read_bytes") else of_columns(source)
 
 
-def _settings(given: Mapping[str, Any]) -> Settings:
-    found = from_dict(Settings, dict(given), "fit") if given else Settings()
-    if found.replicates < MIN_REPLICATES:
-        raise UserError(f"replicates is {found.replicates}; give {MIN_REPLICATES} or more")
-    if not 0 < found.level < 1:
-        raise UserError(f"level is {found.level}; it lies between 0 and 1, such as 0.95")
-    return found
-
-
 def _runs(source: ScalingFit | Source, options: dict[str, Any]) -> tuple[Runs, Settings]:
     if isinstance(source, ScalingFit):
         mixed = options.pop("allow_mixed_kinds", source.data.choice.allow_mixed_kinds)
@@ -292,7 +281,7 @@ def _runs(source: ScalingFit | Source, options: dict[str, Any]) -> tuple[Runs, S
         return replace(source.data, choice=choice), source.settings
     names = [field.name for field in fields(Choice)]
     choice = Choice(**{name: options.pop(name) for name in names if name in options})
-    settings = _settings(options)
+    settings = from_dict(Settings, options)
     table, _ = _read(source, None, choice.metric)
     return select(table, choice), settings
 

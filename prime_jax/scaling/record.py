@@ -19,8 +19,8 @@ from prime_jax.scaling.fits import fit_family, whole
 from prime_jax.scaling.points import Points, Runs, select
 from prime_jax.scaling.results import SCHEMA, ScalingFit
 from prime_jax.scaling.schema import as_dict
-from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Choice, Table, number, read_csv, status, text
+from prime_jax.scaling.settings import Choice, Settings
+from prime_jax.scaling.table import Table, number, read_csv, status, text
 from prime_jax.settings import from_dict
 
 FIT, POINTS = "fit.json", "points.csv"

@@ -13,7 +13,7 @@ from prime_jax.runtime.records import read_json
 from prime_jax.scaling import tables
 from prime_jax.scaling.laws import LAWS
 from prime_jax.scaling.results import SCHEMA
-from prime_jax.scaling.tables import Cell, Table
+from prime_jax.table import Cell, Table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --line: #dde1e7;
@@ -311,7 +311,7 @@ def _cells(table: Table, row: Sequence[Any]) -> Iterable[str]:
     for k, cell in enumerate(row):
         found = cell if isinstance(cell, Cell) else Cell(str(cell))
         text = html.escape(found.text)
-        text = f"<b>{text}</b>" if found.strong else text
+        text = f"<b>{text}</b>" if found.style else text
         small = "".join(f"<small>{html.escape(line)}</small>" for line in found.small)
         yield (
             f'<td class="long">{text}{small}</td>' if k in table.long else f"<td>{text}{small}</td>"

@@ -1,23 +1,53 @@
-"""How to fit."""
+"""What to fit and how: arguments of `prime_jax.scaling` and flags of `prime-jax fit` alike."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from prime_jax.scaling import approach3
-from prime_jax.scaling.approach2 import Method
-from prime_jax.scaling.laws import POWERS
+from prime_jax.settings import Checked, setting
+
+Objective = Literal["huber", "ls"]
+Method = Literal["parabola", "akima"]  # of approach 2
+POWERS = "powers"  # the law L = E + A / N**alpha + B / D**beta
+DELTA = 1e-3
+DEFAULT_METRIC, DEFAULT_FLOPS, DEFAULT_PARAMS = "best-valid", "matmul", "nonembedding_plus_head"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """`level` is that of every interval."""
+class Choice(Checked):
+    """What to fit. A convention that is None is the default one where the table has it."""
 
-    replicates: int = 1000
-    seed: int = 0
-    level: float = 0.95
-    delta: float = approach3.DELTA
-    objective: approach3.Objective = "huber"
-    approach2: Method = "parabola"
-    law: str = POWERS  # of `laws.LAWS`
+    metric: str = setting(
+        DEFAULT_METRIC,
+        "best-valid (exact NLL of arm, sub-token NELBO otherwise) or an estimator of the runs",
+        metavar="NAME",
+    )
+    flops: Literal["matmul", "reference"] | None = setting(None, "how FLOPs are counted")
+    params: Literal["total", "nonembedding", "nonembedding_plus_head", "reference"] | None = (
+        setting(None, "which parameters N counts")
+    )
+    allow_mixed_kinds: bool = setting(
+        False, "fit and draw losses of different kinds together; every figure says so"
+    )
+
+
+@dataclass(frozen=True)
+class Settings(Checked):
+    """How to fit."""
+
+    replicates: int = setting(
+        1000,
+        "bootstrap replicates; intervals of 95 % need some in their tails",
+        at_least=100,
+        flag="bootstrap",
+    )
+    seed: int = setting(0, "of the bootstrap", at_least=0)
+    level: float = setting(0.95, "of every interval", above=0, below=1, flag=False)
+    delta: float = setting(DELTA, "log residual from which Huber is linear", above=0, infinite=True)
+    objective: Objective = setting(
+        "huber", "of approach 3, on log residuals: Huber or least squares"
+    )
+    approach2: Method = setting("parabola", "the curve through the losses of one budget")
+    law: str = setting(POWERS, "of `laws.LAWS`", flag=False)
 
 
 DEFAULTS = Settings()

@@ -21,6 +21,7 @@ import numpy as np
 
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import best_valid
+from prime_jax.scaling.settings import DEFAULT_FLOPS, DEFAULT_METRIC, DEFAULT_PARAMS, Choice
 from prime_jax.settings import nearest
 
 KINDS = ("nll", "nelbo", "train_loss")  # of losses
@@ -28,7 +29,6 @@ MAX_ROWS = 100_000  # one row is one run; more than this is a training log
 MAX_CURVE_ROWS = 500_000
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
 PACKED = {b"\x1f\x8b": "gzip", b"PK": "a zip or Excel file", b"PAR1": "Parquet"}  # by first bytes
-DEFAULT_METRIC, DEFAULT_FLOPS, DEFAULT_PARAMS = "best-valid", "matmul", "nonembedding_plus_head"
 AS_GIVEN = "as given"  # plain `flops` and `params` columns, whatever they count
 MIN_EVALUATIONS = 3  # that make a curve
 WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
@@ -266,16 +266,6 @@ def require(table: Table, column: str, good: Sequence[bool], problem: str) -> No
         )
         rest = f" (and {len(bad) - 4} more rows)" if len(bad) > 4 else ""
         raise UserError(f"{table.source}: {problem}: {', '.join(cells)}{rest}")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to fit. A convention that is None is the default one where the table has it."""
-
-    metric: str = DEFAULT_METRIC
-    flops: str | None = None
-    params: str | None = None
-    allow_mixed_kinds: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 A `Table` is plain: the command line draws it with rich, the report as HTML, `summary()` as text.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from prime_jax.scaling import labels
+from prime_jax.scaling.labels import Ends
+from prime_jax.table import Cell, Table
 
 Record = dict[str, Any]
-Ends = Sequence[float | None] | None
-Show = Callable[[float], str]
+Show = Callable[[float, int], str]
 
 PARAMETERS = ("E", "A", "B", "alpha", "beta")  # of families that are all refused
 UNSAID = ("A", "B")  # not in the summary: alone they mean nothing
@@ -19,48 +19,8 @@ SYMBOLS = {"alpha": "α", "beta": "β"}
 MAX_ROWS = 40  # of a printed rollout; validate.json has all
 VERDICTS = {True: "differ significantly", False: "do not differ significantly"}
 QUESTIONS = {"exponents": "one α and one β for both?", "E": "one E for both?"}
+DIGITS = {labels.value: 4, labels.count: 3}  # outside the summary
 UNIT = "nats / token"  # of a loss whose kind is stated
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A text, lines of small print below it, and whether it is to be noticed."""
-
-    text: str
-    small: tuple[str, ...] = ()
-    strong: bool = False
-
-    def __str__(self) -> str:
-        return " ".join((self.text, *(f"({line})" for line in self.small)))
-
-
-@dataclass(frozen=True)
-class Table:
-    """Attributes:
-    head: names of the columns; empty where the first column says it all.
-    long: columns whose cells may break into lines.
-    notes: sentences that belong to it.
-    """
-
-    head: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
-    title: str = ""
-    long: frozenset[int] = frozenset()
-    notes: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.rows)
-
-    def __str__(self) -> str:
-        """As text, in columns."""
-        lines = [[str(cell) for cell in row] for row in self.rows]
-        named = [list(self.head)] if any(self.head) else []
-        widths = [max(map(len, column)) for column in zip(*named, *lines, strict=True)]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in named + lines
-        ]
-        return "\n".join([*([self.title] if self.title else []), *text, *self.notes])
 
 
 def summary(record: Record) -> Table:
@@ -91,15 +51,13 @@ def _summary(family: Record) -> dict[str, str]:
     if [w["code"] for w in one["warnings"][:1]] == ["no_curves"]:
         out["a, approach 1"] = "no curves"
     out["largest C"] = labels.flops(family["budgets"][-1])
-    for quantity, name, show, digits in (
-        ("params", "N* there", labels.count, 2),
-        ("tokens", "D* there", labels.count, 2),
-        ("loss", "loss there", labels.value, 3),
+    for quantity, name, show in (
+        ("params", "N* there", labels.count),
+        ("tokens", "D* there", labels.count),
+        ("loss", "loss there", labels.value),
     ):
         best = three["optima"][-1] if known else None
-        out[name] = (
-            _short(best[quantity], best["intervals"][quantity], show, digits) if best else "refused"
-        )
+        out[name] = _short(best[quantity], best["intervals"][quantity], show) if best else "refused"
     held_out = family["rollout"] and family["rollout"]["steps"]
     out["held-out loss error"] = (
         "{bias:+.1%} on average, {rms:.1%} rms".format(**family["rollout"])
@@ -110,9 +68,8 @@ def _summary(family: Record) -> dict[str, str]:
     return out
 
 
-def _short(value: float, ends: Ends, show: Any, digits: int = 2) -> str:
-    between = f" ({show(ends[0], digits)}–{show(ends[1], digits)})" if ends else " (no interval)"
-    return f"{show(value, 3)}{between}"
+def _short(value: float, ends: Ends, show: Show) -> str:
+    return "{} ({})".format(*labels.estimate(value, ends, show))
 
 
 def answer(families: Record) -> Table:
@@ -120,7 +77,7 @@ def answer(families: Record) -> Table:
     rows = []
     for name, family in families.items():
         three, largest = family["approach3"], family["budgets"][-1]
-        head = Cell(name, (labels.kind(family["kind"]),), strong=True)
+        head = Cell(name, (labels.kind(family["kind"]),), style="notable")
         if three["params"] is None:
             rows.append((head, labels.flops(largest), *["refused"] * 5))
             continue
@@ -133,7 +90,7 @@ def answer(families: Record) -> Table:
                 within(best["params"], ends["params"], labels.count),
                 within(best["tokens"], ends["tokens"], labels.count),
                 within(best["loss"], ends["loss"], labels.value),
-                between(wider["loss"], labels.value) if wider else "not known",
+                between(best["loss"], wider["loss"], labels.value) if wider else "not known",
                 within(three["a"], three["intervals"]["a"], labels.value),
             )
         )
@@ -188,7 +145,7 @@ def laws(families: Record) -> Table:
         values = {**three["params"], "a": three["a"]}
         bounds, cells = three["certificate"]["bounds"], []
         for p, value in values.items():
-            profile = between(three["profile"][p], labels.value)
+            profile = between(value, three["profile"][p], labels.value)
             extra = profile + (", at a bound" if p in bounds else "")
             cells.append(within(value, three["intervals"][p], labels.value, extra))
         rows.append((name, *cells))
@@ -202,7 +159,7 @@ def exponents(families: Record) -> Table:
         two = family["approach2"]
         parts = (family["approach1"], two, two["debiased"] or {"a": None}, family["approach3"])
         disagree = any(w["code"] == "approaches_disagree" for w in family["warnings"])
-        agree = Cell("no", strong=True) if disagree else "yes"
+        agree = Cell("no", style="notable") if disagree else "yes"
         rows.append((name, *(_exponent(part) for part in parts), agree))
     head = ("family", "approach 1", "approach 2", "de-biased", "approach 3", "agree")
     return Table(head, rows)
@@ -241,7 +198,9 @@ def _law_cells(row: Record | None) -> tuple[Any, Any, Any]:
     if row is None:
         return "–", "–", "–"
     spread, wider = row["intervals"], row["intervals_with_model"]
-    profile = between(row["profile"]["params"], labels.count) if row["profile"] else ""
+    profile = ""
+    if row["profile"]:
+        profile = between(row["params"], row["profile"]["params"], labels.count)
     return (
         within(row["params"], spread["params"], labels.count, profile),
         within(row["tokens"], spread["tokens"], labels.count),
@@ -249,7 +208,7 @@ def _law_cells(row: Record | None) -> tuple[Any, Any, Any]:
             row["loss"],
             spread["loss"],
             labels.value,
-            between(wider["loss"], labels.value) if wider else "",
+            between(row["loss"], wider["loss"], labels.value) if wider else "",
         ),
     )
 
@@ -325,13 +284,15 @@ def validation(name: str, family: Record) -> Table:
     )
     steps = rollouts({name: family})
     if len(steps.rows) <= MAX_ROWS:
-        return Table(steps.head[1:], [row[1:] for row in steps.rows], title)
+        return Table(steps.head[1:], [row[1:] for row in steps.rows], title=title)
     rows = []
     for row in family["by_distance"]:
         end = f" to {row['to']:g}" if row["to"] else " and more"
         cells = (row["runs"], f"{row['mean']:+.2%}", f"{row['rms']:.2%}")
         rows.append((f"{row['from']:g}{end}", *cells))
-    return Table(("decades beyond the fitted budgets", "runs", "loss, mean", "rms"), rows, title)
+    return Table(
+        ("decades beyond the fitted budgets", "runs", "loss, mean", "rms"), rows, title=title
+    )
 
 
 def error_budget(families: Record) -> Table:
@@ -369,7 +330,7 @@ def certificates(families: Record) -> Table:
         rows.append(
             (
                 name,
-                "yes" if found["converged"] else Cell("no", strong=True),
+                "yes" if found["converged"] else Cell("no", style="notable"),
                 labels.value(three["objective"]),
                 f"{found['gradient']:.1e}",
                 f"{found['smallest_eigenvalue']:.1e}",
@@ -428,23 +389,21 @@ def multipliers(name: str, base: str, family: Record, replicates: int) -> Table:
                     who,
                     _multiple(row["value"], row["interval"], f"{never} never"),
                     _multiple(found["value"], found["interval"], ""),
-                    "in range" if row["in_range"] else Cell("extrapolated", strong=True),
+                    "in range" if row["in_range"] else Cell("extrapolated", style="notable"),
                     lower[row["flops"]],
                 )
             )
     title = f"{name} against {base}: compute of {name} / of {base} for one loss; P({name} lower)"
     head = ("C", "spent by", "multiplier", "between optima", "range", "P lower")
     mixed = ("mixed kinds of number: no comparison of models",) if family["mixed"] else ()
-    return Table(head, rows, title, notes=mixed)
+    return Table(head, rows, mixed, title)
 
 
 def _multiple(value: float | None, ends: Ends, never: str) -> Cell:
     if value is None:
         return Cell(never)
-    if ends is None:
-        return Cell(f"{value:.3g}", ("none",))
-    low, high = ("…" if end is None else f"{end:.3g}" for end in ends)
-    return Cell(f"{value:.3g}", (f"{low}–{high}",))
+    shown, interval = labels.estimate(value, ends, labels.value)
+    return Cell(shown, (interval,))
 
 
 def tests(base: str, family: Record) -> Table:
@@ -539,9 +498,7 @@ def _estimate(best: Record | None, quantity: str, show: Show) -> str:
     found = best[quantity]
     if found is None:
         return "not known"
-    ends = found["interval"]
-    shown = f" ({show(ends[0])}–{show(ends[1])})" if ends else " (no interval)"
-    return f"{show(found['value'])}{shown}"
+    return "{} ({})".format(*labels.estimate(found["value"], found["interval"], show, DIGITS[show]))
 
 
 def prediction_notes(found: list[Record]) -> list[str]:
@@ -596,15 +553,13 @@ def design(found: Record, repeats: int) -> Table:
 
 def within(value: float, ends: Ends, show: Show, extra: str = "") -> Cell:
     """A value above its interval, and a second line of small print."""
-    return Cell(show(value), (between(ends, show), *([extra] if extra else [])))
+    shown, interval = labels.estimate(value, ends, show, DIGITS[show])
+    return Cell(shown, (interval, *([extra] if extra else [])))
 
 
-def between(ends: Ends, show: Show) -> str:
-    """An interval; an end that is None is open."""
-    if ends is None:
-        return "no interval"
-    low, high = ("open" if end is None else show(end) for end in ends)
-    return f"{low} – {high}"
+def between(value: float, ends: Ends, show: Show) -> str:
+    """The interval of a value that stands elsewhere."""
+    return labels.estimate(value, ends, show, DIGITS[show])[1]
 
 
 def signed(fraction: float | None, digits: int = 1) -> str:

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.sweep import accelerators, state, status
 from prime_jax.sweep.state import Run
-from prime_jax.sweep.status import WorkerProgress
+from prime_jax.sweep.status import SILENT, WorkerProgress
 from prime_jax.sweep.worker import DONE, FAILED, PREEMPTED, signals, step_fraction
 
 POLL = 0.5
@@ -56,7 +54,7 @@ def supervise(
     workers: int,
     *,
     command: Sequence[str] = (),
-    console: Console | None = None,
+    progress: WorkerProgress = SILENT,
 ) -> int:
     """Run the sweep `root` with several processes, each on its own cores.
 
@@ -64,7 +62,7 @@ def supervise(
         root: the sweep directory.
         workers: number of processes.
         command: of one worker; `prime-jax sweep work ROOT` if empty.
-        console: for progress.
+        progress: told how the sweep stands.
 
     Returns:
         As `worker.work`: 0, 1 or 85.
@@ -77,7 +75,7 @@ def supervise(
     command = command or (*COMMAND, "sweep", "work", str(root))
     reported = {_event(run) for run in state.list_runs(root)}
     results, next_listing = [], 0.0
-    with signals() as stopping, WorkerProgress.open(console or Console()) as progress:
+    with signals() as stopping:
         team = _start(root, workers, command)
         try:
             while _any_alive(team, stopping.is_set(), progress):

@@ -1,19 +1,10 @@
-"""A sweep as people read it: a line per run, totals, a table that renews itself, a worker's bars."""
+"""A sweep as people read it: a line per run, totals, a table; what workers say on the way."""
 
-import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from rich.console import Console, Group
-from rich.live import Live
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from prime_jax.hardware import slices
 from prime_jax.hardware.prices import Prices
@@ -22,6 +13,7 @@ from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
 from prime_jax.sweep.plan import PARAMS, human
 from prime_jax.sweep.state import Run
+from prime_jax.table import Cell, Table
 
 STATES = (
     "done",
@@ -196,35 +188,26 @@ def summary(runs: Sequence[Run], prices: Prices | None = None) -> str:
 
 def table(runs: Sequence[Run]) -> Table:
     """Running runs, then those in TROUBLE; largest first."""
-    out = Table(box=None, padding=(0, 1, 0, 0))
-    for name in ("run", "C", "N", "family", "slice", "state", "", "step", "loss", "MFU", "ETA"):
-        right = name in ("C", "N", "step", "loss", "MFU", "ETA")
-        out.add_column(name, justify="right" if right else "left", no_wrap=True)
-    out.add_column("attempt", justify="right")
     shown = [run for run in reversed(runs) if run.state == "running"]
     shown += [run for run in reversed(runs) if run.state in TROUBLE]
-    for run in shown[:ROWS]:
-        out.add_row(*_cells(run))
-    if len(shown) > ROWS:
-        out.add_row(f"and {len(shown) - ROWS} more")
-    return out
+    notes = [f"and {len(shown) - ROWS} more"] if len(shown) > ROWS else []
+    head = ("run", "C", "N", "family", "slice", "state", "done", "step", "loss", "MFU", "ETA")
+    return Table((*head, "attempt"), [_cells(run) for run in shown[:ROWS]], notes)
 
 
-def watch(root: Path, console: Console, prices: Prices | None = None) -> None:
-    """Show the sweep until no run is open or running; Ctrl-C ends only the display."""
-    history, reported = state.Watch(), set()
-    with Live(console=console, auto_refresh=False, transient=False) as screen:
-        while True:
-            runs = storage.retry(lambda: state.list_runs(root, history), console.print)
-            for run in runs:
-                if run.state == "failed" and (run.id, run.k) not in reported:
-                    reported.add((run.id, run.k))
-                    console.print(Text(f"{line(run)}\n{failure(run)}", "red"))
-            now = Text(f"{time.strftime('%H:%M:%S')}  {summary(runs, prices)}")
-            screen.update(Group(table(runs), now), refresh=True)
-            if not any(run.state == "running" or run.opens_in() is not None for run in runs):
-                return
-            time.sleep(POLL_REMOTE if storage.is_remote(root) else POLL)
+def follow(root: Path, log: Callable[[str], None]) -> Iterator[list[Run]]:
+    """The runs of a sweep, again and again until none is open or running.
+
+    Args:
+        log: told about a store that cannot be reached.
+    """
+    history = state.Watch()
+    while True:
+        runs = storage.retry(lambda: state.list_runs(root, history), log)
+        yield runs
+        if not any(run.state == "running" or run.opens_in() is not None for run in runs):
+            return
+        time.sleep(POLL_REMOTE if storage.is_remote(root) else POLL)
 
 
 def _given_up(run: Run) -> bool:
@@ -242,15 +225,14 @@ def _cells(run: Run) -> list:
         heartbeat.get("mfu"),
         seconds_left(run, heartbeat),
     )
-    colour = "red" if run.state in TROUBLE else "green"
     return [
         run.id,
         f"{run.spec['budget']:.3g}",
         size(run),
-        escape(run.spec["family"]),
+        run.spec["family"],
         run.slice,
-        Text(status_of(run), colour),
-        ProgressBar(total=1.0, completed=progress(run), width=20),
+        Cell(status_of(run), style="bad" if run.state in TROUBLE else "good"),
+        f"{progress(run):.0%}",
         f"{heartbeat.get('step', 0)}/{steps}",
         "" if loss is None else f"{loss:.3f}",
         f"{mfu:.2f}" if mfu else "",
@@ -259,34 +241,17 @@ def _cells(run: Run) -> list:
     ]
 
 
-@dataclass
 class WorkerProgress:
-    progress: Progress
-    overall: TaskID
-    current: TaskID
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, console: Console) -> Iterator["WorkerProgress"]:
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            yield cls(progress, progress.add_task(""), progress.add_task("", visible=False))
+    """What workers say on the way; this one says nothing."""
 
     def sweep(self, runs: Sequence[Run]) -> None:
-        done = sum(run.state == "done" for run in runs)
-        self.progress.update(
-            self.overall, description=counts(runs), total=len(runs), completed=done
-        )
+        """How all runs stand."""
 
     def run(self, run: Run, heartbeat: dict[str, Any]) -> None:
-        text, total = escape(line(run, heartbeat)), run.spec["config"]["steps"]
-        self.progress.update(
-            self.current,
-            description=text,
-            total=total,
-            completed=heartbeat.get("step", 0),
-            visible=True,
-        )
+        """How the run stands that is being trained."""
 
     def log(self, text: str, style: str = "") -> None:
-        self.progress.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
+        """A line, or several."""
+
+
+SILENT = WorkerProgress()

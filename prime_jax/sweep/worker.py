@@ -21,8 +21,6 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
 
-from rich.console import Console
-
 from prime_jax.config import RunConfig
 from prime_jax.errors import NoData, UserError
 from prime_jax.runtime import distributed, storage
@@ -32,7 +30,7 @@ from prime_jax.runtime.storage import Path
 from prime_jax.settings import from_dict
 from prime_jax.sweep import state, status
 from prime_jax.sweep.state import Run
-from prime_jax.sweep.status import WorkerProgress
+from prime_jax.sweep.status import SILENT, WorkerProgress
 
 DONE, FAILED, PREEMPTED = 0, 1, 85  # exit codes, the same on every engine
 POLL, POLL_REMOTE = 1.0, 15.0  # seconds between listings while no run can be taken
@@ -270,7 +268,7 @@ def work(
     minutes: float | None = None,
     tune: bool = False,
     trainer: Trainer | None = None,
-    console: Console | None = None,
+    progress: WorkerProgress = SILENT,
     heartbeat_seconds: float = 30.0,
     timeout: float = 300.0,
     backoff: float = state.BACKOFF,
@@ -283,7 +281,7 @@ def work(
         minutes: time limit of this machine, from now.
         tune: measure the kernels first if the sweep has no table for this kind of chip.
         trainer: `prime_jax.train` by default; tests replace it.
-        console: for progress.
+        progress: told what the worker does.
         heartbeat_seconds: between two heartbeats.
         timeout: seconds after which an attempt with an unchanged heartbeat is lost.
         backoff: seconds before a failed run is retried.
@@ -296,11 +294,11 @@ def work(
         UserError: `root` is not a sweep of this version, has no run for this slice, or cannot be
             written to; or not all processes of the group connected.
     """
-    limit, console = Limit(minutes), console or Console()
+    limit = Limit(minutes)
     state.check_root(root)
-    group = distributed.start(lambda text: console.print(text, highlight=False, soft_wrap=True))
+    group = distributed.start(progress.log)
     is_leader = group is None or group.process == 0
-    with signals(group) as stopping, WorkerProgress.open(console) as progress:
+    with signals(group) as stopping:
         trainer = trainer or JaxTrainer(root)
         if is_leader and isinstance(trainer, JaxTrainer):
             trainer.choose(root, slice if tune else None, progress.log)
