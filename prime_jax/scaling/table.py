@@ -38,7 +38,7 @@ STATES = ("status", "State", "state")  # the column as it is called here and by 
 MEANT = {
     "family": ("family", "model", "arch", "architecture", "method", "group", "experiment"),
     "loss": ("loss", "nll"),
-    "params": ("params", "parameters", "param", "n", "size"),
+    "params": ("params", "parameters", "param", "n"),
     "tokens": ("tokens", "token", "d"),
     "flops": ("flops", "flop", "compute", "c"),
 }
@@ -321,7 +321,13 @@ def _lacks(table: Table, missing: list[str], absent: list[str]) -> str:
     two = " (two of flops, params, tokens are needed)" if len(absent) > 1 else ""
     what = "columns" if len(missing) > 1 else "column"
     free = [name for name in table.columns if name not in (*MEANT, "kind", "run", "seed", "budget")]
-    near = {name: found for name in missing if (found := _likeliest(name, free))}
+    numbers = [name for name in free if number(table.rows[0], name) > 0]
+    texts = [name for name in free if name not in numbers]
+    near = {
+        name: found
+        for name in missing
+        if (found := _likeliest(name, texts if name == "family" else numbers))
+    }
     pairs = ",".join(f"{ours}={theirs}" for ours, theirs in near.items())
     hint = f"; if these are meant, say --columns {pairs}" if pairs else ""
     return f"no {what} {named}{two}; {_has(table)}{hint}"
@@ -330,14 +336,16 @@ def _lacks(table: Table, missing: list[str], absent: list[str]) -> str:
 def _likeliest(wanted: str, columns: list[str]) -> str:
     """The column whose words are nearest to a name, or ""."""
 
+    known = MEANT.get(wanted, ())
+
     def distance(name: str) -> tuple[bool, int, int]:
         words = re.findall("[a-z]+", name.lower())
-        known = MEANT.get(wanted, (wanted,))
-        first = min((known.index(word) for word in words if word in known), default=len(known))
+        said = words if len(words) == 1 else [word for word in words if len(word) > 1]
+        first = min((known.index(word) for word in said if word in known), default=len(known))
         return "train" in words, first, len(words)
 
     best = min(columns, key=distance, default="")
-    return best if best and distance(best)[1] < len(MEANT.get(wanted, (wanted,))) else ""
+    return best if best and distance(best)[1] < len(known) else ""
 
 
 def _has(table: Table) -> str:
