@@ -175,10 +175,18 @@ class Points:
         budget only because there is no gap between them, its name is not their range."""
         budgets = self.budgets
         ends = [self.flops[self.budget == budgets[k]] for k in (0, -1)]
-        wide = [budget_spread(end) > SPREAD for end in ends]
+        wide = [budget_spread(end) > SPREAD and not self.stated for end in ends]
         low = ends[0].min() if wide[0] else budgets[0]
         high = ends[1].max() if wide[1] else budgets[-1]
         return np.unique([low, *budgets, high])
+
+    def sizes_near(self, flops: float) -> Array:
+        """N of the runs of a budget; of those next to it where no run has it."""
+        budgets = self.budgets
+        k = np.searchsorted(budgets, flops)
+        known = k < len(budgets) and budgets[k] == flops
+        beside = budgets[k : k + 1] if known else budgets[max(0, k - 1) : k + 1]
+        return self.params[np.isin(self.budget, beside)]
 
 
 @dataclass(frozen=True)

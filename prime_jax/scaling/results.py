@@ -161,7 +161,9 @@ class FamilyFit:
     kind: str = key("kind of loss: nll, nelbo, train_loss, or empty")
     given: str = key("what the model is given besides the text, if anything")
     runs: int = key("how many runs were fitted")
-    budgets: Array = key("their compute budgets, FLOPs")
+    budgets: Array = key(
+        "their compute budgets, FLOPs; of runs without gaps between them the smallest, the middle, the largest"
+    )
     compute: Compute = key("C = k N^q D of the runs")
     approach3: Approach3
     approach2: Approach2
@@ -280,4 +282,4 @@ def versions() -> dict[str, str]:
 
 def curve_budgets(points: Points) -> Array:
     """Budgets from the smallest to the largest of the data, for curves; nothing beyond it."""
-    return np.geomspace(points.budgets[0], points.budgets[-1], CURVE)
+    return np.geomspace(points.levels[0], points.levels[-1], CURVE)

@@ -152,9 +152,9 @@ class Rollout:
 
 
 def distance(points: Points, flops: ArrayLike) -> Array:
-    """Decades of C outside the budgets of the data; 0 inside."""
-    return np.maximum(0.0, np.log10(flops) - np.log10(points.budgets[-1])) + np.maximum(
-        0.0, np.log10(points.budgets[0]) - np.log10(flops)
+    """Decades of C outside the range of the data; 0 inside."""
+    return np.maximum(0.0, np.log10(flops) - np.log10(points.levels[-1])) + np.maximum(
+        0.0, np.log10(points.levels[0]) - np.log10(flops)
     )
 
 

@@ -48,6 +48,8 @@ HINTS = {
     "too_few_points": "add runs",
     "too_few_budgets": "add budgets, each with three sizes or more around its optimum",
     "budget_ambiguous": "give a `budget` column, or fit in the FLOP convention that the sweep was planned in",
+    "budget_spread": "fit in the FLOP convention that the budgets were planned in (--flops), or see that N and D are counted alike in all runs",
+    "debias_implausible": "use the minima as they are; see why approach 3 draws other curves than the runs do",
     "flops_not_a_power_law": "choose the N that the FLOPs follow (--params), or FLOPs counted from N (--flops)",
     "mixed_kinds": "choose one number with --metric, or say --allow-mixed-kinds",
     "mixed_evaluations": "evaluate all runs on one evaluation set with one tokenizer, or say --allow-mixed-kinds",
