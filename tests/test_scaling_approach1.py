@@ -158,7 +158,11 @@ def test_approaches_that_disagree_are_flagged():
     assert [diagnostic.code for diagnostic in apart(0.6, 0.05)] == ["approaches_disagree"]
     assert [diagnostic.code for diagnostic in apart(0.4, 0.05)] == ["approaches_disagree"]
     assert apart(0.55, 0.05) == []
-    assert fits.disagreements({"approach 1": (0.1, None), "approach 3": (0.5, [0.4, 0.6])}) == []
+    for alone, apart_ in ((0.1, True), (0.41, False)):
+        found = fits.disagreements({"approach 1": (alone, None), "approach 3": (0.5, [0.4, 0.6])})
+        assert bool(found) == apart_
+    (both,) = fits.disagreements({"approach 2": (0.829, None), "approach 3": (0.452, None)})
+    assert both.message.count("(no interval)") == 2
 
 
 def test_curves_of_another_law_disagree_with_the_runs():

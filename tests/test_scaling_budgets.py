@@ -25,6 +25,12 @@ def test_a_budget_bears_its_planned_value():
     np.testing.assert_array_equal(found, [1e18, 1e18, 3e18])
 
 
+def test_nearly_equal_stated_budgets_are_one():
+    stated = np.array([1e18, 1.004e18, 1e18, 0.993e18, 3e18, 3.01e18])
+    found = points.assign_budgets(stated * [1, 1.01, 0.99, 1, 1, 1], stated)
+    np.testing.assert_array_equal(found, [1e18] * 4 + [3e18] * 2)
+
+
 def test_runs_alone_in_their_budget_are_resampled_together():
     np.testing.assert_array_equal(points.strata(np.array([1.0, 2, 3, 3, 3, 4])), [0, 0, 3, 3, 3, 0])
 

@@ -8,6 +8,7 @@ from prime_jax.scaling import approach2, approach3
 from prime_jax.scaling.fits import fit_family
 from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
+from prime_jax.scaling.points import SEED
 from prime_jax.scaling.settings import Settings
 
 STEEP = PowerLaw(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.28)  # the case of the literature
@@ -148,10 +149,9 @@ def test_the_published_valleys_barely_shift_and_their_edges_are_used():
 
 def test_akima_follows_the_points_and_has_no_shift():
     ratios = np.geomspace(1 / 8, 8, 13)
-    isoflop, better = corrected(surface(STEEP, ratios=ratios), STEEP, method="akima")
+    isoflop = approach2.fit(surface(STEEP, ratios=ratios), Compute(), "akima")
     found = np.log([curve.optimum.params for curve in isoflop.inside])
     np.testing.assert_allclose(found, TRUE, atol=0.003)
-    np.testing.assert_array_equal(better.shift_K, 0)
     curve = isoflop.curves[0]
     np.testing.assert_allclose(curve.loss(curve.params_n), curve.loss_n, rtol=1e-12)
     assert curve.optimum.loss == pytest.approx(curve.loss(curve.optimum.params), abs=1e-6)
@@ -160,6 +160,50 @@ def test_akima_follows_the_points_and_has_no_shift():
     assert "too_few_points" in {diagnostic.code for diagnostic in few.warnings}
     edge = approach2.fit(surface(STEEP, ratios=(2, 3, 4, 5, 6)), Compute(), "akima")
     assert {curve.censored for curve in edge.curves} == {"below"}
+
+
+def test_akima_has_the_noise_of_the_runs_and_not_the_misfit_of_a_parabola():
+    """Wide sizes, which a parabola misfits by far more than the stated error."""
+    points = surface(STEEP, ratios=np.geomspace(1 / 16, 16, 9), noise=1e-3)
+    widths = []
+    for error in (1e-4, 1e-3):
+        known = replace(points, loss_se=error * points.loss, lr=None)
+        isoflop = approach2.fit(known, Compute(), "akima")
+        sd = np.hypot(error, SEED) * known.loss[known.budget == known.budgets[0]]
+        np.testing.assert_allclose(isoflop.curves[0].sd_n, sd)
+        low, high = known_percentiles(approach2.redraw(isoflop, 400, 0).a)
+        assert low < float(exponent(STEEP, Compute())) < high
+        widths.append(high - low)
+    misfit = np.sqrt(isoflop.curves[0].squares / 6) / isoflop.curves[0].loss_n.mean()
+    assert misfit > 3e-3
+    assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "says"),
+    [(0.1, 1.0, "by a factor of 5"), (0.2, 0.8, "out of the sampled sizes at 1e18, 3e18")],
+)
+def test_what_no_parabola_could_miss_is_not_taken_off(alpha, beta, says):
+    ratios = np.geomspace(1 / 1.1, 8, 9)
+    points = surface(STEEP, ratios=ratios)
+    isoflop, better = corrected(points, replace(STEEP, alpha=alpha, beta=beta))
+    assert says in approach2.implausible(isoflop, better).message
+    isoflop, better = corrected(surface(STEEP, ratios=ratios), STEEP)
+    assert approach2.implausible(isoflop, better) is None
+
+
+def test_a_fit_leaves_out_what_is_implausible_and_says_so(monkeypatch):
+    monkeypatch.setattr(approach2, "MAX_SHIFT", 1.0)
+    family = fit_family(surface(STEEP, noise=1e-3), Settings(100))
+    assert family.approach2.debiased is None
+    assert "debias_implausible" in {warning.code for warning in family.warnings}
+
+
+def test_akima_is_not_debiased():
+    points = surface(STEEP, ratios=np.geomspace(1 / 8, 8, 9), noise=1e-3)
+    family = fit_family(points, Settings(100, approach2="akima"))
+    assert family.approach2.debiased is None
+    assert "debias_implausible" not in {warning.code for warning in family.warnings}
 
 
 def test_akima_takes_the_mean_of_repeats_and_has_intervals():
@@ -173,7 +217,5 @@ def test_akima_takes_the_mean_of_repeats_and_has_intervals():
 
 def test_a_valley_without_a_minimum_is_none():
     x = np.geomspace(1e8, 1e9, 5)
-    made = approach2.fit_curve(
-        1e19, x, 3 - 0.01 * np.log(x / 3e8) ** 2, np.ones(5), Compute(), "parabola"
-    )
+    made = approach2.fit_curve(1e19, x, 3 - 0.01 * np.log(x / 3e8) ** 2, np.ones(5), Compute())
     assert made is None

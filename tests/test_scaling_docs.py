@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from prime_jax.scaling import reference
-from prime_jax.scaling.diagnostics import HINTS
+from prime_jax.cli.reference import fields_of, with_fields
 from prime_jax.scaling.results import Approach3, FamilyFit, ScalingFit
-from prime_jax.scaling.schema import fields_of
+from prime_jax.scaling.schema import HINTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PYTHON = DOCS / "scaling.md", DOCS / "scaling-python.md"
@@ -29,7 +28,7 @@ def test_the_page_on_scaling_has_every_code_with_its_cure():
 
 def test_the_fields_of_the_files_are_those_of_the_code():
     page = PAGE.read_text()
-    assert reference.rewrite(page) == page, "run: python -m prime_jax.scaling.reference"
+    assert with_fields(page) == page, "run: python -m prime_jax.cli.reference"
     for name in ("families.F.approach3.params", "families.F.approach2.debiased.a", "excluded"):
         assert f"| `{name}` |" in page
 

@@ -82,17 +82,48 @@ def test_missing_columns_are_named(absent):
 
 
 def test_one_of_three_quantities_is_not_enough():
-    with pytest.raises(UserError, match="params and tokens"):
+    with pytest.raises(UserError, match=r"'params', 'tokens' .two of flops"):
         select(table_of([{k: row[k] for k in ("family", "loss", "flops")} for row in rows()]))
 
 
 def test_a_run_counts_once():
     with pytest.raises(UserError, match="row 2 and row 22"):
         select(table_of([*rows(), rows()[0]]))
-    seeds = [row | {"seed": 0} for row in rows()] + [row | {"seed": 1} for row in rows()]
-    assert len(select_one(seeds).loss) == 40
     named = [row | {"run": f"r{k % 20}", "step": k // 20} for k, row in enumerate(rows() * 2)]
     assert "checkpoints_of_one_run" in codes(select_one(named))
+    with pytest.raises(UserError, match="row 2 and row 42 are the same run"):
+        select(table_of([*named, named[0] | {"loss": 9.0}]))
+
+
+@pytest.mark.parametrize("name", ["seed", "lr", "batch_size"])
+@pytest.mark.parametrize("run", ["", "d12"])
+def test_runs_differ_by_what_was_chosen(name, run):
+    """Also where a name is one of a shape, and losses are rounded."""
+    named = {"run": run} if run else {}
+    both = [row | named | {name: k, "loss": 3.0} for k in (1, 2) for row in rows()]
+    points = select_one(both)
+    assert len(points.loss) == 40
+    assert points.run is None
+    assert ("no_seed_repeats" in codes(points)) == (name != "seed")
+
+
+def test_names_of_runs_may_come_again_in_another_family():
+    named = [row | {"run": f"d{k}"} for k, row in enumerate(rows())]
+    found = select(table_of(named + [row | {"family": "other"} for row in named]))
+    assert [len(part.loss) for part in found.families.values()] == [20, 20]
+
+
+def test_errors_that_are_all_0_are_not_known():
+    assert np.isnan(select_one(rows(loss_se=0.0)).loss_se).all()
+    assert set(select_one(rows(loss_se=0.01)).loss_se) == {0.01}
+
+
+def test_the_range_of_runs_without_gaps_is_theirs():
+    part = surface(budgets=np.geomspace(1e18, 1e20, 150), ratios=(0.5, 1, 2))
+    found = select_one(csv_rows(part))
+    assert len(found.budgets) == 1
+    np.testing.assert_allclose(found.levels, [1e18, 1e19, 1e20], rtol=1e-3)
+    np.testing.assert_array_equal(select_one(rows()).levels, select_one(rows()).budgets)
 
 
 def test_unfinished_runs_are_kept_aside_with_their_reason():
@@ -113,6 +144,17 @@ def test_unfinished_runs_are_kept_aside_with_their_reason():
     assert "survivors_only" in codes(points)
     with pytest.raises(UserError, match="none of its 20 runs is done"):
         select(table_of([row | {"status": "failed"} for row in rows()]))
+
+
+@pytest.mark.parametrize(
+    "column", ["status", "State"], ids=["the column of ours", "the column of W&B"]
+)
+def test_status_words_of_others(column):
+    words = ["finished", "FINISHED", "completed", "done", "crashed"] * 4
+    runs = select(table_of([row | {column: w} for row, w in zip(rows(), words, strict=True)]))
+    assert {(run.status, run.reason) for run in runs.excluded} == {("crashed", "crashed")}
+    (points,) = runs.families.values()
+    assert len(points.loss) == 16
 
 
 @pytest.mark.parametrize(

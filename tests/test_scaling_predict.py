@@ -1,6 +1,7 @@
 """Predictions against a known law."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,9 @@ def test_without_noise_a_prediction_is_the_truth(exact, budget):
     assert found.approach3.params.value == pytest.approx(float(best.params), rel=1e-6)
     assert found.approach3.tokens.value == pytest.approx(float(best.tokens), rel=1e-6)
     assert found.approach3.loss.value == pytest.approx(float(best.loss), rel=1e-8)
-    assert found.approach2.params.value == pytest.approx(float(best.params), rel=1e-3)
+    assert found.debiased.params.value == pytest.approx(float(best.params), rel=1e-3)
+    assert found.approach2.params.value == pytest.approx(float(best.params), rel=0.02)
+    assert found.approach2.params.value != found.debiased.params.value
     assert found.in_range == (budget <= BUDGETS[-1])
     assert found.decades == pytest.approx(max(0, np.log10(budget / BUDGETS[-1])))
     codes = {diagnostic.code for diagnostic in found.findings}
@@ -78,6 +81,37 @@ def test_repeated_data_is_flagged(exact):
     assert "data_repeated" in {diagnostic.code for diagnostic in found.findings}
     plenty = predict_family(exact, SETTINGS, 1e20, TEMPLATE, unique_tokens=2 * tokens)
     assert "data_repeated" not in {diagnostic.code for diagnostic in plenty.findings}
+
+
+def test_doubts_of_the_fit_travel(noisy):
+    data = scaling_cases.surface(ratios=(2, 3, 4, 6), noise=1e-3, seed=2)
+    family = fits.fit_family(data, SETTINGS)
+    found = predict_family(family, SETTINGS, 1e19, TEMPLATE)
+    said = {(one.code, one.message) for one in found.findings}
+    assert {(one.code, one.message) for one in family.warnings} <= said
+    assert not found.in_range  # C is, and N* is smaller than every size sampled there
+    assert found.decades == 0
+    (outside,) = [one for one in found.findings if "sampled near 1e19" in one.message]
+    assert outside.code == "optimum_outside_range"
+    assert predict_family(noisy, SETTINGS, 1e19, TEMPLATE).in_range
+
+
+def test_an_optimum_that_is_no_run_is_refused(noisy):
+    law = replace(noisy.approach3.params, A=1e-9, alpha=0.9)
+    far = replace(noisy, approach3=replace(noisy.approach3, params=law))
+    found = predict_family(far, SETTINGS, 1e19, TEMPLATE)
+    assert found.approach3 is None
+    assert found.approach2
+    (why,) = [one for one in found.findings if one.code == "optimum_outside_range" and one.refusal]
+    assert "which is no run" in why.message
+
+
+def test_a_family_without_a_fit_says_why_and_leaves_the_others():
+    few = fits.fit_family(scaling_cases.surface(budgets=(1e18,)), SETTINGS)
+    found = predict_family(few, SETTINGS, 1e18, TEMPLATE)
+    assert found.approach3 is found.approach2 is found.launch is None
+    assert "only 5 runs" in next(one for one in found.findings if one.refusal).message
+    assert not found.in_range
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
+import gzip
+
 import pytest
 from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import table
+from prime_jax.scaling.settings import Choice
 from prime_jax.sweep import collect
 
 GOOD = "family,flops,params,loss\narm,1e18,1e8,3.2\n"
@@ -37,6 +40,12 @@ def test_excels_byte_order_mark_and_line_ends_are_dropped(tmp_path):
         (GOOD.replace(",", ";").replace(".", ","), "semicolons"),
         ("arm,1e18,1e8,3.2\narm,1e19,1e8,3.1\n", "header .* is missing"),
         (GOOD.encode("utf-16"), "UTF-16"),
+        (gzip.compress(GOOD.encode()), "gzip; unpack it"),
+        (b"PK\x03\x04\0", "zip or Excel"),
+        ("# one\n# two\n", "comments only"),
+        ("[]", "not a list of objects"),
+        ('[{"family": "arm"}, 3]', "not a list of objects"),
+        ('{"rows": [1', "not JSON"),
         (b"\x89PNG\r\n\0\0\0", "binary"),
         (b"family,loss\narm,\xff\xfe\xfa\n", "UTF-8"),
         (GOOD + "arm,1e18\n", r"row 3: 2 cells, but the header has 4"),
@@ -62,6 +71,39 @@ def test_excels_hint_at_the_separator_is_no_header(tmp_path):
     found = read(tmp_path, "sep=,\n" + GOOD)
     assert found.columns == ["family", "flops", "params", "loss"]
     assert found.names == ["row 3"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "# exported by me, in May\n" + GOOD,
+        GOOD.replace("3.2", "3.2,,"),
+        '[{"family": "arm", "flops": 1e18, "params": 1e8, "loss": 3.2}]',
+        '{"family": ["arm"], "flops": [1e18], "params": [1e8], "loss": [3.2]}',
+    ],
+    ids=["comment", "empty cells at the end", "JSON rows", "JSON columns"],
+)
+def test_other_ways_to_write_the_same_table(tmp_path, content):
+    found = read(tmp_path, content)
+    assert found.columns == ["family", "flops", "params", "loss"]
+    assert [table.number(found.rows[0], name) for name in found.columns[1:]] == [1e18, 1e8, 3.2]
+
+
+def test_columns_of_others_are_named(tmp_path):
+    found = read(tmp_path, "model,C,N,loss,val_loss\narm,1e18,1e8,9,3.2\n")
+    choice = Choice(columns="family=model, flops=C,params=N,loss=val_loss")
+    new = table.renamed(found, choice.names)
+    assert new.rows == [{"family": "arm", "flops": "1e18", "params": "1e8", "loss": "3.2"}]
+    assert new.columns == ["family", "flops", "params", "loss"]
+    for columns, message in (
+        ("loss=val", r"no column 'val'; did you mean val_loss\?"),
+        ("loss=C,flops=C", "one column stands for two"),
+    ):
+        with pytest.raises(UserError, match=message):
+            table.renamed(found, Choice(columns=columns).names)
+    for columns in ("loss", "=a", "loss=a,,"):
+        with pytest.raises(UserError, match="pairs such as"):
+            Choice(columns=columns)
 
 
 def test_a_missing_file(tmp_path):

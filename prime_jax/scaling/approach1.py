@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Optimum
 from prime_jax.scaling.points import Runs
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.table import Columns, Log, Logs, Table, number, text
 
 Array = NDArray[np.float64]
@@ -75,15 +74,20 @@ def join_curves(logs: Logs, data: Table, runs: Runs, asked: bool = True) -> dict
     Raises:
         UserError: tokens that do not follow from the steps, or disagree with the table.
     """
-    excluded = {run.run for run in runs.excluded}
-    used: dict[str, dict[str, Any]] = {}
+    excluded = {(run.family, run.run) for run in runs.excluded}
+    used: dict[str, dict[str, dict[str, Any]]] = {family: {} for family in runs.families}
     for row in data.rows:
-        name = text(row, "run")
-        if name and name not in excluded:
-            used[name] = max(used.get(name, row), row, key=lambda r: number(r, runs.columns.tokens))
+        family, name = text(row, "family"), text(row, "run")
+        if name and (family, name) not in excluded:
+            of = used[family]
+            of[name] = max(of.get(name, row), row, key=lambda r: number(r, runs.columns.tokens))
+    several = [name for name in logs.runs if sum(name in of for of in used.values()) > 1]
+    if several:
+        raise UserError(
+            f"{logs.source}: run {several[0]} is in several families of {data.source}, so its curve may be of any; give every run a name of its own"
+        )
     out = {}
-    for family in runs.families:
-        mine = {name: row for name, row in used.items() if text(row, "family") == family}
+    for family, mine in used.items():
         found = {name: logs.runs[name] for name in mine if name in logs.runs}
         curves = [_curve(name, log, mine[name], runs.columns, logs) for name, log in found.items()]
         curves = tuple(c for c in curves if len(c.loss_n) > 1 or c.schedule == "decays")

@@ -11,7 +11,7 @@ factor and a constant it is exp(-alpha t) / alpha + exp(q beta t) / (q beta) in 
 given minimum follows in closed form from alpha, beta and the sampled sizes; E, A and B drop out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,12 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_ndtr
 
-from prime_jax.scaling import labels, newton
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling import labels, newton, noise
 from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Compute, Optimum, PowerLaw
 from prime_jax.scaling.points import SPREAD, Points, budget_spread
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.settings import Method
 
 Array = NDArray[np.float64]
@@ -34,6 +33,8 @@ MIN_SIZES = {"parabola": 3, "akima": 5}  # Akima's slopes come from five neighbo
 HALF_LOG_2PI = np.log(np.sqrt(2 * np.pi))
 FINE = 401  # sizes at which an interpolant is searched
 MIN_BUDGETS = 3
+MAX_SPREAD = 2.0  # largest over smallest FLOPs of a stated budget
+MAX_SHIFT, MAX_CHANGE = 2.0, 0.2  # of an optimum, a factor; and of a: by the bias of parabolas
 OFF_CENTRE = 0.5  # of the half-width of the sizes, in log N, between their middle and the optimum
 DRIFT = 0.1  # in the exponent, between the middles of the sizes and the optima
 
@@ -47,8 +48,8 @@ class IsoflopCurve:
         censored: the side of the sampled sizes on which the optimum lies; `optimum` then holds
             the size at that edge, which bounds N*, and the lowest loss measured.
         covariance_3x3: of c over the noise variance.
-        interpolated: the optimum is that of Akima's interpolant; the parabola then only tells
-            the noise.
+        sd_n: standard deviations of the losses, where the optimum is that of Akima's interpolant,
+            which follows every loss; None for a parabola, whose misfit tells them.
     """
 
     flops: float
@@ -60,7 +61,11 @@ class IsoflopCurve:
     covariance_3x3: Array
     optimum: Optimum
     censored: Side | None
-    interpolated: bool = False
+    sd_n: Array | None = None
+
+    @property
+    def interpolated(self) -> bool:
+        return self.sd_n is not None
 
     @property
     def log_params_n(self) -> Array:
@@ -94,16 +99,24 @@ class IsoflopCurve:
 
 
 def fit_curve(
-    budget: float, params: Array, loss: Array, weight: Array, compute: Compute, method: Method
+    budget: float,
+    params: Array,
+    loss: Array,
+    weight: Array,
+    compute: Compute,
+    sd: Array | None = None,
 ) -> IsoflopCurve | None:
-    """The IsoFLOP curve of the runs [n] of one budget; None if its curve has no minimum."""
+    """The IsoFLOP curve of the runs [n] of one budget; None if its curve has no minimum.
+
+    With `sd` of the losses it is an interpolant, else a parabola.
+    """
     x = np.log(params)
     centre = float(weight @ x / weight.sum())
     design = np.stack([np.ones_like(x), x - centre, (x - centre) ** 2], 1)
     covariance = np.linalg.inv(design.T @ (weight[:, None] * design))
     c = covariance @ (design.T @ (weight * loss))
     low, high = x.min(), x.max()
-    if method == "akima":
+    if sd is not None:
         best, value = (v.item() for v in _lowest(x, loss[:, None]))
     elif c[2] > 0:
         best, value = centre - c[1] / (2 * c[2]), c[0] - c[1] ** 2 / (4 * c[2])
@@ -124,12 +137,28 @@ def fit_curve(
         covariance_3x3=covariance,
         optimum=optimum,
         censored=censored,
-        interpolated=method == "akima",
+        sd_n=sd,
     )
 
 
-def redraw_curve(curve: IsoflopCurve, sigma_R: Array, rng: np.random.Generator) -> Array:
-    """log N* of the curve under noise of variance sigma**2 / weight, [R].
+def noise_scale(
+    curves: Sequence[IsoflopCurve], replicates: int, rng: np.random.Generator
+) -> Array | None:
+    """Standard deviations_R of a loss of weight one: as the parabolas' misfit has them, with the
+    error of that; 1 for interpolants, which know their own. None without a degree of freedom."""
+    if any(curve.interpolated for curve in curves):
+        return np.ones(replicates)
+    freedom = sum(len(curve.loss_n) - 3 for curve in curves)
+    if freedom < 1:
+        return None
+    squares = sum(curve.squares for curve in curves)
+    return np.sqrt(squares / rng.chisquare(freedom, replicates))
+
+
+def redraw_curve(
+    curve: IsoflopCurve, sigma_R: Array, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """log N* of the curve and the loss there, each [R], under noise of variance sigma**2 / weight.
 
     NaN where it has no minimum then (or, interpolated, none between the sampled sizes).
     Resampling runs would leave four-point parabolas undetermined in a third of the replicates;
@@ -138,15 +167,16 @@ def redraw_curve(curve: IsoflopCurve, sigma_R: Array, rng: np.random.Generator) 
     replicates = len(sigma_R)
     if curve.interpolated:
         noise = rng.standard_normal((len(curve.loss_n), replicates)) * sigma_R
-        loss_nxR = curve.loss_n[:, None] + noise / np.sqrt(curve.weight_n)[:, None]
-        best, _ = _lowest(curve.log_params_n, loss_nxR)
+        loss_nxR = curve.loss_n[:, None] + noise * curve.sd_n[:, None]
+        best, lowest = _lowest(curve.log_params_n, loss_nxR)
         inside = (best > curve.log_params_n.min()) & (best < curve.log_params_n.max())
-        return np.where(inside, best, np.nan)
+        return np.where(inside, best, np.nan), np.where(inside, lowest, np.nan)
     root = np.linalg.cholesky(curve.covariance_3x3)
     c_Rx3 = curve.c_3 + sigma_R[:, None] * (rng.standard_normal((replicates, 3)) @ root.T)
     convex = c_Rx3[:, 2] > 0
     minimum = -c_Rx3[:, 1] / (2 * np.where(convex, c_Rx3[:, 2], 1.0))
-    return np.where(convex, curve.centre + minimum, np.nan)
+    lowest = c_Rx3[:, 0] + c_Rx3[:, 1] * minimum / 2
+    return np.where(convex, curve.centre + minimum, np.nan), np.where(convex, lowest, np.nan)
 
 
 def _akima(x_n: Array, loss_n: Array) -> Callable[[ArrayLike], Array]:
@@ -211,12 +241,9 @@ class Debiased:
 def unshifted(curve: IsoflopCurve, minimum: ArrayLike, law: PowerLaw, compute: Compute) -> Array:
     """log N* for which the parabola through this curve's sizes has its lowest point at `minimum`.
 
-    `minimum` and the exponents of `law` broadcast. NaN where no such law exists. An interpolant
-    has no shift.
+    `minimum` and the exponents of `law` broadcast. NaN where no such law exists.
     """
     minimum = np.asarray(minimum, dtype=np.float64)
-    if curve.interpolated:
-        return minimum
     alpha, beta = np.asarray(law.alpha)[..., None], compute.q * np.asarray(law.beta)[..., None]
     u, w = curve.log_params_n - curve.centre, curve.weight_n
     design = np.stack([np.ones_like(u), u, u**2], 1)
@@ -339,11 +366,15 @@ def fit(
         weight_n: of the runs, inverse variances up to a factor; equal if None.
     """
     weight_n = np.ones(len(points.loss)) if weight_n is None else weight_n
-    found, spread, few, no_minimum = [], [], [], []
+    sd_n = noise.of(points).sd_n * points.loss if method == "akima" else None
+    most = MAX_SPREAD if points.stated else SPREAD
+    found, spread, few, no_minimum, wide = [], [], [], [], []
     for budget in points.budgets:
         mine = points.budget == budget
-        params = points.params[mine]
-        if budget_spread(points.flops[mine]) > SPREAD:
+        params, apart = points.params[mine], budget_spread(points.flops[mine])
+        if SPREAD < apart <= most:
+            wide.append((budget, apart))
+        if apart > most:
             spread.append(budget)
         elif len(np.unique(params)) < MIN_SIZES[method]:
             few.append(budget)
@@ -354,10 +385,11 @@ def fit(
                 loss=points.loss[mine],
                 weight=weight_n[mine],
                 compute=compute,
-                method=method,
+                sd=None if sd_n is None else sd_n[mine],
             )
             (no_minimum if curve is None else found).append(curve or budget)
-    diagnostics = _left_out(spread, few, no_minimum, method) + _censored(found)
+    diagnostics = _spread(points, spread, wide) + _left_out(few, no_minimum, method)
+    diagnostics += _censored(found)
     inside = [curve for curve in found if curve.censored is None]
     a = None
     if len(inside) < MIN_BUDGETS:
@@ -406,19 +438,18 @@ def _optimum(curve: IsoflopCurve, interval: list[float] | None) -> CurveOptimum:
 
 
 def redraw(isoflop: Approach2, replicates: int, seed: int) -> Draws | None:
-    """IsoFLOP curves redrawn under normal noise of one unknown variance, shared by all budgets.
+    """IsoFLOP curves redrawn under normal noise: for parabolas of one unknown variance, shared by
+    all budgets; for interpolants of that which the error budget gives each run.
 
     The exponent also carries the scatter of the minima about their power law that this noise
     does not explain. None without a degree of freedom.
     """
     inside = isoflop.inside
-    freedom = sum(len(curve.loss_n) - 3 for curve in isoflop.curves)
-    if freedom < 1 or not inside:
-        return None
     rng = np.random.default_rng(seed)
-    squares = sum(curve.squares for curve in isoflop.curves)
-    sigma_R = np.sqrt(squares / rng.chisquare(freedom, replicates))
-    minima = np.stack([redraw_curve(v, sigma_R, rng) for v in isoflop.curves], 1)
+    sigma_R = noise_scale(isoflop.curves, replicates, rng)
+    if sigma_R is None or not inside:
+        return None
+    minima = np.stack([redraw_curve(v, sigma_R, rng)[0] for v in isoflop.curves], 1)
     log_params = minima[:, [v.censored is None for v in isoflop.curves]]
     if isoflop.a is None:
         return Draws(np.exp(log_params), np.full(replicates, np.nan), minima)
@@ -441,7 +472,7 @@ def take_shift_off(
     """The same optima and exponent without the bias of parabolas.
 
     Args:
-        found: with at least three curves that have their optimum inside.
+        found: parabolas, with at least three that have their optimum inside.
         draws: their minima redrawn from their errors.
         law, replicates: of approach 3 and its bootstrap, for their exponents alone.
         compute: what a run costs.
@@ -449,11 +480,9 @@ def take_shift_off(
         level: of the intervals.
 
     Returns:
-        None where `a` is refused, or the law cannot have brought forth one of the minima inside.
+        None where the law cannot have brought forth one of the minima inside.
     """
     curves = found.curves
-    if found.a is None:
-        return None
     side_V = np.array([{None: 0, "above": 1, "below": -1}[v.censored] for v in curves])
     raw_V = np.log([v.optimum.params for v in curves])
     x_V = np.log([v.flops for v in curves])
@@ -483,6 +512,31 @@ def take_shift_off(
     a_R = np.full(len(y_RxV), np.nan)
     a_R[whole] = censored_slope(x, y_RxV[whole], sd, side)
     return _debiased(found, y_V[inside], shift, compute, a, a_R, redrawn[:, inside], level)
+
+
+def implausible(found: Approach2, debiased: Debiased | None) -> Diagnostic | None:
+    """What is wrong with optima that the law moves further than a bias of parabolas can."""
+    if debiased is None:
+        return warn(
+            "debias_implausible",
+            "no law with the exponents of approach 3 has its parabolas' minima where they are",
+        )
+    k = int(np.argmax(np.abs(debiased.shift_K)))
+    curve, factor = found.inside[k], float(np.exp(np.abs(debiased.shift_K[k])))
+    outside = [
+        one.flops
+        for one, best in zip(found.inside, debiased.optima, strict=True)
+        if not one.low <= best.params <= one.high
+    ]
+    if factor > MAX_SHIFT:
+        what = f"would move the optimum at {labels.flops(curve.flops)} FLOPs by a factor of {factor:.3g}"
+    elif outside:
+        what = f"would move the optimum out of the sampled sizes at {_list(outside)} FLOPs"
+    elif abs(debiased.a - found.a) > MAX_CHANGE:
+        what = f"would take a from {found.a:.3f} to {debiased.a:.3f}"
+    else:
+        return None
+    return warn("debias_implausible", f"taking the bias off the parabolas {what}; it is left out")
 
 
 def _debiased(
@@ -516,6 +570,7 @@ def why_no_interval(
     isoflop: Approach2, draws: Draws | None, level: float
 ) -> tuple[Diagnostic, ...]:
     """Why the exponent has no interval, if it has none."""
+    curve = "parabola" if isoflop.method == "parabola" else "curve between the sampled sizes"
     if isoflop.a is None:
         return ()
     if draws is None:
@@ -529,7 +584,7 @@ def why_no_interval(
         return (
             warn(
                 "interval_unbounded",
-                "approach 2 has no interval: within the noise some parabola has no minimum",
+                f"approach 2 has no interval: within the noise some {curve} has no minimum",
             ),
         )
     return ()
@@ -542,17 +597,30 @@ def _slope(inside: tuple[IsoflopCurve, ...] | list[IsoflopCurve]) -> Array:
     return x / (x @ x)
 
 
-def _left_out(
-    spread: list[float], few: list[float], no_minimum: list[float], method: Method
+def _spread(
+    points: Points, spread: list[float], wide: list[tuple[float, float]]
 ) -> list[Diagnostic]:
+    """Budgets whose runs differ in FLOPs: left out (`spread`), or believed as stated (`wide`)."""
     diagnostics = []
-    if spread:
+    if wide:
+        most = max(apart for _, apart in wide)
         diagnostics.append(
             warn(
-                "budget_ambiguous",
-                f"runs of {_list(spread)} FLOPs differ in their FLOPs by more than {SPREAD - 1:.0%}",
+                "budget_spread",
+                f"runs of the stated budgets {_list([c for c, _ in wide])} differ in their FLOPs by up to {most - 1:.0%}; they are taken as stated",
             )
         )
+    if spread and points.stated:
+        text = f"runs of the stated budgets {_list(spread)} differ in their FLOPs by more than a factor of {MAX_SPREAD:g}; left out of approach 2"
+        diagnostics.append(warn("budget_spread", text))
+    elif spread:
+        text = f"runs of {_list(spread)} FLOPs differ in their FLOPs by more than {SPREAD - 1:.0%}"
+        diagnostics.append(warn("budget_ambiguous", text))
+    return diagnostics
+
+
+def _left_out(few: list[float], no_minimum: list[float], method: Method) -> list[Diagnostic]:
+    diagnostics = []
     if few:
         least = MIN_SIZES[method]
         diagnostics.append(

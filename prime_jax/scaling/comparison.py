@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, approach3, joint, labels
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
 from prime_jax.scaling.fits import too_few, weighted_fit
 from prime_jax.scaling.intervals import (
     bootstrap_weights,
@@ -34,7 +33,7 @@ from prime_jax.scaling.multiplier import (
 )
 from prime_jax.scaling.points import Points, Runs, assign_budgets, strata
 from prime_jax.scaling.results import Origin, origin
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.settings import Settings
 from prime_jax.settings import nearest
 
@@ -354,8 +353,8 @@ def _prepare(fits: dict[str, _Fitted], settings: Settings) -> dict[str, _Prepare
             knots_K=np.log([curve.flops for curve in inside]),
             log_loss_K=np.log([curve.optimum.loss for curve in inside]),
             log_loss_RxK=minimum_losses(inside, settings.replicates, settings.seed + 1 + k),
-            low=float(points.budgets[0]),
-            high=float(points.budgets[-1]),
+            low=float(points.levels[0]),
+            high=float(points.levels[-1]),
         )
         slopes = None
         if family.isoflop.a is not None:
@@ -398,7 +397,7 @@ def _cells(parts: list[Points]) -> list[NDArray[np.intp]]:
 def _contrast(
     family: _Prepared, base: _Prepared, mixed: str | None, settings: Settings
 ) -> Contrast:
-    mine, yours = family.family.points.budgets, base.family.points.budgets
+    mine, yours = family.family.points.levels, base.family.points.levels
     level, side, other = settings.level, family.side, base.side
     both = np.unique(np.concatenate([mine, yours]))
     inside = side.holds(both) & other.holds(both)

@@ -206,10 +206,10 @@ def choose(
     if not family.approach3:
         why = next(warning.message for warning in family.warnings if warning.refusal)
         raise UserError(f"{points.family}: a design needs approach 3, which was refused: {why}")
-    if not target >= points.budgets[0]:
+    if not target >= points.levels[0]:
         raise UserError(
             f"target {labels.flops(target)} FLOPs lies below the data of {points.family}, "
-            f"which begin at {labels.flops(points.budgets[0])}"
+            f"which begin at {labels.flops(points.levels[0])}"
         )
     if not isinstance(family.approach3.law, PowerLaw):
         raise UserError(f"{points.family}: a design knows only the law {PowerLaw.formula}")
@@ -264,7 +264,7 @@ def candidates(points: Points, linear: Linear, target: float, flops_budget: floa
     Raises:
         UserError: `flops_budget` does not buy one cell of the smallest budget, or no size is sensible.
     """
-    ladder = points.budgets
+    ladder = points.levels
     if len(ladder) > MAX_BUDGETS:
         ladder = np.array([float(f"{c:.3g}") for c in np.geomspace(*ladder[[0, -1]], MAX_BUDGETS)])
     if flops_budget < REPEATS * ladder[0]:
@@ -344,7 +344,7 @@ def _greedy(
         if not open_cells.any():
             return picks, "the budget is spent"
         if model_sd is not None and sd < model_sd:
-            open_cells &= flops > points.budgets[-1]
+            open_cells &= flops > points.levels[-1]
             if not open_cells.any():
                 return picks, "model error dominates: more runs at this scale do not help"
         drop = REPEATS * (features @ inverse @ gradient) ** 2

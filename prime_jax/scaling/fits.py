@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach1, approach2, approach3, labels, noise
 from prime_jax.scaling.approach1 import Approach1, Curves
-from prime_jax.scaling.approach2 import Approach2, Debiased
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.approach2 import Approach2
 from prime_jax.scaling.intervals import (
     Ends,
     at_bound,
@@ -32,6 +31,7 @@ from prime_jax.scaling.noise import ErrorBudget, Held
 from prime_jax.scaling.points import Points, Runs, budget_levels, strata
 from prime_jax.scaling.results import Approach3, FamilyFit, ScalingFit, curve_budgets, origin
 from prime_jax.scaling.rollout import Rollout, model_error, rollout
+from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.settings import DEFAULTS, Settings
 from prime_jax.scaling.table import Table
 
@@ -42,6 +42,7 @@ Array = NDArray[np.float64]
 MIN_RUNS, FEW_RUNS = 6, 15  # five unknowns; three runs for each of them
 MIN_LEVELS = 3  # different N, D and C without which the two terms cannot be told apart
 POWER_LAW_ERROR = 0.05
+APART = 0.05  # in a, between approaches that both have no interval
 PROFILED = 12  # most budgets at which N* is profiled
 SMALL_DELTA = 0.05  # of the scatter: a Huber delta below it is least absolute deviation in effect
 SMALL_SCALE = 1e17  # FLOPs
@@ -52,20 +53,26 @@ def disagreements(estimates: dict[str, Estimate]) -> list[Diagnostic]:
 
     The sides of two intervals that face each other add in quadrature, as for independent errors.
     The errors share their data and so are closer than that: a difference that stands out is real.
+    One without an interval has to lie within that of the other, two without within 0.05.
     """
     out = []
     for (one, (a, ends)), (other, (b, b_ends)) in itertools.combinations(estimates.items(), 2):
-        if ends is None or b_ends is None:
-            continue
-        facing = (ends[1] - a, b - b_ends[0]) if a < b else (a - ends[0], b_ends[1] - b)
-        if abs(a - b) > math.hypot(*facing):
-            out.append(
-                warn(
-                    "approaches_disagree",
-                    f"{one} gives a = {a:.3f} ({ends[0]:.3f} to {ends[1]:.3f}), {other} a = {b:.3f} ({b_ends[0]:.3f} to {b_ends[1]:.3f})",
-                )
+        sides = [
+            abs(value - (known[1] if value < facing else known[0])) if known else 0.0
+            for value, known, facing in ((a, ends, b), (b, b_ends, a))
+        ]
+        allowed = math.hypot(*sides) if ends or b_ends else APART
+        if abs(a - b) > allowed:
+            said = (
+                f"{one} gives a = {a:.3f} {_ends(ends)}",
+                f"{other} a = {b:.3f} {_ends(b_ends)}",
             )
+            out.append(warn("approaches_disagree", ", ".join(said)))
     return out
+
+
+def _ends(interval: list[float] | None) -> str:
+    return f"({interval[0]:.3f} to {interval[1]:.3f})" if interval else "(no interval)"
 
 
 def fit_law(points: Points, compute: Compute, settings: Settings) -> Approach3:
@@ -161,7 +168,7 @@ def _profile(
     level: float,
 ) -> tuple[dict[str, Ends], dict[float, Ends]]:
     named = problem.form.quantities(compute)
-    every = points.budgets
+    every = points.levels
     shown = np.linspace(0, len(every) - 1, min(len(every), PROFILED)).round().astype(int)
     at = every[shown].tolist()
     sizes = [problem.form.best_size(compute, flops) for flops in at]
@@ -267,10 +274,11 @@ def _profile_findings(
 
 def _optimum_findings(points: Points, compute: Compute, law: Law) -> list[Diagnostic]:
     diagnostics, outside = [], []
-    for budget in points.budgets:
-        params = points.params[points.budget == budget]
+    for budget in points.levels:
+        params = points.sizes_near(budget)
+        params = params if len(np.unique(params)) >= MIN_LEVELS else points.params
         best = optimum(law, compute, budget).params
-        if len(np.unique(params)) >= MIN_LEVELS and not params.min() <= best <= params.max():
+        if not params.min() <= best <= params.max():
             outside.append(f"{labels.count(best)} at {labels.flops(budget)} FLOPs")
     if outside:
         diagnostics.append(
@@ -357,11 +365,11 @@ def fit_family(
     three = replace(three, error=model_error(held_out))
     three = replace(
         three,
-        optima=three.bests(points.budgets),
+        optima=three.bests(points.levels),
         frontier=three.along(curve_budgets(points)),
     )
     if isinstance(three.law, PowerLaw) and not three.certificate.bounds:  # it knows the curves
-        two = replace(two, debiased=_debiased(two, three, settings))
+        two = _with_debiased(two, three, settings)
     return _family(points, compute, three, two, one, held_out)
 
 
@@ -381,7 +389,7 @@ def _family(
         kind=points.measure.kind,
         given=points.measure.given,
         runs=len(points.loss),
-        budgets=points.budgets,
+        budgets=points.levels,
         compute=compute,
         approach3=three,
         approach2=two,
@@ -408,14 +416,18 @@ def _errors(points: Points, three: Approach3, rollout: Rollout | None) -> ErrorB
 
 def exponents(three: Approach3, two: Approach2, one: Approach1) -> dict[str, Estimate]:
     """The exponent a of each approach that has one, and its interval."""
-    parts = {"approach 1": one, "approach 2": two.debiased or two, "approach 3": three}
+    debiased = {"approach 2, de-biased": two.debiased} if two.debiased else {"approach 2": two}
+    parts = {"approach 1": one, **debiased, "approach 3": three}
     return {
         name: (part.a, part.intervals["a"]) for name, part in parts.items() if part.a is not None
     }
 
 
-def _debiased(two: Approach2, three: Approach3, settings: Settings) -> Debiased | None:
-    return approach2.take_shift_off(
+def _with_debiased(two: Approach2, three: Approach3, settings: Settings) -> Approach2:
+    """The same with its optima without bias, or with a warning of what they would be."""
+    if two.a is None or two.method == "akima":
+        return two
+    debiased = approach2.take_shift_off(
         two,
         draws=two.draws,
         law=three.law,
@@ -424,6 +436,10 @@ def _debiased(two: Approach2, three: Approach3, settings: Settings) -> Debiased 
         seed=settings.seed,
         level=settings.level,
     )
+    wrong = approach2.implausible(two, debiased)
+    if wrong:
+        return replace(two, warnings=(*two.warnings, wrong))
+    return replace(two, debiased=debiased)
 
 
 def _groups(runs: Runs) -> tuple[tuple[str, ...], ...]:
@@ -451,7 +467,7 @@ def _findings(runs: Runs, groups: tuple[tuple[str, ...], ...]) -> tuple[Diagnost
             diagnostics.append(
                 refuse("too_few_points", f"family {family} has no run that can be used")
             )
-    largest = max(points.budgets[-1] for points in runs.families.values())
+    largest = max(points.levels[-1] for points in runs.families.values())
     if largest < SMALL_SCALE:
         diagnostics.append(
             warn(

@@ -21,11 +21,11 @@ taken over a kernel density of the residuals: of 60 runs too few lie within Hube
 counted. Runs of several checkpoints count once. An end is None where the objective never rises
 enough: the runs do not bound the quantity on that side.
 
-A quantity (`laws.Quantity`) is held by a penalty instead of a constraint: the minimum of
-objective + weight (g - c)**2 lies exactly on the profile, at the g that it ends with.
+A quantity (`laws.Quantity`) is held by taking the place of an unknown: with g = c and the other
+unknowns given, that one is known, in closed form, and the objective is refitted over the others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -41,11 +41,11 @@ Array = NDArray[np.float64]
 
 BLOCK = 20_000  # runs x replicates per numpy call: arrays of this size stay in the cache
 WEBB = np.sqrt([0.5, 1.0, 1.5]).repeat(2) * np.tile([-1.0, 1.0], 3)  # mean 0, variance 1
-PENALTY = 100.0  # the penalty's curvature over that of the objective along the quantity
-CLOSE = 1e-3  # an end is found when the root of the rise is within this fraction of its limit
-ROUNDS, DOUBLINGS = 25, 10
+CLOSE = 1e-7  # an end is found when the root of the rise is within this fraction of its limit
+ROUNDS = 40
 STEPS = 100  # of Newton's method for one point of a profile
 FAR = 50.0  # an end this far from the fit, a factor of e**50, is none
+STEEP = 10.0  # a root of this size and more is as good as any
 SILENT = 1e-6  # residuals of runs without noise
 
 
@@ -137,37 +137,12 @@ def profiles(
         runs: the run of each point, [n], where several may be checkpoints of one.
     """
     if np.abs(p.residual(fit.theta_K)).max() < SILENT:
-        exact = [float(q.natural(values([q], fit.theta_K[None])[0])[0]) for q in quantities]
+        exact = [float(q.natural(q.at(fit.theta_K)[0])) for q in quantities]
         return [(value, value) for value in exact]
     kappa, freedom = robust_scale(p, p.residual(fit.theta_K), runs)
-    rise = 0.5 * kappa * fdtri(1, freedom, level)
-    both = _Stack.of([q for q in quantities for _ in range(2)])
-    ends = _search(*_pushed(p, fit.theta_K, both, rise), far=FAR)
-    pairs = zip(ends[::2], ends[1::2], quantities, strict=True)
+    profile = _Profiles(p, fit.theta_K, quantities, 0.5 * kappa * fdtri(1, freedom, level))
+    pairs = zip(*[iter(_search(profile))] * 2, quantities, strict=True)
     return [(_natural(q, low), _natural(q, high)) for low, high, q in pairs]
-
-
-def profile_of(
-    objective: Callable[[float], float],
-    best: float,
-    rise: float,
-    limits: tuple[float, float] = (-np.inf, np.inf),
-) -> Ends:
-    """Where a function of one number has risen by `rise` above its minimum, which is at `best`.
-
-    For a quantity of another law: `objective` is then its minimum over everything else. An end
-    beyond the limits is open.
-    """
-    lowest = objective(best)
-
-    def push(which: NDArray[np.intp], aim: Array) -> tuple[Array, Array]:
-        at = np.clip(aim, *limits)
-        values = np.array([objective(float(c)) for c in at])
-        return at, np.sqrt(np.maximum(values - lowest, 0) / rise)
-
-    step = 0.1 * max(abs(best), 1.0)
-    low, high = _search(push, np.full(2, best), np.array([-step, step]))
-    return low, high
 
 
 def robust_scale(
@@ -182,108 +157,160 @@ def robust_scale(
     return float(squares / (np.mean(p.weight_n) * p.curvature(residual))), freedom
 
 
-class _Stack(NamedTuple):
-    """The coefficients of several quantities [P], for as many settings of the unknowns."""
+class Replaced(NamedTuple):
+    """P quantities, each in the place of an unknown: with g and the others that one is known.
 
+    It is u, or exp(u) where g has its log, with
+
+        scale u = g (plain + divide . theta) - constant - linear . theta - logs . log theta
+
+    Attributes:
+        unknown: which one, [P].
+        scale, log: what g has it times, and whether that is its log, [P].
+        constant, plain, linear, logs, divide: of g, [P] or [P, K]; 0 for this unknown.
+    """
+
+    unknown: NDArray[np.intp]
+    scale: Array
+    log: NDArray[np.bool_]
     constant: Array
+    plain: Array
     linear: Array
     logs: Array
-    plain: Array
     divide: Array
 
     @classmethod
-    def of(cls, quantities: Sequence[Quantity]) -> "_Stack":
-        rows = [(q.constant, q.linear_K, q.logs_K, q.plain, q.divide_K) for q in quantities]
+    def of(cls, quantities: Sequence[Quantity]) -> "Replaced":
+        rows = []
+        for q in quantities:
+            j, log = q.solvable
+            others = (np.where(np.arange(len(r)) == j, 0.0, r) for r in (q.linear_K, q.logs_K, q.divide_K))  # fmt: skip
+            scale = (q.logs_K if log else q.linear_K)[j]
+            rows.append((j, scale, log, q.constant, q.plain, *others))
         return cls(*(np.array(column) for column in zip(*rows, strict=True)))
 
-    def at(self, which: NDArray[np.intp]) -> "_Stack":
-        return _Stack(*(column[which] for column in self))
+    def at(self, which: NDArray[np.intp]) -> "Replaced":
+        return Replaced(*(column[which] for column in self))
+
+    def fill(self, value_P: Array, theta_PxK: Array) -> tuple[Array, Array, Array]:
+        """The unknowns with those replaced that follow from g = `value_P` and the others, and
+        their gradient_PxK and Hessian_PxKxK by the others."""
+        g, scale, log = value_P[:, None], self.scale[:, None], self.log[:, None]
+        used = np.where(self.logs != 0, theta_PxK, 1.0)
+        slope = g * self.divide - self.linear
+        top = value_P * self.plain - self.constant
+        u = (top + np.sum(slope * theta_PxK - self.logs * np.log(used), axis=1)) / self.scale
+        first = (slope - self.logs / used) / scale
+        second = np.eye(theta_PxK.shape[1]) * (self.logs / used**2 / scale)[:, None]
+        second = second + (log * first)[:, :, None] * first[:, None, :]
+        power = np.exp(np.where(self.log, u, 0.0))  # 1 where the unknown is u itself
+        theta = theta_PxK.copy()
+        theta[np.arange(len(theta)), self.unknown] = np.where(self.log, power, u)
+        return theta, power[:, None] * first, power[:, None, None] * second
 
 
-def values(quantities: Sequence[Quantity], theta_PxK: Array) -> tuple[Array, Array, Array]:
-    """The P quantities at P settings: g_P (before `natural`), its gradient_PxK, Hessian_PxKxK."""
-    return _values(_Stack.of(quantities), theta_PxK)
+class _Profiles:
+    """The objective with each of P quantities held and everything else refitted.
 
+    There are two for each quantity: a search downward and one upward. A refit starts on the line
+    from the fit through the last one below the limit, the first along d theta / d g.
 
-def _values(g: _Stack, theta_PxK: Array) -> tuple[Array, Array, Array]:
-    used = np.where(g.logs != 0, theta_PxK, 1.0)
-    top = g.constant + np.sum(g.linear * theta_PxK + g.logs * np.log(used), axis=1)
-    below = g.plain + np.sum(g.divide * theta_PxK, axis=1)
-    value = top / below
-    gradient = (g.linear + g.logs / used - value[:, None] * g.divide) / below[:, None]
-    diagonal = np.arange(theta_PxK.shape[1])
-    hessian = np.zeros((len(value), len(diagonal), len(diagonal)))
-    hessian[:, diagonal, diagonal] = -g.logs / used**2
-    cross = gradient[:, :, None] * g.divide[:, None, :]
-    return value, gradient, (hessian - cross - cross.transpose(0, 2, 1)) / below[:, None, None]
-
-
-# (problem indices_P, aims_P) -> values reached_P, roots_P of the rise there over its limit
-Push = Callable[[NDArray[np.intp], Array], tuple[Array, Array]]
-
-
-def _pushed(p: Problem, theta_K: Array, g: _Stack, rise: float) -> tuple[Push, Array, Array]:
-    """Minima of the objective with each quantity near its aim, the values at the fit, and first
-    steps: downward and upward by turns."""
-    count = len(g.constant)
-    theta, deficit = np.tile(theta_K, (count, 1)), np.zeros(count)
-    weight = np.broadcast_to(p.weight_n, (count, p.runs))
-    lowest, _, hessian = p.derivatives(theta_K[None], p.weight_n[None])
-    best, slope, _ = _values(g, theta)
-    spread = np.sum(slope * (slope @ np.linalg.pinv(hessian[0], hermitian=True)), axis=1)
-    curvature = np.abs(1 / spread)
-
-    def push(which: NDArray[np.intp], aim: Array) -> tuple[Array, Array]:
-        target, penalty = aim + deficit[which], PENALTY * curvature[which]
-        theta[which] = _held(
-            p,
-            g=g.at(which),
-            start_PxK=theta[which],
-            weight_Pxn=weight[which],
-            target_P=target,
-            stiff_P=penalty,
-        )
-        value = _values(g.at(which), theta[which])[0]
-        deficit[which] = target - value  # what the penalty gives way by, made up for next time
-        objective = p.derivatives(theta[which], weight[which])[0]
-        return value, np.sqrt(np.maximum(objective - lowest, 0) / rise)
-
-    side = np.tile([-1.0, 1.0], count // 2)
-    return push, best, side * np.sqrt(2 * rise / curvature)
-
-
-def _search(push: Push, best_P: Array, step_P: Array, far: float = np.inf) -> list[float | None]:
-    """The value at which the root reaches 1, from `best` in the direction of `step`.
-
-    Steps double until the root is above 1, and are then divided by interpolation. None where
-    that takes too many or leads further than `far`.
+    Attributes:
+        best, step: g at the fit, and first steps, [P].
     """
-    count = len(best_P)
-    inner, inner_root, step = best_P.copy(), np.zeros(count), step_P.copy()
-    outer, outer_root = np.full(count, np.nan), np.full(count, np.nan)
-    aim, doubled = best_P + step, np.zeros(count, dtype=int)
+
+    def __init__(self, p: Problem, fit_K: Array, quantities: Sequence[Quantity], limit: float):
+        self.p, self.fit_K, self.limit, self.lowest = p, fit_K, limit, p.value(fit_K)
+        _, gradient, hessian = p.derivatives(fit_K[None], p.weight_n[None])
+        moves = np.ix_(*[newton.free(fit_K, gradient[0], *p.box())] * 2)
+        inverse = np.zeros_like(hessian[0])
+        inverse[moves] = np.linalg.pinv(hessian[0][moves], hermitian=True)
+        best, slope = (np.array(x) for x in zip(*(q.at(fit_K) for q in quantities), strict=True))
+        variance = np.abs(np.sum(slope * (slope @ inverse), axis=1))
+        known = variance > 0  # else it is at a bound
+        size = np.where(known, np.sqrt(2 * limit * variance), 1.0)
+        along = slope @ inverse / np.where(known, variance, 1.0)[:, None]
+        self.held = Replaced.of([q for q in quantities for _ in range(2)])
+        self.best, self.step = best.repeat(2), np.stack([-size, size], 1).ravel()
+        self.at, self.along = self.best.copy(), along.repeat(2, axis=0)
+        self.near = np.tile(fit_K, (len(self.best), 1))
+        self.last = self.near.copy()
+
+    def roots(self, which: NDArray[np.intp], value_P: Array) -> Array:
+        """The root of the rise over its limit, of the profiles `which` at the values."""
+        start = self.near[which] + (value_P - self.at[which])[:, None] * self.along[which]
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond what a law can be
+            theta, objective = _refit_others(self.p, self.held.at(which), value_P, start)
+        root = np.fmin(np.sqrt(np.maximum(objective - self.lowest, 0) / self.limit), STEEP)
+        self.last[which] = theta
+        below = which[root < 1]
+        self.near[below], self.at[below] = theta[root < 1], value_P[root < 1]
+        self.along[below] = (theta[root < 1] - self.fit_K) / (self.at - self.best)[below, None]
+        return root
+
+    def inside(self) -> NDArray[np.bool_]:
+        """Whether the last laws were within the bounds of the search, [P]."""
+        lower, upper = self.p.box()
+        return np.all((self.last >= lower) & (self.last <= upper), axis=1)
+
+
+def _refit_others(
+    p: Problem, held: Replaced, value_P: Array, start_PxK: Array
+) -> tuple[Array, Array]:
+    """Minima over the unknowns that are not replaced: theta_PxK and the objective_P."""
+    weight = np.broadcast_to(p.weight_n, (len(start_PxK), p.runs))
+
+    def derivatives(theta: Array, which: NDArray[np.intp]) -> tuple[Array, Array, Array]:
+        part = held.at(which)
+        full, first, second = part.fill(value_P[which], theta)
+        value, gradient, hessian = p.derivatives(full, weight[which])
+        own = np.arange(len(which)), part.unknown
+        jacobian = np.tile(np.eye(theta.shape[1]), (len(which), 1, 1))  # by the others
+        jacobian[own] = first
+        back = jacobian.transpose(0, 2, 1)
+        hessian = back @ hessian @ jacobian + gradient[own][:, None, None] * second
+        gradient = (back @ gradient[:, :, None])[:, :, 0]
+        lost = ~np.isfinite(hessian).all(axis=(1, 2))  # beyond all numbers
+        value[lost], gradient[lost], hessian[lost] = np.inf, 0.0, 0.0
+        return value, gradient, hessian
+
+    theta, value = newton.minimise(derivatives, start_PxK, *p.box(), p.floor, steps=STEPS)
+    return held.fill(value_P, theta)[0], value
+
+
+def _search(profile: _Profiles) -> list[float | None]:
+    """The value of each quantity at which the root reaches 1.
+
+    Steps double until the root is above 1, and are then divided by the Illinois method: straight
+    lines, and half the height of an end that stays. None where that leads further than FAR, or
+    out of the bounds of the law.
+    """
+    best, step = profile.best, profile.step.copy()
+    count = len(best)
+    inner, below = best.copy(), np.full(count, -1.0)
+    outer, above = np.full(count, np.nan), np.full(count, np.nan)
+    aim, last = best + step, np.zeros(count)
     found: list[float | None] = [None] * count
     active = np.arange(count)
     for _ in range(ROUNDS):
         if not len(active):
             break
         going = []
-        for k, at, root in zip(active, *push(active, aim[active]), strict=True):
-            if abs(root - 1) < CLOSE:
-                found[k] = float(at)
+        for k, root in zip(active, profile.roots(active, aim[active]), strict=True):
+            off = root - 1
+            if abs(off) < CLOSE:
+                found[k] = float(aim[k])
                 continue
-            bounded = root > 1 or np.isfinite(outer[k])
-            if root > 1:
-                outer[k], outer_root[k] = at, root
-            elif abs(at - inner[k]) > 0.1 * abs(aim[k] - inner[k]):
-                inner[k], inner_root[k] = at, root
-            elif not bounded:
-                continue  # at the edge of what a law can be
-            if bounded:
-                fraction = (1 - inner_root[k]) / (outer_root[k] - inner_root[k])
-                aim[k] = inner[k] + np.clip(fraction, 0.05, 0.95) * (outer[k] - inner[k])
-            elif doubled[k] < DOUBLINGS and abs(inner[k] - best_P[k]) < far:
-                doubled[k] += 1
+            if off > 0:
+                outer[k], above[k] = aim[k], off
+            else:
+                inner[k], below[k] = aim[k], off
+            if np.isfinite(outer[k]):
+                if last[k] * off > 0:
+                    (below if off > 0 else above)[k] *= 0.5
+                last[k] = off
+                aim[k] = inner[k] - below[k] / (above[k] - below[k]) * (outer[k] - inner[k])
+            elif abs(inner[k] - best[k]) < FAR:
                 step[k] *= 2
                 aim[k] = inner[k] + step[k]
             else:
@@ -293,27 +320,8 @@ def _search(push: Push, best_P: Array, step_P: Array, far: float = np.inf) -> li
     for k in np.flatnonzero(np.isfinite(outer)):  # a jump of the profile: where it is crossed
         if found[k] is None:
             found[k] = float(0.5 * (inner[k] + outer[k]))
-    return found
-
-
-def _held(
-    p: Problem, g: _Stack, start_PxK: Array, weight_Pxn: Array, target_P: Array, stiff_P: Array
-) -> Array:
-    """The minimum of objective + stiff / 2 (g - target)**2, [P, 5]."""
-
-    def derivatives(theta: Array, which: NDArray[np.intp]) -> tuple[Array, Array, Array]:
-        value, gradient, hessian = p.derivatives(theta, weight_Pxn[which])
-        held, slope, second = _values(g.at(which), theta)
-        penalty, off = stiff_P[which], held - target_P[which]
-        score = (penalty * off)[:, None]
-        outer = slope[:, :, None] * slope[:, None, :]
-        return (
-            value + 0.5 * penalty * off**2,
-            gradient + score * slope,
-            hessian + penalty[:, None, None] * outer + score[:, :, None] * second,
-        )
-
-    return newton.minimise(derivatives, start_PxK, *p.box(), p.floor, steps=STEPS)[0]
+    inside = profile.inside()
+    return [end if within else None for end, within in zip(found, inside, strict=True)]
 
 
 def _natural(quantity: Quantity, value: float | None) -> float | None:

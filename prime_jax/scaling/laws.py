@@ -88,7 +88,8 @@ class Law(Protocol):
 class Quantity:
     """g(theta_K) = (constant + linear . theta + logs . log theta) / (plain + divide . theta).
 
-    `natural` makes of g what people call its value; it increases.
+    g can be solved for an unknown: one that is in `linear` alone, or in `logs` alone. `natural`
+    makes of g what people call its value; it increases.
     """
 
     constant: float
@@ -97,6 +98,21 @@ class Quantity:
     plain: float
     divide_K: Array
     natural: Callable[[Array], Array]
+
+    @property
+    def solvable(self) -> tuple[int, bool]:
+        """The first unknown that g can be solved for, and whether g has its log."""
+        has = np.stack([self.linear_K != 0, self.logs_K != 0, self.divide_K != 0])
+        alone = has & (has.sum(axis=0) == 1)
+        log = not alone[0].any()
+        return int(np.argmax(alone[1] if log else alone[0])), log
+
+    def at(self, theta_K: Array) -> tuple[Array, Array]:
+        """g before `natural`, and its gradient_K."""
+        used = np.where(self.logs_K != 0, theta_K, 1.0)
+        below = self.plain + self.divide_K @ theta_K
+        value = (self.constant + self.linear_K @ theta_K + self.logs_K @ np.log(used)) / below
+        return value, (self.linear_K + self.logs_K / used - value * self.divide_K) / below
 
 
 class Form(Protocol):

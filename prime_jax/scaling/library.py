@@ -164,6 +164,7 @@ def fit(
     flops: str | None = None,
     params: str | None = None,
     allow_mixed_kinds: bool = False,
+    columns: str = "",
     note: str = "",
     progress: Progress = quiet,
     **settings: Any,
@@ -174,7 +175,7 @@ def fit(
         source: a sweep directory, a CSV, a data frame or a dict of columns, with a row for each
             run: family, loss, and two of flops, params, tokens.
         curves: training curves for approach 1, alike.
-        metric, flops, params, allow_mixed_kinds: as the options of `prime-jax fit`.
+        metric, flops, params, allow_mixed_kinds, columns: as the options of `prime-jax fit`.
         note: put behind the name of the source.
         progress: called with what is being done.
         settings: of `Settings`: replicates, seed, level, objective, delta, approach2.
@@ -182,9 +183,9 @@ def fit(
     Raises:
         UserError: bad input, in one line.
     """
-    choice = Choice(metric, flops, params, allow_mixed_kinds)
+    choice = Choice(metric, flops, params, allow_mixed_kinds, columns)
     found = from_dict(Settings, settings)
-    table, logs = _read(source, curves, metric)
+    table, logs = _read(source, curves, choice)
     if note:
         table = replace(table, source=f"{table.source} ({note})")
     runs = select(table, choice)
@@ -267,10 +268,9 @@ def design(fit: ScalingFit, family: str, target: float, budget: float, **options
     return choose(fit.family(family), fit.settings, float(target), float(budget), **options)
 
 
-def _read(source: Source, curves: Source | None, metric: str) -> tuple[Table, Logs | None]:
-    return read_with_curves(
-        _readable(source), None if curves is None else _readable(curves), metric
-    )
+def _read(source: Source, curves: Source | None, choice: Choice) -> tuple[Table, Logs | None]:
+    known = None if curves is None else _readable(curves)
+    return read_with_curves(_readable(source), known, choice.metric, choice.names)
 
 
 def _readable(source: Source) -> Path | Table:
@@ -289,7 +289,7 @@ def _runs(source: ScalingFit | Source, options: dict[str, Any]) -> tuple[Runs, S
     names = [field.name for field in fields(Choice)]
     choice = Choice(**{name: options.pop(name) for name in names if name in options})
     settings = from_dict(Settings, options)
-    table, _ = _read(source, None, choice.metric)
+    table, _ = _read(source, None, choice)
     return select(table, choice), settings
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prime_jax.scaling.approach2 import IsoflopCurve
+from prime_jax.scaling.approach2 import IsoflopCurve, noise_scale, redraw_curve
 from prime_jax.scaling.intervals import (
     known_percentiles,
 )
@@ -126,22 +126,15 @@ def lower_probability(family: Side, baseline: Side, flops: Array) -> tuple[Array
 def minimum_losses(curves: tuple[IsoflopCurve, ...], replicates: int, seed: int) -> Array | None:
     """Log loss at the lowest point of each IsoFLOP curve, redrawn from its error, [R, K].
 
-    As approach2.redraw does for N*: normal noise of one unknown variance. NaN where a redrawn
-    parabola has no minimum; None without a degree of freedom.
+    As approach2.redraw does for N*. NaN where a redrawn curve has no minimum; None without a degree
+    of freedom.
     """
-    freedom = sum(len(curve.loss_n) - 3 for curve in curves)
-    if freedom < 1:
-        return None
     rng = np.random.default_rng(seed)
-    squares = sum(curve.squares for curve in curves)
-    sigma_R = np.sqrt(squares / rng.chisquare(freedom, replicates))
-    columns = []
-    for curve in curves:
-        root = np.linalg.cholesky(curve.covariance_3x3)
-        c_Rx3 = curve.c_3 + sigma_R[:, None] * (rng.standard_normal((replicates, 3)) @ root.T)
-        moved = _lowest(c_Rx3) - _lowest(curve.c_3[None])
-        columns.append(np.log(np.maximum(curve.optimum.loss + moved, 1e-9)))
-    return np.stack(columns, 1)
+    sigma_R = noise_scale(curves, replicates, rng)
+    if sigma_R is None:
+        return None
+    losses = [redraw_curve(curve, sigma_R, rng)[1] for curve in curves]
+    return np.log(np.maximum(np.stack(losses, 1), 1e-9))
 
 
 def _multiplier(here: Side, there: Side, flops: Array, level: float, ratio: Ratio) -> Multiplier:
@@ -199,9 +192,3 @@ def _invert(loss_Q: Array, knots_K: Array, value_K: Array) -> Array:
         return np.full(len(loss_Q), np.nan)
     best_K = np.minimum.accumulate(value_K[known])
     return np.interp(-loss_Q, -best_K, knots_K[known], np.nan, np.nan)
-
-
-def _lowest(c_Rx3: Array) -> Array:
-    convex = c_Rx3[:, 2] > 0
-    curvature = np.where(convex, c_Rx3[:, 2], 1.0)
-    return np.where(convex, c_Rx3[:, 0] - c_Rx3[:, 1] ** 2 / (4 * curvature), np.nan)

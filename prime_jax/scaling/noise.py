@@ -1,6 +1,6 @@
 """How much the loss of a run is off for reasons other than its N and D.
 
-* Seed: another seed gives another loss. Measured from runs that repeat one (N, D, learning rate).
+* Seed: another seed gives another loss. Measured from runs that repeat one (N, D, learning rate, batch).
 * Tuning: a learning rate beside the best one costs about curvature * (log lr - log best)**2 nats.
   Measured where runs of one (N, D) differ in learning rate; elsewhere not known, and left out.
 * Evaluation: the standard error of the loss, as stated with it.
@@ -91,7 +91,7 @@ def scatter(residual_n: Array, unknowns: int) -> float:
 
 def _seed(points: Points, evaluation_n: Array) -> Source:
     """Scatter within repeats less what the evaluation explains of it."""
-    repeats = repeated(points.params, points.tokens, points.lr)
+    repeats = repeated(points.params, points.tokens, points.lr, points.batch)
     if not repeats:
         return Source(SEED, "assumed", 0)
     log_loss, squares, freedom = np.log(points.loss), 0.0, 0
@@ -120,7 +120,7 @@ def _tuning(points: Points) -> tuple[Source | None, Array]:
         return None, none
     x = np.log(points.lr)
     known = np.isfinite(x)
-    cell = np.where(known, cells(points.params, points.tokens), -1)
+    cell = np.where(known, cells(points.params, points.tokens, points.batch), -1)
     compared = [members for members in groups(cell) if np.ptp(x[members]) > 0]
     if not compared:
         return None, none

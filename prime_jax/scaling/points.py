@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import labels
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.table import (
+    DONE,
     KINDS,
     Choice,
     Columns,
@@ -23,6 +24,7 @@ from prime_jax.scaling.table import (
     choose_columns,
     number,
     require,
+    status,
     text,
 )
 from prime_jax.settings import nearest
@@ -33,6 +35,9 @@ SAME, JUMP = 1.05, 1.25  # largest ratio of C / (N D) at one size, and between n
 SEED = 0.0014  # of the loss: a standard deviation of .004 nats at a loss of 2.9, as is typical
 GAP = 1.05  # runs further apart than this belong to different budgets
 SPREAD = 1.10  # a budget whose FLOPs differ by more is no IsoFLOP: loss moves with C as well as N
+CHOSEN = ("family", "run", "seed", "lr", "batch_size")  # of a run, besides its size
+INDEX = ("", "index", "id", "Unnamed: 0")  # columns that only number the rows
+LOSS_RULE = "loss must be a number above 0 (a run that ended without one is left out where a column status says diverged, failed or the like)"
 MIN_COUNT = 1000  # fewer parameters or tokens than this are counted in another unit
 UNIT_RATIO = 100  # no convention moves C / (6 N D) this far from one; a wrong unit does
 
@@ -57,9 +62,9 @@ def mixed_conventions(
     return [warn("mixed_conventions", f"FLOPs are {' and '.join(shown)}: no one count gives both")]
 
 
-def repeated(params: Array, tokens: Array, lr: Array | None) -> list[NDArray[np.intp]]:
-    """Groups of runs that differ in nothing but their seed."""
-    return groups(cells(params, tokens, lr))
+def repeated(*columns: Array | None) -> list[NDArray[np.intp]]:
+    """Groups of runs that differ in nothing but their seed: N, D and what was chosen agree."""
+    return groups(cells(*columns))
 
 
 def cells(*columns: Array | None) -> NDArray[np.intp]:
@@ -78,23 +83,26 @@ def groups(cell_n: NDArray[np.intp]) -> list[NDArray[np.intp]]:
 def assign_budgets(flops: Array, stated: Array | None) -> Array:
     """The budget of each run, [n].
 
-    Groups are those of the stated budgets where given, else runs without a gap of 5 % between
-    them. A group is named by its stated budget, unless that counts FLOPs in another convention:
-    then, and where nothing is stated, by the geometric mean of its FLOPs.
+    Groups are runs without a gap of 5 % between them, in their stated budgets where given, else in
+    their FLOPs. A group is named by the budget that most of it states, unless that counts FLOPs in
+    another convention: then, and where nothing is stated, by the geometric mean of its FLOPs.
     """
-    if stated is None:
-        order = np.argsort(flops)
-        steps = np.diff(np.log(flops[order])) > np.log(GAP)
-        group = np.empty(len(flops), dtype=int)
-        group[order] = np.concatenate([[0], np.cumsum(steps)])
-    else:
-        group = np.unique(stated, return_inverse=True)[1]
+    by = flops if stated is None else stated
+    order = np.argsort(by, kind="stable")
+    steps = np.diff(np.log(by[order])) > np.log(GAP)
+    group = np.empty(len(by), dtype=int)
+    group[order] = np.concatenate([[0], np.cumsum(steps)])
     means = np.exp(np.bincount(group, np.log(flops)) / np.bincount(group))
-    budget = np.array([float(f"{mean:.6g}") for mean in means])[group]
-    if stated is None:
-        return budget
-    planned = np.abs(np.log(budget / stated)) < np.log(SPREAD)
-    return np.where(planned, stated, budget)
+    budget = np.array([float(f"{mean:.6g}") for mean in means])
+    if stated is not None:
+        named = np.array([_commonest(stated[group == k]) for k in range(len(means))])
+        budget = np.where(np.abs(np.log(budget / named)) < np.log(SPREAD), named, budget)
+    return budget[group]
+
+
+def _commonest(values: Array) -> float:
+    unique, counts = np.unique(values, return_counts=True)
+    return float(unique[np.argmax(counts)])
 
 
 def budget_spread(flops: Array) -> float:
@@ -149,15 +157,36 @@ class Points:
     params: Array
     tokens: Array
     loss: Array
-    loss_se: Array  # NaN where not known
+    loss_se: Array  # NaN where not known; errors that are all 0 are not known
     budget: Array
     diagnostics: tuple[Diagnostic, ...] = ()
     run: NDArray[np.intp] | None = None  # the run of each point, where some are of one run
     lr: Array | None = None  # peak learning rate, NaN where not known
+    batch: Array | None = None  # batch size, alike
+    stated: bool = False  # the budgets are those that the table states
 
     @property
     def budgets(self) -> Array:
         return np.unique(self.budget)
+
+    @property
+    def levels(self) -> Array:
+        """The budgets, from the smallest to the largest C of the data: where runs are of one
+        budget only because there is no gap between them, its name is not their range."""
+        budgets = self.budgets
+        ends = [self.flops[self.budget == budgets[k]] for k in (0, -1)]
+        wide = [budget_spread(end) > SPREAD and not self.stated for end in ends]
+        low = ends[0].min() if wide[0] else budgets[0]
+        high = ends[1].max() if wide[1] else budgets[-1]
+        return np.unique([low, *budgets, high])
+
+    def sizes_near(self, flops: float) -> Array:
+        """N of the runs of a budget; of those next to it where no run has it."""
+        budgets = self.budgets
+        k = np.searchsorted(budgets, flops)
+        known = k < len(budgets) and budgets[k] == flops
+        beside = budgets[k : k + 1] if known else budgets[max(0, k - 1) : k + 1]
+        return self.params[np.isin(self.budget, beside)]
 
 
 @dataclass(frozen=True)
@@ -198,9 +227,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
     columns = choose_columns(table, choice)
     reasons = [_why_not(row, columns.loss) for row in table.rows]
     excluded = tuple(
-        Excluded(
-            text(row, "run", name), text(row, "family", "?"), text(row, "status", "done"), reason
-        )
+        Excluded(text(row, "run", name), text(row, "family", "?"), status(row) or "done", reason)
         for row, name, reason in zip(table.rows, table.names, reasons, strict=True)
         if reason
     )
@@ -208,7 +235,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
     if not used.rows:
         states = ", ".join(sorted({run.status for run in excluded}))
         raise UserError(
-            f"{table.source}: none of its {len(excluded)} runs is done; nothing to fit (status: {states})"
+            f"{table.source}: none of its {len(excluded)} runs is done; nothing to fit (status: {states}; a run counts as {', '.join(DONE[:3])} or with none)"
         )
     _refuse_duplicates(used, columns)
     arrays = _arrays(used, columns)
@@ -239,17 +266,17 @@ def _subset(table: Table, keep: Any) -> Table:
 
 
 def _why_not(row: dict[str, Any], loss: str) -> str | None:
-    status = text(row, "status")
-    if status not in ("", "done"):
-        return text(row, "reason", status)
-    if status == "done" and not text(row, loss):
+    found = status(row)
+    if found not in ("", "done"):
+        return text(row, "reason", found)
+    if found == "done" and not text(row, loss):
         return f"no value in column {loss}"
     return None
 
 
 def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
     """The numbers [n] of all runs; the one of C, N, D that is not in the table is derived."""
-    out = {"loss": _positive(table, columns.loss, 0, "loss must be a number above 0")}
+    out = {"loss": _positive(table, columns.loss, 0, LOSS_RULE)}
     for quantity in ("flops", "params", "tokens"):
         column = getattr(columns, quantity)
         if column:
@@ -267,7 +294,8 @@ def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
     require(table, columns.flops, in_unit, "flops are far from 6 N D; check the units of all three")
     for name, column in (("loss_se", columns.loss_se), ("epochs", "epochs")):
         out[name] = _unsigned(table, column)
-    out["lr"] = np.array([number(row, "lr") for row in table.rows])
+    for name in ("lr", "batch_size"):
+        out[name] = np.array([number(row, name) for row in table.rows])
     if "unique_tokens" in table.columns:
         unique = _positive(table, "unique_tokens", 0, "unique_tokens must be a number above 0")
         out["epochs"] = out["tokens"] / unique
@@ -294,20 +322,12 @@ def _unsigned(table: Table, column: str) -> Array:
 def _refuse_duplicates(table: Table, columns: Columns) -> None:
     """One run in two rows counts twice; checkpoints of it (another step) are another matter."""
     if "run" in table.columns:
-        keys = [(text(row, "run"), text(row, "step")) for row in table.rows]
+        apart = [*CHOSEN, columns.params, columns.tokens, "step"]
     else:
-        names = (
-            "family",
-            "seed",
-            "step",
-            columns.loss,
-            columns.flops,
-            columns.params,
-            columns.tokens,
-        )
-        keys = [tuple(text(row, name) for name in names) for row in table.rows]
+        apart = [name for name in table.columns if name not in INDEX]
     first: dict[tuple[str, ...], str] = {}
-    for key, name in zip(keys, table.names, strict=True):
+    for row, name in zip(table.rows, table.names, strict=True):
+        key = tuple(text(row, column) for column in apart)
         if key in first:
             raise UserError(f"{table.source}: {first[key]} and {name} are the same run; drop one")
         first[key] = name
@@ -323,28 +343,48 @@ def _family(
 ) -> Points:
     measure, diagnostics = _measure(table, columns, choice)
     budget = assign_budgets(arrays["flops"], arrays.get("budget"))
-    diagnostics += _data_findings(table, arrays, lost)
+    run_n = _shared_runs(table, columns)
+    diagnostics += _data_findings(arrays, lost, run_n)
     counts = (arrays[name] for name in ("flops", "params", "tokens"))
     diagnostics += mixed_conventions(*counts, table.names)
-    names = ("flops", "params", "tokens", "loss", "loss_se")
-    columns_n = (arrays[n] for n in names)
-    lr = np.where(arrays["lr"] > 0, arrays["lr"], np.nan)
+    columns_n = (arrays[name] for name in ("flops", "params", "tokens", "loss"))
     return Points(
         label,
         measure,
         *columns_n,
-        budget,
-        tuple(diagnostics),
-        run=_shared_runs(table),
-        lr=None if np.isnan(lr).all() else lr,
+        loss_se=arrays["loss_se"]
+        if (arrays["loss_se"] > 0).any()
+        else np.full(len(budget), np.nan),
+        budget=budget,
+        diagnostics=tuple(diagnostics),
+        run=run_n,
+        lr=_known(arrays["lr"]),
+        batch=_known(arrays["batch_size"]),
+        stated="budget" in arrays,
     )
 
 
-def _shared_runs(table: Table) -> NDArray[np.intp] | None:
-    """The run of each row, if some rows are checkpoints of one."""
-    runs = [text(row, "run", name) for row, name in zip(table.rows, table.names, strict=True)]
-    run_n = np.unique(runs, return_inverse=True)[1]
-    return run_n if run_n.max() + 1 < len(runs) else None
+def _known(values: Array) -> Array | None:
+    """The values, NaN where they are not above 0; None if none is."""
+    known = np.where(values > 0, values, np.nan)
+    return None if np.isnan(known).all() else known
+
+
+def _shared_runs(table: Table, columns: Columns) -> NDArray[np.intp] | None:
+    """The run of each row, if some rows are checkpoints of one.
+
+    A name that comes twice at one step is no name of one run: what was chosen tells those apart.
+    """
+    names = [text(row, "run", name) for row, name in zip(table.rows, table.names, strict=True)]
+    steps = [(text(row, "step"), text(row, columns.tokens)) for row in table.rows]
+    seen = Counter(zip(names, steps, strict=True))
+    several = {name for (name, _), count in seen.items() if count > 1}
+    runs = [
+        (name, *(text(row, c) for c in (*CHOSEN, columns.params))) if name in several else (name,)
+        for name, row in zip(names, table.rows, strict=True)
+    ]
+    index = {run: k for k, run in enumerate(sorted(set(runs)))}
+    return np.array([index[run] for run in runs]) if len(index) < len(runs) else None
 
 
 def _measure(table: Table, columns: Columns, choice: Choice) -> tuple[Measure, list[Diagnostic]]:
@@ -375,14 +415,14 @@ def _values(table: Table, column: str) -> set[str]:
 
 
 def _data_findings(
-    table: Table, arrays: dict[str, Array], lost: list[Excluded]
+    arrays: dict[str, Array], lost: list[Excluded], run_n: NDArray[np.intp] | None
 ) -> list[Diagnostic]:
     diagnostics = []
     if lost:
         states = ", ".join(
             f"{n} {status}" for status, n in Counter(run.status for run in lost).items()
         )
-        total = len(lost) + len(table.rows)
+        total = len(lost) + len(arrays["loss"])
         diagnostics.append(
             warn("survivors_only", f"{len(lost)} of {total} runs are left out ({states})")
         )
@@ -395,14 +435,13 @@ def _data_findings(
                 f"{again} runs saw their data more than once (up to {most:.3g} times)",
             )
         )
-    if not repeated(arrays["params"], arrays["tokens"], arrays["lr"]):
+    if not repeated(*(arrays[name] for name in ("params", "tokens", "lr", "batch_size"))):
         diagnostics.append(
             warn(
                 "no_seed_repeats",
                 f"no run is repeated with another seed: a noise floor of {SEED:.2%} of the loss is assumed",
             )
         )
-    run_n = _shared_runs(table)
     if run_n is not None:
         diagnostics.append(
             warn(

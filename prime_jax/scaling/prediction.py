@@ -6,12 +6,14 @@ import numpy as np
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, labels, launchable
-from prime_jax.scaling.diagnostics import Diagnostic, refuse, warn
+from prime_jax.scaling.approach2 import Debiased
 from prime_jax.scaling.intervals import known_percentiles, percentiles
 from prime_jax.scaling.launchable import Template
 from prime_jax.scaling.laws import optima, optimum
+from prime_jax.scaling.points import MIN_COUNT, Points
 from prime_jax.scaling.results import FamilyFit
 from prime_jax.scaling.rollout import ModelError, distance, model_error
+from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.settings import Settings
 
 
@@ -67,8 +69,9 @@ class Prediction:
 
     Attributes:
         flops: C, in the fit's convention.
-        in_range: C lies within the budgets of the data.
+        in_range: C lies within the budgets of the data, and N* among the sizes sampled there.
         decades: log10 of C over the largest budget of the data, 0 within.
+        debiased: approach 2 without the bias of its parabolas; None where that is not known.
         rollout: how wrong losses predicted from smaller budgets were; None if that is unknown.
         unique_tokens: of the training data, None if unknown.
         epochs: D* over `unique_tokens`.
@@ -81,6 +84,7 @@ class Prediction:
     decades: float
     approach3: Best | None
     approach2: Best | None
+    debiased: Best | None
     rollout: ModelError | None
     unique_tokens: float | None
     epochs: float | None
@@ -101,40 +105,57 @@ def predict_family(
         template: what a launched run would share with the old ones.
         unique_tokens: of the training data.
 
+    Where nothing can be predicted, a refusal says why.
+
     Raises:
-        UserError: C lies below the data, or neither approach has a fit.
+        UserError: C lies below the data.
     """
     points = family.points
-    lowest, largest = points.budgets[0], points.budgets[-1]
+    lowest, largest = points.levels[0], points.levels[-1]
     if not flops >= lowest:
         raise UserError(
             f"{labels.flops(flops)} FLOPs lie below the data of {points.family}, "
             f"which begin at {labels.flops(lowest)}; train that size rather than predict it"
         )
-    if not family.approach3 and _no_line(family):
-        why = family.warnings[0].message if family.warnings else "nothing was fitted"
-        raise UserError(f"{points.family}: there is nothing to predict from; {why}")
     error = model_error(family.rollout)
     three = _approach3(family, settings, flops, error)
-    two = _approach2(family, settings, flops)
-    best = three or two
-    launch, refused = _launch(family, template, flops, best.params.value)
-    decades = float(distance(points, flops))
-    epochs = best.tokens.value / unique_tokens if unique_tokens else None
-    diagnostics = [
-        *_range_findings(family, flops, decades, error),
-        *_disagreement(three, two),
-        *_data_findings(best, epochs),
-        *refused,
+    two = _approach2(family, settings, flops, None)
+    debiased = family.approach2.debiased
+    debiased = debiased and _approach2(family, settings, flops, debiased)
+    refused = [
+        _absurd(name, part)
+        for name, part in (("approach 3", three), ("approach 2", two), ("de-biased", debiased))
     ]
+    three, two, debiased = (
+        None if why else part for part, why in zip((three, two, debiased), refused, strict=True)
+    )
+    best, launch = three or debiased or two, None
+    epochs = best.tokens.value / unique_tokens if best and unique_tokens else None
+    decades = float(distance(points, flops))
+    among = bool(best) and _among(points, flops, best)
+    diagnostics = [why for why in refused if why]
+    if best:
+        launch, more = _launch(family, template, flops, best.params.value)
+        diagnostics += _range_findings(family, flops, decades, error)
+        diagnostics += [] if among or decades else [_outside(points, flops, best)]
+        diagnostics += [
+            *_disagreement(three, debiased or two),
+            *_data_findings(best, epochs),
+            *more,
+        ]
+    elif not family.fitted:
+        diagnostics.append(refuse("too_few_points", f"nothing was fitted: {family.reason}"))
+    known = {(one.code, one.message) for one in diagnostics}
+    diagnostics += [one for one in family.warnings if (one.code, one.message) not in known]
     return Prediction(
         family=points.family,
         kind=points.measure.kind,
         flops=flops,
-        in_range=bool(flops <= largest),
+        in_range=bool(flops <= largest and among),
         decades=decades,
         approach3=three,
         approach2=two,
+        debiased=debiased,
         rollout=error,
         unique_tokens=unique_tokens,
         epochs=epochs,
@@ -143,8 +164,29 @@ def predict_family(
     )
 
 
-def _no_line(family: FamilyFit) -> bool:
-    return family.approach2.a is None
+def _absurd(name: str, best: Best | None) -> Diagnostic | None:
+    """A refusal of an optimum that is no model, or has no data: a law far from where it was fitted."""
+    if best is None or min(best.params.value, best.tokens.value) >= MIN_COUNT:
+        return None
+    shown = (
+        f"N* = {labels.value(best.params.value, 3)} and D* = {labels.value(best.tokens.value, 3)}"
+    )
+    return refuse("optimum_outside_range", f"{name} puts the optimum at {shown}, which is no run")
+
+
+def _among(points: Points, flops: float, best: Best) -> bool:
+    """Whether N* lies among the sizes that were sampled near C."""
+    sizes = points.sizes_near(flops)
+    return bool(sizes.min() <= best.params.value <= sizes.max())
+
+
+def _outside(points: Points, flops: float, best: Best) -> Diagnostic:
+    sizes = points.sizes_near(flops)
+    ends = f"{labels.count(sizes.min())} to {labels.count(sizes.max())}"
+    return warn(
+        "optimum_outside_range",
+        f"N* = {labels.count(best.params.value)} lies outside the sizes sampled near {labels.flops(flops)} FLOPs, {ends}",
+    )
 
 
 def _approach3(
@@ -169,13 +211,16 @@ def _approach3(
     return Best(params, tokens, loss, widened)
 
 
-def _approach2(family: FamilyFit, settings: Settings, flops: float) -> Best | None:
-    """The power law through the optima, without their bias where it is known, read off at C."""
-    if _no_line(family):
+def _approach2(
+    family: FamilyFit, settings: Settings, flops: float, debiased: Debiased | None
+) -> Best | None:
+    """The power law through the optima of the parabolas, or those without bias, read off at C."""
+    if family.approach2.a is None:
         return None
-    found = family.approach2.debiased
-    if found:
-        optima, a, log_params, a_R = found.optima, found.a, found.log_params_RxK, found.a_R
+    if debiased:
+        optima, a, log_params, a_R = (
+            debiased.optima, debiased.a, debiased.log_params_RxK, debiased.a_R,
+        )  # fmt: skip
     else:
         optima, a = [curve.optimum for curve in family.approach2.inside], family.approach2.a
         log_params = (
@@ -237,7 +282,7 @@ def _range_findings(
             warn(
                 "extrapolation",
                 f"{labels.flops(flops)} FLOPs lie {decades:.2g} decades beyond the largest "
-                f"budget of the data, {labels.flops(family.points.budgets[-1])}",
+                f"budget of the data, {labels.flops(family.points.levels[-1])}",
             )
         )
     if not family.approach3:

@@ -20,7 +20,7 @@ from prime_jax.scaling.points import Points, Runs, select
 from prime_jax.scaling.results import SCHEMA, ScalingFit
 from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Choice, Settings
-from prime_jax.scaling.table import Table, number, read_csv, text
+from prime_jax.scaling.table import Table, number, read_csv, status, text
 from prime_jax.settings import from_dict
 
 FIT, POINTS = "fit.json", "points.csv"
@@ -124,10 +124,10 @@ def points_csv(data: Table, runs: Runs) -> str:
     writer.writeheader()
     used = {name: _numbers(part) for name, part in runs.families.items()}
     for row in data.rows:
-        same = {name: text(row, name) for name in ("family", *MEASURE, *KEPT, "status", "reason")}
+        same = {name: text(row, name) for name in ("family", *MEASURE, *KEPT, "reason")}
         line = {name: value for name, value in same.items() if name in writer.fieldnames}
-        line["kind"] = text(row, runs.columns.kind)
-        if text(row, "status") in ("", "done") and text(row, runs.columns.loss):
+        line |= {"kind": text(row, runs.columns.kind), "status": status(row)}
+        if line["status"] in ("", "done") and text(row, runs.columns.loss):
             line |= next(used[line["family"]])
         else:
             line |= _planned(row, runs)

@@ -17,13 +17,12 @@ from prime_jax.errors import UserError
 from prime_jax.scaling.approach1 import Approach1
 from prime_jax.scaling.approach2 import Approach2
 from prime_jax.scaling.approach3 import Certificate, Fit, Problem
-from prime_jax.scaling.diagnostics import Diagnostic
 from prime_jax.scaling.intervals import Ends, percentiles
 from prime_jax.scaling.laws import Compute, Law, Optimum, optima, optimum
 from prime_jax.scaling.noise import ErrorBudget
 from prime_jax.scaling.points import Excluded, Points, Runs
 from prime_jax.scaling.rollout import ModelError, Rollout, distance
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Table
 
@@ -162,7 +161,9 @@ class FamilyFit:
     kind: str = key("kind of loss: nll, nelbo, train_loss, or empty")
     given: str = key("what the model is given besides the text, if anything")
     runs: int = key("how many runs were fitted")
-    budgets: Array = key("their compute budgets, FLOPs")
+    budgets: Array = key(
+        "their compute budgets, FLOPs; of runs without gaps between them the smallest, the middle, the largest"
+    )
     compute: Compute = key("C = k N^q D of the runs")
     approach3: Approach3
     approach2: Approach2
@@ -281,4 +282,4 @@ def versions() -> dict[str, str]:
 
 def curve_budgets(points: Points) -> Array:
     """Budgets from the smallest to the largest of the data, for curves; nothing beyond it."""
-    return np.geomspace(points.budgets[0], points.budgets[-1], CURVE)
+    return np.geomspace(points.levels[0], points.levels[-1], CURVE)

@@ -15,10 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
 from prime_jax.scaling import approach2, approach3, noise
-from prime_jax.scaling.diagnostics import Diagnostic, warn
 from prime_jax.scaling.laws import Compute, Law, Optimum, fit_compute, optimum
 from prime_jax.scaling.points import Points
-from prime_jax.scaling.schema import hidden, key
+from prime_jax.scaling.schema import Diagnostic, hidden, key, warn
 from prime_jax.scaling.settings import Settings
 
 Array = NDArray[np.float64]
@@ -153,9 +152,9 @@ class Rollout:
 
 
 def distance(points: Points, flops: ArrayLike) -> Array:
-    """Decades of C outside the budgets of the data; 0 inside."""
-    return np.maximum(0.0, np.log10(flops) - np.log10(points.budgets[-1])) + np.maximum(
-        0.0, np.log10(points.budgets[0]) - np.log10(flops)
+    """Decades of C outside the range of the data; 0 inside."""
+    return np.maximum(0.0, np.log10(flops) - np.log10(points.levels[-1])) + np.maximum(
+        0.0, np.log10(points.levels[0]) - np.log10(flops)
     )
 
 

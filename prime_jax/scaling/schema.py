@@ -1,14 +1,13 @@
-"""Result objects are the schema: a dataclass is written to JSON field by field, and read in docs.
+"""What every result is made of: fields that are written, warnings, and refusals in place of guesses.
 
-A field made by `key` says what it holds; that text is the documentation of the JSON. Fields made by
+Result objects are the schema: a dataclass is written to JSON field by field, and read in docs. A
+field made by `key` says what it holds; that text is the documentation of the JSON. Fields made by
 `hidden` (draws, data, what a later question needs) stay in memory.
 """
 
 import dataclasses
 import math
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,34 +37,73 @@ def as_dict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def fields_of(cls: type, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every field that says what it holds, with its place: ("families.F.approach3.a", text)."""
-    types_of = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if field.metadata.get("hidden"):
-            continue
-        name = f"{place}{field.name.rstrip('_')}"
-        if "doc" in field.metadata:
-            yield name, field.metadata["doc"]
-        for inner, step in _inner(types_of[field.name]):
-            yield from fields_of(inner, f"{name}{step}.")
+# A hint for each, by code. A code is stable: scripts may look for it in fit.json.
+HINTS = {
+    "starts_disagree": "trust neither minimum: add runs, above all at sizes and budgets far apart",
+    "not_converged": "report this data set as a bug of the solver",
+    "negative_curvature": "add sizes on both sides of the best one, or repeat runs to lower the noise",
+    "e_above_lowest_loss": "add larger budgets, and check that all losses come from one evaluation set",
+    "bound_hit": "add runs that tell the terms apart: larger budgets, and sizes further from the optimum",
+    "optimum_outside_range": "add runs on the side where the optimum lies",
+    "too_few_points": "add runs",
+    "too_few_budgets": "add budgets, each with three sizes or more around its optimum",
+    "budget_ambiguous": "give a `budget` column, or fit in the FLOP convention that the sweep was planned in",
+    "budget_spread": "fit in the FLOP convention that the budgets were planned in (--flops), or see that N and D are counted alike in all runs",
+    "debias_implausible": "use the minima as they are; see why approach 3 draws other curves than the runs do",
+    "flops_not_a_power_law": "choose the N that the FLOPs follow (--params), or FLOPs counted from N (--flops)",
+    "mixed_kinds": "choose one number with --metric, or say --allow-mixed-kinds",
+    "mixed_evaluations": "evaluate all runs on one evaluation set with one tokenizer, or say --allow-mixed-kinds",
+    "kind_unstated": "add a `kind` column: nll, nelbo or train_loss",
+    "survivors_only": "finish or explain the missing runs: where large or fast ones fail, the fit is biased",
+    "loss_not_predicted": "see what approach 3 was refused for",
+    "model_error_unknown": "add budgets: a rollout predicts the largest ones from three or more smaller ones",
+    "no_launchable_shape": "give the settings of the runs: --sweep ROOT, --model.vocab-size, --data.seq-len",
+    "held_out_bias": "expect the same of predictions beyond the data; add budgets close to the target",
+    "exponents_do_not_differ": "do not claim that one scales better; add larger budgets and repeats",
+    "multiplier_extrapolated": "add runs of the baseline or the family where their losses overlap",
+    "multipliers_disagree": "report both; add runs where they differ",
+    "extrapolation": "add runs around the predicted optimum before using it",
+    "delta_too_small": "choose a larger --delta, of the size of the scatter",
+    "data_repeated": "use more unique data, or a law with a term for repetition",
+    "not_identified": "use no value of these; add larger budgets, and sizes further from the optimum",
+    "no_seed_repeats": "repeat one budget with a second seed",
+    "checkpoints_of_one_run": "keep the last step of each run, unless losses along the way are comparable (constant or WSD schedule)",
+    "approaches_disagree": "believe none yet: look at the residuals, and at the warnings of each",
+    "off_centre_grid": "lay the sizes evenly around the optimum",
+    "drifting_grid": "lay the sizes around the optimum at every budget; the de-biased exponent allows for it",
+    "mixed_conventions": "count N and FLOPs of all runs in one way; compare the rows named",
+    "no_curves": "give training curves with --curves (approach 1 needs them, the others do not)",
+    "curves_missing": "log the missing runs too: an envelope is as good as the sizes in it",
+    "curves_of_training_loss": "evaluate along training (--eval.every), on one evaluation set",
+    "schedule_decays": "train with a constant or a WSD schedule (--optim.schedule wsd), or leave approach 1 out",
+    "schedule_unknown": "add a column lr to the curves, or `schedule` to the runs",
+    "too_few_winners": "add sizes on both sides of the best ones",
+    "winner_at_edge": "add smaller and larger sizes, trained as far",
+    "interval_unbounded": "add sizes around the optimum, or repeat runs",
+    "small_scale": "read the figures as an example of the tool; conclusions need larger budgets",
+}
 
 
-def _inner(kind: Any) -> Iterator[tuple[type, str]]:
-    """The dataclasses of a type, and how they are reached: "" or a key "F" or an index "[]"."""
-    if dataclasses.is_dataclass(kind):
-        yield kind, ""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType or origin is typing.Union:
-        for part in parts:
-            yield from _inner(part)
-    elif origin is dict:
-        yield from ((inner, f".F{step}") for inner, step in _inner(parts[1]))
-    elif origin in (tuple, list):
-        yield from ((inner, f"[]{step}") for inner, step in _inner(parts[0]))
+@dataclasses.dataclass(frozen=True)
+class Diagnostic:
+    """One warning, or a refusal: something asked for that the data cannot give.
+
+    Attributes:
+        code: a key of HINTS.
+        message: what was seen, in numbers.
+        hint: what to do about it.
+        refusal: True if a result is withheld because of it.
+    """
+
+    code: str
+    message: str
+    hint: str
+    refusal: bool = False
 
 
-def table_of(cls: type) -> str:
-    """The fields as a table of a Markdown page."""
-    rows = [f"| `{place}` | {text} |" for place, text in fields_of(cls)]
-    return "\n".join(["| field | what |", "|---|---|", *rows])
+def warn(code: str, message: str) -> Diagnostic:
+    return Diagnostic(code, message, HINTS[code])
+
+
+def refuse(code: str, message: str) -> Diagnostic:
+    return Diagnostic(code, message, HINTS[code], refusal=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from prime_jax.errors import UserError
 from prime_jax.settings import Checked, setting
 
 Objective = Literal["huber", "ls"]
@@ -28,6 +29,25 @@ class Choice(Checked):
     allow_mixed_kinds: bool = setting(
         False, "fit and draw losses of different kinds together; every figure says so"
     )
+    columns: str = setting(
+        "",
+        "how a table of others calls its columns, as in loss=val_loss,params=n_params",
+        metavar="OURS=THEIRS,...",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(all(pair.partition("=")[::2]) for pair in self._pairs):
+            raise UserError(f"columns {self.columns!r}: pairs such as loss=val_loss, with commas")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Columns by the name that they have here."""
+        return dict(pair.split("=", 1) for pair in self._pairs)
+
+    @property
+    def _pairs(self) -> list[str]:
+        return [pair.strip() for pair in self.columns.split(",")] if self.columns else []
 
 
 @dataclass(frozen=True)

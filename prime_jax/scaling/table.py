@@ -1,7 +1,7 @@
 """Reading what a fit starts from: a table of runs, its columns, and what was logged on the way.
 
-A table is a CSV of anybody's or the directory of a sweep, with a row for each run; `choose_columns`
-says which of its columns are read. Logs are those of a sweep, or a CSV as W&B exports it: long
+A table is a CSV of anybody's (or the same as JSON: a list of objects), or the directory of a sweep,
+with a row for each run; `choose_columns` says which of its columns are read. Logs are those of a sweep, or a CSV as W&B exports it: long
 (columns run, step or tokens, loss), or wide (Step, then `<run> - <metric>` and its `__MIN` and
 `__MAX` for each run).
 """
@@ -12,8 +12,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,26 @@ import numpy as np
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import best_valid
 from prime_jax.scaling.settings import DEFAULT_FLOPS, DEFAULT_METRIC, DEFAULT_PARAMS, Choice
+from prime_jax.settings import nearest
 
 KINDS = ("nll", "nelbo", "train_loss")  # of losses
 MAX_ROWS = 100_000  # one row is one run; more than this is a training log
 MAX_CURVE_ROWS = 500_000
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
+PACKED = {b"\x1f\x8b": "gzip", b"PK": "a zip or Excel file", b"PAR1": "Parquet"}  # by first bytes
 AS_GIVEN = "as given"  # plain `flops` and `params` columns, whatever they count
 MIN_EVALUATIONS = 3  # that make a curve
 WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
+DONE = ("done", "finished", "completed", "complete", "succeeded", "success", "ok")
+STATES = ("status", "State", "state")  # the column as it is called here and by W&B
+# Words by which columns of others are recognised, the likeliest first.
+MEANT = {
+    "family": ("family", "model", "arch", "architecture", "method", "group", "experiment"),
+    "loss": ("loss", "nll"),
+    "params": ("params", "parameters", "param", "n"),
+    "tokens": ("tokens", "token", "d"),
+    "flops": ("flops", "flop", "compute", "c"),
+}
 CLOCKS = ("tokens", "step", "_step", "global_step", "trainer/global_step")
 RUNS = ("run", "name", "run_name")
 
@@ -46,7 +58,7 @@ class Table:
 
 
 def read(source: Path) -> Table:
-    """Read a CSV file or a sweep directory.
+    """Read a CSV or JSON file, or a sweep directory.
 
     Raises:
         UserError: nothing there, not readable, or not a table of runs.
@@ -54,6 +66,33 @@ def read(source: Path) -> Table:
     if source.is_dir():
         return _read_sweep(source)
     return read_csv(source)
+
+
+def renamed(table: Table, names: Mapping[str, str]) -> Table:
+    """The table with columns called as they are here; `names` holds their own: {"loss": "val_loss"}.
+
+    A column that had the new name before is left out.
+
+    Raises:
+        UserError: such a column is not there, or stands for two.
+    """
+    for wanted in names.values():
+        if wanted not in table.columns:
+            raise UserError(
+                f"{table.source}: no column {wanted!r}{nearest(wanted, table.columns)} (of --columns)"
+            )
+    new = {theirs: ours for ours, theirs in names.items()}
+    if len(new) < len(names):
+        raise UserError("--columns: one column stands for two")
+    kept = [name for name in table.columns if name in new or name not in names]
+    rows = [{new.get(name, name): row[name] for name in kept if name in row} for row in table.rows]
+    return replace(table, rows=rows, columns=[new.get(name, name) for name in kept])
+
+
+def status(row: Mapping[str, Any]) -> str:
+    """What became of a run: "done", another word, or "" where the table does not say."""
+    word = next((found for name in STATES if (found := text(row, name))), "")
+    return "done" if word.lower() in DONE else word
 
 
 def of_columns(columns: Any, source: str = "data") -> Table:
@@ -99,16 +138,20 @@ def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     text = _decode(data, path)
+    if text.lstrip()[0] in "[{":
+        return _of_json(text, path, hashlib.sha256(data).hexdigest())
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = [name.strip() for name in next(lines, [])]
-        if columns == ["sep=", ""]:  # a hint to Excel
-            columns = [name.strip() for name in next(lines, [])]
+        while columns == ["sep=", ""] or not columns or columns[0].startswith("# "):
+            columns = [name.strip() for name in next(lines)]  # a hint to Excel, or a comment
         _check_header(columns, path)
         rows, names = [], []
         for cells in lines:
             if not any(cell.strip() for cell in cells):
                 continue
+            while len(cells) > len(columns) and not cells[-1].strip():
+                cells.pop()
             if len(cells) != len(columns):
                 raise UserError(
                     f"{path}, row {lines.line_num}: {len(cells)} cells, but the header has {len(columns)}"
@@ -119,6 +162,8 @@ def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
                 raise UserError(
                     f"{path}: more than {most:,} rows; a fit wants one row for each run, not a training log (--curves takes {MAX_CURVE_ROWS:,})"
                 )
+    except StopIteration:
+        raise UserError(f"{path}: comments only, no runs") from None
     except csv.Error as error:
         raise UserError(f"{path}, row {lines.line_num}: not a CSV ({error})") from error
     if not rows:
@@ -126,7 +171,25 @@ def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
     return Table(rows, names, columns, path.name, hashlib.sha256(data).hexdigest())
 
 
+def _of_json(text: str, path: Path, hashed: str) -> Table:
+    """A list of objects, one for each run, or an object of columns."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); give a CSV or a list of objects") from error
+    if isinstance(found, dict) and found and all(isinstance(v, list) for v in found.values()):
+        return replace(of_columns(found, path.name), sha256=hashed)
+    if not (isinstance(found, list) and found and all(isinstance(row, dict) for row in found)):
+        raise UserError(f"{path}: JSON, but not a list of objects, one for each run")
+    columns = list(dict.fromkeys(name for row in found for name in row))
+    table = of_columns({name: [row.get(name) for row in found] for name in columns}, path.name)
+    return replace(table, names=[f"row {k}" for k in range(1, len(found) + 1)], sha256=hashed)
+
+
 def _decode(data: bytes, path: Path) -> str:
+    for start, kind in PACKED.items():
+        if data.startswith(start):
+            raise UserError(f"{path}: {kind}; unpack it, or save it as CSV UTF-8")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f'{path}: UTF-16 (Excel\'s "Unicode text"); save it as "CSV UTF-8"')
     if b"\0" in data[:4096]:
@@ -225,18 +288,17 @@ def choose_columns(table: Table, choice: Choice) -> Columns:
         raise UserError(
             f"{table.source}: training curves as W&B exports them; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
         )
-    if "family" not in table.columns:
-        raise UserError(f"{table.source}: no column 'family'; {_has(table)}")
+    missing = [] if "family" in table.columns else ["family"]
     loss, loss_se, kind = _loss(table, choice.metric)
+    missing += [] if loss in table.columns else [loss]
     flops, flops_convention = _convention(table, "flops", choice.flops, DEFAULT_FLOPS)
     params, params_convention = _convention(table, "params", choice.params, DEFAULT_PARAMS)
     found = {name: name if name in table.columns else "" for name in (flops, params, "tokens")}
-    missing = [name for name, column in found.items() if not column]
-    if len(missing) > 1:
-        raise UserError(
-            f"{table.source}: no columns {' and '.join(missing)}; two of flops, params, tokens are needed, and {_has(table)}"
-        )
-    if flops in missing:
+    absent = [name for name, column in found.items() if not column]
+    missing += absent if len(absent) > 1 else []
+    if missing:
+        raise UserError(f"{table.source}: {_lacks(table, missing, absent)}")
+    if flops in absent:
         flops_convention = "6 N D"
     columns = found[flops], found[params], found["tokens"]
     return Columns(loss, loss_se, kind, *columns, flops_convention, params_convention)
@@ -244,26 +306,51 @@ def choose_columns(table: Table, choice: Choice) -> Columns:
 
 def _loss(table: Table, metric: str) -> tuple[str, str, str]:
     if metric == DEFAULT_METRIC:
-        names = "loss", "loss_se", "kind"
-    else:
-        names = f"loss_{metric}", f"se_{metric}", f"kind_{metric}"
+        return "loss", "loss_se", "kind"
+    names = f"loss_{metric}", f"se_{metric}", f"kind_{metric}"
     if names[0] not in table.columns:
         others = [c.removeprefix("kind_") for c in table.columns if c.startswith("kind_")]
-        known = f"; metrics here: {', '.join([DEFAULT_METRIC, *others])}" if others else ""
-        raise UserError(f"{table.source}: no column {names[0]!r}; {_has(table)}{known}")
+        known = f"metrics here: {', '.join([DEFAULT_METRIC, *others])}" if others else _has(table)
+        raise UserError(f"{table.source}: no column {names[0]!r}; {known}")
     return names
 
 
+def _lacks(table: Table, missing: list[str], absent: list[str]) -> str:
+    """All the columns that are missing, what there is, and which of that may be meant."""
+    named = ", ".join(map(repr, missing))
+    two = " (two of flops, params, tokens are needed)" if len(absent) > 1 else ""
+    what = "columns" if len(missing) > 1 else "column"
+    free = [name for name in table.columns if name not in (*MEANT, "kind", "run", "seed", "budget")]
+    numbers = [name for name in free if number(table.rows[0], name) > 0]
+    texts = [name for name in free if name not in numbers]
+    near = {
+        name: found
+        for name in missing
+        if (found := _likeliest(name, texts if name == "family" else numbers))
+    }
+    pairs = ",".join(f"{ours}={theirs}" for ours, theirs in near.items())
+    hint = f"; if these are meant, say --columns {pairs}" if pairs else ""
+    return f"no {what} {named}{two}; {_has(table)}{hint}"
+
+
+def _likeliest(wanted: str, columns: list[str]) -> str:
+    """The column whose words are nearest to a name, or ""."""
+
+    known = MEANT.get(wanted, ())
+
+    def distance(name: str) -> tuple[bool, int, int]:
+        words = re.findall("[a-z]+", name.lower())
+        said = words if len(words) == 1 else [word for word in words if len(word) > 1]
+        first = min((known.index(word) for word in said if word in known), default=len(known))
+        return "train" in words, first, len(words)
+
+    best = min(columns, key=distance, default="")
+    return best if best and distance(best)[1] < len(known) else ""
+
+
 def _has(table: Table) -> str:
-    """The columns there are; names as other tables have them are pointed out."""
-    known = {"n": "params", "d": "tokens", "c": "flops", "name": "run"}
-    known |= {name: name for name in ("family", "loss", "flops", "params", "tokens", "kind", "run")}
-    meant = {name: known.get(name.lower()) for name in table.columns}
-    hints = [
-        f"{name} is called {right}" for name, right in meant.items() if right not in (None, name)
-    ]
     shown = ", ".join(table.columns[:20]) + (", ..." if len(table.columns) > 20 else "")
-    return f"it has {shown}" + (f" ({', '.join(hints)} here)" if hints else "")
+    return f"it has {shown}"
 
 
 def _convention(table: Table, quantity: str, wanted: str | None, default: str) -> tuple[str, str]:
@@ -470,7 +557,10 @@ def _evaluation(row: dict[str, Any], metric: str) -> dict[str, Any] | None:
 
 
 def read_with_curves(
-    source: Path | Table, curves: Path | Table | None, metric: str
+    source: Path | Table,
+    curves: Path | Table | None,
+    metric: str,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[Table, Logs | None]:
     """The table of runs, and the logs of their training; a sweep has its own.
 
@@ -479,18 +569,21 @@ def read_with_curves(
         curves: a CSV of training curves, another sweep, or a table; the same CSV where its rows
             are points of curves, the last row of each run being its result.
         metric: which evaluation makes the curves of a sweep.
+        names: of columns of the table of runs, as for `renamed`.
 
     Raises:
         UserError: one of them cannot be read, or they do not belong together.
     """
+    names = names or {}
     if curves is None:
         if isinstance(source, Table):
-            return source, None
-        return read(source), load_logs(source, metric) if source.is_dir() else None
+            return renamed(source, names), None
+        found = renamed(read(source), names)
+        return found, load_logs(source, metric) if source.is_dir() else None
     if isinstance(curves, Table):
         logs = logs_of_table(curves)
     elif curves == source and not curves.is_dir():
-        data = read_csv(curves, MAX_CURVE_ROWS)
+        data = renamed(read_csv(curves, MAX_CURVE_ROWS), names)
         if is_wide(data.columns):
             raise UserError(
                 f"{source}: curves alone; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
@@ -499,7 +592,8 @@ def read_with_curves(
         return complete(_ends(data), logs), logs
     else:
         logs = load_logs(curves, metric)
-    return complete(source if isinstance(source, Table) else read(source), logs), logs
+    found = source if isinstance(source, Table) else read(source)
+    return complete(renamed(found, names), logs), logs
 
 
 def complete(data: Table, logs: Logs) -> Table:

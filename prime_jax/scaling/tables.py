@@ -451,16 +451,19 @@ def predictions(found: list[Record]) -> Table:
 
 
 def _prediction(one: Record, unit: str) -> dict[str, str]:
-    three, two = one["approach3"], one["approach2"]
-    where = "within the data" if one["in_range"] else f"{one['decades']:.2g} decades beyond"
+    three, two, debiased = (one[name] for name in ("approach3", "approach2", "debiased"))
+    inside = "within the data" if one["in_range"] else "within the budgets, N* outside the sizes"
+    where = f"{one['decades']:.2g} decades beyond" if one["decades"] else inside
     error, unique = one["rollout"], one["unique_tokens"]
     return {
         "kind of loss": labels.kind(one["kind"]),
         "C lies": where,
         "N* (parameters), approach 3": _estimate(three, "params", labels.count),
         "N* (parameters), approach 2": _estimate(two, "params", labels.count),
+        "  de-biased N*": _estimate(debiased, "params", labels.count),
         "D* (tokens), approach 3": _estimate(three, "tokens", labels.count),
         "D* (tokens), approach 2": _estimate(two, "tokens", labels.count),
+        "  de-biased D*": _estimate(debiased, "tokens", labels.count),
         f"loss{unit}": _estimate(three, "loss", labels.value),
         "  with model error": _estimate(three, "loss_with_model_error", labels.value),
         "  error of the rollout": (

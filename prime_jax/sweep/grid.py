@@ -140,7 +140,9 @@ def load_experiment(path: str | Path) -> Experiment:
         UserError: as `experiment.call` and `from_json`.
     """
     path = Path(path)
-    if path.suffix == ".json":
+    if path.suffix.lower() not in (".py", ".json"):
+        raise UserError(f"{path}: an experiment is a Python file (.py) or a list of rows (.json)")
+    if path.suffix.lower() == ".json":
         values = records.read_json(path)
         if not isinstance(values, list):
             raise UserError(f"{path}: expected a list of rows")

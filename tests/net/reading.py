@@ -182,8 +182,9 @@ def predictions(said: str) -> dict:
     found = {}
     for one in json.loads(said)["predictions"]:
         name = one["family"]
-        for approach in ("approach3", "approach2"):
-            for quantity, value in (one[approach] or {}).items():
+        parts = {"approach3": one["approach3"], "approach2": one["debiased"] or one["approach2"]}
+        for approach, part in parts.items():
+            for quantity, value in (part or {}).items():
                 label = f"{name}.{approach}.{quantity}"
                 found |= {label: value and value["value"]}
                 found |= _ends(label, value and value["interval"])
