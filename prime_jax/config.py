@@ -34,6 +34,9 @@ class ModelConfig(Checked, path="model"):
     heads: int = setting(2, "attention heads; each has width / heads numbers", at_least=1)
     kv_heads: int = setting(0, "grouped-query attention; 0: as many as heads", at_least=0)
     ffn_multiple: int = setting(4, "SwiGLU's hidden width is this times width", at_least=1)
+    ffn_width: int = setting(
+        0, "SwiGLU's hidden width; 0: ffn_multiple times width", at_least=0, **ADDED
+    )
     embedding: Literal["cat_shared", "cat", "sum"] = setting(
         "cat_shared", "how the sub-tokens of a token become one vector"
     )
@@ -51,6 +54,11 @@ class ModelConfig(Checked, path="model"):
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "what is computed in; parameters stay float32"
     )
+
+    @property
+    def ffn(self) -> int:
+        """SwiGLU's hidden width F."""
+        return self.ffn_width or self.ffn_multiple * self.width
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,9 @@ class RunConfig(Checked):
     steps: int = setting(1000, "of the optimizer", at_least=1)
     batch_size: int = setting(
         16, "sequences of a step, over all devices and micro-batches", at_least=1
+    )
+    initial_weights: str = setting(
+        "", "hash of the weights that it starts from (--init-from); empty: from the seed", **ADDED
     )
     model: ModelConfig = setting(ModelConfig(), "the transformer")
     subtokens: SubtokenConfig = setting(SubtokenConfig(), "codes of tokens")

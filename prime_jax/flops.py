@@ -94,7 +94,7 @@ def _layer_matrices(m: ModelConfig) -> int:
     """Weights of one layer in matrix products."""
     kv_width = m.width // m.heads * (m.kv_heads or m.heads)
     attention = 2 * m.width * m.width + 2 * m.width * kv_width  # q, output; k, v
-    return attention + 3 * m.width * (m.ffn_multiple * m.width)
+    return attention + 3 * m.width * m.ffn
 
 
 def _embedding(config: RunConfig) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from prime_jax import __version__, flops, optim, schedule, tuned
 from prime_jax.config import KernelConfig, RunConfig, run_id, validate
-from prime_jax.data import loader, manifest
+from prime_jax.data import loader, manifest, tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
 from prime_jax.hardware import chips, roofline
@@ -211,6 +211,7 @@ class Run:
         if distributed.is_writer():
             prepare_directory(self.config, self.run_dir)
             self._write_arrays("codebook.npy", lambda s: np.save(s, self.program.codebook.codes))
+            storage.retry(lambda: tokenizers.copy(self.data.path, self.run_dir), self.log)
         distributed.barrier("run directory", self.log)
         finished = self.run_dir / "result.json"
         return read_json(finished) if storage.exists(finished) else None

@@ -170,7 +170,7 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None
         examples = 0
     cutting = texts.Cutting(args.stride, args.context, examples, args.split)
     names = report.names_of(found, args.estimators)
-    wanted = args.data or [found.config.data.path]
+    wanted = args.data or [found.dataset.directory]
     sets = [each for spec in wanted for each in texts.load(spec, found, cutting)]
     scorer = _scorer(args, found)
     for each in sets:

@@ -135,18 +135,13 @@ def _measured(args: Drawing, run: Any, sampler: Any) -> tuple[float, ...]:
     from prime_jax.sample import grids
     from prime_jax.sample.orders import time_grid
 
-    if run.data is None:
-        raise UserError(
-            f"--grid measured needs the run's dataset, and {run.config.data.path} is not on this "
-            "machine"
-        )
     if args.options.block_length:
         raise UserError("--block-length: --grid measured is the grid of one block")
     if args.options.steps > grids.MAX_STEPS:
         raise UserError(f"--grid measured: --steps must be at most {grids.MAX_STEPS}")
     out = console(stderr=True)
     with out.status("measuring the loss of steps"):
-        blocks = loader.eval_blocks(run.data, "valid", 2 * grids.EXAMPLES).tokens
+        blocks = loader.eval_blocks(run.dataset, "valid", 2 * grids.EXAMPLES).tokens
         # What is told comes from blocks that the search did not see: it favours lucky noise.
         rates, check = (
             grids.measure(sampler.model, run.params, run.config, half)

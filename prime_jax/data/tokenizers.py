@@ -29,8 +29,10 @@ from types import ModuleType
 import numpy as np
 
 from prime_jax.errors import UserError
+from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
 
+FILE, MODEL = "tokenizer.json", "tokenizer.model"
 NO_EOS = -1
 SPACE = "\u2581"  # sentencepiece's sign for a space; needs escaping if it occurs in the text
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -89,15 +91,12 @@ class Tokenizer(ABC):
             digest.update(len(piece).to_bytes(4, "little") + piece)
         return digest.hexdigest()[:12]
 
-    def save(self, directory: Path) -> None:
-        """Write `tokenizer.model` (if there is a model) and, last, `tokenizer.json`."""
+    def save(self, directory: storage.Path) -> None:
+        """Write MODEL (if there is one) and, last, FILE."""
         if self.model:
-            try:
-                (directory / "tokenizer.model").write_bytes(self.model)
-            except OSError as error:
-                raise UserError(f"cannot write {directory}: {error.strerror}") from error
+            storage.write(directory / MODEL, self.model)
         about = {"kind": self.kind, "spec": self.spec, "hash": self.hash}
-        write_json_atomic(directory / "tokenizer.json", about)
+        write_json_atomic(directory / FILE, about)
 
 
 class Bytes(Tokenizer):
@@ -437,13 +436,29 @@ def make(spec: str, sample: Callable[[int], Iterable[str]]) -> Tokenizer:
     )
 
 
-def load(directory: Path) -> Tokenizer:
+def copy(source: storage.Path, target: storage.Path) -> None:
+    """Copy what `save` wrote; needs none of the libraries that read it."""
+    for name in (MODEL, FILE):
+        if storage.exists(source / name):
+            storage.write(target / name, storage.read(source / name))
+
+
+def check_size(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Raises: UserError: the tokenizer has not as many ids as the model `where`."""
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{where}: a model of {vocab_size} ids, but tokenizer {tokenizer.spec} has "
+            f"{tokenizer.vocab_size}"
+        )
+
+
+def load(directory: storage.Path) -> Tokenizer:
     """Read what `save` wrote.
 
     Raises:
         UserError: a missing, damaged or altered file.
     """
-    about = read_json(directory / "tokenizer.json")
+    about = read_json(directory / FILE)
     try:
         kind, spec, expected = about["kind"], about["spec"], about["hash"]
         if kind in ("bytes", "chars", "synthetic"):
@@ -454,9 +469,9 @@ def load(directory: Path) -> Tokenizer:
                 "hf": HuggingFace,
                 "tiktoken": Tiktoken,
             }[kind]
-            tokenizer = cls(spec, read(str(directory / "tokenizer.model")))
+            tokenizer = cls(spec, storage.read(directory / MODEL))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{directory / 'tokenizer.json'} is damaged: {error!r}") from error
+        raise UserError(f"{directory / FILE} is damaged: {error!r}") from error
     if tokenizer.hash != expected:
         raise UserError(f"{directory}: the tokenizer was altered after the data was prepared")
     return tokenizer

@@ -161,11 +161,11 @@ def _tokenised(
 
 def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
     data = manifest.load(name)
-    if run.data is not None and data.tokenizer_hash != run.data.tokenizer_hash:
+    if run.has_tokenizer and data.tokenizer_hash != run.tokenizer.hash:
         raise UserError(
             f"{name} was prepared with tokenizer {data.request.tokenizer} ({data.tokenizer_hash}), "
-            f"the run with {run.data.request.tokenizer} ({run.data.tokenizer_hash}); give its text "
-            "as text:GLOB instead"
+            f"the run with {run.tokenizer.spec} ({run.tokenizer.hash}); give its text as text:GLOB "
+            "instead"
         )
     if data.vocab_size != run.config.model.vocab_size:
         raise UserError(
