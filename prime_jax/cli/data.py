@@ -18,7 +18,7 @@ SOURCE:  pysource | text:GLOB | stream:GLOB | jsonl:GLOB | parquet:GLOB | tfds:N
          markov:V=16,order=1,... | A*0.7+B*0.3 (fractions of the tokens)
          GLOB may be gs://...; .gz, .zst, .bz2 and .xz are read as they are
 SPEC:    bpe:N | unigram:N (trained here) | bytes | sentencepiece:PATH | hf:PATH |
-         tiktoken:PATH | chars:27 | synthetic:V
+         tiktoken:PATH | tiktoken:cl100k_base:PATH | chars:27 | synthetic:V
 """
 
 

@@ -266,6 +266,11 @@ def tfds_splits(name: str, key: str) -> dict[str, int]:
     return {k: split.num_examples for k, split in info.splits.items()}
 
 
+def tfds_files(name: str) -> list[str]:
+    folder = Path(_tfds_builder(name).data_dir)
+    return sorted(str(path) for path in folder.iterdir() if path.is_file())
+
+
 @functools.cache
 def _tfds_rows(name: str, split: str) -> Any:
     try:

@@ -66,6 +66,19 @@ class Source:
     weight: float = 1.0
     endless: bool = False
 
+    @property
+    def files(self) -> list[str]:
+        """The files that it is read from, in order; none for a chain."""
+        found: dict[str, None] = {}
+        for part in self.parts:
+            if part.read is readers.tfds:
+                found |= dict.fromkeys(readers.tfds_files(part.args[0]))
+            elif part.read is readers.stream:
+                found[part.args[0]] = None
+            elif part.read is not readers.markov:
+                found |= dict.fromkeys(part.args[0])
+        return list(found)
+
 
 def parse(spec: str) -> list[Source]:
     """The sources of a spec; more than one for a mixture.
