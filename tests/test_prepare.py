@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from corpora import corpus, make
 
 from prime_jax import cli
-from prime_jax.data import assemble, encode, loader, parallel, readers, sources, tokenizers
+from prime_jax.data import assemble, encode, loader, parallel, prepare, readers, sources, tokenizers
 from prime_jax.data import manifest as manifests
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
@@ -198,6 +199,10 @@ def test_sources_and_tokenizer_files_are_known_by_their_content(tmp_path):
     assert again() == made
     (made.path / "inputs.json").unlink()  # as prepared by earlier versions
     assert again() == made
+    shutil.rmtree(tmp_path / "text")
+    lines = []
+    prepare.prepare(spec, f"sentencepiece:{model}", made.path, 32, log=lines.append)
+    assert "its source is not here any more" in lines[0]
 
 
 def test_unfinished_work_of_another_request_is_kept(text, tmp_path, small_parts, monkeypatch):

@@ -44,7 +44,8 @@ def prepare(args: Prepare) -> None:
     finished = (args.out / manifests.FILE).exists()
     request = {f.name: getattr(args.request, f.name) for f in dataclasses.fields(args.request)}
     with Progress(transient=True) as progress:
-        made = prepare(**request, out=args.out, workers=args.workers, tick=progress.tick)
+        shown = {"tick": progress.tick, "log": progress.log}
+        made = prepare(**request, out=args.out, workers=args.workers, **shown)
     rate = f"{made.tokens_per_second:,.0f} tokens/s"
     say(f"{args.out} is already prepared" if finished else f"{args.out}: {rate}")
     _show_summary(made)

@@ -33,6 +33,7 @@ def prepare(
     *,
     workers: int = 0,
     tick: Tick = lambda what, total, more: None,
+    log: Callable[[str], None] = lambda line: None,
     **options: float,
 ) -> Manifest:
     """Make the dataset in `out`, continue an interrupted call, or return the finished dataset.
@@ -44,6 +45,7 @@ def prepare(
         workers: processes; 0 for one per core. They are spawned and import the calling script, so
             that needs `if __name__ == "__main__"`, or pass 1.
         tick: receives what is done, of how much, and how much more of it.
+        log: receives a line where a finished dataset cannot be compared with its source.
         options: `valid_fraction` and `test_fraction` of the documents, chosen by the hash of their
             text and `seed` (of a stream without documents: its end); `max_documents` and
             `max_bytes` of each source.
@@ -58,7 +60,7 @@ def prepare(
         raise UserError(f"--out {out}: prepare into a local folder, then copy it")
     directory = Path(out)
     if (directory / manifests.FILE).exists():
-        return _finished(directory, request)
+        return _finished(directory, request, log)
     try:
         begun = (directory / "parts").is_dir()
         if not begun and directory.is_dir() and any(directory.iterdir()):
@@ -75,14 +77,19 @@ def prepare(
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
 
 
-def _finished(directory: Path, request: Request) -> Manifest:
+def _finished(directory: Path, request: Request, log: Callable[[str], None]) -> Manifest:
     manifest = manifests.load(directory)
     if manifest.request != request:
         raise UserError(
             f"{directory} holds another dataset, made by: {manifest.request.command(directory)}; "
             "choose another --out, or remove it"
         )
-    if changed := inputs.changes(directory, _files(request, sources.parse(request.source))):
+    try:
+        corpus = sources.parse(request.source)
+    except UserError as error:
+        log(f"{directory} was prepared earlier, and its source is not here any more: {error}")
+        return manifest
+    if changed := inputs.changes(directory, _files(request, corpus)):
         raise UserError(
             f"{directory} was prepared from another {request.source}: {changed}; choose another "
             "--out, or remove it"
