@@ -296,6 +296,16 @@ def validate(config: RunConfig) -> RunConfig:
     if config.family != "prime" and s.length != 1:
         right = f"must be 1 for family {config.family}; use family prime"
         raise _wrong("subtokens.length", s.length, right)
+    if config.family == "prime" and s.length == 1:
+        right = "of family prime must be above 1; with one sub-token per token it is family mdm"
+        raise _wrong("subtokens.length", s.length, right)
+    rising, steps = config.optim.warmup_steps, config.steps
+    if rising >= steps:
+        right = f"must be below steps {steps}, or the rate never reaches its peak"
+        raise _wrong("optim.warmup_steps", rising, f"{right}; {steps // 10} would be a tenth")
+    if config.optim.schedule == "wsd" and rising > steps * (1 - config.optim.cooldown_fraction):
+        right = f"leaves no step between warm-up ({rising} steps) and cool-down, of {steps}"
+        raise _wrong("optim.cooldown_fraction", config.optim.cooldown_fraction, right)
     if m.tied_head and s.length != 1:
         raise _wrong("model.tied_head", m.tied_head, "needs subtokens.length 1")
     if m.embedding != "sum" and s.length > m.width:

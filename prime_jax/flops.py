@@ -4,6 +4,7 @@
 * `matmul`: every matrix product of one training step, forward and backward, of the actual model.
 """
 
+import math
 from typing import Literal, get_args
 
 from prime_jax import subtokens
@@ -14,6 +15,18 @@ from prime_jax.settings import nearest
 Convention = Literal["matmul", "reference"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 BACKWARD = 3  # forward and backward over forward: one product, and one per factor's gradient
+
+
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def human(count: float, digits: int = 3) -> str:
+    """Parameters or tokens as people read them: 412M, 1.21B."""
+    rounded = (u for u in UNITS if count >= u[0] * (1 - 0.5 * 10**-digits))  # 999.6M is 1B
+    unit, suffix = next(rounded, (1.0, ""))
+    size = math.floor(math.log10(abs(count / unit))) if count else 0
+    text = f"{count / unit:.{max(0, digits - 1 - size)}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + suffix
 
 
 def param_counts(config: RunConfig) -> dict[str, int]:

@@ -63,8 +63,8 @@ def test_table_shows_n_d_c_and_hours():
     n = plan.flops.param_counts(config)["nonembedding_plus_head"]
     for value in (
         listed[0].id,
-        plan.human(n),
-        plan.human(config.tokens),
+        plan.flops.human(n),
+        plan.flops.human(config.tokens),
         "1e+09",
         str(config.steps),
         "0.28",
@@ -72,19 +72,9 @@ def test_table_shows_n_d_c_and_hours():
         assert value in text
 
 
-def test_large_numbers_are_shortened():
-    assert [plan.human(n) for n in (151_234_567, 12e9, 3e12, 74_800, 12)] == [
-        "151M",
-        "12B",
-        "3T",
-        "74.8k",
-        "12",
-    ]
-
-
 def test_warmup_that_does_not_fit_is_dropped():
     listed = plan.candidates(experiment(warmup="fixed:100000"), {})
-    assert all("warm-up" in c.drop for c in listed)
+    assert all(c.drop.startswith("optim.warmup_steps = 100000: must be below") for c in listed)
 
 
 def test_repeated_data_is_flagged_not_dropped(monkeypatch):

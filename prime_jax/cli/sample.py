@@ -175,6 +175,7 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     done: list[Any] = []
     out, began = console(), time.monotonic()
     hidden = (canvas == run.codebook.base).any(axis=1)
+    _say_blocks(args, run, hidden)
     try:
         for samples in _batches(
             args, run=run, sampler=sampler, canvas=canvas, options=options, console=out
@@ -199,6 +200,16 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     if args.out:
         say(f"samples: {args.out}")
     return 0
+
+
+def _say_blocks(args: Drawing, run: Any, hidden: Any) -> None:
+    """Where a run trained in blocks takes more steps than asked for."""
+    import numpy as np
+
+    length = run.config.objective.block_length
+    blocks = len(np.unique(np.flatnonzero(hidden) // length)) if length else 0
+    if args.options.threshold is None and args.options.steps < blocks:
+        say(f"--steps {args.options.steps}: {blocks} blocks of {length} tokens take a step each")
 
 
 def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: Any) -> Any:

@@ -58,6 +58,8 @@ def check(names: str, include: Path | None, data: Path | None) -> None:
     for option, directory in (("--include-path", include), ("--task-data", data)):
         if directory is not None and not directory.is_dir():
             raise UserError(f"{option} {directory}: no such directory")
+    if not expanded(names):
+        raise UserError(f"--tasks {names}: names no task")
     if data is not None:
         for name in expanded(names) if include is None else []:
             if not (OFFLINE / f"{name}.yaml").exists():
@@ -169,6 +171,7 @@ def evaluate(scorer: Scorer, call: Call, chosen: Any, tick: Any) -> dict[str, An
         "local": call.data is not None,
         "harness": lm_eval.__version__,
         "contexts_cut": model.contexts_cut,
+        "documents": {name: n["effective"] for name, n in found.get("n-samples", {}).items()},
         "results": {name: _measures(values) for name, values in found["results"].items()},
     }
 

@@ -2,19 +2,14 @@
 
 import math
 
+from prime_jax.flops import human
 from prime_jax.scaling.table import AS_GIVEN, Columns
 
 WIDTH = 100  # columns that the wider tables need; a narrower terminal wraps their lines
-UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 KINDS = {"nll": "NLL", "nelbo": "NELBO", "train_loss": "training loss", "": "loss"}
 
 
-def count(value: float, digits: int = 3) -> str:
-    """Parameters or tokens: 412M, 1.21B."""
-    for unit, suffix in UNITS:
-        if value >= unit * (1 - 0.5 * 10**-digits):
-            return f"{_short(value / unit, digits)}{suffix}"
-    return _short(value, digits)
+count = human  # of parameters or tokens
 
 
 def flops(value: float) -> str:
@@ -69,8 +64,3 @@ def convention(name: str) -> str:
 def _plain(number: float, digits: int) -> str:
     places = max(0, digits - 1 - math.floor(math.log10(abs(number)))) if number else 0
     return f"{number:.{places}f}"
-
-
-def _short(number: float, digits: int) -> str:
-    text = _plain(number, digits)
-    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -131,14 +131,6 @@ def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     }
 
 
-def human(n: float) -> str:
-    """151234567 -> 151M."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
-
-
 def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candidate:
     if row.problem:
         return Candidate(row, None, row.problem)
@@ -153,11 +145,9 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
     except UserError as error:
         return Candidate(row, None, str(error))
     epochs = config.tokens / prepared.train.tokens if prepared is not None else None
-    warmup = config.optim.warmup_steps
-    drop = f"warm-up of {warmup} steps does not fit into {row.steps}" if warmup >= row.steps else ""
     flag = epochs is not None and epochs > epochs_limit
     note = f"(repeats the data: {epochs:.1f} epochs, above {epochs_limit:g})" if flag else ""
-    return Candidate(row, config, drop, epochs, note)
+    return Candidate(row, config, "", epochs, note)
 
 
 def _with_fingerprint(config: RunConfig, prepared: Any) -> RunConfig:
