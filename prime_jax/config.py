@@ -289,15 +289,15 @@ def validate(config: RunConfig) -> RunConfig:
     m, s, o = config.model, config.subtokens, config.objective
     block, length = o.block_length, config.data.seq_len
     parts = config.mesh.accumulate
+    if "://" in config.data.path:
+        right = "must be a local folder; `sweep up` and `render` copy prepared data there (--data)"
+        raise _wrong("data.path", config.data.path, right)
     if m.width % (2 * m.heads):
         raise _wrong("model.heads", m.heads, f"the head size must be even: width {m.width}")
     if m.heads % (m.kv_heads or m.heads):
         raise _wrong("model.kv_heads", m.kv_heads, f"must divide heads {m.heads}")
     if config.family != "prime" and s.length != 1:
         right = f"must be 1 for family {config.family}; use family prime"
-        raise _wrong("subtokens.length", s.length, right)
-    if config.family == "prime" and s.length == 1:
-        right = "of family prime must be above 1; with one sub-token per token it is family mdm"
         raise _wrong("subtokens.length", s.length, right)
     rising, steps = config.optim.warmup_steps, config.steps
     if rising >= steps:
@@ -318,6 +318,13 @@ def validate(config: RunConfig) -> RunConfig:
     if block and config.family == "arm":
         raise _wrong("objective.block_length", block, "family arm has no blocks; use mdm or prime")
     return config
+
+
+def remark(config: RunConfig) -> str:
+    """What a run is that its settings call something else; empty if there is nothing to say."""
+    if config.family == "prime" and config.subtokens.length == 1:
+        return "family prime with subtokens.length 1 is family mdm: set a length above 1"
+    return ""
 
 
 def _wrong(name: str, value: Any, right: str) -> UserError:

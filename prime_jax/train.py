@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from prime_jax import __version__, flops, optim, schedule, tuned
-from prime_jax.config import KernelConfig, RunConfig, run_id, validate
+from prime_jax.config import KernelConfig, RunConfig, remark, run_id, validate
 from prime_jax.data import loader, manifest, tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
@@ -132,6 +132,8 @@ class Run:
         self.config = fill_fingerprint(config, self.data)
         self.run_dir, self.earlier = storage.path(run_dir), earlier
         self.heartbeat, self.log = heartbeat, log
+        if said := remark(config):
+            log(said)
         self.id = run_id(self.config)
         self.kernels_written = False
         self.program: Program = program(self._with_kernels(choices), self.data.eos_id)

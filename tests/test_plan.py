@@ -7,11 +7,12 @@ import fake_trainer
 import pytest
 from rich.console import Console
 
+from prime_jax import config as configs
 from prime_jax.cli.console import show
 from prime_jax.cli.sweep import plan_table
 from prime_jax.config import RunConfig, run_id
 from prime_jax.errors import UserError
-from prime_jax.settings import from_dict
+from prime_jax.settings import from_dict, set_path
 from prime_jax.sweep import grid, plan, state
 
 
@@ -85,6 +86,20 @@ def test_repeated_data_is_flagged_not_dropped(monkeypatch):
         assert not any(c.drop for c in listed)
         assert [bool(c.note) for c in listed] == [flagged] * len(listed)
         assert listed[0].epochs == listed[0].config.tokens / tokens
+
+
+def test_prime_of_one_subtoken_is_said_to_be_mdm():
+    listed = plan.candidates(experiment(families={"prime": {"subtokens.length": 1}}), {})
+    assert all(c.note == f"({configs.remark(c.config)})" for c in listed)
+    assert "is family mdm" in listed[0].note
+
+
+def test_data_in_a_bucket_is_refused_before_anything_runs():
+    base = set_path(fake_trainer.BASE, "data.path", "gs://bucket/data")
+    listed = plan.candidates(experiment(base=base), {})
+    assert all(c.drop.startswith("data.path = gs://bucket/data: must be a local") for c in listed)
+    with pytest.raises(UserError, match="read from a local folder"):
+        plan.manifest.load("gs://bucket/data")
 
 
 def test_fingerprint_is_filled_in_and_mismatch_dropped():

@@ -290,10 +290,11 @@ def test_a_profile_is_a_trace_of_some_steps(quick, tmp_path):
 
 def test_prime_with_one_subtoken_is_mdm_to_the_bit(quick, tmp_path):
     one = dataclasses.replace(quick, subtokens=SubtokenConfig(length=1), steps=5)
-    results = {}
+    results, said = {}, []
     for family in ("mdm", "prime"):
         run_dir = tmp_path / family
-        results[family] = train(dataclasses.replace(one, family=family), run_dir, log=SILENT)
+        results[family] = train(dataclasses.replace(one, family=family), run_dir, log=said.append)
+    assert sum("with subtokens.length 1 is family mdm" in line for line in said) == 1
     assert losses(tmp_path / "mdm") == losses(tmp_path / "prime")
     assert values(results["mdm"]) == values(results["prime"])
 

@@ -109,10 +109,12 @@ def _dry_run(config: RunConfig, slice_: Any, prices: Any, *, check: bool, autofi
     from prime_jax.cli import forecast
     from prime_jax.cli.compilations import Compilations
     from prime_jax.compile_check import aot
-    from prime_jax.config import validate
+    from prime_jax.config import remark, validate
 
     verdict = None
     validate(config)
+    if said := remark(config):
+        say(said)
     if check:
         judge = aot.autofit if autofit else aot.check
         with Compilations(f"compiling for {slice_.name}") as progress:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import flops
-from prime_jax.config import RunConfig, run_id, validate
+from prime_jax.config import RunConfig, remark, run_id, validate
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
@@ -113,8 +113,8 @@ def write(
 def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     """The content of `ROOT/state/<id>.spec`: the whole run and its expected FLOPs."""
     row, config = candidate.row, candidate.config
-    if "://" not in config.data.path:  # a worker may start in another directory
-        config = set_path(config, "data.path", str(Path(config.data.path).absolute()))
+    # A worker may start in another directory.
+    config = set_path(config, "data.path", str(Path(config.data.path).absolute()))
     return {
         "schema": state.SCHEMA,
         "id": candidate.id,
@@ -147,6 +147,8 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
     epochs = config.tokens / prepared.train.tokens if prepared is not None else None
     flag = epochs is not None and epochs > epochs_limit
     note = f"(repeats the data: {epochs:.1f} epochs, above {epochs_limit:g})" if flag else ""
+    if said := remark(config):
+        note = f"{note} ({said})".strip()
     return Candidate(row, config, "", epochs, note)
 
 
