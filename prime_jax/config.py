@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from prime_jax.errors import UserError
-from prime_jax.settings import Checked, setting, to_dict
+from prime_jax.settings import Checked, flatten, setting, to_dict
 from prime_jax.settings import from_dict as from_dict
 from prime_jax.settings import nearest as nearest
 from prime_jax.settings import set_path as set_path
@@ -270,6 +270,18 @@ def run_id(config: RunConfig) -> str:
     """Ten hex digits that name the result of `config` (see the module docstring)."""
     canonical = json.dumps(to_dict(config, _identifies), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """The settings by which two configs are two runs: `steps = 60, not 80`."""
+    first, second = (flatten(to_dict(config, _identifies)) for config in (one, other))
+    default = flatten(to_dict(RunConfig()))
+    value = lambda of, name: of.get(name, default.get(name))  # noqa: E731
+    return [
+        f"{name} = {value(first, name)}, not {value(second, name)}"
+        for name in dict.fromkeys([*first, *second])
+        if value(first, name) != value(second, name)
+    ]
 
 
 def _identifies(field: dataclasses.Field, value: Any) -> bool:

@@ -31,14 +31,14 @@ class Export(Arguments):
 
 def export(args: Export) -> None:
     from prime_jax.cli import runs
+    from prime_jax.evaluate import trained
     from prime_jax.interchange import folder
 
     run = runs.load(args.run)
     tokenizer = run.tokenizer if run.has_tokenizer else None
     if tokenizer is None:
         say(f"no tokenizer written: the run holds none, and {run.config.data.path} is not here")
-    tensors = folder.from_params(run.params, run.codebook)
-    weights = folder.Weights(run.config, run.codebook, tensors, run.step, run.eos_id)
+    weights = trained.weights(run)
     folder.write(weights, args.out, tokenizer)
     _show(weights, args.out)
 

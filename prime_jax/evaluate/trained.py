@@ -1,12 +1,14 @@
 """A finished run, ready to be evaluated, sampled from, analysed or exported."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from prime_jax.config import RunConfig, run_id
 from prime_jax.data import manifest, tokenizers
@@ -20,7 +22,7 @@ from prime_jax.runtime import checkpoint, storage
 from prime_jax.runtime.records import read_json
 from prime_jax.settings import from_dict
 from prime_jax.step import Program, State, program
-from prime_jax.subtokens import Codebook
+from prime_jax.subtokens import Codebook, base
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +128,7 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
     elif data is None and config.data.segment_ids:
         place = Path(config.data.path).absolute()
         raise NoData(f"{run}: needs its dataset, which is not at {place}")
-    made = program(config, separator)
+    made = program(config, separator, codebook_of(config, directories))
     about = {"run": run_id(config), "codebook": made.codebook.hash}
     saved = [directory / "checkpoints" for directory in directories]
     found: State | None = checkpoint.restore(saved, made.abstract, about, log)
@@ -145,6 +147,35 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
         data=data,
         separator=separator,
     )
+
+
+def codebook_of(config: RunConfig, directories: Iterable[storage.Path]) -> Codebook | None:
+    """The codes that came with the weights of a run, from its directories; None: its config makes
+    them.
+
+    Raises:
+        UserError: they are not there, or are others.
+    """
+    s = config.subtokens
+    if not s.codes:
+        return None
+    for file in (directory / "codebook.npy" for directory in directories):
+        if storage.exists(file):
+            codes = np.load(io.BytesIO(storage.read(file)), allow_pickle=False)
+            book = Codebook(s.length, base(config.model.vocab_size, s.length), codes)
+            if book.hash != s.codes:
+                raise UserError(f"{file}: other codes ({book.hash}) than the run's ({s.codes})")
+            return book
+    raise UserError(
+        f"subtokens.codes = {s.codes}: these codes came with imported weights; start from them with "
+        "--init-from"
+    )
+
+
+def weights(run: Trained) -> folder.Weights:
+    """The weights of a run outside of JAX."""
+    tensors = folder.from_params(run.params, run.codebook)
+    return folder.Weights(run.config, run.codebook, tensors, run.step, run.eos_id)
 
 
 def _dataset(config: RunConfig) -> Manifest | None:

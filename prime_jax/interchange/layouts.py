@@ -178,8 +178,10 @@ def body(layout: Layout, m: ModelConfig) -> dict[str, tuple[Shape, list[str]]]:
     return out
 
 
-def check(where: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape | None]) -> None:
-    """Check the tensors of a file.
+def check(
+    where: str, tensors: Mapping[str, Tensor | np.ndarray], expected: Mapping[str, Shape | None]
+) -> None:
+    """Check the names and shapes of tensors.
 
     Args:
         expected: shape of each tensor; None if it is checked elsewhere.

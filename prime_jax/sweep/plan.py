@@ -142,6 +142,8 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
         if prepared is not None:
             config = _with_fingerprint(config, prepared)
         validate(config)
+        if config.initial_weights:
+            raise UserError("initial_weights: a sweep starts from seeds; use train --init-from")
     except UserError as error:
         return Candidate(row, None, str(error))
     epochs = config.tokens / prepared.train.tokens if prepared is not None else None
