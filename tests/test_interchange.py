@@ -152,6 +152,7 @@ def test_an_exported_run_is_a_run(tiny_run, tiny, tmp_path, capsys):
         assert got.tokenizer.hash == run.tokenizer.hash
         logits = our_logits(got.config, got.codebook, got.params, digits)
         np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1  # as the umask says
     about = json.loads((out / "config.json").read_text())
     assert (about["mask_id"], about["base"], about["length"]) == (2, 2, 4)
     assert cli.main(["export", str(tiny_run), str(out)]) == 2

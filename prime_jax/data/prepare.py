@@ -161,7 +161,7 @@ def _prepare(request: Request, directory: Path, workers: int, tick: Tick) -> Man
         total = sum(known.size for known in read)
         read = list(inputs.hashed(read, lambda more: tick("identifying the source", total, more)))
     inputs.save(read, directory)
-    for leftover in directory.glob(".*.[0-9]*"):  # of a killed process
+    for leftover in directory.glob(f".*{storage.TEMPORARY}"):  # of a killed process
         leftover.unlink(missing_ok=True)
     eos_policy = "none" if endless else "append"
     identity = (tokenizer.hash, request.seq_len, eos_policy, splits)

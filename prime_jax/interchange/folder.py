@@ -136,7 +136,10 @@ def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         codes = {CODES: book.codes.astype(np.int64)}
+        (out / WEIGHTS).touch()
+        mode = (out / WEIGHTS).stat().st_mode  # the library writes for its user alone
         save_file(tensors | codes, out / WEIGHTS, metadata={"format": "prime_jax"})
+        (out / WEIGHTS).chmod(mode)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     if tokenizer is not None:
