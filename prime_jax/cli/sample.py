@@ -20,10 +20,11 @@ ORDERS = """orders (masked diffusion):
   confidence, margin, entropy
                  the most confident tokens first, as many at every step, or all beyond --threshold
 """
-HOLES = """holes in TEXT:
+HOLES = r"""holes in TEXT:
   [[MASK]]            one hidden token; [[MASK*8]] eight
   [[KEEP:3 word]]     keep the first three sub-tokens of each token of `word`, draw the others again
   [[KEEP:++?+ word]]  the same with a sign for every sub-token: + kept, ? drawn again
+  \[[MASK]]           the text [[MASK]] itself
 """
 
 
