@@ -311,13 +311,6 @@ def validate(config: RunConfig) -> RunConfig:
     if config.family != "prime" and s.length != 1:
         right = f"must be 1 for family {config.family}; use family prime"
         raise _wrong("subtokens.length", s.length, right)
-    rising, steps = config.optim.warmup_steps, config.steps
-    if rising >= steps:
-        right = f"must be below steps {steps}, or the rate never reaches its peak"
-        raise _wrong("optim.warmup_steps", rising, f"{right}; {steps // 10} would be a tenth")
-    if config.optim.schedule == "wsd" and rising > steps * (1 - config.optim.cooldown_fraction):
-        right = f"leaves no step between warm-up ({rising} steps) and cool-down, of {steps}"
-        raise _wrong("optim.cooldown_fraction", config.optim.cooldown_fraction, right)
     if m.tied_head and s.length != 1:
         raise _wrong("model.tied_head", m.tied_head, "needs subtokens.length 1")
     if m.embedding != "sum" and s.length > m.width:
@@ -329,6 +322,13 @@ def validate(config: RunConfig) -> RunConfig:
         raise _wrong("objective.block_length", block, right)
     if block and config.family == "arm":
         raise _wrong("objective.block_length", block, "family arm has no blocks; use mdm or prime")
+    rising, steps = config.optim.warmup_steps, config.steps
+    if rising >= steps:
+        right = f"must be below steps {steps}, or the rate never reaches its peak"
+        raise _wrong("optim.warmup_steps", rising, f"{right}; {steps // 10} would be a tenth")
+    if config.optim.schedule == "wsd" and rising > steps * (1 - config.optim.cooldown_fraction):
+        right = f"leaves no step between warm-up ({rising} steps) and cool-down, of {steps}"
+        raise _wrong("optim.cooldown_fraction", config.optim.cooldown_fraction, right)
     return config
 
 

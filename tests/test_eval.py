@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -206,6 +207,13 @@ def test_zero_shot_sets_are_found_and_named_with_their_version(run, tmp_path):
     for name, expected in (("x.jsonl.gz", [[7, 8]]), ("lines.txt", [[1, 2, 3], [4, 5]])):
         (found,) = texts.load(f"lm1b:{tmp_path}/{name}", run, texts.Cutting())
         assert [t.tolist() for t in found.windows.tokens] == expected
+    for spec, right in (
+        (f"{tmp_path}/lines.txt", f"write text:{tmp_path}/lines.txt"),
+        (f"{tmp_path}/x.jsonl.gz", f"write jsonl:{tmp_path}/x.jsonl.gz"),
+        (f"lm1:{tmp_path}/lines.txt", f"did you mean lm1b:{tmp_path}/lines.txt"),
+    ):
+        with pytest.raises(UserError, match=re.escape(right)):
+            texts.load(spec, run, texts.Cutting())
     (tmp_path / "x.data.gz").write_bytes(rows)
     with pytest.raises(UserError, match=r"x\.data\.gz could be plain text or rows"):
         texts.load(f"lm1b:{tmp_path}/x.data.gz", run, texts.Cutting())

@@ -96,6 +96,8 @@ def test_text_is_split_as_the_rank_file_was_made(name, tmp_path, monkeypatch):
     assert named.encode("a;\nb").tolist() == [97, *([261] if whole else [59, 10]), 98]
     assert named.eos_id == 261 + (2 if whole else 1)  # as in the published encodings
     named.save(tmp_path)
+    assert tokenizers.file_of(named.spec) == tokenizers.file_of(f"tiktoken:{file}") == str(file)
+    assert tokenizers.file_of(f"tiktoken:{name}") == name  # a file of that name
     again = tokenizers.load(tmp_path)
     assert (again.hash, again.eos_id) == (named.hash, named.eos_id)
     assert len({named.hash, plain.hash}) == 2

@@ -474,8 +474,7 @@ def read_ranks(spec: str) -> bytes:
         UserError: no such file, or one of another format; ranks of a split that is not named.
     """
     _optional("tiktoken")
-    path, named, end = file_of(spec), spec.split(":")[1], None
-    split = named if named in SPLITS else ""
+    (split, path), end = _split_of(spec), None
     if path.endswith(".json"):
         try:
             ids = {p: int(i) for p, i in json.loads(read(path)).items()}
@@ -520,9 +519,16 @@ def _rank_file(ranks: dict[bytes, int], split: str, end: int) -> bytes:
 def file_of(spec: str) -> str | None:
     """The file that a spec names, if any."""
     kind, _, value = spec.partition(":")
-    if kind == "tiktoken" and value.partition(":")[0] in SPLITS:
-        return value.partition(":")[2]
-    return value if kind in ("sentencepiece", "hf", "tiktoken") else None
+    if kind == "tiktoken":
+        return _split_of(spec)[1]
+    return value if kind in ("sentencepiece", "hf") else None
+
+
+def _split_of(spec: str) -> tuple[str, str]:
+    """The split that `tiktoken:SPLIT:PATH` names, or none, and the path."""
+    value = spec.partition(":")[2]
+    named, colon, path = value.partition(":")
+    return (named, path) if colon and named in SPLITS else ("", value)
 
 
 def make(spec: str, sample: Callable[[int], Iterable[str]]) -> Tokenizer:

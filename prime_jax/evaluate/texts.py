@@ -8,6 +8,7 @@ zero-shot:DIR          every zero-shot set found in DIR, as NAME.txt, NAME.jsonl
 """
 
 import dataclasses
+import difflib
 import glob
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,13 @@ def load(spec: str, run: Trained, cutting: Cutting) -> list[TextSet]:
         return [_preset(f"{n}:{p}", n, p, run, cutting) for n, p in _found(rest)]
     if kind in PRESETS and colon:
         return [_preset(spec, kind, rest, run, cutting)]
+    if Path(spec).is_file():
+        kind = _reader(spec) or "text"
+        raise UserError(f"--data {spec}: is a file; write {kind}:{spec}, or PRESET:{spec}")
     if not colon or Path(spec).exists():
         return [_prepared(spec, run, cutting)]
+    if near := difflib.get_close_matches(kind, PRESETS, n=1, cutoff=0.75):
+        raise UserError(f"--data {spec}: no such set; did you mean {near[0]}:{rest}?")
     return [_tokenised(spec, "", read(spec), run, cutting, stream=False)]
 
 
