@@ -70,6 +70,9 @@ def test_gpt2_encoder_json_is_a_rank_file(tmp_path):
     (tmp_path / "encoder.json").write_text(json.dumps(encoder))
     elsewhere = tokenizers.make(f"tiktoken:{tmp_path}/encoder.json", sample)
     assert (elsewhere.eos_id, elsewhere.vocab_size) == (300, 301)
+    ranks = tmp_path / "tiny.tiktoken"
+    ranks.write_bytes(ranks.read_bytes() + b"\n" + base64.b64encode(b"<|endoftext|>") + b" 300")
+    assert tokenizers.make(f"tiktoken:{ranks}", sample).hash == elsewhere.hash
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])

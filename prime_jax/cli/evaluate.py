@@ -231,7 +231,9 @@ def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> None:
         named = lambda what, *rest, part=part: tick(part + what, *rest)  # noqa: E731
         results.append(tasks.evaluate(scorer, call, variant, named))
         if distributed.is_writer():
-            report.store(found, out, "tasks", results[-1], ("tasks", "settings", "limit"))
+            report.store(
+                found, out, "tasks", results[-1], ("tasks", "settings", "limit", "data_hash")
+            )
     show(tasks_table(results))
 
 

@@ -133,8 +133,12 @@ def _exported(file: Path) -> "tuple[Any, Tokenizer | None]":
     directory = file if file.is_dir() else file.parent
     if not folder.is_exported(directory) or (file.is_file() and file.name != folder.WEIGHTS):
         raise UserError(f"{file}: give a folder with {folder.WEIGHTS} and {folder.CONFIG}")
-    known = (directory / "tokenizer.json").exists()
-    return folder.read_again(directory), tokenizers.load(directory) if known else None
+    weights = folder.read_again(directory)
+    if not (directory / tokenizers.FILE).exists():
+        return weights, None
+    tokenizer = tokenizers.load(directory)
+    tokenizers.check_size(tokenizer, weights.config.model.vocab_size, str(directory))
+    return weights, tokenizer
 
 
 def _codes(permutation: Path | None) -> "np.ndarray | None":

@@ -75,7 +75,8 @@ def sample(args: Sample) -> int:
 
     _spare(args)
     run = runs.load(args.run)
-    prompt = [] if args.prompt is None else run.tokenizer.encode(args.prompt).tolist()
+    tokenizer = run.tokenizer  # told before anything is drawn, where it is not there
+    prompt = [] if args.prompt is None else tokenizer.encode(args.prompt).tolist()
     sampler = Sampler(run)
     changes: dict[str, Any] = {"gen_length": args.gen_length}
     if args.stop_at_eos:

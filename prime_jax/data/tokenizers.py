@@ -474,16 +474,17 @@ def read_ranks(spec: str) -> bytes:
         UserError: no such file, or one of another format; ranks of a split that is not named.
     """
     _optional("tiktoken")
-    (split, path), end = _split_of(spec), None
+    split, path = _split_of(spec)
     if path.endswith(".json"):
         try:
             ids = {p: int(i) for p, i in json.loads(read(path)).items()}
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"tokenizer {spec}: not an encoder.json ({error})") from error
-        end = next((ids[name] for name in END_NAMES if name in ids), None)
-        ranks = {_from_byte_level(p): i for p, i in ids.items() if p not in END_NAMES}
+        ends = [ids.pop(name) for name in END_NAMES if name in ids]
+        ranks = {_from_byte_level(p): i for p, i in ids.items()}
     else:
         ranks = _ranks(spec, read(path))
+        ends = [ranks.pop(name.encode()) for name in END_NAMES if name.encode() in ranks]
     if not split and (foreign := _foreign(ranks)) is not None:
         others = ", ".join(f"tiktoken:{name}:{path}" for name in SPLITS if name != "gpt2")
         raise UserError(
@@ -491,9 +492,8 @@ def read_ranks(spec: str) -> bytes:
             f"{foreign!r}; name the split: {others} (cl100k_base is Llama 3's too)"
         )
     split = split or "gpt2"
-    if end is None:
-        end = max(ranks.values()) + SPLITS[split].end
-    return _rank_file(ranks, split, end)
+    usual = max(ranks.values()) + SPLITS[split].end
+    return _rank_file(ranks, split, next(iter(ends), usual))
 
 
 def _foreign(ranks: Iterable[bytes]) -> str | None:
