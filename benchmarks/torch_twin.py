@@ -22,10 +22,8 @@ class Block(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=c.norm_eps) for _ in range(2))
         self.attention_out = nn.Linear(c.width, c.width, bias=False)
         self.ffn_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.gate, self.up = (
-            nn.Linear(c.width, c.ffn_multiple * c.width, bias=False) for _ in range(2)
-        )
-        self.down = nn.Linear(c.ffn_multiple * c.width, c.width, bias=False)
+        self.gate, self.up = (nn.Linear(c.width, c.ffn, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.ffn, c.width, bias=False)
 
     def forward(self, x_BxLxD, cos_LxK, sin_LxK):
         batch, length, width = x_BxLxD.shape

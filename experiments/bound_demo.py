@@ -64,7 +64,7 @@ def config(name: str = "prime", steps: int = 1200, data: str = "data/bound_demo"
         subtokens=SubtokenConfig(length=length),
         objective=ObjectiveConfig(loss=loss, block_length=block),
         data=DataConfig(path=data, seq_len=L),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=100),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=min(100, steps // 10)),
         eval=EvalConfig(examples=1024, batch_size=512),
         checkpoint=CheckpointConfig(keep=1),
     )

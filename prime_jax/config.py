@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from prime_jax.errors import UserError
-from prime_jax.settings import Checked, setting, to_dict
+from prime_jax.settings import Checked, flatten, setting, to_dict
 from prime_jax.settings import from_dict as from_dict
 from prime_jax.settings import nearest as nearest
 from prime_jax.settings import set_path as set_path
@@ -34,6 +34,9 @@ class ModelConfig(Checked, path="model"):
     heads: int = setting(2, "attention heads; each has width / heads numbers", at_least=1)
     kv_heads: int = setting(0, "grouped-query attention; 0: as many as heads", at_least=0)
     ffn_multiple: int = setting(4, "SwiGLU's hidden width is this times width", at_least=1)
+    ffn_width: int = setting(
+        0, "SwiGLU's hidden width; 0: ffn_multiple times width", at_least=0, **ADDED
+    )
     embedding: Literal["cat_shared", "cat", "sum"] = setting(
         "cat_shared", "how the sub-tokens of a token become one vector"
     )
@@ -51,6 +54,11 @@ class ModelConfig(Checked, path="model"):
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "what is computed in; parameters stay float32"
     )
+
+    @property
+    def ffn(self) -> int:
+        """SwiGLU's hidden width F."""
+        return self.ffn_width or self.ffn_multiple * self.width
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,9 @@ class RunConfig(Checked):
     batch_size: int = setting(
         16, "sequences of a step, over all devices and micro-batches", at_least=1
     )
+    initial_weights: str = setting(
+        "", "hash of the weights that it starts from (--init-from); empty: from the seed", **ADDED
+    )
     model: ModelConfig = setting(ModelConfig(), "the transformer")
     subtokens: SubtokenConfig = setting(SubtokenConfig(), "codes of tokens")
     objective: ObjectiveConfig = setting(ObjectiveConfig(), "forward process and loss")
@@ -261,6 +272,18 @@ def run_id(config: RunConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 
+def differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """The settings by which two configs are two runs: `steps = 60, not 80`."""
+    first, second = (flatten(to_dict(config, _identifies)) for config in (one, other))
+    default = flatten(to_dict(RunConfig()))
+    value = lambda of, name: of.get(name, default.get(name))  # noqa: E731
+    return [
+        f"{name} = {value(first, name)}, not {value(second, name)}"
+        for name in dict.fromkeys([*first, *second])
+        if value(first, name) != value(second, name)
+    ]
+
+
 def _identifies(field: dataclasses.Field, value: Any) -> bool:
     """Whether a setting at this value is part of what a run is."""
     at_default = field.metadata.get("excluded_at_default") and value == field.default
@@ -278,6 +301,9 @@ def validate(config: RunConfig) -> RunConfig:
     m, s, o = config.model, config.subtokens, config.objective
     block, length = o.block_length, config.data.seq_len
     parts = config.mesh.accumulate
+    if "://" in config.data.path:
+        right = "must be a local folder; `sweep up` and `render` copy prepared data there (--data)"
+        raise _wrong("data.path", config.data.path, right)
     if m.width % (2 * m.heads):
         raise _wrong("model.heads", m.heads, f"the head size must be even: width {m.width}")
     if m.heads % (m.kv_heads or m.heads):
@@ -296,7 +322,21 @@ def validate(config: RunConfig) -> RunConfig:
         raise _wrong("objective.block_length", block, right)
     if block and config.family == "arm":
         raise _wrong("objective.block_length", block, "family arm has no blocks; use mdm or prime")
+    rising, steps = config.optim.warmup_steps, config.steps
+    if rising >= steps:
+        right = f"must be below steps {steps}, or the rate never reaches its peak"
+        raise _wrong("optim.warmup_steps", rising, f"{right}; {steps // 10} would be a tenth")
+    if config.optim.schedule == "wsd" and rising > steps * (1 - config.optim.cooldown_fraction):
+        right = f"leaves no step between warm-up ({rising} steps) and cool-down, of {steps}"
+        raise _wrong("optim.cooldown_fraction", config.optim.cooldown_fraction, right)
     return config
+
+
+def remark(config: RunConfig) -> str:
+    """What a run is that its settings call something else; empty if there is nothing to say."""
+    if config.family == "prime" and config.subtokens.length == 1:
+        return "family prime with subtokens.length 1 is family mdm: set a length above 1"
+    return ""
 
 
 def _wrong(name: str, value: Any, right: str) -> UserError:

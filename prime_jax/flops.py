@@ -4,6 +4,7 @@
 * `matmul`: every matrix product of one training step, forward and backward, of the actual model.
 """
 
+import math
 from typing import Literal, get_args
 
 from prime_jax import subtokens
@@ -14,6 +15,18 @@ from prime_jax.settings import nearest
 Convention = Literal["matmul", "reference"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 BACKWARD = 3  # forward and backward over forward: one product, and one per factor's gradient
+
+
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def human(count: float, digits: int = 3) -> str:
+    """Parameters or tokens as people read them: 412M, 1.20B."""
+    rounded = (u for u in UNITS if count >= u[0] * (1 - 0.5 * 10**-digits))  # 999.6M is 1.00B
+    unit, suffix = next(rounded, (1.0, ""))
+    number = float(f"{count / unit:.{digits - 1}e}")
+    size = math.floor(math.log10(abs(number))) if number else digits
+    return f"{number:.{max(0, digits - 1 - size)}f}{suffix}"
 
 
 def param_counts(config: RunConfig) -> dict[str, int]:
@@ -97,7 +110,7 @@ def _layer_matrices(m: ModelConfig) -> int:
     """Weights of one layer in matrix products."""
     kv_width = m.width // m.heads * (m.kv_heads or m.heads)
     attention = 2 * m.width * m.width + 2 * m.width * kv_width  # q, output; k, v
-    return attention + 3 * m.width * (m.ffn_multiple * m.width)
+    return attention + 3 * m.width * m.ffn
 
 
 def _embedding(config: RunConfig) -> int:

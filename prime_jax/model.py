@@ -98,7 +98,7 @@ class Block(nn.Module):
     def __call__(self, x_NxD, layer, kv, segment_ids_BxL, keys_B, start_B):
         """`kv`: the layer's (keys, values) of a `Cache`, returned updated, or None."""
         c = self.config
-        size, ffn = c.width // c.heads, c.ffn_multiple * c.width
+        size, ffn = c.width // c.heads, c.ffn
         split = self.shardings.model
         groups = c.kv_heads or c.heads
         shared = c.heads // groups  # query heads of a group

@@ -132,6 +132,7 @@ def shape_of(config: RunConfig) -> RunConfig:
         config,
         seed=0,
         steps=1,
+        initial_weights="",
         optim=o,
         data=dataclasses.replace(config.data, path="", fingerprint=""),
         eval=dataclasses.replace(blank.eval, estimators=(), batch_size=config.eval.batch_size),

@@ -18,11 +18,13 @@ import jax
 import numpy as np
 
 from prime_jax import __version__, flops, optim, schedule, tuned
-from prime_jax.config import KernelConfig, RunConfig, run_id, validate
-from prime_jax.data import loader, manifest
+from prime_jax.config import KernelConfig, RunConfig, differences, remark, run_id, validate
+from prime_jax.data import loader, manifest, tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
+from prime_jax.evaluate.trained import codebook_of
 from prime_jax.hardware import chips, roofline
+from prime_jax.interchange import folder, layouts
 from prime_jax.kernels import selection
 from prime_jax.kernels.selection import Choices
 from prime_jax.runtime import checkpoint, distributed, meshes, sharding, storage, watchdog
@@ -31,6 +33,7 @@ from prime_jax.runtime.records import SCHEMA, Loss, as_dict, read_json, write_js
 from prime_jax.runtime.storage import Path
 from prime_jax.settings import from_dict, to_dict
 from prime_jax.step import Metrics, Program, State, program
+from prime_jax.subtokens import Codebook
 
 HEARTBEAT_SECONDS = 1.0
 KERNELS = "kernels.json"  # of a run directory
@@ -65,6 +68,7 @@ def train(
     run_dir: Path,
     *,
     earlier: Sequence[Path] = (),
+    initial: folder.Weights | None = None,
     choices: Choices | None = None,
     heartbeat: OnHeartbeat = lambda _: True,
     log: Callable[[str], None] = print,
@@ -73,6 +77,8 @@ def train(
 
     Args:
         earlier: directories of other attempts at this run; training continues from the newest step.
+        initial: the weights that the run starts from, for a config of `starting_from`; a run that
+            has begun needs them no more.
         choices: kernels measured on this kind of chip; by default those in this user's table. A run
             that has begun, here or in `earlier`, keeps the kernels that it recorded.
         heartbeat: called about once a second with step, steps, loss, tokens_per_second, mfu, phase
@@ -86,7 +92,7 @@ def train(
         Preempted, Stopped: interrupted after saving.
     """
     with watchdog.explaining():
-        run = Run(config, run_dir, earlier, heartbeat, log, choices)
+        run = Run(config, run_dir, earlier, heartbeat, log, choices, initial)
         with storage.locked(run.run_dir) if distributed.is_writer() else contextlib.nullcontext():
             return run.complete()
 
@@ -105,10 +111,12 @@ def prepare_directory(config: RunConfig, run_dir: Path) -> None:
     storage.make_folder(run_dir)
     existing = run_dir / "config.json"
     if storage.exists(existing):
-        other = run_id(from_dict(RunConfig, read_json(existing), str(existing)))
-        if other != run_id(config):
+        other = from_dict(RunConfig, read_json(existing), str(existing))
+        if run_id(other) != run_id(config):
             raise UserError(
-                f"{run_dir} holds run {other}, not {run_id(config)}: use another directory"
+                f"{run_dir} holds run {run_id(other)}, not {run_id(config)}: "
+                f"{'; '.join(differences(other, config))}; use another directory, and --init-from "
+                f"{run_dir} to start from the weights there"
             )
     write_json_atomic(existing, to_dict(config))
 
@@ -117,6 +125,30 @@ def fill_fingerprint(config: RunConfig, data: manifest.Manifest) -> RunConfig:
     """`config` with the fingerprint of its dataset."""
     known = dataclasses.replace(config.data, fingerprint=data.fingerprint)
     return dataclasses.replace(config, data=known)
+
+
+def starting_from(config: RunConfig, weights: folder.Weights) -> RunConfig:
+    """`config` for a run that starts from `weights`: another run than from a seed.
+
+    Raises:
+        UserError: weights of another shape, or of other codes.
+    """
+    codes = weights.config.subtokens.codes
+    if codes:  # of imported weights: nothing else makes them
+        config = dataclasses.replace(
+            config, subtokens=dataclasses.replace(config.subtokens, codes=codes)
+        )
+    elif config.subtokens.length > 1:
+        own = Codebook.create(config.model.vocab_size, config.subtokens)
+        if own.hash != weights.codebook.hash:
+            raise UserError(
+                f"--init-from: other codes ({weights.codebook.hash}) than those of this run "
+                f"({own.hash}): subtokens and model.vocab_size must be equal"
+            )
+    found = {f"{name}.weight": x for name, x in weights.tensors.items()}
+    found[folder.CODES] = weights.codebook.codes
+    layouts.check("--init-from", found, folder.shapes(config))
+    return dataclasses.replace(config, initial_weights=weights.hash)
 
 
 class Run:
@@ -130,6 +162,7 @@ class Run:
         heartbeat: OnHeartbeat,
         log: Callable[[str], None],
         choices: Choices | None = None,
+        initial: folder.Weights | None = None,
     ):
         self.clock = Clock()
         validate(config)
@@ -137,11 +170,15 @@ class Run:
         self.data = manifest.of_run(config)
         manifest.check(self.data, config)
         self.config = fill_fingerprint(config, self.data)
-        self.run_dir, self.earlier = storage.path(run_dir), earlier
+        self.run_dir, self.earlier, self.initial = storage.path(run_dir), earlier, initial
         self.heartbeat, self.log = heartbeat, log
+        if said := remark(config):
+            log(said)
         self.id = run_id(self.config)
         self.kernels_written = False
-        self.program: Program = program(self._with_kernels(choices), self.data.eos_id)
+        known = initial.codebook if initial and config.subtokens.codes else None
+        book = known or codebook_of(config, (self.run_dir, *earlier))
+        self.program: Program = program(self._with_kernels(choices), self.data.eos_id, book)
         # Validates the names before training.
         likelihood.estimators_of(self.config, self.program.codebook)
         origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
@@ -231,6 +268,7 @@ class Run:
         if distributed.is_writer():
             prepare_directory(self.config, self.run_dir)
             self._write_arrays("codebook.npy", lambda s: np.save(s, self.program.codebook.codes))
+            storage.retry(lambda: tokenizers.copy(self.data.path, self.run_dir), self.log)
         distributed.barrier("run directory", self.log)
         finished = self.run_dir / "result.json"
         return read_json(finished) if storage.exists(finished) else None
@@ -336,9 +374,22 @@ class Run:
             args = (directories, self.program.abstract, self._about(), self.log, know)
             state = checkpoint.restore(*args)
             if state is None:
-                return self.program.init(self.clock, self.config.seed)
+                state = self.program.init(self.clock, self.config.seed)
+                return self._with_initial(state) if self.config.initial_weights else state
         self.log(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")
         return state
+
+    def _with_initial(self, state: State) -> State:
+        """The state of step 0 with the weights that the run starts from."""
+        if self.initial is None:
+            raise UserError(
+                f"run {self.id} starts from weights {self.config.initial_weights}: give them with "
+                "--init-from"
+            )
+        tree = folder.to_params(self.initial.tensors, self.config, self.program.codebook)
+        place = lambda: folder.place(tree, self.program.abstract.params)  # noqa: E731
+        # Two copies: a step gives the buffers of its state away.
+        return state._replace(params=place(), ema=place() if self.config.optim.ema else state.ema)
 
     # --- interruption
 

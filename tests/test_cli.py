@@ -12,7 +12,7 @@ import pytest
 from prime_jax import cli, settings
 from prime_jax.cli import parse, reference
 from prime_jax.cli.parse import override
-from prime_jax.config import DataConfig, EvalConfig, ModelConfig, RunConfig
+from prime_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig
 from prime_jax.errors import UserError
 from prime_jax.settings import to_dict
 
@@ -148,6 +148,7 @@ def experiment(tmp_path, markov_data):
         batch_size=8,
         model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
         data=DataConfig(path=str(markov_data), seq_len=16),
+        optim=OptimConfig(warmup_steps=1),
         eval=EvalConfig(examples=8, batch_size=64),
     )
     saved = tmp_path / "config.json"
@@ -190,6 +191,12 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     assert "subtokens.length" in bad_command([*train, "--subtokens.length", "4"], capsys)
     assert "log.every = 0: must be at least 1" in bad_command([*train, "--log.every", "0"], capsys)
     assert "seed = -1: must be between 0" in bad_command([*train, "--seed", "-1"], capsys)
+    assert "optim.warmup_steps = 3: must be below steps 3" in bad_command(
+        [*train, "--optim.warmup-steps", "3"], capsys
+    )
+    assert "leaves no step between warm-up (1 steps) and cool-down" in bad_command(
+        [*train, "--optim.schedule", "wsd", "--optim.cooldown-fraction", "0.9"], capsys
+    )
     assert "estimator 'tokn'" in bad_command([*train, "--eval.estimators", "tokn"], capsys)
     assert "alpha runs from" in bad_command(
         [*train, "--objective.schedule", "geometric", "--objective.sigma-min", "0.01"], capsys

@@ -1,6 +1,8 @@
 """`prime-jax eval` on a finished run: windows, texts, records, resumption, refusals."""
 
+import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -199,6 +201,24 @@ def test_zero_shot_sets_are_found_and_named_with_their_version(run, tmp_path):
     assert set(found) == {"lm1b@1", "ptb@1"}
     assert [t.tolist() for t in found["lm1b@1"].windows.tokens] == [[1, 2, 3], [4, 5]]
     assert [t.tolist() for t in found["ptb@1"].windows.tokens] == [[7, 8, 9]]  # no EOS here
+    rows = gzip.compress(b'{"text": "7 8 "}\n')
+    (tmp_path / "x.jsonl.gz").write_bytes(rows)
+    (tmp_path / "lines.txt").write_text("1 2 \u2028 3 \r\n\n4 \x0c 5 \n")
+    for name, expected in (("x.jsonl.gz", [[7, 8]]), ("lines.txt", [[1, 2, 3], [4, 5]])):
+        (found,) = texts.load(f"lm1b:{tmp_path}/{name}", run, texts.Cutting())
+        assert [t.tolist() for t in found.windows.tokens] == expected
+    for spec, right in (
+        (f"{tmp_path}/lines.txt", f"write text:{tmp_path}/lines.txt"),
+        (f"{tmp_path}/x.jsonl.gz", f"write jsonl:{tmp_path}/x.jsonl.gz"),
+        (f"lm1:{tmp_path}/lines.txt", f"did you mean lm1b:{tmp_path}/lines.txt"),
+    ):
+        with pytest.raises(UserError, match=re.escape(right)):
+            texts.load(spec, run, texts.Cutting())
+    (tmp_path / "x.data.gz").write_bytes(rows)
+    with pytest.raises(UserError, match=r"x\.data\.gz could be plain text or rows"):
+        texts.load(f"lm1b:{tmp_path}/x.data.gz", run, texts.Cutting())
+    (tmp_path / "ag_news.ndjson.gz").write_bytes(rows)
+    assert len(texts.load(f"zero-shot:{tmp_path}", run, texts.Cutting())) == 3
     with pytest.raises(UserError, match="none of lambada"):
         texts.load(f"zero-shot:{tmp_path / 'ptb'}", run, texts.Cutting())
 
@@ -208,8 +228,9 @@ def test_zero_shot_sets_are_found_and_named_with_their_version(run, tmp_path):
 
 def test_samples_are_scored_by_another_run(run, scorer, tmp_path):
     file = tmp_path / "samples.jsonl"
-    rows = [{"tokens": [1, 2, 3, 4], "text": "1 2 3 4 "}, {"tokens": [5] * 20, "text": "5 " * 20}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    odd = "1 2\u2028 3\x85 4 "  # written as it is, and no end of a line
+    rows = [{"tokens": [1, 2, 3, 4], "text": odd}, {"tokens": [5] * 20, "text": "5 " * 20}]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     record = samples.score(file, run, scorer, ["chain:l2r"], 8, lambda *_: None)
     assert record["quality"]["entropy"] == pytest.approx(np.log(4) / 2)
     assert record["losses"][0]["n_tokens"] == 24  # a sample longer than the scorer is cut, not lost

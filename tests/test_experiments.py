@@ -14,7 +14,7 @@ import pytest
 
 from prime_jax import cli, experiment, flops
 from prime_jax.cli.sweep import plan_table
-from prime_jax.config import FAMILIES, RunConfig, run_id, validate
+from prime_jax.config import FAMILIES, OptimConfig, RunConfig, SubtokenConfig, run_id, validate
 from prime_jax.hardware import chips
 from prime_jax.runtime import meshes
 from prime_jax.sweep import grid, plan
@@ -224,7 +224,9 @@ def test_the_c4_grid_spends_each_budget_at_the_published_batch():
 def test_as_published_turns_any_run_into_the_published_recipe():
     as_published = runpy.run_path(str(FILES["reference"]))["as_published"]
     for family in FAMILIES:
-        run = validate(as_published(RunConfig(family=family)))
+        slots = SubtokenConfig(length=10 if family == "prime" else 1)
+        plain = RunConfig(family=family, subtokens=slots, optim=OptimConfig(warmup_steps=100))
+        run = validate(as_published(plain))
         assert run.model.dropout == 0.1
         assert run.model.tied_head == (family == "arm")
         assert (run.objective.loss, run.objective.carry_over) == (

@@ -244,6 +244,15 @@ def test_tasks_run_offline_with_one_preset(scorer, records):
     assert sum(done for *_, done in told) == told[0][1] == 2 * (4 + 3 * 3)
     json.dumps(record, allow_nan=False)
     assert len(tasks_table([record, record]).rows) == 2
+    changed = records / "sciq.jsonl"
+    before = changed.read_bytes()
+    changed.write_bytes(before + b"\n")
+    assert tasks._data_hash(call) != record["data_hash"]
+    changed.write_bytes(before)
+    assert tasks._data_hash(call) == record["data_hash"]
+    notes = tasks_table([record | {"contexts_cut": 1234}]).notes
+    assert notes[0].startswith("documents: ")
+    assert "1,234 requests did not fit" in notes[1]
 
 
 def test_the_sensitivity_table_changes_one_setting_at_a_time(run):

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from prime_jax import cli
 from prime_jax.config import ModelConfig, RunConfig, SubtokenConfig, run_id
+from prime_jax.data import tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate import trained
 from prime_jax.interchange import folder, published
@@ -51,6 +52,7 @@ def facts_of(case):
         embedding=case.get("embedding"),
         bos=5,
         codes=codes if "slots" in case else None,
+        permutation="PERM",
         seq_len=LENGTH,
         rope_tables="bfloat16" if case["rounded"] else "float32",
     )
@@ -71,7 +73,11 @@ def our_logits(config, book, params, digits_LxS):
 def test_a_published_layout_gives_the_logits_of_its_own_code(name, tmp_path):
     kind, case, arrays = source(name)
     facts = facts_of(case)
-    model = published.convert(kind, name, tensors_of(arrays), facts, tmp_path)
+    if kind == "lit_gpt":  # as torch.compile, DDP and Lightning save it
+        given = {f"model.module._orig_mod.{n}": x for n, x in arrays.items()}
+    else:
+        given = {n.replace("layers.1.", "layers.1._orig_mod."): x for n, x in arrays.items()}
+    model = published.convert(kind, name, tensors_of(given), facts, tmp_path)
     family = name.split()[1]
     assert (model.config.family, model.codebook.length) == (family, case.get("slots", 1))
     assert model.codebook.vocab_size == VOCAB
@@ -146,6 +152,7 @@ def test_an_exported_run_is_a_run(tiny_run, tiny, tmp_path, capsys):
         assert got.tokenizer.hash == run.tokenizer.hash
         logits = our_logits(got.config, got.codebook, got.params, digits)
         np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1  # as the umask says
     about = json.loads((out / "config.json").read_text())
     assert (about["mask_id"], about["base"], about["length"]) == (2, 2, 4)
     assert cli.main(["export", str(tiny_run), str(out)]) == 2
@@ -203,13 +210,132 @@ def test_what_does_not_fit_is_listed(tmp_path):
     assert "missing tensors transformer.h.1.attn.proj.weight" in refused(lost)
     name = "transformer.h.1.mlp.swiglu.w3.weight"
     assert f"{name} [128, 32] instead of [32, 128]" in refused(arrays | {name: arrays[name].T})
+    nan = "transformer.h.1.attn.proj.weight"
+    assert f"{nan} holds 1024 of 1024" in refused(arrays | {nan: arrays[nan] * np.nan})
+    assert "holds extra twice" in refused(
+        {**arrays, "extra": np.zeros(1), "module.extra": np.zeros(1)}
+    )
     assert "--heads" in refused(arrays, heads=None)
-    grouped = tensors_of(source("lit_gpt arm")[2])
-    with pytest.raises(UserError, match="do not fit 1 heads"):
-        published.convert(kind, "FILE", grouped, _with(facts, {"heads": 1}), tmp_path)
-    assert "--vocab-size 99" in refused(arrays, vocab_size=99)
+    assert "do not fit 1 heads" in refused(source("lit_gpt arm")[2], heads=1)
+    assert "do not fit 64 heads" in refused(arrays, heads=64)
+    assert "not those of 99 ids" in refused(arrays, vocab_size=99)
+    assert "may be padding" in refused(arrays, vocab_size=None)
     assert "another layout" in refused(source("megatron mdm")[2])
-    assert "permutation" in refused(arrays, codes=np.zeros(VOCAB, int))
+    assert "is of shape" in refused(arrays | {"transformer.ln_f.weight": np.zeros((2, 2))})
+    assert "PERM: FILE has one sub-token" in refused(arrays, codes=np.arange(VOCAB))
+    assert 'has a row for "masked": not family arm' in refused(arrays, family="arm")
+    kind, case, arrays = source("lit_gpt prime sum")
+    facts = facts_of(case)
+    assert refused(arrays, codes=np.zeros(64, int)).startswith("PERM: must give each id")
+    assert refused(arrays, codes=np.arange(50)).startswith("PERM: holds 50 codes")
+    assert "no known embedding" in refused(arrays, family="mdm")
+    kind, case, arrays = source("megatron arm tied")
+    facts = facts_of(case)
+    assert "a decoder, which is not family mdm" in refused(arrays, family="mdm")
+    assert "norms of queries say 4" in refused(arrays, heads=2)
+
+
+BINARY_15 = "binary digits, l = 15; --length 5 --embedding sum (b = 8) would fit too"
+
+
+@pytest.mark.parametrize(
+    ("facts", "found"),
+    [
+        ({}, "--length 5 .*--length 9 .*--length 15 .*or --permutation, whose length tells"),
+        ({"codes": np.arange(32768)}, (15, BINARY_15)),
+        ({"codes": np.arange(32768), "length": 5}, (5,)),
+        ({"codes": np.arange(32768), "length": 9}, r"^PERM: holds 32768 .* 4\*\*9 = 262144 for"),
+        ({"length": 15}, "give --permutation FILE.*--permutation identity"),
+        ({"codes": np.arange(0), "length": 15}, (15,)),
+        ({"codes": np.arange(16)}, "^PERM: holds 16 codes"),
+        ({"codes": np.arange(32768), "length": 7}, "no known embedding"),
+    ],
+)
+def test_the_published_table_is_read_as_far_as_it_can_be(facts, found):
+    """45 rows for 32,000 ids are 5 x 9, 9 x 5 or 15 x 3; 2**15 = 8**5 codes leave two of them."""
+    facts = published.Facts(permutation="PERM", **facts)
+    about = {"where": "FILE", "table": (45, 1792), "vocab": 32000, "width": 1792}
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            published.subtokens(published.LIT_GPT, facts=facts, **about)
+    else:
+        reading, assumed = published.subtokens(published.LIT_GPT, facts=facts, **about)
+        assert (reading.slots, *assumed) == found
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "found"),
+    [(257, None, 257), (256, None, None), (256, 250, 250), (256, 256, 256), (192, 100, None),
+     (50304, 50257, 50257), (50432, 50304, 50304), (101, 100, 100), (1024, 37, 37)],
+)  # fmt: skip
+def test_padding_of_the_vocabulary_is_no_id(rows, ids, found):
+    facts = published.Facts(vocab_size=ids)
+    if found is None:
+        with pytest.raises(UserError, match=f"its {rows} rows"):
+            published.vocabulary("FILE", rows, facts)
+    else:
+        assert published.vocabulary("FILE", rows, facts) == found
+
+
+def test_a_feed_forward_of_its_own_width(tmp_path):
+    kind, case, arrays = source("lit_gpt arm")
+    narrow = {
+        n: x[:88] if ".w1." in n or ".w2." in n else x[:, :88] if ".w3." in n else x
+        for n, x in arrays.items()
+    }
+    model = published.convert(kind, "FILE", tensors_of(narrow), facts_of(case), tmp_path)
+    assert (model.config.model.ffn, model.config.model.width) == (88, 32)
+    ids = np.arange(LENGTH)[:, None]
+    expected = published_forward.logits(kind, narrow, ids, **case)[:, :VOCAB]
+    params = folder.to_params(model.tensors, model.config, model.codebook)
+    got = our_logits(model.config, model.codebook, params, ids)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_other_weights_are_another_run(tmp_path, capsys):
+    _, _, arrays = source("lit_gpt arm")
+    name = "transformer.h.0.attn.proj.weight"
+    command = ["import", "lit_gpt"]
+    options = ["--heads", "4", "--vocab-size", "37"]
+    ids = set()
+    for k in range(2):
+        file, out = tmp_path / f"{k}.safetensors", tmp_path / str(k)
+        save_file(arrays | {name: arrays[name] + k}, file)
+        assert cli.main([*command, str(file), str(out), *options]) == 0
+        ids.add(run_id(folder.read_config(out)))
+        about = json.loads((out / "config.json").read_text())
+        assert about["assumed"] == [
+            "blocks of 2048 tokens (--seq-len)",
+            "RoPE's tables in float32 (--rope-tables)",
+            "BOS is id 1 (--bos)",
+        ]
+    assert len(ids) == 2
+    ours = load_file(tmp_path / "0" / "model.safetensors")
+    save_file(
+        ours | {"final_norm.weight": ours["final_norm.weight"] + 1},
+        tmp_path / "0" / "model.safetensors",
+    )
+    with pytest.raises(UserError, match="differ from those of"):
+        trained.load(str(tmp_path / "0"))
+    assert cli.main(["import", "safetensors", str(tmp_path / "0"), str(tmp_path / "again")]) == 0
+    assert run_id(folder.read_config(tmp_path / "again")) not in ids
+    assert "assumed" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path, capsys):
+    file = tmp_path / "w.safetensors"
+    save_file(source("lit_gpt arm")[2], file)
+    command = ["import", "lit_gpt", str(file), str(tmp_path / "out"), "--heads", "4"]
+    for words, message in (
+        (["--vocab-size", "37", "--tokenizer", "bytes"], "--vocab-size 37: the tokenizer has 257"),
+        (["--tokenizer", "bytes"], "its 64 rows are not those of 257 ids"),
+    ):
+        assert cli.main([*command, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*command, "--vocab-size", "37"]) == 0
+    tokenizers.make("bytes", lambda _: ()).save(tmp_path / "out")
+    with pytest.raises(UserError, match="a model of 37 ids, but tokenizer bytes has 257"):
+        _ = trained.load(str(tmp_path / "out")).tokenizer
 
 
 def _with(facts, about):
@@ -246,8 +372,8 @@ def test_a_damaged_or_altered_folder_is_refused(tiny_run, tmp_path, capsys):
 def test_old_configs_keep_their_identity():
     # Computed before `model.rope_tables` and `subtokens.codes` existed.
     assert run_id(RunConfig()) == "f3d9797bdf"
-    changed = RunConfig(model=ModelConfig(rope_tables="bfloat16"))
-    assert run_id(changed) != run_id(RunConfig())
+    for model in (ModelConfig(rope_tables="bfloat16"), ModelConfig(ffn_width=88)):
+        assert run_id(RunConfig(model=model)) != run_id(RunConfig())
     coded = RunConfig(subtokens=SubtokenConfig(codes="0123"))
     assert run_id(coded) != run_id(RunConfig())
     with pytest.raises(UserError, match="imported"):

@@ -7,11 +7,12 @@ import fake_trainer
 import pytest
 from rich.console import Console
 
+from prime_jax import config as configs
 from prime_jax.cli.console import show
 from prime_jax.cli.sweep import plan_table
 from prime_jax.config import RunConfig, run_id
 from prime_jax.errors import UserError
-from prime_jax.settings import from_dict
+from prime_jax.settings import from_dict, set_path
 from prime_jax.sweep import grid, plan, state
 
 
@@ -63,8 +64,8 @@ def test_table_shows_n_d_c_and_hours():
     n = plan.flops.param_counts(config)["nonembedding_plus_head"]
     for value in (
         listed[0].id,
-        plan.human(n),
-        plan.human(config.tokens),
+        plan.flops.human(n),
+        plan.flops.human(config.tokens),
         "1e+09",
         str(config.steps),
         "0.28",
@@ -72,19 +73,9 @@ def test_table_shows_n_d_c_and_hours():
         assert value in text
 
 
-def test_large_numbers_are_shortened():
-    assert [plan.human(n) for n in (151_234_567, 12e9, 3e12, 74_800, 12)] == [
-        "151M",
-        "12B",
-        "3T",
-        "74.8k",
-        "12",
-    ]
-
-
 def test_warmup_that_does_not_fit_is_dropped():
     listed = plan.candidates(experiment(warmup="fixed:100000"), {})
-    assert all("warm-up" in c.drop for c in listed)
+    assert all(c.drop.startswith("optim.warmup_steps = 100000: must be below") for c in listed)
 
 
 def test_repeated_data_is_flagged_not_dropped(monkeypatch):
@@ -95,6 +86,20 @@ def test_repeated_data_is_flagged_not_dropped(monkeypatch):
         assert not any(c.drop for c in listed)
         assert [bool(c.note) for c in listed] == [flagged] * len(listed)
         assert listed[0].epochs == listed[0].config.tokens / tokens
+
+
+def test_prime_of_one_subtoken_is_said_to_be_mdm():
+    listed = plan.candidates(experiment(families={"prime": {"subtokens.length": 1}}), {})
+    assert all(c.note == f"({configs.remark(c.config)})" for c in listed)
+    assert "is family mdm" in listed[0].note
+
+
+def test_data_in_a_bucket_is_refused_before_anything_runs():
+    base = set_path(fake_trainer.BASE, "data.path", "gs://bucket/data")
+    listed = plan.candidates(experiment(base=base), {})
+    assert all(c.drop.startswith("data.path = gs://bucket/data: must be a local") for c in listed)
+    with pytest.raises(UserError, match="read from a local folder"):
+        plan.manifest.load("gs://bucket/data")
 
 
 def test_fingerprint_is_filled_in_and_mismatch_dropped():

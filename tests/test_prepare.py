@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from corpora import corpus, make
 
 from prime_jax import cli
-from prime_jax.data import assemble, encode, loader, parallel, readers, sources
+from prime_jax.data import assemble, encode, loader, parallel, prepare, readers, sources, tokenizers
 from prime_jax.data import manifest as manifests
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
@@ -174,6 +175,36 @@ def test_again_is_idempotent_and_another_request_is_refused(prepared, text):
         make(text, prepared.path, seq_len=64)
 
 
+def test_sources_and_tokenizer_files_are_known_by_their_content(tmp_path):
+    spec = corpus(tmp_path / "text")
+    files = sources.parse(spec)[0].files
+    model = tmp_path / "m.model"
+    trained = tokenizers.make("bpe:320", lambda n: [Path(p).read_bytes().decode() for p in files])
+    model.write_bytes(trained.model)
+    made = make(spec, tmp_path / "set", f"sentencepiece:{model}")
+    again = lambda: make(spec, tmp_path / "set", f"sentencepiece:{model}")  # noqa: E731
+    whole = Path(files[7]).read_bytes()
+    os.utime(files[7], ns=(0, 0))
+    assert again() == made  # another time, the same content
+    for path, content, message in (
+        (Path(files[7]), whole[::-1], "007.txt has changed"),
+        (model, trained.model + b" ", "m.model has changed"),
+        (tmp_path / "text" / "0-999.txt", b"more", "reads 62 files now, 61 then"),
+    ):
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"was prepared from another .*{message}"):
+            again()
+        path.unlink() if before is None else path.write_bytes(before)
+    assert again() == made
+    (made.path / "inputs.json").unlink()  # as prepared by earlier versions
+    assert again() == made
+    shutil.rmtree(tmp_path / "text")
+    lines = []
+    prepare.prepare(spec, f"sentencepiece:{model}", made.path, 32, log=lines.append)
+    assert "its source is not here any more" in lines[0]
+
+
 def test_unfinished_work_of_another_request_is_kept(text, tmp_path, small_parts, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -256,25 +287,19 @@ def test_markov_blocks_are_windows_of_the_chain(tmp_path):
 
 
 def test_lossy_tokenizer_is_refused_and_another_may_follow(tmp_path, text, monkeypatch):
-    from prime_jax.data import tokenizers
-
     exact = tokenizers.Bytes.encode_batch
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            tokenizers.Bytes,
-            "encode_batch",
-            lambda self, texts: exact(self, [t.replace("\r\n", "\n\n") for t in texts]),
-        )
-        with pytest.raises(UserError, match="loses text: at byte"):
-            make(text, tmp_path / "set")
-        patch.setattr(encode, "CHECKED", 0)  # beyond the sample, bytes are counted
-        patch.setattr(
-            tokenizers.Bytes,
-            "encode_batch",
-            lambda self, texts: exact(self, [t.replace("\r\n", "\n") for t in texts]),
-        )
-        with pytest.raises(UserError, match="loses text: at byte"):
-            make(text, tmp_path / "set")
+    last = Path(sources.parse(text)[0].files[-1]).read_bytes().decode()
+    for changed in (last.swapcase(), last[:-1]):  # of the same size, and of another
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                tokenizers.Bytes,
+                "encode_batch",
+                lambda self, texts, new=changed: exact(
+                    self, [new if t == last else t for t in texts]
+                ),
+            )
+            with pytest.raises(UserError, match="loses text: at byte"):
+                make(text, tmp_path / "set")
     assert make(text, tmp_path / "set", seq_len=64).seq_len == 64
 
 

@@ -126,6 +126,21 @@ def test_a_plan_reveals_everything_once_and_blocks_in_turn(order):
         assert sorted(when[hidden]) == list(range(27))
 
 
+@pytest.mark.parametrize("steps", [3, 7, 11])
+def test_blocks_take_the_steps_asked_for_and_no_more(steps):
+    hidden, rng = np.ones((13, 2), bool), np.random.default_rng(0)
+    options = Options(steps=steps, order="random", block_length=5)
+    made = plan(options, hidden, rng)
+    assert made.steps == steps
+    assert made.when_LxS.max() == steps - 1
+    fewer = dataclasses.replace(options, steps=2)
+    with pytest.raises(UserError, match=r"--steps 2: 13 tokens in blocks of 5 .* take at least 3"):
+        plan(fewer, hidden, rng)
+    assert plan(fewer, hidden, rng, fixed_blocks=True).steps == 3  # as the run was trained
+    one_each = dataclasses.replace(fewer, order="first-hitting")
+    assert plan(one_each, hidden, rng).steps == 26
+
+
 def test_confidence_order_reveals_the_surest_tokens_of_the_first_open_block():
     """At a table network: the tokens revealed at each call are those of the highest p(drawn)."""
     config = dataclasses.replace(run_config(1), data=DataConfig(seq_len=8))

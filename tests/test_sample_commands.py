@@ -95,6 +95,30 @@ def test_holes_hide_tokens_and_keep_subtokens():
 
 
 @pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("[[MASKED]] [[KEEPALIVE]]", "[[MASKED]] [[KEEPALIVE]]"),
+        (r"\[[MASK]] \[[KEEP:3 x]]", "[[MASK]] [[KEEP:3 x]]"),
+        (r"a\\[[MASK]] [[wiki]]", None),
+        (r"\\\[[MASK*3]]\n", r"\[[MASK*3]]\n"),
+    ],
+)
+def test_text_that_looks_like_a_hole_can_be_written(text, plain):
+    canvas = infill.canvas(text + "[[MASK]]", Bytes(), BOOK)
+    if plain is None:  # a backslash, and a hole
+        assert canvas[1].tolist() == BOOK.digits[ord("\\")].tolist()
+        assert (canvas[2] == 2).all()
+    else:
+        assert (canvas[:-1] == BOOK.digits[[*plain.encode()]]).all()
+        assert (canvas[-1] == 2).all()
+
+
+def test_a_hole_that_keeps_all_is_named():
+    with pytest.raises(UserError, match=r"\[\[KEEP:9 cat\]\] keeps all 9 sub-tokens"):
+        infill.canvas("the [[KEEP:9 cat]] sat", Bytes(), BOOK)
+
+
+@pytest.mark.parametrize(
     "hole", ["[[MASK*0]]", "[[MASK 3]]", "[[KEEP:10 a]]", "[[KEEP:++ a]]", "[[KEEP:3]]", "[[KEEP]]"]
 )
 def test_holes_that_cannot_be_read_are_named(hole):

@@ -415,7 +415,7 @@ def test_default_places(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(412e6, "412M"), (1.2056e9, "1.21B"), (999.6e6, "1.00B"), (65536, "65.5k"), (2e12, "2.00T"), (12, "12.0")]
+    ("number", "text"), [(412e6, "412M"), (1.2056e9, "1.21B"), (999.6e6, "1.00B"), (65536, "65.5k"), (2e12, "2.00T"), (12, "12.0"), (0, "0"), (3e15, "3000T")]
 )  # fmt: skip
 def test_counts_as_people_write_them(number, text):
     assert labels.count(number) == text

@@ -50,6 +50,7 @@ OUT_OF_RANGE = {
     "model.heads": [0],
     "model.kv_heads": [-1],
     "model.ffn_multiple": [0],
+    "model.ffn_width": [-1],
     "model.dropout": [-0.1, 1],
     "model.rope_base": [0],
     "model.norm_eps": [0, "nan"],

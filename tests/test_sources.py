@@ -6,6 +6,8 @@ import itertools
 import json
 import logging
 import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -100,23 +102,95 @@ def test_jsonl(tmp_path):
     assert found == [readers.Document("a\nb"), readers.Document(""), None]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"body": "x"}', '{"text": 3}', "\xff"])
-def test_bad_jsonl_names_the_line(tmp_path, line):
+BAD_LINES = {
+    "{": r"not JSON \(",
+    "[]": "an array, not a JSON object with the key 'text'",
+    "3": "a number, not",
+    '{"body": "x", "id": 3}': r"no 'text', but 'body', 'id'; .* jsonl\.KEY",
+    '{"text": 3}': "'text' is a number, not text",
+    '{"text": {"a": 1}}': "'text' is an object",
+    '{"text": "\xff"}': "not UTF-8 text: byte 0xff at offset 10",
+    "[" * 100_000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:20])
+def test_bad_jsonl_names_the_line_and_the_cause(tmp_path, line):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\n' + line.encode("latin-1"))
-    with pytest.raises(UserError, match=r"x\.jsonl line 2"):
+    with pytest.raises(UserError, match=rf"x\.jsonl line 2: {BAD_LINES[line]}"):
         texts(f"jsonl:{tmp_path}/x.jsonl")
 
 
-def test_parquet(tmp_path):
+def write_parquet(path, columns):
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table({"text": ["one", "two\n"], "n": [1, 2]})
-    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-    assert texts(f"parquet:{tmp_path}/*.parquet") == ["one", "two\n"]
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["one"]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"x\.parquet"):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_rows_of_every_format_follow_one_rule(tmp_path):
+    """No value is an empty document, another key is named, a value that is no text is refused."""
+    rows = [{"text": None, "body": "one"}, {"text": "two\n", "body": "\u2028"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_parquet(tmp_path / "x.parquet", {k: [row[k] for row in rows] for k in rows[0]})
+    for kind in ("jsonl", "parquet"):
+        assert texts(f"{kind}:{tmp_path}/x.{kind}") == ["", "two\n"]
+        assert texts(f"{kind}.body:{tmp_path}/x.{kind}") == ["one", "\u2028"]
+        with pytest.raises(UserError, match=rf"no 'z', but 'text', 'body'; .* {kind}\.KEY"):
+            texts(f"{kind}.z:{tmp_path}/x.{kind}")
+    write_parquet(tmp_path / "x.parquet", {"text": [["one"], ["two"]]})
+    with pytest.raises(UserError, match=r"column .text. is of type list<.*not text"):
         texts(f"parquet:{tmp_path}/x.parquet")
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    whole = gzip.compress(json.dumps({"text": "x" * 5000}).encode() * 50)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:60] + b"\xff" * 20 + whole[80:])
+    (tmp_path / "b.jsonl.xz").write_bytes(b"no xz")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    for spec in ("jsonl:a.jsonl.gz", "jsonl:b.jsonl.xz", "parquet:c.parquet"):
+        kind, _, name = spec.partition(":")
+        with pytest.raises(UserError, match=f"cannot read .*{name}") as error:
+            texts(f"{kind}:{tmp_path}/{name}")
+        assert "\n" not in str(error.value)
+
+
+def test_links_are_followed(tmp_path):
+    """As in a Hugging Face cache, where every file is a link."""
+    blobs, here = tmp_path / "blobs", tmp_path / "here"
+    (blobs / "deep").mkdir(parents=True)
+    here.mkdir()
+    (blobs / "1").write_text("one")
+    (blobs / "deep" / "2.txt").write_text("two")
+    (here / "0.txt").write_text("zero")
+    (here / "1.txt").symlink_to(blobs / "1")
+    (here / "folder").symlink_to(blobs / "deep")
+    (blobs / "deep" / "back").symlink_to(here)  # a walk must end
+    assert texts(f"text:{here}/*.txt") == ["zero", "one"]
+    assert texts(f"text:{here}/folder/*.txt") == ["two"]
+    assert texts(f"text:{here}/*/*.txt") == ["two"]
+    assert texts(f"text:{here}/**/*.txt") == ["zero", "one", "two"]
+    [part] = sources.parse(f"text:{here}/*.txt")[0].parts
+    assert part.size == 7
+    (here / "2.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"2\.txt is a link to nothing"):
+        texts(f"text:{here}/*.txt")
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "stream"])
+def test_archives_are_refused(tmp_path, kind):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in "abc":
+            archive.writestr(name, name)
+    with tarfile.open(tmp_path / "x.TGZ", "w:gz") as archive:
+        archive.add(tmp_path / "x.zip")
+    with tarfile.open(tmp_path / "x.txt", "w") as archive:
+        archive.add(tmp_path / "x.zip")
+    for name in ("x.zip", "x.TGZ"):
+        with pytest.raises(UserError, match=f"{name} is an archive of files: unpack it"):
+            texts(f"{kind}:{tmp_path}/{name}")
+    with pytest.raises(UserError, match=r"x\.txt"):
+        texts(f"{kind}:{tmp_path}/x.txt")
 
 
 def test_tfds_without_tensorflow(tmp_path, monkeypatch):
@@ -185,6 +259,13 @@ def test_mixture_is_parsed_with_globs_in_it(tmp_path):
     assert [s.weight for s in mixed] == [0.7, 0.3]
     assert [s.spec for s in mixed] == [f"text:{tmp_path}/a*.txt", f"text:{tmp_path}/b*.txt"]
     assert len(sources.parse(f"text:{tmp_path}/a*")) == 1
+    for weights in ((".5", "0.5"), ("5e-1", "1E+0")):
+        mixed = sources.parse("+".join(f"text:{tmp_path}/a*.txt*{w}" for w in weights))
+        assert [s.weight for s in mixed] == [float(w) for w in weights]
+    with pytest.raises(UserError, match=r"a mixture is written A\*0\.7\+B\*0\.3"):
+        sources.parse(f"text:{tmp_path}/a1.txt*half+text:{tmp_path}/b1.txt*half")
+    with pytest.raises(UserError, match=r"is a folder: write .*/\* for its files"):
+        sources.parse(f"text:{tmp_path}")
     with pytest.raises(UserError, match="endless"):
         sources.parse("markov:V=4*0.5+pysource*0.5")
 

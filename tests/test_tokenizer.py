@@ -66,6 +66,71 @@ def test_gpt2_encoder_json_is_a_rank_file(tmp_path):
     (tmp_path / "encoder.json").write_text(json.dumps(encoder))
     assert tokenizers.make(f"tiktoken:{tmp_path}/encoder.json", sample).hash == plain.hash
 
+    encoder["<|endoftext|>"] = 300
+    (tmp_path / "encoder.json").write_text(json.dumps(encoder))
+    elsewhere = tokenizers.make(f"tiktoken:{tmp_path}/encoder.json", sample)
+    assert (elsewhere.eos_id, elsewhere.vocab_size) == (300, 301)
+    ranks = tmp_path / "tiny.tiktoken"
+    ranks.write_bytes(ranks.read_bytes() + b"\n" + base64.b64encode(b"<|endoftext|>") + b" 300")
+    assert tokenizers.make(f"tiktoken:{ranks}", sample).hash == elsewhere.hash
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_text_is_split_as_the_rank_file_was_made(name, tmp_path, monkeypatch):
+    public = pytest.importorskip("tiktoken_ext.openai_public")
+    import regex
+
+    if name == "gpt2":
+        theirs = public.r50k_pat_str
+    else:
+        monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {})
+        theirs = getattr(public, name)()["pat_str"]
+    texts = [*TEXTS, CORPUS, "x=1;\ny=2;\n", "I'LL don't 12345 A.B/\r\n\n \t z", " \n  \u3000x"]
+    for text in texts:
+        assert regex.findall(tokenizers.SPLITS[name].pattern, text) == regex.findall(theirs, text)
+
+    file = Path(tiktoken_ranks(tmp_path).partition(":")[2])
+    plain = tokenizers.make(f"tiktoken:{file}", sample)
+    file.write_bytes(file.read_bytes() + b"\n" + base64.b64encode(b";\n") + b" 261\n")
+    with pytest.raises(UserError, match=r"never makes the token ';\\n'; name .*:cl100k_base:"):
+        tokenizers.make(f"tiktoken:{file}", sample)
+    named = tokenizers.make(f"tiktoken:{name}:{file}", sample)
+    whole = name != "gpt2"
+    assert named.encode("a;\nb").tolist() == [97, *([261] if whole else [59, 10]), 98]
+    assert named.eos_id == 261 + (2 if whole else 1)  # as in the published encodings
+    named.save(tmp_path)
+    assert tokenizers.file_of(named.spec) == tokenizers.file_of(f"tiktoken:{file}") == str(file)
+    assert tokenizers.file_of(f"tiktoken:{name}") == name  # a file of that name
+    again = tokenizers.load(tmp_path)
+    assert (again.hash, again.eos_id) == (named.hash, named.eos_id)
+    assert len({named.hash, plain.hash}) == 2
+    assert_exact(again, texts[-1])
+
+
+def test_a_tokenizer_that_prepends_a_space_names_the_one_that_does_not(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    rules = library.normalizers
+    built = library.Tokenizer(library.models.BPE({"▁": 0, "a": 1}, []))
+    built.normalizer = rules.Sequence([rules.Prepend("▁"), rules.Replace(" ", "▁")])
+    built.save(str(tmp_path / "llama.json"))
+    lossy = tokenizers.make(f"hf:{tmp_path / 'llama.json'}", sample)
+    with pytest.raises(UserError, match=r"sentencepiece:tokenizer\.model"):
+        tokenizers.check_lossless(lossy, "a a", lossy.encode("a a"))
+
+
+def test_long_lines_are_trained_on_and_errors_of_the_source_are_its_own(monkeypatch):
+    monkeypatch.setattr(tokenizers, "LONGEST_LINE", 4096)
+    text = CORPUS.replace("\n", " ")
+    assert tokenizers.make("bpe:400", lambda n: [text]).vocab_size == 400
+
+    def broken(n_bytes):
+        yield CORPUS[:20000]
+        raise UserError("x.jsonl line 201: no 'text'")
+
+    for kind in ("bpe", "unigram"):
+        with pytest.raises(UserError, match="line 201"):
+            tokenizers.make(f"{kind}:400", broken)
+
 
 def trained_sentencepiece(path: Path, **options) -> str:
     import sentencepiece

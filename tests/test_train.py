@@ -29,12 +29,14 @@ from prime_jax.config import (
 )
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
+from prime_jax.evaluate import trained
 from prime_jax.hardware import chips, roofline
 from prime_jax.runtime import checkpoint, meshes
 from prime_jax.runtime.records import read_json
 from prime_jax.settings import set_path
 from prime_jax.step import Compiled
-from prime_jax.train import Preempted, Stopped, fill_fingerprint, train
+from prime_jax.subtokens import Codebook
+from prime_jax.train import Preempted, Stopped, fill_fingerprint, starting_from, train
 
 SILENT = lambda _: None  # noqa: E731
 
@@ -305,12 +307,52 @@ def test_a_profile_is_a_trace_of_some_steps(quick, tmp_path):
 
 def test_prime_with_one_subtoken_is_mdm_to_the_bit(quick, tmp_path):
     one = dataclasses.replace(quick, subtokens=SubtokenConfig(length=1), steps=5)
-    results = {}
+    results, said = {}, []
     for family in ("mdm", "prime"):
         run_dir = tmp_path / family
-        results[family] = train(dataclasses.replace(one, family=family), run_dir, log=SILENT)
+        results[family] = train(dataclasses.replace(one, family=family), run_dir, log=said.append)
+    assert sum("with subtokens.length 1 is family mdm" in line for line in said) == 1
     assert losses(tmp_path / "mdm") == losses(tmp_path / "prime")
     assert values(results["mdm"]) == values(results["prime"])
+
+
+def test_another_run_in_the_directory_names_what_differs(whole, tiny):
+    _, directory = whole
+    longer = dataclasses.replace(tiny, steps=20, batch_size=4)
+    with pytest.raises(UserError) as error:
+        train(longer, directory, log=SILENT)
+    assert "steps = 12, not 20; batch_size = 8, not 4; use another directory" in str(error.value)
+    assert f"--init-from {directory}" in str(error.value)
+
+
+@pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_starts_from_the_weights_of_another(whole, quick, tmp_path, coded):
+    """Also where their codes came with them, and only where they fit."""
+    given = trained.weights(trained.load(str(whole[1])))
+    still = OptimConfig(peak_lr=1e-30, warmup_steps=1, weight_decay=0.0, ema=0.5)
+    plain = dataclasses.replace(quick, steps=2, optim=still, seed=5)
+    if coded:
+        old = given.codebook
+        book = Codebook(old.length, old.base, old.codes[::-1].copy())
+        known = set_path(given.config, "subtokens.codes", book.hash)
+        given = dataclasses.replace(given, codebook=book, config=known)
+    config = starting_from(plain, given)
+    with pytest.raises(UserError, match="--init-from"):
+        train(config, tmp_path, log=SILENT)
+    result = train(config, tmp_path, initial=given, log=SILENT)
+    assert result["run"] != run_id(plain)
+    after = trained.load(str(tmp_path))
+    assert after.codebook.hash == given.codebook.hash
+    for name, value in trained.weights(after).tensors.items():
+        np.testing.assert_allclose(value, given.tensors[name], rtol=1e-6, err_msg=name)
+    assert train(config, tmp_path, log=SILENT) == result  # it needs them no more
+    for path, value, message in (
+        ("subtokens.seed", 1, "other codes"),
+        ("model.layers", 2, r"--init-from: missing tensors layers\.1"),
+    ):
+        if not coded or path == "model.layers":
+            with pytest.raises(UserError, match=message):
+                starting_from(set_path(plain, path, value), given)
 
 
 OPTIONS = {

@@ -31,12 +31,7 @@ class Subject:
         Raises:
             UserError: no dataset, or one of another tokenizer.
         """
-        if self.data is None:
-            raise UserError(
-                f"{self.name}: its dataset {self.run.config.data.path} is not on this machine; "
-                "give --data DIR"
-            )
-        return loader.eval_blocks(self.data, "valid", examples)
+        return loader.eval_blocks(self.data or self.run.dataset, "valid", examples)
 
     def target_counts(self, token_ExL: np.ndarray) -> np.ndarray:
         """int [E]: target tokens of each block."""

@@ -19,7 +19,7 @@ SOURCE:  pysource | text:GLOB | stream:GLOB | jsonl:GLOB | parquet:GLOB | tfds:N
          markov:V=16,order=1,... | A*0.7+B*0.3 (fractions of the tokens)
          GLOB may be gs://...; .gz, .zst, .bz2 and .xz are read as they are
 SPEC:    bpe:N | unigram:N (trained here) | bytes | sentencepiece:PATH | hf:PATH |
-         tiktoken:PATH | chars:27 | synthetic:V
+         tiktoken:PATH | tiktoken:cl100k_base:PATH | chars:27 | synthetic:V
 """
 
 
@@ -45,7 +45,8 @@ def prepare(args: Prepare) -> None:
     finished = (args.out / manifests.FILE).exists()
     request = {f.name: getattr(args.request, f.name) for f in dataclasses.fields(args.request)}
     with Progress(transient=True) as progress:
-        made = prepare(**request, out=args.out, workers=args.workers, tick=progress.tick)
+        shown = {"tick": progress.tick, "log": progress.log}
+        made = prepare(**request, out=args.out, workers=args.workers, **shown)
     rate = f"{made.tokens_per_second:,.0f} tokens/s"
     say(f"{args.out} is already prepared" if finished else f"{args.out}: {rate}")
     _show_summary(made)

@@ -168,11 +168,12 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None
     from prime_jax.runtime import distributed
 
     examples = found.config.eval.examples if args.examples is None else args.examples
-    if args.examples is None and (args.stride or args.context):
+    if args.examples is None and (args.stride or args.context) and examples:
+        say(f"--stride and --context cut the whole {args.split} split anew, not {examples} blocks")
         examples = 0
     cutting = texts.Cutting(args.stride, args.context, examples, args.split)
     names = report.names_of(found, args.estimators)
-    wanted = args.data or [found.config.data.path]
+    wanted = args.data or [found.dataset.directory]
     sets = [each for spec in wanted for each in texts.load(spec, found, cutting)]
     scorer = _scorer(args, found)
     for each in sets:
@@ -232,7 +233,9 @@ def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> None:
         named = lambda what, *rest, part=part: tick(part + what, *rest)  # noqa: E731
         results.append(tasks.evaluate(scorer, call, variant, named))
         if distributed.is_writer():
-            report.store(found, out, "tasks", results[-1], ("tasks", "settings", "limit"))
+            report.store(
+                found, out, "tasks", results[-1], ("tasks", "settings", "limit", "data_hash")
+            )
     show(tasks_table(results))
 
 
@@ -278,4 +281,12 @@ def tasks_table(records: list[dict[str, Any]]) -> Table:
             row.append(f"{scale * value:.2f}" + (f" ± {scale * error:.2f}" if error else ""))
         mean = tasks.mean_accuracy(record["results"])
         rows.append([*row, "" if mean is None else f"{100 * mean:.2f}"])
-    return Table(("settings", *(f"{task} {m}" for task, m in columns), "mean acc"), rows)
+    counts = ", ".join(f"{task} {n:,}" for task, n in records[0]["documents"].items())
+    notes = [f"documents: {counts}"] if counts else []
+    if cut := max(record["contexts_cut"] for record in records):
+        notes.append(
+            f"{cut:,} requests did not fit into the model's length: the beginnings of their contexts "
+            "were cut"
+        )
+    head = ("settings", *(f"{task} {m}" for task, m in columns), "mean acc")
+    return Table(head, rows, notes)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prime_jax.cli.console import say
+from prime_jax.cli.console import Table, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.config import Family, ModelConfig
@@ -12,6 +12,8 @@ from prime_jax.errors import UserError
 from prime_jax.settings import REQUIRED, hints, setting
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from prime_jax.data.tokenizers import Tokenizer
 
 
@@ -29,16 +31,14 @@ class Export(Arguments):
 
 def export(args: Export) -> None:
     from prime_jax.cli import runs
+    from prime_jax.evaluate import trained
     from prime_jax.interchange import folder
 
     run = runs.load(args.run)
-    tokenizer = None
-    if run.data is not None or (run.path / "tokenizer.json").exists():
-        tokenizer = run.tokenizer
-    else:
-        say(f"no tokenizer written: {run.config.data.path} is not on this machine")
-    tensors = folder.from_params(run.params, run.codebook)
-    weights = folder.Weights(run.config, run.codebook, tensors, run.step, run.eos_id)
+    tokenizer = run.tokenizer if run.has_tokenizer else None
+    if tokenizer is None:
+        say(f"no tokenizer written: the run holds none, and {run.config.data.path} is not here")
+    weights = trained.weights(run)
     folder.write(weights, args.out, tokenizer)
     _show(weights, args.out)
 
@@ -58,7 +58,8 @@ How each layout is read: docs/interchange.md.
 """
     EXAMPLES = (
         "prime-jax import lit_gpt model.safetensors prime-1b --heads 14 "
-        "--permutation perm_32768.pt \\\n      --tokenizer sentencepiece:llama/tokenizer.model",
+        "--permutation perm_32768.pt \\\n      --tokenizer sentencepiece:llama/tokenizer.model "
+        "--rope-tables bfloat16",
     )
 
     layout: Literal["lit_gpt", "megatron", "safetensors"] = setting(
@@ -67,14 +68,18 @@ How each layout is read: docs/interchange.md.
     file: Path = setting(REQUIRED, "the weights, see above", positional=True)
     out: Path = setting(REQUIRED, "new folder", positional=True)
     family: Family | None = setting(None, "of the model (default: by the shapes)")
-    vocab_size: int | None = setting(None, "ids; more rows are padding", at_least=1, metavar="V")
+    vocab_size: int | None = setting(
+        None, "ids; more rows are padding (default: the tokenizer's)", at_least=2, metavar="V"
+    )
     heads: int | None = setting(None, "query heads (without qk-norm)", at_least=1, metavar="H")
     length: int | None = setting(None, "sub-tokens per token", at_least=1, at_most=32, metavar="l")
     embedding: hints(ModelConfig)["embedding"] | None = setting(
         None, "of the sub-tokens of a token (default: by the shapes)"
     )
     permutation: Path | None = setting(
-        None, ".npy or .pt: the code of each id (default: identity)", metavar="FILE"
+        None,
+        "Prime: .npy or .pt, the code of each id; identity: ids are their own codes",
+        metavar="FILE",
     )
     bos: int | None = setting(
         None,
@@ -82,9 +87,10 @@ How each layout is read: docs/interchange.md.
         at_least=0,
         metavar="ID",
     )
-    seq_len: int = setting(2048, "tokens of a block", at_least=1)
-    rope_tables: Literal["float32", "bfloat16"] = setting(
-        "float32", "precision of RoPE's cosines and sines; lit_gpt trained with bfloat16"
+    seq_len: int | None = setting(None, "tokens of a block (default: 2048)", at_least=1)
+    rope_tables: Literal["float32", "bfloat16"] | None = setting(
+        None,
+        "precision of RoPE's cosines and sines (default: float32); lit_gpt trained with bfloat16",
     )
     tokenizer: str | None = setting(
         None, "sentencepiece:PATH, hf:PATH, tiktoken:PATH, ...", metavar="SPEC"
@@ -98,14 +104,18 @@ def import_(args: Import) -> None:
         weights, tokenizer = _exported(args.file)
     else:
         tokenizer = _tokenizer(args.tokenizer)
+        ids = tokenizer.vocab_size if tokenizer else args.vocab_size
+        if args.vocab_size not in (None, ids):
+            raise UserError(f"--vocab-size {args.vocab_size}: the tokenizer has {ids} ids")
         facts = published.Facts(
             family=args.family,
-            vocab_size=args.vocab_size or (tokenizer.vocab_size if tokenizer else None),
+            vocab_size=ids,
             heads=args.heads,
             length=args.length,
             embedding=args.embedding,
             bos=args.bos,
-            codes=tensors.open_integers(args.permutation) if args.permutation else None,
+            codes=_codes(args.permutation),
+            permutation=str(args.permutation),
             seq_len=args.seq_len,
             rope_tables=args.rope_tables,
             **({"eos_id": tokenizer.eos_id} if tokenizer else {}),
@@ -123,8 +133,23 @@ def _exported(file: Path) -> "tuple[Any, Tokenizer | None]":
     directory = file if file.is_dir() else file.parent
     if not folder.is_exported(directory) or (file.is_file() and file.name != folder.WEIGHTS):
         raise UserError(f"{file}: give a folder with {folder.WEIGHTS} and {folder.CONFIG}")
-    known = (directory / "tokenizer.json").exists()
-    return folder.read(directory), tokenizers.load(directory) if known else None
+    weights = folder.read_again(directory)
+    if not (directory / tokenizers.FILE).exists():
+        return weights, None
+    tokenizer = tokenizers.load(directory)
+    tokenizers.check_size(tokenizer, weights.config.model.vocab_size, str(directory))
+    return weights, tokenizer
+
+
+def _codes(permutation: Path | None) -> "np.ndarray | None":
+    """The codes of --permutation; none of them for the identity."""
+    import numpy as np
+
+    from prime_jax.interchange import tensors
+
+    if permutation is None or permutation == Path("identity"):
+        return None if permutation is None else np.empty(0, np.int64)
+    return tensors.open_integers(permutation)
 
 
 def _tokenizer(spec: str | None) -> "Tokenizer | None":
@@ -138,12 +163,26 @@ def _tokenizer(spec: str | None) -> "Tokenizer | None":
 
 
 def _show(weights: Any, out: Path) -> None:
+    """What the model is, and what was assumed of it."""
     from prime_jax.config import run_id
 
-    m, book = weights.config.model, weights.codebook
+    c, m, book = weights.config, weights.config.model, weights.codebook
     count = sum(x.size for x in weights.tensors.values())
-    say(
-        f"{out}: {weights.config.family} {run_id(weights.config)}, {count:,} numbers, "
-        f"{m.layers} layers x {m.width} x {m.heads} heads, {m.vocab_size} ids, l = {book.length}, "
-        f"b = {book.base}, permutation {book.hash}"
+    groups = f" in {m.kv_heads} groups" if m.kv_heads else ""
+    rows = (
+        ("run", f"{run_id(c)}, family {c.family}, step {weights.step}"),
+        ("weights", f"{weights.hash}, {count:,} numbers"),
+        ("blocks", f"{m.layers} of width {m.width}, feed-forward {m.ffn}"),
+        ("attention", f"{m.heads} heads{groups}{', qk-norm' if m.qk_norm else ''}"),
+        (
+            "vocabulary",
+            f"{m.vocab_size} ids, EOS {weights.eos_id if weights.eos_id >= 0 else 'none'}",
+        ),
+        ("sub-tokens", f"l = {book.length}, b = {book.base}, embedding {m.embedding}"),
+        (
+            "codes",
+            f"{book.hash}{' (identity)' if (book.codes == range(len(book.codes))).all() else ''}",
+        ),
+        *(("assumed", line) for line in weights.assumed),
     )
+    show(Table(("", ""), rows, title=str(out)))

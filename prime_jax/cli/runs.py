@@ -10,6 +10,7 @@ from prime_jax.runtime import storage
 
 if TYPE_CHECKING:
     from prime_jax.evaluate.trained import Trained
+    from prime_jax.interchange.folder import Weights
     from prime_jax.sweep.state import Run
 
 T = TypeVar("T")
@@ -89,3 +90,22 @@ def load(run: str, log: Callable[[str], None] = print) -> "Trained":
     from prime_jax.evaluate import trained
 
     return trained.load(*attempts(run), log=log)
+
+
+def weights(run: str, log: Callable[[str], None] = print) -> "Weights":
+    """The weights of the finished run that RUN names, in this process's memory.
+
+    Raises:
+        UserError: as `load`; or several processes, of which none holds all weights of a run.
+    """
+    import jax
+
+    from prime_jax.evaluate import trained
+    from prime_jax.interchange import folder
+
+    directory, *_ = attempts(run)
+    if folder.is_exported(directory):
+        return folder.read(directory)
+    if jax.process_count() > 1:
+        raise UserError(f"{run}: several processes start from an exported folder: prime-jax export")
+    return trained.weights(load(run, log))

@@ -21,10 +21,11 @@ ORDERS = """orders (masked diffusion):
   confidence, margin, entropy
                  the most confident tokens first, as many at every step, or all beyond --threshold
 """
-HOLES = """holes in TEXT:
+HOLES = r"""holes in TEXT:
   [[MASK]]            one hidden token; [[MASK*8]] eight
   [[KEEP:3 word]]     keep the first three sub-tokens of each token of `word`, draw the others again
   [[KEEP:++?+ word]]  the same with a sign for every sub-token: + kept, ? drawn again
+  \[[MASK]]           the text [[MASK]] itself
 """
 
 
@@ -75,7 +76,8 @@ def sample(args: Sample) -> int:
 
     _spare(args)
     run = runs.load(args.run)
-    prompt = [] if args.prompt is None else run.tokenizer.encode(args.prompt).tolist()
+    tokenizer = run.tokenizer  # told before anything is drawn, where it is not there
+    prompt = [] if args.prompt is None else tokenizer.encode(args.prompt).tolist()
     sampler = Sampler(run)
     changes: dict[str, Any] = {"gen_length": args.gen_length}
     if args.stop_at_eos:
@@ -136,11 +138,6 @@ def _measured(args: Drawing, run: Any, sampler: Any) -> tuple[float, ...]:
     from prime_jax.sample import grids
     from prime_jax.sample.orders import time_grid
 
-    if run.data is None:
-        raise UserError(
-            f"--grid measured needs the run's dataset, and {run.config.data.path} is not on this "
-            "machine"
-        )
     if args.options.block_length:
         raise UserError("--block-length: --grid measured is the grid of one block")
     if args.options.steps > grids.MAX_STEPS:
@@ -148,7 +145,7 @@ def _measured(args: Drawing, run: Any, sampler: Any) -> tuple[float, ...]:
     out = console(stderr=True)
     with Progress(out, transient=True) as progress:
         progress.doing("measuring the loss of steps")
-        blocks = loader.eval_blocks(run.data, "valid", 2 * grids.EXAMPLES).tokens
+        blocks = loader.eval_blocks(run.dataset, "valid", 2 * grids.EXAMPLES).tokens
         # What is told comes from blocks that the search did not see: it favours lucky noise.
         rates, check = (
             grids.measure(sampler.model, run.params, run.config, half)
@@ -182,6 +179,7 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     done: list[Any] = []
     out, began = console(), time.monotonic()
     hidden = (canvas == run.codebook.base).any(axis=1)
+    _say_blocks(args, run, hidden)
     try:
         for samples in _batches(
             args, run=run, sampler=sampler, canvas=canvas, options=options, screen=out
@@ -206,6 +204,16 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     if args.out and not outputs.is_stdout(args.out):
         say(f"samples: {args.out}")
     return 0
+
+
+def _say_blocks(args: Drawing, run: Any, hidden: Any) -> None:
+    """Where a run trained in blocks takes more steps than asked for."""
+    import numpy as np
+
+    length = run.config.objective.block_length
+    blocks = len(np.unique(np.flatnonzero(hidden) // length)) if length else 0
+    if args.options.threshold is None and args.options.steps < blocks:
+        say(f"--steps {args.options.steps}: {blocks} blocks of {length} tokens take a step each")
 
 
 def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, screen: Any) -> Any:

@@ -137,13 +137,14 @@ def plan_table(
 
 def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[str | Cell]:
     from prime_jax import flops
-    from prime_jax.sweep.plan import PARAMS, human
+    from prime_jax.sweep.plan import PARAMS
 
     row, config = candidate.row, candidate.config
     shape = f"{row.layers}x{row.width}x{row.heads}" if row.layers else ""
     n, d, *rest = [""] * (7 if flops_per_second else 6)
     if config is not None:
-        n, d = human(flops.param_counts(config)[PARAMS[row.flops]]), human(config.tokens)
+        params = flops.param_counts(config)[PARAMS[row.flops]]
+        n, d = flops.human(params), flops.human(config.tokens)
         epochs = "?" if candidate.epochs is None else f"{candidate.epochs:.2f}"
         rest = [str(config.steps), str(config.batch_size), f"{row.peak_lr:.2g}", epochs]
         if flops_per_second:

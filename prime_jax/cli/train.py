@@ -57,6 +57,12 @@ class Train(Arguments):
 
     experiment: Path = setting(REQUIRED, "Python file with config() -> RunConfig", positional=True)
     out: Path | None = setting(None, "run directory (default: runs/<run id>)", metavar="DIR")
+    init_from: str | None = setting(
+        None,
+        "start from the weights of this finished or imported run (exported folder), not from the "
+        "seed; steps, warm-up and data are those of this run",
+        metavar="RUN",
+    )
     settings: bool = setting(False, "list all settings, their values and what they take, and stop")
     profile: int = setting(0, "trace so many steps for xprof", at_least=0, metavar="STEPS")
     check: bool = setting(
@@ -77,18 +83,22 @@ def train(args: Train) -> int | None:
     slice_, prices = args.ahead.understood(check=args.check)
     if slice_:
         return _dry_run(config, slice_, prices, check=args.check, autofit=args.ahead.autofit)
+    from prime_jax.cli import runs
     from prime_jax.data import manifest
     from prime_jax.runtime import distributed
-    from prime_jax.train import Interrupted, Preempted, fill_fingerprint, train
+    from prime_jax.train import Interrupted, Preempted, fill_fingerprint, starting_from, train
 
     data = manifest.load(config.data.path)
     manifest.check(data, config)
     config = fill_fingerprint(config, data)
-    out = args.out or Path("runs") / run_id(config)
     with Progress() as progress:
         distributed.start(progress.log)
+        initial = runs.weights(args.init_from, progress.log) if args.init_from else None
+        config = starting_from(config, initial) if initial else config
+        out = args.out or Path("runs") / run_id(config)
+        shown = {"heartbeat": progress.heartbeat, "log": progress.log}
         try:
-            result = train(config, out, heartbeat=progress.heartbeat, log=progress.log)
+            result = train(config, out, initial=initial, **shown)
         except Interrupted as stop:
             progress.log(f"{stop}; the same command continues it")
             return 85 if isinstance(stop, Preempted) else 1
@@ -110,10 +120,12 @@ def _dry_run(config: RunConfig, slice_: Any, prices: Any, *, check: bool, autofi
     from prime_jax.cli import forecast
     from prime_jax.cli.compilations import Compilations
     from prime_jax.compile_check import aot
-    from prime_jax.config import validate
+    from prime_jax.config import remark, validate
 
     verdict = None
     validate(config)
+    if said := remark(config):
+        say(said)
     if check:
         judge = aot.autofit if autofit else aot.check
         with Compilations(f"compiling for {slice_.name}") as progress:

@@ -181,6 +181,8 @@ def load(path: str | Path, *, verify: bool = False) -> Manifest:
         UserError: no manifest, a damaged one, another schema, a missing or damaged shard; with
             the file and the command that rebuilds it.
     """
+    if "://" in str(path):
+        raise UserError(f"{path}: prepared data is read from a local folder; copy it to one")
     directory = Path(path)
     file = directory / FILE
     again = f"prime-jax data prepare SOURCE --tokenizer SPEC --out {directory}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prime_jax.data import assemble, encode, parallel, shards, sources, tokenizers
+from prime_jax.data import assemble, encode, inputs, parallel, shards, sources, tokenizers
 from prime_jax.data import manifest as manifests
 from prime_jax.data.manifest import SPLITS, Manifest, Request
 from prime_jax.errors import UserError
@@ -33,6 +33,7 @@ def prepare(
     *,
     workers: int = 0,
     tick: Tick = lambda what, total, more: None,
+    log: Callable[[str], None] = lambda line: None,
     **options: float,
 ) -> Manifest:
     """Make the dataset in `out`, continue an interrupted call, or return the finished dataset.
@@ -44,12 +45,13 @@ def prepare(
         workers: processes; 0 for one per core. They are spawned and import the calling script, so
             that needs `if __name__ == "__main__"`, or pass 1.
         tick: receives what is done, of how much, and how much more of it.
+        log: receives a line where a finished dataset cannot be compared with its source.
         options: `valid_fraction` and `test_fraction` of the documents, chosen by the hash of their
             text and `seed` (of a stream without documents: its end); `max_documents` and
             `max_bytes` of each source.
     Raises:
-        UserError: wrong or empty input, a tokenizer that is not lossless, a directory with other
-            content, or one that cannot be written.
+        UserError: wrong or empty input, or another than the dataset was made of, a tokenizer that is
+            not lossless, a directory with other content, or one that cannot be written.
     """
     request = Request(source, tokenizer, seq_len, **options)
     if workers < 0:
@@ -58,7 +60,7 @@ def prepare(
         raise UserError(f"--out {out}: prepare into a local folder, then copy it")
     directory = Path(out)
     if (directory / manifests.FILE).exists():
-        return _finished(directory, request)
+        return _finished(directory, request, log)
     try:
         begun = (directory / "parts").is_dir()
         if not begun and directory.is_dir() and any(directory.iterdir()):
@@ -75,15 +77,31 @@ def prepare(
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
 
 
-def _finished(directory: Path, request: Request) -> Manifest:
+def _finished(directory: Path, request: Request, log: Callable[[str], None]) -> Manifest:
     manifest = manifests.load(directory)
     if manifest.request != request:
         raise UserError(
             f"{directory} holds another dataset, made by: {manifest.request.command(directory)}; "
             "choose another --out, or remove it"
         )
+    try:
+        corpus = sources.parse(request.source)
+    except UserError as error:
+        log(f"{directory} was prepared earlier, and its source is not here any more: {error}")
+        return manifest
+    if changed := inputs.changes(directory, _files(request, corpus)):
+        raise UserError(
+            f"{directory} was prepared from another {request.source}: {changed}; choose another "
+            "--out, or remove it"
+        )
     shutil.rmtree(directory / "parts", ignore_errors=True)
     return manifest
+
+
+def _files(request: Request, corpus: list[sources.Source]) -> list[str]:
+    """The files that a dataset is made of."""
+    file = tokenizers.file_of(request.tokenizer)
+    return [*(path for source in corpus for path in source.files), *([file] if file else [])]
 
 
 def _finished_parts(directory: Path) -> bool:
@@ -99,7 +117,8 @@ def _remove_leftovers(directory: Path) -> None:
 
 def _prepare(request: Request, directory: Path, workers: int, tick: Tick) -> Manifest:
     corpus = sources.parse(request.source)
-    _check_plan(request, directory, corpus)
+    read = inputs.stamped(_files(request, corpus))
+    _check_plan(request, directory, corpus, read)
     tokenizer = _tokenizer(request, directory, corpus)
     endless = corpus[0].endless
     if not endless and tokenizer.eos_id == tokenizers.NO_EOS:
@@ -138,7 +157,11 @@ def _prepare(request: Request, directory: Path, workers: int, tick: Tick) -> Man
         _table(directory, manifests.UNIGRAM, unigram),
         _table(directory, manifests.TOKEN_BYTES, tokenizer.token_bytes),
     )
-    for leftover in directory.glob(".*.[0-9]*"):  # of a killed process
+    if not (request.max_documents or request.max_bytes):  # else more might be read than is taken
+        total = sum(known.size for known in read)
+        read = list(inputs.hashed(read, lambda more: tick("identifying the source", total, more)))
+    inputs.save(read, directory)
+    for leftover in directory.glob(f".*{storage.TEMPORARY}"):  # of a killed process
         leftover.unlink(missing_ok=True)
     eos_policy = "none" if endless else "append"
     identity = (tokenizer.hash, request.seq_len, eos_policy, splits)
@@ -172,13 +195,15 @@ def _table(directory: Path, name: str, array: np.ndarray) -> manifests.Table:
     return manifests.Table(name, shards.write_array(directory / name, array))
 
 
-def _check_plan(request: Request, directory: Path, corpus: list[sources.Source]) -> None:
+def _check_plan(
+    request: Request, directory: Path, corpus: list[sources.Source], read: list[inputs.Input]
+) -> None:
     """Finished parts are reused only for the same request on the same files."""
-    inputs = repr([(part.args, part.size) for source in corpus for part in source.parts])
+    parts = repr([(part.args, part.size) for source in corpus for part in source.parts])
     plan = {
         "schema": manifests.SCHEMA,
         "request": dataclasses.asdict(request),
-        "inputs": hashlib.sha256(inputs.encode()).hexdigest(),
+        "inputs": hashlib.sha256(f"{parts}{read}".encode()).hexdigest(),
     }
     path = directory / "parts" / "plan.json"
     changed = path.exists() and read_json(path) != plan

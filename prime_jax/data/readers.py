@@ -5,8 +5,10 @@ import hashlib
 import io
 import json
 import logging
+import lzma
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
@@ -14,6 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 from prime_jax.data.markov import Markov
 from prime_jax.errors import UserError
 
+DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # what a damaged file raises
+KEY = "text"  # of a document in rows
+SHOWN = 8  # keys in a message
 STREAM_CHUNKS = 1000  # pieces of a stream without documents: splits are exact to 0.1 %
 
 
@@ -47,6 +52,38 @@ def file_systems() -> ModuleType:
     return fsspec
 
 
+def is_local(fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)
+
+
+def following_links() -> Any:
+    """The local file system, in which a link is what it points to.
+
+    fsspec's own neither lists nor walks what is behind links. A link back to a folder that it is in
+    stays a link: a walk would not end.
+    """
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Following(LocalFileSystem):
+        cachable = False
+
+        def info(self, path: Any, **options: Any) -> dict[str, Any]:
+            found = super().info(path, **options)
+            place = found["name"]
+            if not found.get("islink") or not os.path.exists(place):
+                return found
+            back = os.path.realpath(place) in map(os.path.realpath, Path(place).parents)
+            if os.path.isdir(place) and not back:
+                found["type"] = "directory"
+            elif os.path.isfile(place):
+                found |= {"type": "file", "size": os.path.getsize(place)}
+            return found
+
+    return Following()
+
+
 def _open(path: str) -> BinaryIO:
     fsspec = file_systems()
     if not path.endswith(".zst"):
@@ -62,6 +99,8 @@ def _damaged(path: str, error: Exception) -> UserError:
 
 
 def _decode(data: bytes, path: str, offset: int = 0) -> str:
+    if not offset and data[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar archive: unpack it")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -76,7 +115,7 @@ def texts(paths: tuple[str, ...]) -> Iterator[Document]:
         try:
             with _open(path) as file:
                 data = file.read()
-        except (OSError, EOFError, ValueError) as error:
+        except DAMAGED as error:
             raise _damaged(path, error) from error
         yield Document(_decode(data, path))
 
@@ -114,48 +153,89 @@ def _continuation(data: bytes, at: int) -> int:
     return n
 
 
-def jsonl(paths: tuple[str, ...]) -> Iterator[Document | None]:
+def jsonl(paths: tuple[str, ...], key: str = KEY) -> Iterator[Document | None]:
     for path in paths:
         try:
             with _open(path) as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield _json_document(line, f"{path} line {number}")
-        except (OSError, EOFError) as error:
+                        yield _json_document(line, key, f"{path} line {number}")
+        except UserError:
+            raise
+        except DAMAGED as error:
             raise _damaged(path, error) from error
 
 
-def _json_document(line: bytes, where: str) -> Document | None:
+def _json_document(line: bytes, key: str, where: str) -> Document | None:
     try:
-        text = json.loads(line)["text"]
-        if not isinstance(text, str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{where}: not a JSON object with a string "text"') from error
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 text: byte 0x{line[error.start]:02x} at offset {error.start}"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: {_json_kind(row)}, not a JSON object with the key {key!r}")
+    if key not in row:
+        raise UserError(f"{where}: {_no_key('jsonl', key, row)}")
+    text = row[key]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: {key!r} is {_json_kind(text)}, not text")
     return _valid(text)
 
 
-def _valid(text: str) -> Document | None:
-    """None for text with lone surrogates (possible in JSON escapes), which UTF-8 cannot encode."""
+def _json_kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def _no_key(kind: str, key: str, found: Iterable[str]) -> str:
+    """The keys (columns, features) that there are, and how to name the right one."""
+    found = list(found)
+    shown = ", ".join(map(repr, found[:SHOWN])) + (", ..." if len(found) > SHOWN else "")
+    return f"no {key!r}, but {shown or 'nothing'}; name the one that holds the text: {kind}.KEY:..."
+
+
+def _valid(text: str | None) -> Document | None:
+    """None for text with lone surrogates (possible in JSON escapes), which UTF-8 cannot encode; a
+    row without a value is an empty document."""
     try:
-        text.encode()
+        (text or "").encode()
     except UnicodeEncodeError:
         return None
-    return Document(text)
+    return Document(text or "")
 
 
-def parquet(paths: tuple[str, ...]) -> Iterator[Document | None]:
+def parquet(paths: tuple[str, ...], key: str = KEY) -> Iterator[Document | None]:
     import pyarrow
     import pyarrow.parquet
 
     for path in paths:
         try:
-            with _open(path) as file:
-                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(columns=["text"]):
-                    for text in batch.column("text").to_pylist():
-                        yield _valid(text or "")
-        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            with _open(path) as opened:
+                file = pyarrow.parquet.ParquetFile(opened)
+                _check_column(file.schema_arrow, key, path)
+                for batch in file.iter_batches(columns=[key]):
+                    for text in batch.column(key).to_pylist():
+                        yield _valid(text)
+        except UserError:
+            raise
+        except (*DAMAGED, pyarrow.ArrowException) as error:
             raise _damaged(path, error) from error
+
+
+def _check_column(schema: Any, key: str, path: str) -> None:
+    from pyarrow import types
+
+    if key not in schema.names:
+        raise UserError(f"{path}: {_no_key('parquet', key, schema.names)}")
+    kind = schema.field(key).type
+    inner = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(inner) or types.is_large_string(inner) or types.is_null(inner)):
+        raise UserError(f"{path}: column {key!r} is of type {kind}, not text")
 
 
 @functools.cache
@@ -171,13 +251,24 @@ def _tfds_builder(name: str) -> Any:
         raise UserError(
             f"tfds:{name}: {reason}; prepare it as array_record first, or set TFDS_DATA_DIR"
         ) from error
-    if "text" not in (builder.info.features or {}):
-        raise UserError(f"tfds:{name} has no feature named text")
     return builder
 
 
-def tfds_splits(name: str) -> dict[str, int]:
-    return {k: split.num_examples for k, split in _tfds_builder(name).info.splits.items()}
+def tfds_splits(name: str, key: str) -> dict[str, int]:
+    """Rows of each split.
+
+    Raises:
+        UserError: no such dataset on this machine, or no feature `key` in it.
+    """
+    info = _tfds_builder(name).info
+    if key not in (info.features or {}):
+        raise UserError(f"tfds:{name}: {_no_key('tfds', key, info.features or {})}")
+    return {k: split.num_examples for k, split in info.splits.items()}
+
+
+def tfds_files(name: str) -> list[str]:
+    folder = Path(_tfds_builder(name).data_dir)
+    return sorted(str(path) for path in folder.iterdir() if path.is_file())
 
 
 @functools.cache
@@ -189,10 +280,15 @@ def _tfds_rows(name: str, split: str) -> Any:
         raise UserError(f"tfds:{name}: cannot be read without TensorFlow: {reason}") from error
 
 
-def tfds(name: str, split: str, pin: str, begin: int, end: int) -> Iterator[Document]:
+def tfds(
+    name: str, split: str, pin: str, begin: int, end: int, key: str = KEY
+) -> Iterator[Document]:
     rows = _tfds_rows(name, split)
     for i in range(begin, end):
-        yield Document(_decode(rows[i]["text"], f"tfds:{name} {split} row {i}"), split=pin)
+        where, text = f"tfds:{name} {split} row {i}", rows[i][key]
+        if not isinstance(text, bytes):
+            raise UserError(f"{where}: {key!r} is {type(text).__name__}, not text")
+        yield Document(_decode(text, where), split=pin)
 
 
 def markov(chain: Markov) -> Iterator[Document]:

@@ -10,8 +10,9 @@ Specs:
     bpe:N, unigram:N    sentencepiece with N ids, EOS included, trained on a sample of the source
     sentencepiece:PATH  a trained model
     hf:PATH             a Hugging Face tokenizer.json                      (prime_jax[tokenizers])
-    tiktoken:PATH       a .tiktoken rank file, or GPT-2's encoder.json; text is split as GPT-2
-                        does                                             (prime_jax[tokenizers])
+    tiktoken:PATH       a .tiktoken rank file of GPT-2's split, or its encoder.json; the files of
+                        others as tiktoken:cl100k_base:PATH (GPT-4, Llama 3) and
+                        tiktoken:o200k_base:PATH (GPT-4o)                (prime_jax[tokenizers])
 """
 
 import base64
@@ -21,7 +22,8 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -29,8 +31,12 @@ from types import ModuleType
 import numpy as np
 
 from prime_jax.errors import UserError
+from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
 
+FILE, MODEL = "tokenizer.json", "tokenizer.model"
+LONGEST_LINE = 1 << 20  # bytes; sentencepiece leaves longer ones out, so they are cut
+DECODED = 1 << 20  # ids decoded at a time
 NO_EOS = -1
 SPACE = "\u2581"  # sentencepiece's sign for a space; needs escaping if it occurs in the text
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -48,10 +54,12 @@ class Tokenizer(ABC):
         pieces: the bytes of text of every id; empty for EOS and unused ids.
         eos_id: id that ends a document, or -1 if there is none.
         model: the file that defines it, empty if the spec is enough.
+        lossy: why it may lose text and what would not, where that is known.
     """
 
     kind: str
     model: bytes = b""
+    lossy: str = ""
 
     def __init__(self, spec: str, pieces: list[bytes], eos_id: int):
         self.spec, self.pieces, self.eos_id = spec, pieces, eos_id
@@ -63,10 +71,25 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join([self.pieces[i] for i in ids])
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        ids = np.asarray(ids, np.int64)
+        return b"".join(self._joined(ids[at : at + DECODED]) for at in range(0, len(ids), DECODED))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def _joined(self, ids: np.ndarray) -> bytes:
+        """The pieces of some ids in a row, as fast as a copy: every document is decoded once."""
+        text, first = self._table
+        sizes = self.token_bytes[ids]
+        ends = np.cumsum(sizes)
+        skipped = np.repeat(first[ids] - (ends - sizes), sizes)
+        return text[skipped + np.arange(len(skipped))].tobytes()
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """uint8, all pieces in a row, and int64 [V], where each begins."""
+        sizes = self.token_bytes.astype(np.int64)
+        return np.frombuffer(b"".join(self.pieces), np.uint8), np.cumsum(sizes) - sizes
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -89,15 +112,12 @@ class Tokenizer(ABC):
             digest.update(len(piece).to_bytes(4, "little") + piece)
         return digest.hexdigest()[:12]
 
-    def save(self, directory: Path) -> None:
-        """Write `tokenizer.model` (if there is a model) and, last, `tokenizer.json`."""
+    def save(self, directory: storage.Path) -> None:
+        """Write MODEL (if there is one) and, last, FILE."""
         if self.model:
-            try:
-                (directory / "tokenizer.model").write_bytes(self.model)
-            except OSError as error:
-                raise UserError(f"cannot write {directory}: {error.strerror}") from error
+            storage.write(directory / MODEL, self.model)
         about = {"kind": self.kind, "spec": self.spec, "hash": self.hash}
-        write_json_atomic(directory / "tokenizer.json", about)
+        write_json_atomic(directory / FILE, about)
 
 
 class Bytes(Tokenizer):
@@ -199,16 +219,22 @@ def train_sentencepiece(
     if vocab_size < 300:
         raise UserError(f"tokenizer {kind}:{vocab_size}: 256 bytes and symbols need at least 300")
     text = sample(min(max(2000 * vocab_size, 2 << 20), 64 << 20))
-    lines = (
-        line.replace(SPACE, "").replace("\0", "")
-        for document in text
-        for line in document.split("\n")
-        if line.strip()
-    )
-    model = io.BytesIO()
+    model, failed = io.BytesIO(), []
+
+    def lines() -> Iterator[str]:
+        try:
+            for document in text:
+                for line in document.split("\n"):
+                    for at in range(0, len(line) if line.strip() else 0, LONGEST_LINE // 4):
+                        piece = line[at : at + LONGEST_LINE // 4]  # of 4 bytes a character at most
+                        yield piece.replace(SPACE, "").replace("\0", "")
+        except BaseException as error:  # the library makes another error of it
+            failed.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(),
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
@@ -223,12 +249,14 @@ def train_sentencepiece(
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
-            max_sentence_length=1 << 20,
+            max_sentence_length=LONGEST_LINE,
             num_threads=4,  # a constant: the result must not depend on the machine
             minloglevel=2,
         )
         trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     except RuntimeError as error:
+        if failed:
+            raise failed[0] from None
         raise _too_small(kind, vocab_size) from error
     if trained.get_piece_size() != vocab_size:
         raise _too_small(kind, vocab_size)
@@ -320,6 +348,12 @@ class HuggingFace(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        rules = json.dumps([json.loads(model).get(k) for k in ("normalizer", "pre_tokenizer")])
+        if "Prepend" in rules or "Metaspace" in rules:
+            self.lossy = (
+                "it begins every text with a space; use the model's own file, "
+                "sentencepiece:tokenizer.model, which is read without"
+            )
         byte_level = "ByteLevel" in json.dumps(json.loads(model).get("decoder"))
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -362,48 +396,139 @@ def _from_metaspace(piece: str) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
+@dataclass(frozen=True)
+class Split:
+    """How a tiktoken encoding splits text before merging, and its end-of-text id: the last rank +
+    `end`."""
+
+    pattern: str
+    end: int
+
+
+LETTERS = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPLITS = {
+    "gpt2": Split(GPT2_SPLIT, 1),
+    "cl100k_base": Split(
+        rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        2,
+    ),
+    "o200k_base": Split(
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{LETTERS[0]}]*[{LETTERS[1]}]+{ENDINGS}?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?[{LETTERS[0]}]+[{LETTERS[1]}]*{ENDINGS}?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        2,
+    ),
+}
+HEAD = re.compile(rb"# (\w+) (\d+)\n")  # of our rank files: the split, and the end-of-text id
+
+
 class Tiktoken(Tokenizer):
-    """Byte-pair ranks in tiktoken's format with GPT-2's splitting; EOS follows the last rank."""
+    """Byte-pair ranks in tiktoken's format.
+
+    The model is the rank file; where the split is not GPT-2's, or EOS does not follow the last
+    rank, its first line says so.
+    """
 
     kind = "tiktoken"
 
     def __init__(self, spec: str, model: bytes):
         library = _optional("tiktoken")
-        try:
-            rows = [line.split() for line in model.splitlines() if line.strip()]
-            ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
-            if not all(bytes([i]) in ranks for i in range(256)):
-                raise ValueError("a single byte has no rank")
-        except ValueError as error:
-            raise UserError(f"tokenizer {spec}: not a .tiktoken rank file ({error})") from error
-        self.model = _rank_file(ranks)  # canonical order and layout, so that the hash is stable
-        pieces = [b""] * (max(ranks.values()) + 2)
+        head = HEAD.match(model)
+        ranks = _ranks(spec, model[head.end() :] if head else model)
+        split = head[1].decode() if head else "gpt2"
+        end = int(head[2]) if head else max(ranks.values()) + 1
+        if split not in SPLITS or end in ranks.values():
+            raise UserError(f"tokenizer {spec}: not a .tiktoken rank file (its first line)")
+        self.model = _rank_file(ranks, split, end)  # canonical, so that the hash is stable
+        pieces = [b""] * (max(*ranks.values(), end) + 1)
         for piece, rank in ranks.items():
             pieces[rank] = piece
         self._encoding = library.Encoding(
-            "prime_jax", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={}
+            "prime_jax", pat_str=SPLITS[split].pattern, mergeable_ranks=ranks, special_tokens={}
         )
-        super().__init__(spec, pieces, eos_id=len(pieces) - 1)
+        super().__init__(spec, pieces, eos_id=end)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(self._encoding.encode_ordinary(text), np.int32) for text in texts]
 
 
-def read_ranks(path: str) -> bytes:
-    """A rank file; GPT-2's `encoder.json`, whose ids are the ranks, is converted to one."""
-    data = read(path)
-    if not path.endswith(".json"):
-        return data
+def _ranks(spec: str, data: bytes) -> dict[bytes, int]:
     try:
-        ids = {p: int(i) for p, i in json.loads(data).items() if p not in END_NAMES}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"tokenizer tiktoken:{path}: not an encoder.json ({error})") from error
-    return _rank_file({_from_byte_level(piece): i for piece, i in ids.items()})
+        rows = [line.split() for line in data.splitlines() if line.strip()]
+        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
+        if not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("a single byte has no rank")
+    except ValueError as error:
+        raise UserError(f"tokenizer {spec}: not a .tiktoken rank file ({error})") from error
+    return ranks
 
 
-def _rank_file(ranks: dict[bytes, int]) -> bytes:
+def read_ranks(spec: str) -> bytes:
+    """The rank file of `tiktoken:PATH` or `tiktoken:SPLIT:PATH`, with its split and EOS.
+
+    GPT-2's `encoder.json`, whose ids are the ranks, is converted to one.
+
+    Raises:
+        UserError: no such file, or one of another format; ranks of a split that is not named.
+    """
+    _optional("tiktoken")
+    split, path = _split_of(spec)
+    if path.endswith(".json"):
+        try:
+            ids = {p: int(i) for p, i in json.loads(read(path)).items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"tokenizer {spec}: not an encoder.json ({error})") from error
+        ends = [ids.pop(name) for name in END_NAMES if name in ids]
+        ranks = {_from_byte_level(p): i for p, i in ids.items()}
+    else:
+        ranks = _ranks(spec, read(path))
+        ends = [ranks.pop(name.encode()) for name in END_NAMES if name.encode() in ranks]
+    if not split and (foreign := _foreign(ranks)) is not None:
+        others = ", ".join(f"tiktoken:{name}:{path}" for name in SPLITS if name != "gpt2")
+        raise UserError(
+            f"tokenizer {spec}: text is not split as in GPT-2, which never makes the token "
+            f"{foreign!r}; name the split: {others} (cl100k_base is Llama 3's too)"
+        )
+    split = split or "gpt2"
+    usual = max(ranks.values()) + SPLITS[split].end
+    return _rank_file(ranks, split, next(iter(ends), usual))
+
+
+def _foreign(ranks: Iterable[bytes]) -> str | None:
+    """A token that GPT-2's split cannot make; parts of characters and of contractions aside."""
+    pattern = _optional("regex").compile(GPT2_SPLIT)
+    for piece in ranks:
+        try:
+            text = piece.decode()
+        except UnicodeDecodeError:
+            continue
+        if not pattern.fullmatch(text) and text not in ("'l", "'r", "'v"):
+            return text
+    return None
+
+
+def _rank_file(ranks: dict[bytes, int], split: str, end: int) -> bytes:
     rows = sorted(ranks.items(), key=lambda row: row[1])
-    return b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in rows)
+    usual = split == "gpt2" and end == max(ranks.values()) + 1
+    head = b"" if usual else f"# {split} {end}\n".encode()
+    return head + b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in rows)
+
+
+def file_of(spec: str) -> str | None:
+    """The file that a spec names, if any."""
+    kind, _, value = spec.partition(":")
+    if kind == "tiktoken":
+        return _split_of(spec)[1]
+    return value if kind in ("sentencepiece", "hf") else None
+
+
+def _split_of(spec: str) -> tuple[str, str]:
+    """The split that `tiktoken:SPLIT:PATH` names, or none, and the path."""
+    value = spec.partition(":")[2]
+    named, colon, path = value.partition(":")
+    return (named, path) if colon and named in SPLITS else ("", value)
 
 
 def make(spec: str, sample: Callable[[int], Iterable[str]]) -> Tokenizer:
@@ -430,20 +555,36 @@ def make(spec: str, sample: Callable[[int], Iterable[str]]) -> Tokenizer:
     if kind == "hf":
         return HuggingFace(spec, read(value))
     if kind == "tiktoken":
-        return Tiktoken(spec, read_ranks(value))
+        return Tiktoken(spec, read_ranks(spec))
     raise UserError(
         f"tokenizer {spec!r} is unknown; use bytes, chars:27, bpe:N, unigram:N, "
         "sentencepiece:PATH, hf:PATH, tiktoken:PATH or synthetic:N"
     )
 
 
-def load(directory: Path) -> Tokenizer:
+def copy(source: storage.Path, target: storage.Path) -> None:
+    """Copy what `save` wrote; needs none of the libraries that read it."""
+    for name in (MODEL, FILE):
+        if storage.exists(source / name):
+            storage.write(target / name, storage.read(source / name))
+
+
+def check_size(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Raises: UserError: the tokenizer has not as many ids as the model `where`."""
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{where}: a model of {vocab_size} ids, but tokenizer {tokenizer.spec} has "
+            f"{tokenizer.vocab_size}"
+        )
+
+
+def load(directory: storage.Path) -> Tokenizer:
     """Read what `save` wrote.
 
     Raises:
         UserError: a missing, damaged or altered file.
     """
-    about = read_json(directory / "tokenizer.json")
+    about = read_json(directory / FILE)
     try:
         kind, spec, expected = about["kind"], about["spec"], about["hash"]
         if kind in ("bytes", "chars", "synthetic"):
@@ -454,9 +595,9 @@ def load(directory: Path) -> Tokenizer:
                 "hf": HuggingFace,
                 "tiktoken": Tiktoken,
             }[kind]
-            tokenizer = cls(spec, read(str(directory / "tokenizer.model")))
+            tokenizer = cls(spec, storage.read(directory / MODEL))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{directory / 'tokenizer.json'} is damaged: {error!r}") from error
+        raise UserError(f"{directory / FILE} is damaged: {error!r}") from error
     if tokenizer.hash != expected:
         raise UserError(f"{directory}: the tokenizer was altered after the data was prepared")
     return tokenizer
@@ -476,6 +617,7 @@ def check_lossless(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> None:
     raise UserError(
         f"tokenizer {tokenizer.spec} loses text: at byte {at} of a document "
         f"{json.dumps(_around(want, at))} was decoded as {json.dumps(_around(got, at))}"
+        f"{'; ' * bool(tokenizer.lossy)}{tokenizer.lossy}"
     )
 
 

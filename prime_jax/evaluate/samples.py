@@ -55,10 +55,12 @@ def same_tokenizer(a: Trained, b: Trained) -> bool:
 def _read(path: Path) -> tuple[list[np.ndarray], list[str]]:
     tokens, texts = [], []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8").split("\n")  # U+2028 and its like are text
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
             tokens.append(np.array(value["tokens"], np.int64).reshape(-1))

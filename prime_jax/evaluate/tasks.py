@@ -6,6 +6,7 @@ where their data can be downloaded.
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import logging
@@ -60,6 +61,8 @@ def check(names: str, include: Path | None, data: Path | None) -> None:
     for option, directory in (("--include-path", include), ("--task-data", data)):
         if directory is not None and not directory.is_dir():
             raise UserError(f"{option} {directory}: no such directory")
+    if not expanded(names):
+        raise UserError(f"--tasks {names}: names no task")
     if data is not None:
         for name in expanded(names) if include is None else []:
             if not (OFFLINE / f"{name}.yaml").exists():
@@ -214,10 +217,23 @@ def evaluate(scorer: Scorer, call: Call, chosen: Any, tick: Any) -> dict[str, An
         "estimator": model.estimator,
         "limit": call.limit,
         "local": call.data is not None,
+        "data_hash": _data_hash(call),
         "harness": lm_eval.__version__,
         "contexts_cut": model.contexts_cut,
+        "documents": {name: n["effective"] for name, n in found.get("n-samples", {}).items()},
         "results": {name: _measures(values) for name, values in found["results"].items()},
     }
+
+
+def _data_hash(call: Call) -> str | None:
+    """Twelve hex digits of the local files that the tasks read; other records are another result."""
+    if call.data is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(call.data / f"{name}.jsonl" for name in expanded(call.names)):
+        if file.is_file():
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def _measures(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ zero-shot:DIR          every zero-shot set found in DIR, as NAME.txt, NAME.jsonl
 """
 
 import dataclasses
+import difflib
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,11 @@ from prime_jax.evaluate.presets import PRESETS
 from prime_jax.evaluate.score import Windows, cut
 from prime_jax.evaluate.trained import Trained
 
-SUFFIXES = {".txt": "text", ".tokens": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+SUFFIXES = {
+    **dict.fromkeys((".txt", ".tokens", ".raw"), "text"),
+    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+    ".parquet": "parquet",
+}  # and compressed, .txt.gz
 CLUSTERS = 20  # texts needed for a standard error clustered by text
 
 
@@ -81,8 +87,13 @@ def load(spec: str, run: Trained, cutting: Cutting) -> list[TextSet]:
         return [_preset(f"{n}:{p}", n, p, run, cutting) for n, p in _found(rest)]
     if kind in PRESETS and colon:
         return [_preset(spec, kind, rest, run, cutting)]
+    if Path(spec).is_file():
+        kind = _reader(spec) or "text"
+        raise UserError(f"--data {spec}: is a file; write {kind}:{spec}, or PRESET:{spec}")
     if not colon or Path(spec).exists():
         return [_prepared(spec, run, cutting)]
+    if near := difflib.get_close_matches(kind, PRESETS, n=1, cutoff=0.75):
+        raise UserError(f"--data {spec}: no such set; did you mean {near[0]}:{rest}?")
     return [_tokenised(spec, "", read(spec), run, cutting, stream=False)]
 
 
@@ -104,7 +115,8 @@ def _found(directory: str) -> list[tuple[str, str]]:
     """(preset, path) of the sets in a directory."""
     out = []
     for name in PRESETS:
-        paths = [Path(directory) / name, *(Path(directory) / (name + s) for s in SUFFIXES)]
+        files = [name + suffix + c for suffix in SUFFIXES for c in ("", *sources.COMPRESSED)]
+        paths = [Path(directory) / found for found in (name, *files)]
         out += [(name, str(path)) for path in paths if path.exists()][:1]
     if not out:
         names = ", ".join(PRESETS)
@@ -112,22 +124,40 @@ def _found(directory: str) -> list[tuple[str, str]]:
     return out
 
 
+def _reader(path: str) -> str | None:
+    """The kind of source that a file is by its name, None if that is unknown."""
+    for suffix in sources.COMPRESSED:
+        path = path.removesuffix(suffix)
+    return SUFFIXES.get(Path(path).suffix)
+
+
 def _preset(name: str, kind: str, path: str, run: Trained, cutting: Cutting) -> TextSet:
     preset = PRESETS[kind]
-    files = [path]
     if Path(path).is_dir():
-        files = [str(file) for file in sorted(Path(path).iterdir()) if file.suffix in SUFFIXES]
+        files = [str(file) for file in sorted(Path(path).iterdir()) if _reader(file.name)]
         if not files:
             raise UserError(f"{name}: no .txt, .jsonl or .parquet file in {path}")
+    else:
+        files = [file for file, _ in sources.files(name, path)]
     texts: list[str] = []
     for file in files:
-        reader = SUFFIXES.get(Path(file).suffix, "text")
-        for text in read(f"{reader}:{file}"):
+        reader = _reader(file)
+        if reader is None:
+            raise UserError(
+                f"{name}: {file} could be plain text or rows; its name must end in "
+                f"{', '.join(SUFFIXES)}, or these and {', '.join(sources.COMPRESSED)}"
+            )
+        for text in read(f"{reader}:{glob.escape(file)}"):
             by_line = reader == "text" and preset.unit == "line"
-            texts += [t for t in text.splitlines() if t.strip()] if by_line else [text]
+            texts += _lines(text) if by_line else [text]
     clean = [preset.detokenise(text) for text in texts]
     rules = f"{kind}@{preset.version}"
     return _tokenised(name, rules, clean, run, cutting, stream=preset.layout == "stream")
+
+
+def _lines(text: str) -> list[str]:
+    r"""The lines that hold something; a line is what ends in \n."""
+    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
 def _tokenised(
@@ -161,11 +191,11 @@ def _tokenised(
 
 def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
     data = manifest.load(name)
-    if run.data is not None and data.tokenizer_hash != run.data.tokenizer_hash:
+    if run.has_tokenizer and data.tokenizer_hash != run.tokenizer.hash:
         raise UserError(
             f"{name} was prepared with tokenizer {data.request.tokenizer} ({data.tokenizer_hash}), "
-            f"the run with {run.data.request.tokenizer} ({run.data.tokenizer_hash}); give its text "
-            "as text:GLOB instead"
+            f"the run with {run.tokenizer.spec} ({run.tokenizer.hash}); give its text as text:GLOB "
+            "instead"
         )
     if data.vocab_size != run.config.model.vocab_size:
         raise UserError(

@@ -1,18 +1,20 @@
 """A finished run, ready to be evaluated, sampled from, analysed or exported."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from prime_jax.config import RunConfig, run_id
 from prime_jax.data import manifest, tokenizers
 from prime_jax.data.manifest import Manifest
 from prime_jax.data.tokenizers import NO_EOS, Tokenizer
-from prime_jax.errors import UserError
+from prime_jax.errors import NoData, UserError
 from prime_jax.interchange import folder
 from prime_jax.model import build
 from prime_jax.objectives import Network
@@ -20,7 +22,7 @@ from prime_jax.runtime import checkpoint, storage
 from prime_jax.runtime.records import read_json
 from prime_jax.settings import from_dict
 from prime_jax.step import Program, State, program
-from prime_jax.subtokens import Codebook
+from prime_jax.subtokens import Codebook, base
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +32,8 @@ class Trained:
     Attributes:
         path: the run directory, for messages and output files.
         params: float32, sharded over `program.mesh`; the moving average if the run has one.
-        data: the dataset of the run, None if it is not on this machine.
-        separator: EOS id if there is no dataset: that of an exported folder, else -1.
+        data: the dataset of the run, None if it is not at its path on this machine.
+        separator: EOS id if there is no dataset: that of the tokenizer or of an exported folder.
     """
 
     path: storage.Path
@@ -54,16 +56,30 @@ class Trained:
     def eos_id(self) -> int:
         return self.data.eos_id if self.data else self.separator
 
+    @property
+    def dataset(self) -> Manifest:
+        """Raises: NoData: the dataset of the run is not at its path on this machine."""
+        if self.data is None:
+            raise NoData(
+                f"{self.path}: its dataset is not at {Path(self.config.data.path).absolute()}"
+            )
+        return self.data
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises: UserError: the dataset that holds it is not on this machine."""
-        if (self.path / "tokenizer.json").exists():
-            return tokenizers.load(self.path)
-        if self.data is None:
-            raise UserError(
-                f"{self.path}: no tokenizer, because {self.config.data.path} is not on this machine"
-            )
-        return self.data.tokenizer()
+        """Raises: UserError: the run does not hold it, and its dataset is not on this machine; or
+        it is another model's."""
+        own = storage.exists(self.path / tokenizers.FILE)
+        if not own and self.data is None:
+            place = Path(self.config.data.path).absolute()
+            raise UserError(f"{self.path}: holds no tokenizer, and its dataset is not at {place}")
+        found = tokenizers.load(self.path) if own else self.dataset.tokenizer()
+        tokenizers.check_size(found, self.config.model.vocab_size, str(self.path))
+        return found
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.data is not None or storage.exists(self.path / tokenizers.FILE)
 
     @cached_property
     def network(self) -> Callable[[Any], Network]:
@@ -99,18 +115,20 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
         log: receives one line for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: no such run, an unfinished one, or data or a permutation of another run.
+        UserError: no such run, an unfinished one, or a permutation of another run.
     """
     directories = [storage.path(directory) for directory in attempts]
-    run, config, data = directories[0], read_config(*directories), None
+    run, config = directories[0], read_config(*directories)
     if folder.is_exported(run):
         return _load_exported(run)
-    if (Path(config.data.path) / manifest.FILE).exists():
-        data = manifest.load(config.data.path)
-        manifest.check(data, config)
-    elif config.data.segment_ids:
-        raise UserError(f"{run}: needs its dataset, and {config.data.path} is not on this machine")
-    made = program(config, data.eos_id if data else NO_EOS)
+    data = _dataset(config)
+    separator = data.eos_id if data else NO_EOS
+    if data is None and storage.exists(run / tokenizers.FILE):
+        separator = tokenizers.load(run).eos_id
+    elif data is None and config.data.segment_ids:
+        place = Path(config.data.path).absolute()
+        raise NoData(f"{run}: needs its dataset, which is not at {place}")
+    made = program(config, separator, codebook_of(config, directories))
     about = {"run": run_id(config), "codebook": made.codebook.hash}
     saved = [directory / "checkpoints" for directory in directories]
     found: State | None = checkpoint.restore(saved, made.abstract, about, log)
@@ -120,16 +138,57 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
     if step < config.steps:
         raise UserError(f"{run} is at step {step} of {config.steps}; finish it first")
     params = found.ema if config.optim.ema else found.params
-    return Trained(path=run, config=config, program=made, params=params, step=step, data=data)
+    return Trained(
+        path=run,
+        config=config,
+        program=made,
+        params=params,
+        step=step,
+        data=data,
+        separator=separator,
+    )
+
+
+def codebook_of(config: RunConfig, directories: Iterable[storage.Path]) -> Codebook | None:
+    """The codes that came with the weights of a run, from its directories; None: its config makes
+    them.
+
+    Raises:
+        UserError: they are not there, or are others.
+    """
+    s = config.subtokens
+    if not s.codes:
+        return None
+    for file in (directory / "codebook.npy" for directory in directories):
+        if storage.exists(file):
+            codes = np.load(io.BytesIO(storage.read(file)), allow_pickle=False)
+            book = Codebook(s.length, base(config.model.vocab_size, s.length), codes)
+            if book.hash != s.codes:
+                raise UserError(f"{file}: other codes ({book.hash}) than the run's ({s.codes})")
+            return book
+    raise UserError(
+        f"subtokens.codes = {s.codes}: these codes came with imported weights; start from them with "
+        "--init-from"
+    )
+
+
+def weights(run: Trained) -> folder.Weights:
+    """The weights of a run outside of JAX."""
+    tensors = folder.from_params(run.params, run.codebook)
+    return folder.Weights(run.config, run.codebook, tensors, run.step, run.eos_id)
+
+
+def _dataset(config: RunConfig) -> Manifest | None:
+    """The dataset of a run, if it is what lies at its path."""
+    if not (Path(config.data.path) / manifest.FILE).exists():
+        return None
+    found = manifest.load(config.data.path)
+    return found if found.fingerprint == config.data.fingerprint else None
 
 
 def _load_exported(directory: Path) -> Trained:
-    """Load an exported folder; a dataset with another fingerprint is ignored."""
     weights = folder.read(directory)
-    config, data = weights.config, None
-    if (Path(config.data.path) / manifest.FILE).exists():
-        found = manifest.load(config.data.path)
-        data = found if found.fingerprint == config.data.fingerprint else None
+    config = weights.config
     made = program(config, weights.eos_id, weights.codebook)
     tree = folder.to_params(weights.tensors, config, weights.codebook)
     params = folder.place(tree, made.abstract.params)
@@ -139,6 +198,6 @@ def _load_exported(directory: Path) -> Trained:
         program=made,
         params=params,
         step=weights.step,
-        data=data,
+        data=_dataset(config),
         separator=weights.eos_id,
     )

@@ -105,7 +105,7 @@ def predict(config: RunConfig, mesh: Mesh, chip: Chip, slices: int = 1) -> Predi
     arithmetic = flops.flops_per_token(config, "matmul") * step_tokens * passes / devices
     speed = chip.peak * chip.matmul_efficiency
     overlapped, not_overlapped = _collective_seconds(config, mesh, s, chip, slices)
-    width, ffn = config.model.width, config.model.ffn_multiple * config.model.width
+    width, ffn = config.model.width, config.model.ffn
     moved = MOVED_WIDTH * width + MOVED_FFN * ffn / mesh.model
     activations = 3 * passes * config.model.layers * s.tokens * parts * moved * s.item
     weights = parts * (s.layers + s.outer) * (3 * passes * s.item + 2 * 4)
@@ -154,7 +154,7 @@ def memory(config: RunConfig, mesh: Mesh) -> tuple[float, float]:
     The compiler's numbers are authoritative. Not included: padding, fragmentation, head chunks.
     """
     s, m, remat = sizes(config, mesh), config.model, config.mesh.remat
-    width, ffn = m.width, m.ffn_multiple * m.width
+    width, ffn = m.width, m.ffn
     key_values = 2 * width // m.heads * (m.kv_heads or m.heads)
     dots = 3 * width + (2 * width + key_values + 2 * ffn) / mesh.model  # what `dots` saves
     everything = dots + 5 * width + 3 * ffn / mesh.model

@@ -4,7 +4,10 @@ In memory, the head (and the embedding where l = 1) is in the order of codes; in
 the order of token ids, see `layouts`.
 """
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import numpy as np
 from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.errors import UserError
-from prime_jax.interchange.layouts import OURS, Shape, body, body_tensors, check
+from prime_jax.interchange.layouts import OURS, Shape, body, body_tensors, check, finite
 from prime_jax.interchange.tensors import open_weights
 from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.settings import from_dict, to_dict
@@ -31,6 +34,7 @@ class Weights:
     Attributes:
         tensors: `layers.0.qkv`, ...: float32 [out, in], rows by token id (`layouts`).
         step: training step of the weights; 0 if unknown.
+        assumed: what was neither read nor given when the weights were imported.
     """
 
     config: RunConfig
@@ -38,6 +42,26 @@ class Weights:
     tensors: dict[str, np.ndarray]
     step: int
     eos_id: int
+    assumed: tuple[str, ...] = ()
+
+    @cached_property
+    def hash(self) -> str:
+        """Twelve hex digits that identify the numbers."""
+        return hash_of(self.tensors)
+
+
+def hash_of(tensors: Mapping[str, np.ndarray]) -> str:
+    """Twelve hex digits that identify named float32 arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].shape} ".encode())
+        digest.update(np.ascontiguousarray(tensors[name], "<f4"))
+    return digest.hexdigest()[:12]
+
+
+def imported(weights: Weights) -> Weights:
+    """`weights` of another origin: their hash is part of what the run is."""
+    return replace(weights, config=replace(weights.config, initial_weights=weights.hash))
 
 
 def is_exported(directory: Path) -> bool:
@@ -112,7 +136,10 @@ def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         codes = {CODES: book.codes.astype(np.int64)}
+        (out / WEIGHTS).touch()
+        mode = (out / WEIGHTS).stat().st_mode  # the library writes for its user alone
         save_file(tensors | codes, out / WEIGHTS, metadata={"format": "prime_jax"})
+        (out / WEIGHTS).chmod(mode)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     if tokenizer is not None:
@@ -129,6 +156,8 @@ def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
         "tokenizer_hash": tokenizer.hash if tokenizer else None,
         "eos_id": weights.eos_id,
         "step": weights.step,
+        "weights_hash": weights.hash,
+        "assumed": list(weights.assumed),
         "run": to_dict(c),
     }
     write_json_atomic(out / CONFIG, about)
@@ -159,8 +188,31 @@ def read(directory: Path) -> Weights:
     """Read an exported folder.
 
     Raises:
-        UserError: a damaged file, unknown or missing tensors, wrong shapes, altered codes.
+        UserError: a damaged file, unknown or missing tensors, wrong shapes, altered codes or
+            weights, numbers that are not finite.
     """
+    weights, expected = _read(directory)
+    if weights.hash != expected:
+        raise UserError(
+            f"{directory}: its weights ({weights.hash}) differ from those of config.json "
+            f"({expected}); `prime-jax import safetensors {directory} NEW` makes a run of its own "
+            "of them"
+        )
+    return weights
+
+
+def read_again(directory: Path) -> Weights:
+    """Read an exported folder; weights that were altered since are another run's.
+
+    Raises:
+        UserError: as `read`, but for altered weights.
+    """
+    weights, expected = _read(directory)
+    return weights if weights.hash == expected else imported(weights)
+
+
+def _read(directory: Path) -> tuple[Weights, str]:
+    """What an exported folder holds, and the hash that its weights had."""
     about, config, file = _about(directory), read_config(directory), directory / WEIGHTS
     tensors = open_weights(file)
     check(str(file), tensors, shapes(config))
@@ -172,8 +224,11 @@ def read(directory: Path) -> Weights:
             f"{file}: its codes ({book.hash}) differ from those of config.json "
             f"({about['permutation_hash']})"
         )
-    ours = body_tensors(OURS, config.model, tensors)
+    ours = body_tensors(OURS, str(file), config.model, tensors)
     for name in (OURS.embedding, OURS.head):
         if name in tensors:
-            ours[name.removesuffix(".weight")] = tensors[name].float32()
-    return Weights(config, book, ours, about["step"], about["eos_id"])
+            values = finite(str(file), name, tensors[name].float32())
+            ours[name.removesuffix(".weight")] = values
+    assumed = tuple(about.get("assumed", ()))
+    weights = Weights(config, book, ours, about["step"], about["eos_id"], assumed)
+    return weights, about.get("weights_hash", weights.hash)  # of folders before there was one

@@ -106,26 +106,52 @@ MEGATRON = Layout(
     head="output_layer.weight",
 )
 # With Transformer Engine a norm is part of the following matrix; ARM's layers are a decoder.
-MEGATRON_ALIASES = {
+MEGATRON_ALIASES: Mapping[str, str] = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
     "decoder.": "encoder.",
 }
 
 
-def megatron_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under the names of `MEGATRON`."""
-    out = {}
-    for name, tensor in tensors.items():
-        for alias, usual in MEGATRON_ALIASES.items():
+WRAPPERS = ("module.", "model.")  # of DDP and Lightning
+
+
+def plain_names(
+    where: str, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """`tensors` without the prefixes that wrappers give to names, and by the usual aliases.
+
+    Raises:
+        UserError: two tensors have one name then.
+    """
+    out: dict[str, Tensor] = {}
+    for given, tensor in tensors.items():
+        name = given.replace("_orig_mod.", "")  # torch.compile's, also within a name
+        while wrapper := next((w for w in WRAPPERS if name.startswith(w)), ""):
+            name = name.removeprefix(wrapper)
+        for alias, usual in aliases.items():
             name = name.replace(alias, usual)
+        if name in out:
+            raise UserError(f"{where}: holds {name} twice, once as {given}")
         out[name] = tensor
     return out
 
 
+def finite(where: str, name: str, values: np.ndarray) -> np.ndarray:
+    """`values` as they are.
+
+    Raises:
+        UserError: some are not finite.
+    """
+    bad = np.count_nonzero(~np.isfinite(values))
+    if bad:
+        raise UserError(f"{where}: {name} holds {bad} of {values.size} numbers that are not finite")
+    return values
+
+
 def layer_shapes(m: ModelConfig) -> dict[str, Shape]:
     """Our tensors of one layer and their shapes [out, in]."""
-    size, ffn = m.width // m.heads, m.ffn_multiple * m.width
+    size, ffn = m.width // m.heads, m.ffn
     rows = (m.heads + 2 * (m.kv_heads or m.heads)) * size
     shapes: dict[str, Shape] = {
         "attention_norm": (m.width,),
@@ -152,8 +178,10 @@ def body(layout: Layout, m: ModelConfig) -> dict[str, tuple[Shape, list[str]]]:
     return out
 
 
-def check(where: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape | None]) -> None:
-    """Check the tensors of a file.
+def check(
+    where: str, tensors: Mapping[str, Tensor | np.ndarray], expected: Mapping[str, Shape | None]
+) -> None:
+    """Check the names and shapes of tensors.
 
     Args:
         expected: shape of each tensor; None if it is checked elsewhere.
@@ -183,10 +211,15 @@ def listed(names: Iterable[str]) -> str:
 
 
 def body_tensors(
-    layout: Layout, m: ModelConfig, tensors: Mapping[str, Tensor]
+    layout: Layout, where: str, m: ModelConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, np.ndarray]:
-    """Our tensors except embedding and head, float32 [out, in], from those of a file."""
+    """Our tensors except embedding and head, float32 [out, in], from those of a file.
+
+    Raises:
+        UserError: numbers that are not finite.
+    """
     out: dict[str, np.ndarray] = {}
     for name, (_, parts) in body(layout, m).items():
-        out |= zip(parts, np.split(tensors[name].float32(), len(parts)), strict=True)
+        values = finite(where, name, tensors[name].float32())
+        out |= zip(parts, np.split(values, len(parts)), strict=True)
     return out

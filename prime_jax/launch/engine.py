@@ -183,8 +183,7 @@ class Dialogue:
 
 
 def _data(runs: Sequence[Any]) -> tuple[str, ...]:
-    paths = {run.spec["config"]["data"]["path"] for run in runs}
-    return tuple(sorted(path for path in paths if "://" not in path))
+    return tuple(sorted({run.spec["config"]["data"]["path"] for run in runs}))
 
 
 def needs(extra: str, package: str) -> UserError:

@@ -130,5 +130,5 @@ def count_slices(devices: Sequence) -> int:
 
 def _divides_model(config: RunConfig, size: int) -> bool:
     m = config.model
-    parts = (m.heads, m.kv_heads or m.heads, m.ffn_multiple * m.width)
+    parts = (m.heads, m.kv_heads or m.heads, m.ffn)
     return all(part % size == 0 for part in parts)

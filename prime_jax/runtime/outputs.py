@@ -30,6 +30,7 @@ RUN_FILES = (  # inputs in a run directory or an exported folder
     "eval.npz",
     "model.safetensors",
     "tokenizer.json",
+    "tokenizer.model",
     "checkpoints",
 )
 

@@ -31,6 +31,7 @@ T = TypeVar("T")
 PROTOCOLS = {"gs": "gcp", "s3": "s3"}  # protocol -> extra of prime_jax that it needs
 CHUNK = 1 << 24
 LOCK = ".lock"
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 READERS = 8  # files read concurrently for their checksums
 PATIENCE = 3600.0  # seconds for which finished work retries an unreachable store
 MIRROR_SECONDS = 30.0  # between uploads of a log to a bucket
@@ -108,7 +109,7 @@ def write(place: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def replacing(*places: pathlib.Path) -> Iterator[list[pathlib.Path]]:
     """Names beside local files, which take their places when the block ends well."""
-    temporary = [place.with_name(f".{place.name}.{os.getpid()}") for place in places]
+    temporary = [_temporary(place) for place in places]
     try:
         yield temporary
         for place, written in zip(places, temporary, strict=True):
@@ -116,6 +117,11 @@ def replacing(*places: pathlib.Path) -> Iterator[list[pathlib.Path]]:
     finally:
         for written in temporary:
             written.unlink(missing_ok=True)
+
+
+def _temporary(place: pathlib.Path) -> pathlib.Path:
+    """A name that no other process has, on any machine that shares the folder."""
+    return place.with_name(f".{place.name}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def read(place: Path) -> bytes:
@@ -280,7 +286,7 @@ def locked(folder: Path, doing: str = "training there") -> Iterator[None]:
 
 
 def _create_local(place: pathlib.Path, data: bytes) -> bool:
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    temporary = _temporary(place)
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prime_jax.errors import UserError
 from prime_jax.sample.options import ADAPTIVE, Options
 
 NEVER = np.int32(2**31 - 1)
@@ -86,7 +87,10 @@ def plan(
 
     Args:
         fixed_blocks: count blocks from the first position (block diffusion), not from the first
-            masked token.
+            masked token. They take a step each even where `steps` are fewer.
+
+    Raises:
+        UserError: fewer steps than blocks.
     """
     drawn_L = hidden_LxS.any(axis=1)
     total = int(drawn_L.sum())
@@ -96,13 +100,19 @@ def plan(
     blocks = np.unique(block_L[drawn_L])
     when_LxS = np.full(hidden_LxS.shape, NEVER, np.int32)
     one_each = options.order == "first-hitting" or options.threshold is not None
+    if options.steps < len(blocks) and not (one_each or fixed_blocks or options.time_grid):
+        raise UserError(
+            f"--steps {options.steps}: {total} tokens in blocks of {length} (--block-length) take at "
+            f"least {len(blocks)}"
+        )
+    ends = options.steps * np.arange(len(blocks) + 1) // max(len(blocks), 1)
     start = 0
-    for block in blocks:
+    for number, block in enumerate(blocks):
         inside_L = drawn_L & (block_L == block)
         units = hidden_LxS & inside_L[:, None]
         adaptive = options.order in ADAPTIVE
         count = int((inside_L if adaptive else units).sum())
-        steps = count if one_each else max(1, options.steps // len(blocks))
+        steps = count if one_each else max(1, int(ends[number + 1] - ends[number]))
         fractions = np.linspace(1, 0, steps + 1) if one_each else time_grid(options, steps)
         levels = even_levels(count) if adaptive else LEVELS[options.order](rng, count)
         when = start + step_of(levels, fractions)

@@ -4,21 +4,16 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from prime_jax.flops import human
 from prime_jax.scaling.table import AS_GIVEN, Columns
 
 WIDTH = 100  # columns that the wider tables need; a narrower terminal wraps their lines
 Ends = Sequence[float | None] | None
 MAX_DIGITS = 6  # closer than that, an interval is as good as none
-UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 KINDS = {"nll": "NLL", "nelbo": "NELBO", "train_loss": "training loss", "": "loss"}
 
 
-def count(value: float, digits: int = 3) -> str:
-    """Parameters or tokens: 412M, 1.20B."""
-    for unit, suffix in UNITS:
-        if value >= unit * (1 - 0.5 * 10**-digits):
-            return f"{_plain(value / unit, digits)}{suffix}"
-    return _plain(value, digits)
+count = human  # of parameters or tokens
 
 
 def tick(value: float) -> str:

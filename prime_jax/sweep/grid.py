@@ -256,9 +256,12 @@ def _row(
         else:
             shape, names["shape"] = tuple(size), "given"
         config = rules.with_shape(base, shape)
-        validate(
-            replace(config, batch_size=config.mesh.accumulate)
-        )  # the batch size is not chosen yet
+        # Batch size, steps and warm-up are not chosen yet.
+        open_ = {
+            "batch_size": config.mesh.accumulate,
+            "optim": replace(config.optim, warmup_steps=0),
+        }
+        validate(replace(config, **open_))
         cell = _cell(config, budget, convention)
         batch = named["batch"][1](cell)
         if batch < 1:

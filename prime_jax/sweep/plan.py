@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import flops
-from prime_jax.config import RunConfig, run_id, validate
+from prime_jax.config import RunConfig, remark, run_id, validate
 from prime_jax.data import manifest
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
@@ -113,8 +113,8 @@ def write(
 def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     """The content of `ROOT/state/<id>.spec`: the whole run and its expected FLOPs."""
     row, config = candidate.row, candidate.config
-    if "://" not in config.data.path:  # a worker may start in another directory
-        config = set_path(config, "data.path", str(Path(config.data.path).absolute()))
+    # A worker may start in another directory.
+    config = set_path(config, "data.path", str(Path(config.data.path).absolute()))
     return {
         "schema": state.SCHEMA,
         "id": candidate.id,
@@ -131,14 +131,6 @@ def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     }
 
 
-def human(n: float) -> str:
-    """151234567 -> 151M."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
-
-
 def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candidate:
     if row.problem:
         return Candidate(row, None, row.problem)
@@ -150,14 +142,16 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
         if prepared is not None:
             config = _with_fingerprint(config, prepared)
         validate(config)
+        if config.initial_weights:
+            raise UserError("initial_weights: a sweep starts from seeds; use train --init-from")
     except UserError as error:
         return Candidate(row, None, str(error))
     epochs = config.tokens / prepared.train.tokens if prepared is not None else None
-    warmup = config.optim.warmup_steps
-    drop = f"warm-up of {warmup} steps does not fit into {row.steps}" if warmup >= row.steps else ""
     flag = epochs is not None and epochs > epochs_limit
     note = f"(repeats the data: {epochs:.1f} epochs, above {epochs_limit:g})" if flag else ""
-    return Candidate(row, config, drop, epochs, note)
+    if said := remark(config):
+        note = f"{note} ({said})".strip()
+    return Candidate(row, config, "", epochs, note)
 
 
 def _with_fingerprint(config: RunConfig, prepared: Any) -> RunConfig:

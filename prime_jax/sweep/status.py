@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prime_jax import flops
 from prime_jax.hardware import slices
 from prime_jax.hardware.prices import Prices
 from prime_jax.runtime import storage
 from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
-from prime_jax.sweep.plan import PARAMS, human
+from prime_jax.sweep.plan import PARAMS
 from prime_jax.sweep.state import Run
 from prime_jax.table import Cell, Table
 
@@ -88,7 +89,7 @@ def line(run: Run, heartbeat: dict[str, Any] | None = None) -> str:
 
 def size(run: Run) -> str:
     """N in the convention of the plan, e.g. 151M."""
-    return human(run.spec["params"][PARAMS[run.spec["convention"]]])
+    return flops.human(run.spec["params"][PARAMS[run.spec["convention"]]])
 
 
 def seconds_left(run: Run, heartbeat: dict[str, Any]) -> float | None:
