@@ -21,6 +21,7 @@ from tables import (
 
 from prime_jax.evaluate import chain, estimators, likelihood
 from prime_jax.kernels.subtoken_head_reference import subtoken_head_reference
+from prime_jax.sample.orders import most_confident
 
 BOOK = codebook(2, affine())
 TASK = estimators.make_task(run_config(2), BOOK, eos_id=-1)
@@ -78,6 +79,31 @@ def test_confidence_reveals_the_surest_token_first():
     left = 3 & ~(1 << first)
     want = -(log_p[:, 3, first] + log_p[:, left, 1 - first])
     np.testing.assert_allclose(nats_of("confidence", network), want, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["confidence", "margin", "entropy"])
+def test_ties_go_to_the_first_position_however_a_network_rounds(order):
+    """While nothing is visible all positions tie, but for rounding that depends on the batch."""
+    table = wrong(BOOK, 3)
+
+    def rounding(seed: int):
+        noise_LxV = np.random.default_rng(seed).normal(0, 3e-6, (L, V))
+
+        def network(digits_BxLxS, *_):
+            z_BxLxV, eye = table(digits_BxLxS, None, None)
+            blind_B = (digits_BxLxS == BOOK.base).all((1, 2))
+            same_BxLxV = jnp.broadcast_to(z_BxLxV[:, :1], z_BxLxV.shape) + jnp.asarray(noise_LxV)
+            return jnp.where(blind_B[:, None, None], same_BxLxV, z_BxLxV), eye
+
+        return network
+
+    for seed in range(3):
+        got = nats_of(order, rounding(seed))
+        np.testing.assert_allclose(got, nats_of("l2r", rounding(seed)), atol=1e-9)
+    score_BxL = jnp.asarray(np.random.default_rng(0).normal(-2, 3e-6, (8, 9)))
+    active_BxL = jnp.arange(9) > jnp.zeros((8, 1))
+    chosen = most_confident(active_BxL, score_BxL, jnp.full(8, 3), jnp.inf, jnp.float32)
+    assert (np.asarray(chosen) == ((np.arange(9) > 0) & (np.arange(9) < 4))).all()
 
 
 @pytest.mark.parametrize(("order", "bound"), [("subtokens", "subtoken"), ("random", "token")])

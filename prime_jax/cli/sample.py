@@ -19,6 +19,9 @@ ORDERS = """orders (masked diffusion):
   left-to-right  in reading order
   confidence, margin, entropy
                  the most confident tokens first, as many at every step, or all beyond --threshold
+                 (at one token a step and temperature 1, chain:ORDER is its exact likelihood)
+  confidence-drawn
+                 the same by the probability of what was drawn: the published rule, no likelihood
 """
 HOLES = """holes in TEXT:
   [[MASK]]            one hidden token; [[MASK*8]] eight

@@ -55,6 +55,11 @@ def estimator(name: str) -> Callable[..., Values]:
         return partial(finite, int(rest))
     if head == "chain" and rest in chain.ORDERS:
         return partial(chain.chain, rest)
+    if name == "chain:confidence-drawn":
+        raise UserError(
+            f"estimator {name!r}: this sampler has no likelihood, since its order depends on draws "
+            "that it throws away; chain:confidence is that of sample --order confidence"
+        )
     raise UserError(
         f"estimator {name!r} is unknown; use subtoken, token, finite:T (T steps, at most "
         f"{MAX_STEPS}) or chain:ORDER (one token per network call), ORDER one of "
