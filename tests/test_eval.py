@@ -3,12 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from prime_jax import cli
+from prime_jax.cli.console import error
+from prime_jax.data import tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood, presets, report, samples, score, texts, trained
 from prime_jax.runtime.records import read_json
@@ -228,6 +231,32 @@ def test_samples_are_scored_by_another_run(run, scorer, tmp_path):
         samples.score(file, run, scorer, ["chain:l2r"], 8, lambda *_: None)
 
 
+def test_what_was_given_is_not_scored_and_bytes_are_those_of_tokens(tmp_path):
+    """Bytes that are no UTF-8 are U+FFFD in the text, three bytes each there, but one here."""
+    file = tmp_path / "samples.jsonl"
+    model = SimpleNamespace(vocab_size=257)
+    config = SimpleNamespace(data=SimpleNamespace(seq_len=8), model=model)
+    of = SimpleNamespace(path="run", tokenizer=tokenizers.Bytes(), config=config)
+
+    def loaded(*lines):
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return samples.load(file, of, of)
+
+    tokens = [*b"ab", 255, 254, 253, 65]
+    line = {"tokens": tokens, "text": "ab\ufffd\ufffd\ufffdA", "drawn": [[2, 6]]}
+    found, seen = loaded(line, {"tokens": tokens, "text": "older", "drawn": [[0, 6]]})
+    assert found.n_bytes == 4 + 6
+    assert found.windows.start.tolist() == [2, 0]
+    assert seen.distinct[0] == 6 / 10
+    found, _ = loaded({"tokens": list(range(30)), "text": "\u2028", "drawn": [[20, 30]]})
+    assert [t.tolist() for t in found.windows.tokens] == [[*range(16, 24)], [*range(24, 30)]]
+    assert found.windows.start.tolist() == [4, 0]
+    with pytest.raises(UserError, match="only continuations"):
+        loaded({"tokens": [1, 2, 3], "text": "", "drawn": [[1, 2]]})
+    with pytest.raises(UserError, match="drawn token"):
+        loaded({"tokens": [1, 2, 3], "text": "", "drawn": []})
+
+
 # --- the command
 
 
@@ -292,6 +321,7 @@ def test_text_without_a_tokenizer_is_refused(tiny_run, tmp_path, numbers, capsys
 
 
 def test_kinds():
+    assert (error(None), error(0.0)) == ("unknown", "0.0000")
     assert likelihood.kind("ar") == likelihood.kind("chain:margin") == "nll"
     assert likelihood.kind("joint") == "train_loss"
     assert likelihood.kind("subtoken:independent") == likelihood.kind("chain:random") == "nelbo"

@@ -107,6 +107,11 @@ def rounded(value: float, ends: Sequence[float] | None = None, digits: int = 4) 
     return f"{value:.{digits}g} ({low} to {high})"
 
 
+def error(value: float | None) -> str:
+    """A standard error to four places; None is one that cannot be known."""
+    return "unknown" if value is None else f"{value:.4f}"
+
+
 class Progress:
     """What runs, how far it is, and lines above it; a context manager.
 

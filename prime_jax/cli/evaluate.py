@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prime_jax.cli.console import Progress, Table, say, show
+from prime_jax.cli.console import Progress, Table, error, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
@@ -244,14 +244,16 @@ def _losses_table(record: dict[str, Any]) -> Table:
                 loss["estimator"],
                 loss["kind"],
                 "yes" if loss["valid"] else "no",
-                *(f"{loss[name]:.4f}" for name in ("value", "se_mc", "se_data")),
+                f"{loss['value']:.4f}",
+                *(error(loss[name]) for name in ("se_mc", "se_data")),
                 f"{loss['perplexity']:.2f}" if loss["valid"] else "",
                 "" if bits is None else f"{bits:.4f}",
                 f"{loss['n_tokens']:,}",
             )
         )
     head = ("estimator", "kind", "valid", "nats/token", "se (MC)", "se (data)")
-    return Table((*head, "perplexity", "bits/byte", "tokens"), rows, title=record["data"])
+    notes = [f"{x['estimator']}: {x['note']}" for x in record["losses"] if x.get("note")]
+    return Table((*head, "perplexity", "bits/byte", "tokens"), rows, notes, title=record["data"])
 
 
 def tasks_table(records: list[dict[str, Any]]) -> Table:
@@ -271,9 +273,11 @@ def tasks_table(records: list[dict[str, Any]]) -> Table:
         name = ", ".join(f"{k}={v}" for k, v in changed.items())
         row = [name or ("preset" if len(records) > 1 else record["estimator"])]
         for task, measure in columns:
-            value, error = record["results"][task][measure]
+            value, se = record["results"][task][measure]
             scale = 1 if measure in ("bits_per_byte", "perplexity") else 100
-            row.append(f"{scale * value:.2f}" + (f" ± {scale * error:.2f}" if error else ""))
+            row.append(
+                f"{scale * value:.2f} ± " + ("unknown" if se is None else f"{scale * se:.2f}")
+            )
         mean = tasks.mean_accuracy(record["results"])
         rows.append([*row, "" if mean is None else f"{100 * mean:.2f}"])
     return Table(("settings", *(f"{task} {m}" for task, m in columns), "mean acc"), rows)

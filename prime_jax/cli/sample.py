@@ -37,7 +37,10 @@ class Drawing(Arguments):
     run: str = setting(REQUIRED, RUN, positional=True)
     num: int = setting(1, "samples", at_least=1)
     out: Path | None = setting(
-        None, 'write {"tokens": .., "text": ..} per line', alias="-o", metavar="FILE"
+        None,
+        'write {"tokens": .., "text": .., "drawn": ..} per line',
+        alias="-o",
+        metavar="FILE",
     )
     grid: Literal["uniform", "cosine", "measured"] = setting(
         "uniform",
@@ -216,7 +219,9 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: A
 
     from prime_jax.cli import console as shown
     from prime_jax.cli.watch import Watcher
+    from prime_jax.sample.quality import spans
 
+    hidden = (canvas == run.codebook.base).any(axis=1)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_open(args.out)) if args.out else None
         watch = None
@@ -232,7 +237,11 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, console: A
             count = min(options.batch_size, args.num - start)
             samples = sampler.sample([canvas] * count, options, watch, first=start)
             for tokens in samples.tokens if out else []:
-                line = {"tokens": tokens.tolist(), "text": run.tokenizer.decode(tokens)}
+                line = {
+                    "tokens": tokens.tolist(),
+                    "text": run.tokenizer.decode(tokens),
+                    "drawn": spans(hidden[: len(tokens)]),
+                }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             if out:
                 out.flush()

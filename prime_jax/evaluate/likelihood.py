@@ -34,6 +34,7 @@ from prime_jax.schedule import stratum
 from prime_jax.subtokens import Codebook
 
 MAX_STEPS = 10**9  # of `finite`: float32 still resolves the probabilities of such a step
+CLUSTERS = 20  # texts needed for a standard error clustered by text
 EVAL_SEED = 20_260  # fixed: every run of every sweep has the same masks
 
 
@@ -90,6 +91,24 @@ def kind(name: str) -> Kind:
         return "train_loss"
     random = order in ("random", "subtokens")
     return "nll" if head == "ar" or (head == "chain" and not random) else "nelbo"
+
+
+def passes(name: str, replicates: int) -> int:
+    """How often an estimator is drawn: once where nothing is random."""
+    return 1 if kind(name) == "nll" else replicates
+
+
+def note(config: RunConfig, name: str) -> str:
+    """What to know of an estimator's number for this run, one line; empty for nothing."""
+    if config.objective.carry_over or config.subtokens.length == 1:
+        return ""
+    if name == "joint":
+        return (
+            "not this run's training loss, which without carry-over charges visible digits as well"
+        )
+    if name.startswith("finite:"):
+        return "bounds a sampler without carry-over; `prime-jax sample` has it always"
+    return ""
 
 
 def draw(
@@ -163,23 +182,43 @@ def batches(rows: Row, size: int) -> Iterator[Row]:
         yield rows.take(index)
 
 
+def clusters(doc_E: np.ndarray) -> tuple[np.ndarray, str]:
+    """What a standard error is clustered by: (number of each block [E], its kind).
+
+    By document (`texts`) where there are enough; by block (`windows`) for fewer, which is too small
+    where the blocks of one text resemble each other, but can be known.
+    """
+    text_E = np.unique(doc_E, return_inverse=True)[1]
+    if text_E.size and text_E.max() + 1 >= CLUSTERS:
+        return text_E, "texts"
+    return np.arange(len(doc_E)), "windows"
+
+
 def summarise(
-    name: str, nats_RxE: np.ndarray, n_tokens_E: np.ndarray, doc_E: np.ndarray, given: str
+    name: str,
+    nats_RxE: np.ndarray,
+    n_tokens_E: np.ndarray,
+    doc_E: np.ndarray,
+    given: str,
+    note: str = "",
 ) -> Loss:
-    """Mean per target token with its two standard errors.
+    """Mean per target token with its two standard errors, None where they cannot be known.
 
     `se_mc` is that of the replicate means; `se_data` is clustered by document (that of a block's
-    first token) and includes the Monte-Carlo noise that remains in the example means.
+    first token; see `clusters`) and includes the Monte-Carlo noise that remains in the example
+    means.
     """
     replicates, total = len(nats_RxE), int(n_tokens_E.sum())
     mean_R = nats_RxE.sum(axis=1) / total
     value = float(mean_R.mean())
-    se_mc = float(mean_R.std(ddof=1) / replicates**0.5) if replicates > 1 else 0.0
+    se_mc = None if passes(name, 2) > 1 else 0.0
+    if replicates > 1:
+        se_mc = float(mean_R.std(ddof=1) / replicates**0.5)
     residual_E = nats_RxE.mean(axis=0) - value * n_tokens_E
-    _, cluster_E = np.unique(doc_E, return_inverse=True)
-    cluster_C = np.bincount(cluster_E, weights=residual_E)
-    n = len(cluster_C)
-    se_data = float((n / max(n - 1, 1) * (cluster_C**2).sum()) ** 0.5 / total)
+    cluster_C = np.bincount(clusters(doc_E)[0], weights=residual_E)
+    n, se_data = len(cluster_C), None
+    if n > 1:
+        se_data = float((n / (n - 1) * (cluster_C**2).sum()) ** 0.5 / total)
     return Loss(
         kind=kind(name),
         estimator=name,
@@ -189,6 +228,7 @@ def summarise(
         n_tokens=total,
         n_mc=replicates,
         given=given,
+        note=note,
     )
 
 
@@ -225,7 +265,7 @@ def evaluate(
     given = "lengths" if config.data.segment_ids else ""
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
     for name in estimators_of(config, codebook):
-        replicates = 1 if kind(name) == "nll" else config.eval.replicates
+        replicates = passes(name, config.eval.replicates)
         rows = grid(len(token_ExL), replicates)
         pending = []
         for batch in batches(rows, size):
@@ -234,7 +274,8 @@ def evaluate(
         for label in pending[0]:
             flat = np.concatenate([np.asarray(values[label], np.float64) for values in pending])
             nats[label] = flat[: len(rows.example)].reshape(replicates, -1)
-            losses.append(summarise(label, nats[label], n_tokens_E, doc_E, given))
+            about = (n_tokens_E, doc_E, given, note(config, label))
+            losses.append(summarise(label, nats[label], *about))
     return Evaluation(losses, nats, n_tokens_E)
 
 

@@ -73,7 +73,7 @@ def evaluate(
     n_tokens_W = scored_tokens(run, texts)
     losses = []
     for name in names:
-        count = 1 if likelihood.kind(name) == "nll" else replicates
+        count = likelihood.passes(name, replicates)
         rows, window = replicated(len(texts.windows.tokens), count)
         identity = texts.identity | {
             "run": run.id,
@@ -88,7 +88,8 @@ def evaluate(
         drawn = scorer.draws(name, texts.windows, rows, window, partial=partial, tick=report)
         for label, nats in sorted(drawn.items(), key=lambda item: item[0] != name):
             shaped = nats.reshape(count, -1)
-            losses.append(likelihood.summarise(label, shaped, n_tokens_W, texts.cluster, given))
+            about = (n_tokens_W, texts.doc, given, likelihood.note(run.config, label))
+            losses.append(likelihood.summarise(label, shaped, *about))
         partial.discard()
     return losses
 
@@ -118,7 +119,7 @@ def as_record(texts: TextSet, losses: list[Loss]) -> dict[str, Any]:
         **texts.identity,
         "texts": texts.texts,
         "bytes": texts.n_bytes,
-        "clusters": texts.clusters,
+        "clusters": likelihood.clusters(texts.doc)[1],
         "losses": [described(loss, texts.n_bytes) for loss in losses],
     }
 

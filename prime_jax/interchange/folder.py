@@ -4,14 +4,14 @@ In memory, the head (and the embedding where l = 1) is in the order of codes; in
 the order of token ids, see `layouts`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from prime_jax.config import ModelConfig, RunConfig
+from prime_jax.config import KernelConfig, ModelConfig, RunConfig
 from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.errors import UserError
 from prime_jax.interchange.layouts import OURS, Shape, body, body_tensors, check
@@ -129,7 +129,7 @@ def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
         "tokenizer_hash": tokenizer.hash if tokenizer else None,
         "eos_id": weights.eos_id,
         "step": weights.step,
-        "run": to_dict(c),
+        "run": to_dict(replace(c, kernels=KernelConfig())),  # chosen by whoever reads it
     }
     write_json_atomic(out / CONFIG, about)
 

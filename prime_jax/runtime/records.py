@@ -21,21 +21,25 @@ class Loss:
         kind: `nll` (exact), `nelbo` (an upper bound on it) or `train_loss` (neither).
         estimator: `ar`, `subtoken`, `token`, `finite:T`, `chain:ORDER` or `joint`.
         value: the estimate.
-        se_mc: standard error over the Monte-Carlo replicates (0 for an exact number).
-        se_data: standard error from the finite evaluation set, clustered by document.
+        se_mc: standard error over the Monte-Carlo replicates: 0 for a number without any, None
+            (unknown) for a single one.
+        se_data: standard error from the finite evaluation set, clustered by document where there
+            are enough of them; None (unknown) for a single block.
         n_tokens: target tokens in the evaluation set.
         n_mc: Monte-Carlo replicates.
         given: side information that the model has (`""` or `"lengths"`).
+        note: what to know of this number beyond its kind; empty for nothing.
     """
 
     kind: Kind
     estimator: str
     value: float
-    se_mc: float
-    se_data: float
+    se_mc: float | None
+    se_data: float | None
     n_tokens: int
     n_mc: int
     given: str = ""
+    note: str = ""
     unit: str = "nats/token"
 
 
