@@ -392,14 +392,15 @@ class Run:
             losses, nats, n_tokens = likelihood.evaluate(
                 self.config,
                 codebook=self.program.codebook,
-                run_batch=lambda name, row: draw(
-                    self.clock, name, params, self.blocks.tokens[row.example], row
+                run_batch=lambda name, row, watch: draw(
+                    self.clock, name, params, self.blocks.tokens[row.example], row, watch
                 ),
                 token_ExL=self.blocks.tokens,
                 doc_E=self.blocks.doc,
                 eos_id=self.data.eos_id,
                 tick=lambda: self._poll(step, state, "evaluate"),
                 devices=self.program.mesh_choice.replica * self.program.mesh_choice.data,
+                log=self.log,
             )
         self.metrics_log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})
         if final and distributed.is_writer():

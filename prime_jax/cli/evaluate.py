@@ -12,7 +12,8 @@ from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 from prime_jax.settings import REQUIRED, setting
 
-Tick = Callable[[str, int, int], None]
+Tick = Callable[[str, int, float], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Eval(Arguments):
     estimators: str = setting(
         "",
         "subtoken, token, finite:T, chain:ORDER with ORDER l2r, confidence, margin, entropy, random "
-        "or subtokens; subtoken:independent and token:independent mask without fixed counts "
+        "or subtokens; exact:subtoken and exact:token for blocks of at most 12 units, bracket:K for "
+        "larger ones (K orders in each half); subtoken:independent and token:independent mask without fixed counts "
         "(default: those of the run's config; ar for an autoregressive run)",
         metavar="LIST",
     )
@@ -107,18 +109,18 @@ def evaluate(args: Eval) -> int:
     records: list[dict[str, Any]] = []
     with distributed.PreemptionGuard() as guard, Progress() as progress:
 
-        def tick(what: str, total: int, more: int) -> None:
+        def tick(what: str, total: int, more: float) -> None:
             progress.tick(what, total, more)
             if guard.should_stop():
                 raise KeyboardInterrupt
 
         try:
             if args.samples:
-                _samples(args, found, out, tick, records)
+                _samples(args, found, out, tick, progress.log, records)
             if args.tasks:
                 _tasks(args, found, out, tick)
             if not (args.samples or args.tasks) or args.data:
-                _texts(args, found, out, tick, records)
+                _texts(args, found, out, tick, progress.log, records)
         except KeyboardInterrupt:
             progress.log("stopped; what is done is kept, and the same command continues")
             return 85
@@ -161,7 +163,7 @@ def _scorer(args: Eval, found: Any) -> Any:
     return Scorer(found, devices=args.devices, batch_size=args.batch_size)
 
 
-def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None:
+def _texts(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: list) -> None:
     from prime_jax.evaluate import report, texts
     from prime_jax.runtime import distributed
 
@@ -182,6 +184,7 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None
             replicates=args.replicates,
             work=out.parent / report.WORK,
             tick=named,
+            log=log,
         )
         records.append(report.as_record(each, losses))
         if distributed.is_writer():
@@ -189,7 +192,7 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None
             report.store(found, out, "sets", records[-1], same)
 
 
-def _samples(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None:
+def _samples(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: list) -> None:
     from prime_jax.cli import runs
     from prime_jax.evaluate import report, samples
     from prime_jax.runtime import distributed
@@ -203,6 +206,7 @@ def _samples(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> No
         names=names,
         replicates=args.replicates,
         tick=tick,
+        log=log,
     )
     records.append(record)
     if distributed.is_writer():

@@ -7,6 +7,7 @@ reported"). Keys depend on (replicate, example) only, so all runs of a sweep are
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,20 +17,20 @@ import numpy as np
 
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
-from prime_jax.evaluate import chain
+from prime_jax.evaluate import chain, exact
 from prime_jax.evaluate.estimators import (
     MASKINGS,
     Task,
     Text,
     Values,
-    exact,
+    autoregressive,
     finite,
     guided_by_context,
     subtoken,
     token,
 )
 from prime_jax.objectives import Network, targets
-from prime_jax.runtime.records import Kind, Loss
+from prime_jax.runtime.records import VALID, Kind, Loss
 from prime_jax.schedule import stratum
 from prime_jax.subtokens import Codebook
 
@@ -38,18 +39,21 @@ CLUSTERS = 20  # texts needed for a standard error clustered by text
 EVAL_SEED = 20_260  # fixed: every run of every sweep has the same masks
 
 
-def estimator(name: str) -> Callable[..., Values]:
+def estimator(name: str) -> Callable[..., Values] | None:
     """The function behind an estimator's name.
 
     `ar`, `subtoken`, `token` (and `subtoken:independent`, `token:independent`), `finite:T`,
-    `chain:ORDER`; and `greedy`, which is not a likelihood (chain.py).
+    `chain:ORDER`; and `greedy`, which is not a likelihood (chain.py). Those of `exact` take many
+    calls for one draw, and are no function here.
 
     Raises:
         UserError: an unknown name.
     """
     head, _, rest = name.partition(":")
+    if exact.requested(name):
+        return None
     if name in ("ar", "greedy"):
-        return {"ar": exact, "greedy": chain.greedy}[name]
+        return {"ar": autoregressive, "greedy": chain.greedy}[name]
     if head in ("subtoken", "token") and rest in MASKINGS:
         return partial({"subtoken": subtoken, "token": token}[head], rest)
     if head == "finite" and rest.isdecimal() and 0 < int(rest) <= MAX_STEPS:
@@ -63,21 +67,31 @@ def estimator(name: str) -> Callable[..., Values]:
         )
     raise UserError(
         f"estimator {name!r} is unknown; use subtoken, token, finite:T (T steps, at most "
-        f"{MAX_STEPS}) or chain:ORDER (one token per network call), ORDER one of "
-        f"{', '.join(chain.ORDERS)}"
+        f"{MAX_STEPS}), exact:subtoken, exact:token, bracket:K or chain:ORDER (one token per network "
+        f"call), ORDER one of {', '.join(chain.ORDERS)}"
     )
 
 
 def estimators_of(config: RunConfig, book: Codebook) -> list[str]:
     """The estimators that apply: `ar` alone for ARM; `token` equals `subtoken` where l = 1."""
     for name in config.eval.estimators:
-        estimator(name)
+        estimator(name)  # unknown names are refused for every family
     if config.family == "arm":
         return ["ar"]
     names = [name for name in config.eval.estimators if name != "ar"]
-    if book.length == 1 and "subtoken" in names:
-        names = [name for name in names if name != "token"]
+    for name in names:
+        feasible(config, book, name)
+    for level in ("", "exact:"):  # of one sub-token, two names of one number
+        if book.length == 1 and f"{level}subtoken" in names:
+            names = [name for name in names if name != f"{level}token"]
     return names
+
+
+def feasible(config: RunConfig, book: Codebook, name: str) -> None:
+    """Raises: UserError: an unknown estimator, or more units than it can sum over."""
+    estimator(name)
+    if asked := exact.requested(name):
+        asked.units(config, book)
 
 
 def kind(name: str) -> Kind:
@@ -89,19 +103,29 @@ def kind(name: str) -> Kind:
     head, _, order = name.partition(":")
     if head == "joint":
         return "train_loss"
+    if head in ("exact", "bracket"):
+        ends = {"looseness": "difference", "lower": "lower_bound", "nelbo": "nelbo"}
+        return ends.get(name.rpartition(":")[2], "nll" if head == "exact" else "nelbo")
     random = order in ("random", "subtokens")
     return "nll" if head == "ar" or (head == "chain" and not random) else "nelbo"
 
 
 def passes(name: str, replicates: int) -> int:
-    """How often an estimator is drawn: once where nothing is random."""
-    return 1 if kind(name) == "nll" else replicates
+    """How often an estimator is drawn: once where nothing is random, or where it repeats itself."""
+    return 1 if kind(name) == "nll" or exact.requested(name) else replicates
 
 
 def note(config: RunConfig, name: str) -> str:
     """What to know of an estimator's number for this run, one line; empty for nothing."""
+    if name.partition(":")[0] in ("exact", "bracket") and config.data.segment_ids:
+        return "the lengths of documents are given: EOS is visible and not charged"
     if config.objective.carry_over or config.subtokens.length == 1:
         return ""
+    if name == "exact:subtoken" or name.startswith("bracket:"):
+        return (
+            "sub-normalised: without carry-over digits of no token have a part of the probability; "
+            "still an upper bound"
+        )
     if name == "joint":
         return (
             "not this run's training loss, which without carry-over charges visible digits as well"
@@ -130,6 +154,16 @@ def draw(
             None: everything is scored.
         max_targets_B: the largest number of them in any row of the call, repeated for each row.
     """
+    network, text = scored(task, network, token_BxL, start_B, stop_B, max_targets_B)
+    key = jax.random.key(EVAL_SEED)
+    fold = jax.vmap(lambda r, e: jax.random.fold_in(jax.random.fold_in(key, r), e))
+    return estimator(name)(task, network, text, fold(replicate_B, example_B), uniform_B)
+
+
+def scored(
+    task: Task, network: Network, token_BxL, start_B=None, stop_B=None, max_targets_B=None
+) -> tuple[Network, Text]:
+    """The rows with their targets, and the network with its guidance (arguments as for `draw`)."""
     target_BxL = targets(task.config, token_BxL, task.eos_id)
     if start_B is not None:
         at_L = jnp.arange(token_BxL.shape[1])
@@ -137,10 +171,8 @@ def draw(
         target_BxL &= ~before_BxL & (at_L < stop_B[:, None])
         if task.guidance:
             network = guided_by_context(task, network, before_BxL)
-    key = jax.random.key(EVAL_SEED)
-    fold = jax.vmap(lambda r, e: jax.random.fold_in(jax.random.fold_in(key, r), e))
-    text = Text(token_BxL, target_BxL, stop_B, None if max_targets_B is None else max_targets_B[0])
-    return estimator(name)(task, network, text, fold(replicate_B, example_B), uniform_B)
+    most = None if max_targets_B is None else max_targets_B[0]
+    return network, Text(token_BxL, target_BxL, stop_B, most)
 
 
 class Row(NamedTuple):
@@ -211,7 +243,8 @@ def summarise(
     replicates, total = len(nats_RxE), int(n_tokens_E.sum())
     mean_R = nats_RxE.sum(axis=1) / total
     value = float(mean_R.mean())
-    se_mc = None if passes(name, 2) > 1 else 0.0
+    random = name.startswith("bracket:") or (kind(name) != "nll" and name[:6] != "exact:")
+    se_mc = None if random else 0.0
     if replicates > 1:
         se_mc = float(mean_R.std(ddof=1) / replicates**0.5)
     residual_E = nats_RxE.mean(axis=0) - value * n_tokens_E
@@ -232,6 +265,29 @@ def summarise(
     )
 
 
+def losses_of(
+    config: RunConfig,
+    name: str,
+    nats: dict[str, np.ndarray],
+    n_tokens_E: np.ndarray,
+    doc_E: np.ndarray,
+) -> list[Loss]:
+    """The numbers of one estimator from its draws {label: nats [R, E]}, with their notes."""
+    given = "lengths" if config.data.segment_ids else ""
+    found = {
+        label: summarise(label, nats_RxE, n_tokens_E, doc_E, given, note(config, label))
+        for label, nats_RxE in nats.items()
+        if not label.endswith(":tail")
+    }
+    if name.startswith("bracket:"):
+        size = config.objective.block_length or config.data.seq_len
+        blocks = -(-int(n_tokens_E.sum()) // size)
+        said = exact.verdict(name, found, float(nats[f"{name}:tail"].mean()), blocks)
+        before = found[name].note
+        found[name] = replace(found[name], note=f"{before}. {said}" if before else said)
+    return list(found.values())
+
+
 class Evaluation(NamedTuple):
     """Losses and their draws: {estimator: nats [R, E]}, and target tokens [E].
 
@@ -246,41 +302,50 @@ class Evaluation(NamedTuple):
 def evaluate(
     config: RunConfig,
     codebook: Codebook,
-    run_batch: Callable[[str, Row], Values],
+    run_batch: Callable[[str, Row, exact.Watch], Values],
     token_ExL: np.ndarray,
     doc_E: np.ndarray,
     eos_id: int,
     tick: Callable[[], None] = lambda: None,
     devices: int = 1,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """All estimators of a run on an evaluation set.
 
     Args:
-        run_batch: compiled `draw` for a batch of rows of the set; all batches have the same size.
-        tick: called after every batch (progress, preemption).
+        run_batch: compiled `draw` for a batch of rows of the set, all batches of the same size; the
+            last argument is called after each network call of an estimator that takes many.
+        tick: called after every batch, and every such call (progress, preemption).
         devices: over which a batch is sharded; its size is rounded up to a multiple of them.
+        log: receives a line that says what a long evaluation will take.
     """
     size = batch_size(config, devices)
     losses, nats = [], {}
-    given = "lengths" if config.data.segment_ids else ""
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
     for name in estimators_of(config, codebook):
         replicates = passes(name, config.eval.replicates)
         rows = grid(len(token_ExL), replicates)
         pending = []
-        for batch in batches(rows, size):
-            pending.append(run_batch(name, batch))
+        cost = exact.Cost(name, -(-len(rows.example) // size), log)
+
+        def watch(done: int, calls: int, cost=cost) -> None:
+            cost(done, calls)
             tick()
+
+        for batch in batches(rows, size):
+            pending.append(run_batch(name, batch, watch))
+            tick()
+        own = {}
         for label in pending[0]:
             flat = np.concatenate([np.asarray(values[label], np.float64) for values in pending])
-            nats[label] = flat[: len(rows.example)].reshape(replicates, -1)
-            about = (n_tokens_E, doc_E, given, note(config, label))
-            losses.append(summarise(label, nats[label], *about))
+            own[label] = flat[: len(rows.example)].reshape(replicates, -1)
+        losses += losses_of(config, name, own, n_tokens_E, doc_E)
+        nats |= own
     return Evaluation(losses, nats, n_tokens_E)
 
 
 def bits_per_byte(loss: Loss, n_bytes: int) -> float | None:
     """Bits per byte of the original text; None for numbers that are not likelihoods."""
-    if loss.kind == "train_loss" or n_bytes == 0:
+    if loss.kind not in VALID or n_bytes == 0:
         return None
     return loss.value * loss.n_tokens / np.log(2) / n_bytes

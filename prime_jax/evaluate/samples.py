@@ -132,10 +132,11 @@ def score(
     scorer: Scorer,
     names: list[str],
     replicates: int,
-    tick: Callable[[str, int, int], None],
+    tick: Callable[[str, int, float], None],
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The entry of eval.json: losses under the scorer, and quality measures."""
     texts, seen = load(path, of, scorer.run)
-    losses = report.evaluate(scorer, texts, names, replicates, tick=tick)
+    losses = report.evaluate(scorer, texts, names, replicates, tick=tick, log=log)
     by = {"run": scorer.run.id, "step": scorer.run.step, "family": scorer.run.config.family}
     return report.as_record(texts, losses) | {"scorer": by, "quality": seen._asdict()}

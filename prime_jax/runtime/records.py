@@ -10,7 +10,8 @@ from prime_jax.runtime import storage
 from prime_jax.runtime.storage import Path
 
 SCHEMA = 1
-Kind = Literal["nll", "nelbo", "train_loss"]
+Kind = Literal["nll", "nelbo", "train_loss", "lower_bound", "difference"]
+VALID = ("nll", "nelbo")  # a likelihood, or a bound that says as much against a model
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class Loss:
     """One estimated number, in nats per target token.
 
     Attributes:
-        kind: `nll` (exact), `nelbo` (an upper bound on it) or `train_loss` (neither).
-        estimator: `ar`, `subtoken`, `token`, `finite:T`, `chain:ORDER` or `joint`.
+        kind: `nll` (exact), `nelbo` (an upper bound on it), `lower_bound` (on it), `difference` (of
+            two of them) or `train_loss` (neither).
+        estimator: as docs/evaluation.md lists them.
         value: the estimate.
         se_mc: standard error over the Monte-Carlo replicates: 0 for a number without any, None
             (unknown) for a single one.
@@ -49,7 +51,7 @@ def as_dict(loss: Loss) -> dict[str, Any]:
 
 def best_valid(losses: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The number a fit uses by default: exact `nll`, else the sub-token bound, else any bound."""
-    valid = [loss for loss in losses if loss["kind"] in ("nll", "nelbo")]
+    valid = [loss for loss in losses if loss["kind"] in VALID]
     order = {"ar": 0, "subtoken": 1, "token": 2}
     return min(valid, key=lambda loss: order.get(loss["estimator"], 3), default=None)
 
