@@ -197,17 +197,13 @@ class Run:
         state = self._restore()
         self.first_step = self.last_step = int(state.step)
         self.profile = Profile(self.run_dir / "profile", self.config.log.profile)
-        known = False
-        if distributed.is_writer():
-            directories = (self.run_dir, *self.earlier)
-            known = any(evaluated(directory, self.first_step) for directory in directories)
-        self.evaluated = distributed.broadcast(known)
+        missed = distributed.broadcast(self._missed_evaluation())
         logged = (self.config.log, self.run_dir, self.id, self.first_step)
         self.metrics_log = MetricsLog(*logged) if distributed.is_writer() else NoLog()
         with distributed.PreemptionGuard() as self.guard, self.checkpoints:
             try:
-                if not self.evaluated and self._evaluates_at(self.first_step):
-                    self._evaluate(state, final=False)  # it was interrupted
+                if missed:
+                    self._evaluate(state, final=False)
                 with self.profile, self.clock.measure("train"):
                     state = self._train(state)
                 losses = self._evaluate(state, final=True)
@@ -383,6 +379,12 @@ class Run:
         """Whether there is an evaluation on the way after so many steps."""
         every = self.config.eval.every
         return bool(every) and step % every == 0 and 0 < step < self.config.steps
+
+    def _missed_evaluation(self) -> bool:
+        """Whether the run was interrupted in an evaluation; known to the writer only."""
+        if not distributed.is_writer() or not self._evaluates_at(self.first_step):
+            return False
+        return not any(evaluated(d, self.first_step) for d in (self.run_dir, *self.earlier))
 
     def _evaluate(self, state: State, *, final: bool) -> list[Loss]:
         params = state.ema if self.config.optim.ema else state.params

@@ -169,12 +169,12 @@ def test_the_ends_of_a_bracket_enclose_the_truth_in_the_mean():
     ask = table.ask("subtoken", np.repeat(pair, draws, axis=0))
     out = exact.evaluate("bracket:8", ask, np.arange(draws), 1, 4, SILENT)
     assert set(out) == {
-        *(f"bracket:{k}{end}" for k in (8, 4, 2) for end in ("", ":lower")),
+        *(f"bracket:8{k}{end}" for k in ("", ":4", ":2") for end in ("", ":lower")),
         "bracket:8:tail",
     }
     widths = []
-    for k in (2, 4, 8):
-        upper, lower = out[f"bracket:{k}"], out[f"bracket:{k}:lower"]
+    for label in ("bracket:8:2", "bracket:8:4", "bracket:8"):
+        upper, lower = out[label], out[f"{label}:lower"]
         for end, sign in ((upper, 1), (lower, -1)):
             assert sign * (end.mean() - want) > -3 * end.std() / draws**0.5
         widths.append(upper.mean() - lower.mean())
@@ -217,7 +217,7 @@ def loss(label: str, value: float, error: float | None) -> Loss:
 def test_a_bracket_says_where_there_is_none(before, upper_error, lower_error, tail, said):
     losses = {
         "bracket:16": loss("bracket:16", 2.0, upper_error),
-        "bracket:8": loss("bracket:8", before, upper_error),
+        "bracket:16:8": loss("bracket:16:8", before, upper_error),
         "bracket:16:lower": loss("bracket:16:lower", 1.99, lower_error),
     }
     line = exact.verdict("bracket:16", losses, tail, blocks=512)

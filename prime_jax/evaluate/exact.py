@@ -170,7 +170,7 @@ def _by_orders(name, asked: Request, ask: Ask, example_B, shape_BxGxN, watch: Wa
     log_p_2KxBxG = along_orders(ask, orders(asked.orders, example_B, shape_BxGxN), watch)
     out = {}
     for k in dict.fromkeys((asked.orders, asked.orders // 2, asked.orders // 4)):
-        label = f"bracket:{k}" if k < asked.orders else name
+        label = f"{name}:{k}" if k < asked.orders else name
         out[label], out[f"{label}:lower"] = ends(log_p_2KxBxG, k)
     return out | {f"{name}:tail": tail_index(log_p_2KxBxG)}
 
@@ -242,7 +242,7 @@ def verdict(name: str, losses: dict[str, Loss], tail: float, blocks: int) -> str
         losses: by label; tail: mean index of the weights; blocks: all that were evaluated.
     """
     k = requested(name).orders
-    upper, before, lower = losses[name], losses[f"bracket:{k // 2}"], losses[f"{name}:lower"]
+    upper, before, lower = losses[name], losses[f"{name}:{k // 2}"], losses[f"{name}:lower"]
     fall, problems = before.value - upper.value, []
     if upper.se_data is None or lower.se_data is None:
         problems.append("its errors are unknown (one window)")

@@ -117,22 +117,20 @@ def passes(name: str, replicates: int) -> int:
 
 def note(config: RunConfig, name: str) -> str:
     """What to know of an estimator's number for this run, one line; empty for nothing."""
-    if name.partition(":")[0] in ("exact", "bracket") and config.data.segment_ids:
-        return "the lengths of documents are given: EOS is visible and not charged"
-    if config.objective.carry_over or config.subtokens.length == 1:
-        return ""
-    if name == "exact:subtoken" or name.startswith("bracket:"):
-        return (
+    head, *_, last = name.split(":")
+    notes, loose = [], not config.objective.carry_over and config.subtokens.length > 1
+    if head in ("exact", "bracket") and config.data.segment_ids:
+        notes.append("the lengths of documents are given: EOS is visible and not charged")
+    if loose and (name == "exact:subtoken" or (head == "bracket" and last != "lower")):
+        notes.append(
             "sub-normalised: without carry-over digits of no token have a part of the probability; "
             "still an upper bound"
         )
-    if name == "joint":
-        return (
-            "not this run's training loss, which without carry-over charges visible digits as well"
-        )
-    if name.startswith("finite:"):
-        return "bounds a sampler without carry-over; `prime-jax sample` has it always"
-    return ""
+    if loose and head == "joint":
+        notes.append("not this run's training loss, which charges visible digits as well")
+    if loose and head == "finite":
+        notes.append("bounds a sampler without carry-over; `prime-jax sample` has it always")
+    return ". ".join(notes)
 
 
 def draw(
@@ -283,8 +281,8 @@ def losses_of(
         size = config.objective.block_length or config.data.seq_len
         blocks = -(-int(n_tokens_E.sum()) // size)
         said = exact.verdict(name, found, float(nats[f"{name}:tail"].mean()), blocks)
-        before = found[name].note
-        found[name] = replace(found[name], note=f"{before}. {said}" if before else said)
+        said = ". ".join(filter(None, (found[name].note, said)))
+        found[name] = replace(found[name], note=said)
     return list(found.values())
 
 

@@ -5,7 +5,7 @@ eval.json (beside result.json; readable without this package):
     schema, run, step, family
     sets     one per set of text: data, rules (preset@version or split), hash, stride, context,
              texts, bytes (null: the tokenizer loses text), clusters, losses
-    losses   as in result.json (records.Loss), with `valid` (a likelihood or a bound on it) and, if
+    losses   as in result.json (records.Loss), with `valid` (a likelihood or a NELBO) and, if
              so, `perplexity` and `bits_per_byte`
     samples  one per sample file that was scored: `samples.py`
     tasks    one per harness call: `tasks.py`
