@@ -36,12 +36,14 @@ STEPS = (1, 2, 4, 8, 16, 32, 64)
 RUNS = {
     "arm": "ARM",
     "mdm_blocks": "MDM, blocks of 8",
+    "prime_blocks": "Prime, blocks of 2",
     "mdm": "MDM",
     "prime": "Prime, marginal loss",
     "prime_joint": "Prime, joint loss",
 }
 KINDS = {  # of the demo: name, marker, colour
-    "nll": ("exact NLL", "D", COLOURS[6]),
+    "nll": ("exact NLL, chain rule", "D", COLOURS[6]),
+    "exact": ("exact NLL, all subsets", "P", COLOURS[4]),
     "nelbo": ("sub-token NELBO", "o", COLOURS[0]),
     "token_nelbo": ("token-mask NELBO", "s", COLOURS[2]),
     "train_loss": ("joint loss, no bound", "X", COLOURS[1]),

@@ -84,8 +84,8 @@ def check(config: ObjectiveConfig) -> None:
     if start < 1 - EDGE - 1e-7 or end > EDGE + 1e-7:
         raise UserError(
             f"objective.schedule = {config.schedule}: alpha runs from {start:.4f} to {end:.4f} and "
-            "must reach 0.999 at t = 0 and 0.001 at t = 1 (geometric: sigma_min <= 1e-4, "
-            "sigma_max >= 10)"
+            f"must reach {1 - EDGE} at t = 0 and {EDGE} at t = 1 (geometric: sigma_min at most "
+            f"{-math.log(1 - EDGE):.4f}, sigma_max at least {-math.log(EDGE):.2f})"
         )
 
 

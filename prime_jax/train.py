@@ -28,7 +28,15 @@ from prime_jax.interchange import folder, layouts
 from prime_jax.kernels import selection
 from prime_jax.kernels.selection import Choices
 from prime_jax.runtime import checkpoint, distributed, meshes, sharding, storage, watchdog
-from prime_jax.runtime.metrics import Clock, MetricsLog, NoLog, Pace, Profile, memory_high_water
+from prime_jax.runtime.metrics import (
+    Clock,
+    MetricsLog,
+    NoLog,
+    Pace,
+    Profile,
+    evaluated,
+    memory_high_water,
+)
 from prime_jax.runtime.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
 from prime_jax.runtime.storage import Path
 from prime_jax.settings import from_dict, to_dict
@@ -36,7 +44,6 @@ from prime_jax.step import Metrics, Program, State, program
 from prime_jax.subtokens import Codebook
 
 HEARTBEAT_SECONDS = 1.0
-KERNELS = "kernels.json"  # of a run directory
 PHASES = ("train", "input", "compile", "eval", "checkpoint")
 OnHeartbeat = Callable[[dict[str, Any]], bool]
 
@@ -200,7 +207,7 @@ class Run:
         kind = jax.devices()[0].device_kind
         begun = None
         if distributed.is_writer():
-            files = [d / KERNELS for d in (self.run_dir, *self.earlier)]
+            files = [d / selection.FILE for d in (self.run_dir, *self.earlier)]
             begun = next((read_json(file) for file in files if storage.exists(file)), None)
         config = self.config
         if begun := distributed.broadcast(begun):
@@ -219,7 +226,7 @@ class Run:
         """Once a step is made, by these: whoever continues the run rounds as it does."""
         self.kernels_written = True
         if distributed.is_writer():
-            path = self.run_dir / KERNELS
+            path = self.run_dir / selection.FILE
             storage.retry(lambda: write_json_atomic(path, self._kernels()), self.log)
 
     def _kernels(self) -> dict[str, Any]:
@@ -246,11 +253,15 @@ class Run:
             self.log(str(self.program.mesh_choice))
         state = self._restore()
         self.first_step = self.last_step = int(state.step)
+        self.profile = Profile(self.run_dir / "profile", self.config.log.profile)
+        missed = distributed.broadcast(self._missed_evaluation())
         logged = (self.config.log, self.run_dir, self.id, self.first_step)
         self.metrics_log = MetricsLog(*logged) if distributed.is_writer() else NoLog()
         with self.checkpoints:
             try:
-                with self.clock.measure("train"):
+                if missed:
+                    self._evaluate(state, final=False)
+                with self.profile, self.clock.measure("train"):
                     state = self._train(state)
                 losses = self._evaluate(state, final=True)
                 result = self._result("done", losses)
@@ -292,7 +303,6 @@ class Run:
             rows=sharding.local_rows(self.program.mesh, c.batch_size),
         )
         row = None
-        profile = Profile(self.run_dir / "profile", c.log.profile)
         saves = checkpoint.Schedule(c.checkpoint, self.first_step)
         mark, marked_step = time.perf_counter(), self.first_step
         for step in range(self.first_step, steps):
@@ -306,7 +316,7 @@ class Run:
             self.last_step = step + 1
             self.guard.at_once = False
             self._read_pending()  # only now, while the device is busy
-            profile.step(step + 1 - self.first_step)
+            self.profile.step(step + 1 - self.first_step)
             self.pending = (step + 1, metrics)
             now = time.perf_counter()
             if now - mark >= HEARTBEAT_SECONDS:
@@ -315,11 +325,10 @@ class Run:
             if step + 1 < steps and saves.should_save(step + 1):  # the last step is saved below
                 self._save(step + 1, state)
                 saves.restart(step + 1)
-            if c.eval.every and (step + 1) % c.eval.every == 0 and step + 1 < steps:
+            if self._evaluates_at(step + 1):
                 self._evaluate(state, final=False)
             self._poll(step + 1, state, "train")
         self._read_pending()
-        profile.close()
         if self.first_step < steps:
             self._save_with_retries(steps, state, storage.PATIENCE)
         return state
@@ -438,6 +447,17 @@ class Run:
 
     # --- evaluation and record
 
+    def _evaluates_at(self, step: int) -> bool:
+        """Whether there is an evaluation on the way after so many steps."""
+        every = self.config.eval.every
+        return bool(every) and step % every == 0 and 0 < step < self.config.steps
+
+    def _missed_evaluation(self) -> bool:
+        """Whether the run was interrupted in an evaluation; known to the writer only."""
+        if not distributed.is_writer() or not self._evaluates_at(self.first_step):
+            return False
+        return not any(evaluated(d, self.first_step) for d in (self.run_dir, *self.earlier))
+
     def _evaluate(self, state: State, *, final: bool) -> list[Loss]:
         params = state.ema if self.config.optim.ema else state.params
         step = int(state.step)
@@ -447,14 +467,15 @@ class Run:
             losses, nats, n_tokens = likelihood.evaluate(
                 self.config,
                 codebook=self.program.codebook,
-                run_batch=lambda name, row: draw(
-                    self.clock, name, params, self.blocks.tokens[row.example], row
+                run_batch=lambda name, row, watch: draw(
+                    self.clock, name, params, self.blocks.tokens[row.example], row, watch
                 ),
                 token_ExL=self.blocks.tokens,
                 doc_E=self.blocks.doc,
                 eos_id=self.data.eos_id,
                 tick=lambda: self._poll(step, state, "evaluate"),
                 devices=self.program.mesh_choice.replica * self.program.mesh_choice.data,
+                log=self.log,
             )
         self.guard.at_once = False
         self.metrics_log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})

@@ -12,13 +12,21 @@ import pytest
 
 FILE = Path(__file__).parents[1] / "experiments" / "bound_demo.py"
 PRIME = {"nelbo", "token_nelbo", "train_loss", "se"}
-RUNS = {"arm": {"nll", "se"}, "mdm": {"nelbo", "se"}, "prime": PRIME, "prime_joint": PRIME}
+EXACT = {"exact", "nelbo", "se"}
+RUNS = {
+    "arm": {"nll", "se"},
+    "mdm": {"nelbo", "se"},
+    "prime": PRIME,
+    "prime_joint": PRIME,
+    "mdm_blocks": EXACT,
+    "prime_blocks": EXACT,
+}
 
 
 def check(numbers: dict) -> None:
-    """The fields; a run more (blocks) is no harm."""
+    """The fields."""
     assert set(numbers) == {"entropy", "block_entropy", "runs"}
-    assert set(RUNS) <= set(numbers["runs"])
+    assert list(numbers["runs"]) == list(RUNS)
     for name, fields in RUNS.items():
         assert set(numbers["runs"][name]) == fields
     values = [numbers["entropy"], numbers["block_entropy"]]
@@ -61,5 +69,6 @@ def test_the_whole_with_few_steps(tmp_path):
     check(numbers)
     assert json.loads((tmp_path / "numbers.json").read_text()) == numbers
     for run in numbers["runs"].values():  # hardly trained: far above the entropy
-        for kind in {"nll", "nelbo", "token_nelbo"} & set(run):
+        for kind in {"nll", "exact", "nelbo", "token_nelbo"} & set(run):
             assert run[kind] > numbers["block_entropy"]
+        assert run.get("exact", 0) <= run.get("nelbo", 1e9)

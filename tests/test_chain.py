@@ -21,6 +21,7 @@ from tables import (
 
 from prime_jax.evaluate import chain, estimators, likelihood
 from prime_jax.kernels.subtoken_head_reference import subtoken_head_reference
+from prime_jax.sample.orders import most_confident
 
 BOOK = codebook(2, affine())
 TASK = estimators.make_task(run_config(2), BOOK, eos_id=-1)
@@ -78,6 +79,25 @@ def test_confidence_reveals_the_surest_token_first():
     left = 3 & ~(1 << first)
     want = -(log_p[:, 3, first] + log_p[:, left, 1 - first])
     np.testing.assert_allclose(nats_of("confidence", network), want, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["confidence", "margin", "entropy"])
+def test_ties_go_to_the_first_position_however_a_network_rounds(order):
+    """While nothing is visible all positions tie, but for rounding that depends on the batch."""
+    table = wrong(BOOK, 3)
+
+    noise_BxLxV = jnp.asarray(np.random.default_rng(0).normal(0, 3e-6, (V * V, L, V)))
+
+    def network(digits_BxLxS, *_):
+        z_BxLxV, eye = table(digits_BxLxS, None, None)
+        blind_B = (digits_BxLxS == BOOK.base).all((1, 2))
+        return jnp.where(blind_B[:, None, None], z_BxLxV[:, :1] + noise_BxLxV, z_BxLxV), eye
+
+    np.testing.assert_allclose(nats_of(order, network), nats_of("l2r", network), atol=1e-9)
+    score_BxL = jnp.asarray(np.random.default_rng(0).normal(-2, 3e-6, (8, 9)))
+    active_BxL = jnp.arange(9) > jnp.zeros((8, 1))
+    chosen = most_confident(active_BxL, score_BxL, jnp.full(8, 3), jnp.inf, jnp.float32)
+    assert (np.asarray(chosen) == ((np.arange(9) > 0) & (np.arange(9) < 4))).all()
 
 
 @pytest.mark.parametrize(("order", "bound"), [("subtokens", "subtoken"), ("random", "token")])

@@ -167,6 +167,30 @@ def test_standard_errors_are_honest():
     assert np.std(values) == pytest.approx(np.hypot(mc, data), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "replicates", "docs", "mc", "data"),
+    [
+        ("subtoken", 8, [0] * 10, True, True),  # one document: its windows are the clusters
+        ("subtoken", 1, range(10), None, True),
+        ("chain:l2r", 1, [0, 0, 0, 1, 1, 1, 2, 2, 3, 4], 0.0, True),
+        ("finite:4", 1, [0], None, None),
+        ("ar", 1, [7], 0.0, None),
+    ],
+)
+def test_a_standard_error_that_cannot_be_known_is_unknown(name, replicates, docs, mc, data):
+    docs = np.array(docs)
+    nats = np.random.default_rng(0).normal(size=(replicates, len(docs)))
+    loss = likelihood.summarise(name, nats, np.full(len(docs), 4), docs, "")
+    assert (loss.se_mc > 0 if mc is True else loss.se_mc == mc) or loss.se_mc is mc is None
+    if data is None:
+        assert loss.se_data is None
+    else:  # by window, as there are fewer than twenty documents
+        mean_E = nats.mean(0) / 4
+        assert loss.se_data == pytest.approx(mean_E.std(ddof=1) / len(docs) ** 0.5)
+    assert likelihood.clusters(docs)[1] == "windows"
+    assert likelihood.clusters(np.arange(40) // 2)[1] == "texts"
+
+
 @pytest.mark.parametrize("examples", [1, 2, 5, 64])
 def test_noise_levels_are_stratified_in_every_replicate(examples):
     rows = likelihood.grid(examples, 8)

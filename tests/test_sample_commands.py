@@ -29,6 +29,7 @@ def test_samples_are_written_one_object_per_line(tiny_run, tmp_path, capsys):
     for line in lines:
         assert len(line["tokens"]) == 16
         assert line["tokens"][:2] == [3, 5]
+        assert line["drawn"] == [[2, 16]]
         assert [int(word) for word in line["text"].split()] == line["tokens"]
     assert len({line["text"] for line in lines}) == 4
     assert "entropy" in capsys.readouterr().err
@@ -41,6 +42,7 @@ def test_infill_keeps_what_is_given(tiny_run, tmp_path):
     (line,) = [json.loads(row) for row in out.read_text().splitlines()]
     assert len(line["tokens"]) == 8
     assert (line["tokens"][:2], line["tokens"][6]) == ([3, 5], 7)
+    assert line["drawn"] == [[2, 6], [7, 8]]
 
 
 @pytest.mark.slow

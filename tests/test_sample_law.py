@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tables import (
@@ -10,6 +12,7 @@ from tables import (
     Run,
     V,
     affine,
+    all_pairs,
     bayes,
     codebook,
     p_value,
@@ -18,6 +21,8 @@ from tables import (
     wrong,
 )
 
+from prime_jax.errors import UserError
+from prime_jax.evaluate import chain, estimators, likelihood
 from prime_jax.sample import Options, Sampler
 from prime_jax.sample.loop import remasking_rates
 from prime_jax.sample.orders import time_grid
@@ -148,6 +153,27 @@ def test_one_reveal_per_call_is_exact_at_the_bayes_tables(order, length):
     assert p_value(observed, pair_probabilities()) > 1e-3
     few = ancestral_law(bayes(book), book, 1)
     assert p_value(observed, few) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["confidence", *(pytest.param(o, marks=pytest.mark.slow) for o in ("margin", "entropy"))],
+)
+def test_an_adaptive_sampler_has_the_law_that_its_chain_rule_says(order):
+    """One token a step at temperature 1; ranked by what was drawn, the law is another."""
+    book = codebook(2, affine())
+    network = wrong(book, seed=11, scale=2.0)
+    task, pairs = estimators.make_task(run_config(2), book, -1), jnp.asarray(all_pairs())
+    text = estimators.Text(pairs, jnp.ones(pairs.shape, bool))
+    key_B = jax.random.split(jax.random.key(0), len(pairs))
+    law = np.exp(-np.asarray(chain.reveal(order, task, network, text, key_B)[0], np.float64))
+    assert law.sum() == pytest.approx(1, abs=1e-5)
+    law = law.reshape(V, V)
+    assert p_value(counts(network, book, Options(order=order, steps=L)), law) > 1e-3
+    drawn = counts(network, book, Options(order="confidence-drawn", steps=L))
+    assert p_value(drawn, law) < 1e-6
+    with pytest.raises(UserError, match="no likelihood"):
+        likelihood.estimator("chain:confidence-drawn")
 
 
 @pytest.mark.slow

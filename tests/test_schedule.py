@@ -1,6 +1,7 @@
 """Training times, exactly: integrals over them are integrals over [eps, 1)."""
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable
 from math import comb
@@ -12,6 +13,7 @@ import pytest
 
 from prime_jax import schedule
 from prime_jax.config import ObjectiveConfig
+from prime_jax.errors import UserError
 
 CONFIG = ObjectiveConfig()
 EPS = CONFIG.time_eps
@@ -139,3 +141,16 @@ def test_a_weight_is_the_rate_of_its_schedule(name):
     slope = jax.vmap(jax.grad(lambda x: schedule.alpha(config, x)))(t)
     expected = -slope / (1 - schedule.alpha(config, t))
     np.testing.assert_allclose(schedule.weight(config, t), expected, rtol=1e-9)
+
+
+def test_the_refusal_of_a_schedule_names_what_is_accepted():
+    def sigmas(low, high):
+        return dataclasses.replace(CONFIG, schedule="geometric", sigma_min=low, sigma_max=high)
+
+    with pytest.raises(UserError) as error:
+        schedule.check(sigmas(0.1, 1.0))
+    low, high = (float(x) for x in re.findall(r"at (?:most|least) ([0-9.]+)\b", str(error.value)))
+    schedule.check(sigmas(low, high))
+    for refused in (sigmas(1.01 * low, high), sigmas(low, 0.99 * high)):
+        with pytest.raises(UserError, match="geometric"):
+            schedule.check(refused)

@@ -19,6 +19,7 @@ from prime_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    LogConfig,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -151,6 +152,32 @@ def test_a_signal_while_a_program_is_traced_ends_at_once(quick, tmp_path, monkey
         train(quick, tmp_path, log=SILENT)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("every_step")
+def test_an_interrupted_evaluation_is_made_again_and_the_trace_ends(quick, tmp_path, monkeypatch):
+    """On the way, at step 4 of 12; the trace would go on to step 53."""
+    traced = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda _: traced.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: traced.append("stop"))
+    config = dataclasses.replace(quick, log=LogConfig(every=1, profile=50))
+    config = set_path(set_path(config, "eval.every", 4), "eval.batch_size", 8)
+    with pytest.raises(Stopped):
+        train(config, tmp_path, heartbeat=lambda now: now["phase"] == "train", log=SILENT)
+    assert traced == ["start", "stop"]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+
+    def evaluations():
+        rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        return [row["step"] for row in rows if "eval" in row]
+
+    assert evaluations() == []
+    with pytest.raises(Stopped):  # now it is there, and is not made a third time
+        train(config, tmp_path, heartbeat=lambda now: now["step"] < 5, log=SILENT)
+    assert evaluations() == [4]
+    assert train(config, tmp_path, log=SILENT)["status"] == "done"
+    assert evaluations() == [4, 8, 12]
+    assert traced == ["start", "stop"] * (len(traced) // 2)
 
 
 def test_a_finished_run_is_not_repeated(whole, tiny):

@@ -27,7 +27,7 @@ def test_a_run_directory_gives_a_network(tiny_run, tiny):
 
 def test_a_run_of_a_sweep_is_found_by_the_beginning_of_its_id(tiny_run, tmp_path):
     config = read_json(tiny_run / "config.json")
-    run = trained.load(str(tiny_run)).id
+    run = run_id(from_dict(RunConfig, config))
     write_json_atomic(tmp_path / "sweep.json", {"schema": state.SCHEMA, "plans": []})
     (tmp_path / "state").mkdir()
     spec = {"flops": {"matmul": 1.0}, "config": config}
@@ -37,7 +37,14 @@ def test_a_run_of_a_sweep_is_found_by_the_beginning_of_its_id(tiny_run, tmp_path
         (tmp_path / "runs" / run / str(k)).mkdir(parents=True)
     shutil.copytree(tiny_run / "checkpoints", tmp_path / "runs" / run / "1" / "checkpoints")
     shutil.copy(tiny_run / "config.json", tmp_path / "runs" / run / "1")
-    assert runs.load(f"{tmp_path}:{run[:6]}").step == config["steps"]
+    begun = read_json(tiny_run / "kernels.json")
+    begun["attention"]["implementation"] = "xla"  # not what a CPU chooses
+    write_json_atomic(tmp_path / "runs" / run / "1" / "kernels.json", begun)
+    found = runs.load(f"{tmp_path}:{run[:6]}")
+    assert found.step == config["steps"]
+    assert found.id == run
+    assert found.config.kernels.attention == "xla"  # as it was trained
+    assert found.config.kernels.head == begun["head"]["implementation"]
 
 
 def test_what_is_no_finished_run_is_refused(tiny_run, tmp_path):

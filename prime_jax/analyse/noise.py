@@ -68,7 +68,7 @@ def measure(
     }
 
 
-def _columns(name: str, loss: Loss) -> dict[str, float]:
+def _columns(name: str, loss: Loss) -> dict[str, float | None]:
     return {name: loss.value, f"{name}_se_mc": loss.se_mc, f"{name}_se_data": loss.se_data}
 
 

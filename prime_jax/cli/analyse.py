@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prime_jax.cli import runs
-from prime_jax.cli.console import Progress, say, show
+from prime_jax.cli.console import Progress, error, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
@@ -259,7 +259,8 @@ def _show(rows: list[dict[str, Any]], by: list[str], columns: list[str], title: 
         medians = []
         for name in columns:
             known = [row[name] for row in group if row[name] is not None]
-            medians.append(f"{statistics.median(known):.4g}" if known else "")
+            missing = "unknown" if "_se_" in name else ""
+            medians.append(f"{statistics.median(known):.4g}" if known else missing)
         cells.append([*(f"{x:g}" if isinstance(x, float) else str(x) for x in key), *medians])
     show(Table((*by, *(name.replace("_", " ") for name in columns)), cells, title=title))
 
@@ -269,5 +270,5 @@ def _show_losses(abouts: list[dict[str, Any]]) -> None:
         for loss in about["losses"]:
             say(
                 f"{about['run']}: {loss['estimator']} {loss['kind']} {loss['value']:.4f} nats/token, "
-                f"se {loss['se_mc']:.4f} (MC) {loss['se_data']:.4f} (data)"
+                f"se {error(loss['se_mc'])} (MC) {error(loss['se_data'])} (data)"
             )

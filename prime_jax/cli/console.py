@@ -106,6 +106,11 @@ def picture(out: Console | None = None) -> Iterator[Callable[..., None]]:
         yield renew
 
 
+def error(value: float | None) -> str:
+    """A standard error to four places; None is one that cannot be known."""
+    return "unknown" if value is None else f"{value:.4f}"
+
+
 class Progress:
     """What runs, how far it is, and lines above it; a context manager.
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prime_jax.cli.console import Progress, say, show
+from prime_jax.cli.console import Progress, error, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
 from prime_jax.settings import REQUIRED, setting
 from prime_jax.table import Table
 
-Tick = Callable[[str, int, int], None]
+Tick = Callable[[str, int, float], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Eval(Arguments):
     estimators: str = setting(
         "",
         "subtoken, token, finite:T, chain:ORDER with ORDER l2r, confidence, margin, entropy, random "
-        "or subtokens; subtoken:independent and token:independent mask without fixed counts "
+        "or subtokens; exact:subtoken and exact:token for blocks of at most 12 units, bracket:K for "
+        "larger ones (K orders in each half); subtoken:independent and token:independent mask without fixed counts "
         "(default: those of the run's config; ar for an autoregressive run)",
         metavar="LIST",
     )
@@ -109,18 +111,18 @@ def evaluate(args: Eval) -> int:
     records: list[dict[str, Any]] = []
     with distributed.PreemptionGuard() as guard, Progress() as progress:
 
-        def tick(what: str, total: int, more: int) -> None:
+        def tick(what: str, total: int, more: float) -> None:
             progress.tick(what, total, more)
             if guard.should_stop():
                 raise KeyboardInterrupt
 
         try:
             if args.samples:
-                _samples(args, found, out, tick, records)
+                _samples(args, found, out, tick, progress.log, records)
             if args.tasks:
                 _tasks(args, found, out, tick)
             if not (args.samples or args.tasks) or args.data:
-                _texts(args, found, out, tick, records)
+                _texts(args, found, out, tick, progress.log, records)
         except KeyboardInterrupt:
             progress.log("stopped; what is done is kept, and the same command continues")
             return 85
@@ -163,7 +165,7 @@ def _scorer(args: Eval, found: Any) -> Any:
     return Scorer(found, devices=args.devices, batch_size=args.batch_size)
 
 
-def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None:
+def _texts(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: list) -> None:
     from prime_jax.evaluate import report, texts
     from prime_jax.runtime import distributed
 
@@ -185,6 +187,7 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None
             replicates=args.replicates,
             work=out.parent / report.WORK,
             tick=named,
+            log=log,
         )
         records.append(report.as_record(each, losses))
         if distributed.is_writer():
@@ -192,7 +195,7 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None
             report.store(found, out, "sets", records[-1], same)
 
 
-def _samples(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> None:
+def _samples(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: list) -> None:
     from prime_jax.cli import runs
     from prime_jax.evaluate import report, samples
     from prime_jax.runtime import distributed
@@ -206,6 +209,7 @@ def _samples(args: Eval, found: Any, out: Path, tick: Tick, records: list) -> No
         names=names,
         replicates=args.replicates,
         tick=tick,
+        log=log,
     )
     records.append(record)
     if distributed.is_writer():
@@ -249,14 +253,16 @@ def _losses_table(record: dict[str, Any]) -> Table:
                 loss["estimator"],
                 loss["kind"],
                 "yes" if loss["valid"] else "no",
-                *(f"{loss[name]:.4f}" for name in ("value", "se_mc", "se_data")),
+                f"{loss['value']:.4f}",
+                *(error(loss[name]) for name in ("se_mc", "se_data")),
                 f"{loss['perplexity']:.2f}" if loss["valid"] else "",
                 "" if bits is None else f"{bits:.4f}",
                 f"{loss['n_tokens']:,}",
             )
         )
     head = ("estimator", "kind", "valid", "nats/token", "se (MC)", "se (data)")
-    return Table((*head, "perplexity", "bits/byte", "tokens"), rows, title=record["data"])
+    notes = [f"{x['estimator']}: {x['note']}" for x in record["losses"] if x.get("note")]
+    return Table((*head, "perplexity", "bits/byte", "tokens"), rows, notes, title=record["data"])
 
 
 def tasks_table(records: list[dict[str, Any]]) -> Table:
@@ -276,9 +282,11 @@ def tasks_table(records: list[dict[str, Any]]) -> Table:
         name = ", ".join(f"{k}={v}" for k, v in changed.items())
         row = [name or ("preset" if len(records) > 1 else record["estimator"])]
         for task, measure in columns:
-            value, error = record["results"][task][measure]
+            value, se = record["results"][task][measure]
             scale = 1 if measure in ("bits_per_byte", "perplexity") else 100
-            row.append(f"{scale * value:.2f}" + (f" ± {scale * error:.2f}" if error else ""))
+            row.append(
+                f"{scale * value:.2f} ± " + ("unknown" if se is None else f"{scale * se:.2f}")
+            )
         mean = tasks.mean_accuracy(record["results"])
         rows.append([*row, "" if mean is None else f"{100 * mean:.2f}"])
     counts = ", ".join(f"{task} {n:,}" for task, n in records[0]["documents"].items())

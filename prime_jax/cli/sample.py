@@ -20,6 +20,9 @@ ORDERS = """orders (masked diffusion):
   left-to-right  in reading order
   confidence, margin, entropy
                  the most confident tokens first, as many at every step, or all beyond --threshold
+                 (at one token a step and temperature 1, chain:ORDER is its exact likelihood)
+  confidence-drawn
+                 the same by the probability of what was drawn: the published rule, no likelihood
 """
 HOLES = r"""holes in TEXT:
   [[MASK]]            one hidden token; [[MASK*8]] eight
@@ -36,7 +39,10 @@ class Drawing(Arguments):
     run: str = setting(REQUIRED, RUN, positional=True)
     num: int = setting(1, "samples", at_least=1)
     out: Path | None = setting(
-        None, 'write {"tokens": .., "text": ..} per line; - is stdout', alias="-o", metavar="FILE"
+        None,
+        'write {"tokens": .., "text": .., "drawn": ..} per line; - is stdout',
+        alias="-o",
+        metavar="FILE",
     )
     grid: Literal["uniform", "cosine", "measured"] = setting(
         "uniform",
@@ -222,7 +228,9 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, screen: An
     import json
 
     from prime_jax.cli.watch import watcher
+    from prime_jax.sample.quality import spans
 
+    hidden = (canvas == run.codebook.base).any(axis=1)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(outputs.stream(args.out)) if args.out else None
         watch = None
@@ -236,7 +244,11 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, screen: An
             count = min(options.batch_size, args.num - start)
             samples = sampler.sample([canvas] * count, options, watch, first=start)
             for tokens in samples.tokens if out else []:
-                line = {"tokens": tokens.tolist(), "text": run.tokenizer.decode(tokens)}
+                line = {
+                    "tokens": tokens.tolist(),
+                    "text": run.tokenizer.decode(tokens),
+                    "drawn": spans(hidden[: len(tokens)]),
+                }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             if out:
                 out.flush()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import settings
-from prime_jax.cli.console import Progress, say, show
+from prime_jax.cli.console import Progress, error, say, show
 from prime_jax.cli.parse import Arguments, override
 from prime_jax.config import RunConfig, run_id
 from prime_jax.errors import UserError
@@ -146,11 +146,13 @@ def report(result: dict[str, Any], out: Path) -> int:
     rows = []
     for loss in result["losses"]:
         bits = result["bits_per_byte"].get(loss["estimator"])
-        numbers = (f"{loss[name]:.4f}" for name in ("value", "se_mc", "se_data"))
+        errors = (error(loss[name]) for name in ("se_mc", "se_data"))
         per_byte = "" if bits is None else f"{bits:.4f}"
-        rows.append((loss["estimator"], loss["kind"], *numbers, per_byte))
+        value = f"{loss['value']:.4f}"
+        rows.append((loss["estimator"], loss["kind"], value, *errors, per_byte))
     seconds = result["seconds"]
     notes = (
+        *(f"{loss['estimator']}: {loss['note']}" for loss in result["losses"] if loss.get("note")),
         f"{result['family']} N={result['params']['nonembedding']:,} D={result['tokens']:,} "
         f"C={result['flops']['matmul']:.3g} FLOPs (matmul), {result['tokens_per_second']:,.0f} "
         f"tokens/s, {seconds['total']:.1f} s of which {seconds['compile']:.1f} s compiling",

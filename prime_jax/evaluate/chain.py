@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from prime_jax.evaluate.estimators import Task, Text, Values, hidden, shifted
 from prime_jax.kernels.subtoken_head import subtoken_log_masses
 from prime_jax.objectives import Network
-from prime_jax.sample.orders import SCORES
+from prime_jax.sample.orders import SCORES, behind
 
 ORDERS = ("l2r", "confidence", "margin", "entropy", "random", "subtokens")
 ROWS = 256  # positions whose logits are computed at a time
@@ -25,12 +25,12 @@ ROWS = 256  # positions whose logits are computed at a time
 class Readout(NamedTuple):
     """Predictions for fully masked tokens."""
 
-    confidence_N: jax.Array  # larger is revealed earlier
+    score_N: jax.Array  # larger is revealed earlier
     best_N: jax.Array  # head row of the most likely token
 
 
 def readout(order: str, h_NxD: jax.Array, head_VxD: jax.Array) -> Readout:
-    """Confidence of a sampler that reveals in this order (`sample.orders.SCORES`)."""
+    """Scores of a sampler that reveals in this order (`sample.orders.SCORES`)."""
 
     def one(h_D):
         z_V = jnp.einsum("d,vd->v", h_D, head_VxD, preferred_element_type=jnp.float32)
@@ -64,13 +64,14 @@ def reveal(order: str, task: Task, network: Network, text: Text, key_B) -> tuple
         open_BxU, nats_B, greedy_B = state
         inputs = hidden(task, text, wide(open_BxU))
         h_BxLxD, head_VxD = network(inputs.digits_BxLxS, inputs.segment_ids_BxL, None)
-        confidence_BxU = fixed_BxU
         if fixed_BxU is None:
             out = readout(order, h_BxLxD.reshape(batch * length, -1), head_VxD)
-            confidence_BxU = out.confidence_N.reshape(batch, length)
+            score_BxL = out.score_N.reshape(batch, length)
+            later_BxU = behind(score_BxL, open_BxU, h_BxLxD.dtype)
             likeliest_BxL = out.best_N.reshape(batch, length) == row_BxL
-        ranked_BxU = jnp.where(open_BxU, confidence_BxU, -jnp.inf)
-        unit_B = ranked_BxU.argmax(axis=1)
+        else:
+            later_BxU = jnp.where(open_BxU, fixed_BxU, jnp.inf)
+        unit_B = later_BxU.argmin(axis=1)
         taken_B = open_BxU[rows_B, unit_B]  # False where none is left
         left_BxU = open_BxU.at[rows_B, unit_B].set(False)
         here = rows_B, unit_B // units
@@ -88,11 +89,11 @@ def reveal(order: str, task: Task, network: Network, text: Text, key_B) -> tuple
 
 
 def _fixed(order: str, key_B, length: int, units: int) -> jax.Array | None:
-    """Ranks [B, length * units] of an order that does not depend on the text; None for others."""
+    """Times [B, length * units] of an order that does not depend on the text; None for others."""
     if order == "l2r":
-        return jnp.broadcast_to(-jnp.arange(length, dtype=jnp.float32), (len(key_B), length))
+        return jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32), (len(key_B), length))
     if order in ("random", "subtokens"):
-        return jax.vmap(lambda key: jax.random.uniform(key, (length * units,)))(key_B)
+        return -jax.vmap(lambda key: jax.random.uniform(key, (length * units,)))(key_B)
     return None
 
 

@@ -98,7 +98,7 @@ def shifted(task: Task, text: Text) -> Inputs:
     return inputs if text.stop_B is None else cut(inputs, text.stop_B)
 
 
-def exact(task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
+def autoregressive(task: Task, network: Network, text: Text, key_B, uniform_B) -> Values:
     """-log p(x) of an autoregressive model, nats [B]."""
     return {"ar": row_nats(task.head, network, shifted(task, text))[1]}
 

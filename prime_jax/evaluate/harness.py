@@ -164,7 +164,7 @@ class PrimeJax(LM):
         count = len(windows.tokens)
         if not count:
             return np.zeros(0)
-        draws = 1 if name == "greedy" or likelihood.kind(name) == "nll" else self.settings.mc_num
+        draws = 1 if name == "greedy" else likelihood.passes(name, self.settings.mc_num)
         key_W = np.array(
             [
                 zlib.crc32(t.astype("<i4").tobytes(), int(s)) & 0x7FFFFFFF
@@ -198,7 +198,7 @@ class PrimeJax(LM):
                 owner.append(i)
         total = np.zeros(len(requests))
         if tokens:
-            draws = 1 if likelihood.kind(self.estimator) == "nll" else s.replicates
+            draws = likelihood.passes(self.estimator, s.replicates)
             rows, window = replicated(len(tokens), draws)
             windows = Windows(tokens, np.array(starts, np.int32))
             values = self.scorer.draws(

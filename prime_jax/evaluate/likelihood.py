@@ -7,6 +7,7 @@ reported"). Keys depend on (replicate, example) only, so all runs of a sweep are
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,62 +17,81 @@ import numpy as np
 
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
-from prime_jax.evaluate import chain
+from prime_jax.evaluate import chain, exact
 from prime_jax.evaluate.estimators import (
     MASKINGS,
     Task,
     Text,
     Values,
-    exact,
+    autoregressive,
     finite,
     guided_by_context,
     subtoken,
     token,
 )
 from prime_jax.objectives import Network, targets
-from prime_jax.runtime.records import Kind, Loss
+from prime_jax.runtime.records import VALID, Kind, Loss
 from prime_jax.schedule import stratum
 from prime_jax.subtokens import Codebook
 
 MAX_STEPS = 10**9  # of `finite`: float32 still resolves the probabilities of such a step
+CLUSTERS = 20  # texts needed for a standard error clustered by text
 EVAL_SEED = 20_260  # fixed: every run of every sweep has the same masks
 
 
-def estimator(name: str) -> Callable[..., Values]:
+def estimator(name: str) -> Callable[..., Values] | None:
     """The function behind an estimator's name.
 
     `ar`, `subtoken`, `token` (and `subtoken:independent`, `token:independent`), `finite:T`,
-    `chain:ORDER`; and `greedy`, which is not a likelihood (chain.py).
+    `chain:ORDER`; and `greedy`, which is not a likelihood (chain.py). Those of `exact` take many
+    calls for one draw, and are no function here.
 
     Raises:
         UserError: an unknown name.
     """
     head, _, rest = name.partition(":")
+    if exact.requested(name):
+        return None
     if name in ("ar", "greedy"):
-        return {"ar": exact, "greedy": chain.greedy}[name]
+        return {"ar": autoregressive, "greedy": chain.greedy}[name]
     if head in ("subtoken", "token") and rest in MASKINGS:
         return partial({"subtoken": subtoken, "token": token}[head], rest)
     if head == "finite" and rest.isdecimal() and 0 < int(rest) <= MAX_STEPS:
         return partial(finite, int(rest))
     if head == "chain" and rest in chain.ORDERS:
         return partial(chain.chain, rest)
+    if name == "chain:confidence-drawn":
+        raise UserError(
+            f"estimator {name!r}: this sampler has no likelihood, since its order depends on draws "
+            "that it throws away; chain:confidence is that of sample --order confidence"
+        )
     raise UserError(
         f"estimator {name!r} is unknown; use subtoken, token, finite:T (T steps, at most "
-        f"{MAX_STEPS}) or chain:ORDER (one token per network call), ORDER one of "
-        f"{', '.join(chain.ORDERS)}"
+        f"{MAX_STEPS}), exact:subtoken, exact:token, bracket:K or chain:ORDER (one token per network "
+        f"call), ORDER one of {', '.join(chain.ORDERS)}"
     )
 
 
 def estimators_of(config: RunConfig, book: Codebook) -> list[str]:
     """The estimators that apply: `ar` alone for ARM; `token` equals `subtoken` where l = 1."""
     for name in config.eval.estimators:
-        estimator(name)
+        estimator(name)  # unknown names are refused for every family
     if config.family == "arm":
         return ["ar"]
     names = [name for name in config.eval.estimators if name != "ar"]
-    if book.length == 1 and "subtoken" in names:
-        names = [name for name in names if name != "token"]
+    for name in names:
+        feasible(config, book, name)
+    for level in ("", "exact:"):  # of one sub-token, two names of one number
+        if book.length == 1 and f"{level}subtoken" in names:
+            names = [name for name in names if name != f"{level}token"]
     return names
+
+
+def feasible(config: RunConfig, book: Codebook, name: str) -> None:
+    """Raises: UserError: an unknown estimator, or more units than it can sum over."""
+    estimator(name)
+    if asked := exact.requested(name):
+        asked.units(config, book)
 
 
 def kind(name: str) -> Kind:
@@ -83,8 +103,34 @@ def kind(name: str) -> Kind:
     head, _, order = name.partition(":")
     if head == "joint":
         return "train_loss"
+    if head in ("exact", "bracket"):
+        ends = {"looseness": "difference", "lower": "lower_bound", "nelbo": "nelbo"}
+        return ends.get(name.rpartition(":")[2], "nll" if head == "exact" else "nelbo")
     random = order in ("random", "subtokens")
     return "nll" if head == "ar" or (head == "chain" and not random) else "nelbo"
+
+
+def passes(name: str, replicates: int) -> int:
+    """How often an estimator is drawn: once where nothing is random, or where it repeats itself."""
+    return 1 if kind(name) == "nll" or exact.requested(name) else replicates
+
+
+def note(config: RunConfig, name: str) -> str:
+    """What to know of an estimator's number for this run, one line; empty for nothing."""
+    head, *_, last = name.split(":")
+    notes, loose = [], not config.objective.carry_over and config.subtokens.length > 1
+    if head in ("exact", "bracket") and config.data.segment_ids:
+        notes.append("the lengths of documents are given: EOS is visible and not charged")
+    if loose and (name == "exact:subtoken" or (head == "bracket" and last != "lower")):
+        notes.append(
+            "sub-normalised: without carry-over digits of no token have a part of the probability; "
+            "still an upper bound"
+        )
+    if loose and head == "joint":
+        notes.append("not this run's training loss, which charges visible digits as well")
+    if loose and head == "finite":
+        notes.append("bounds a sampler without carry-over; `prime-jax sample` has it always")
+    return ". ".join(notes)
 
 
 def draw(
@@ -106,6 +152,16 @@ def draw(
             None: everything is scored.
         max_targets_B: the largest number of them in any row of the call, repeated for each row.
     """
+    network, text = scored(task, network, token_BxL, start_B, stop_B, max_targets_B)
+    key = jax.random.key(EVAL_SEED)
+    fold = jax.vmap(lambda r, e: jax.random.fold_in(jax.random.fold_in(key, r), e))
+    return estimator(name)(task, network, text, fold(replicate_B, example_B), uniform_B)
+
+
+def scored(
+    task: Task, network: Network, token_BxL, start_B=None, stop_B=None, max_targets_B=None
+) -> tuple[Network, Text]:
+    """The rows with their targets, and the network with its guidance (arguments as for `draw`)."""
     target_BxL = targets(task.config, token_BxL, task.eos_id)
     if start_B is not None:
         at_L = jnp.arange(token_BxL.shape[1])
@@ -113,10 +169,8 @@ def draw(
         target_BxL &= ~before_BxL & (at_L < stop_B[:, None])
         if task.guidance:
             network = guided_by_context(task, network, before_BxL)
-    key = jax.random.key(EVAL_SEED)
-    fold = jax.vmap(lambda r, e: jax.random.fold_in(jax.random.fold_in(key, r), e))
-    text = Text(token_BxL, target_BxL, stop_B, None if max_targets_B is None else max_targets_B[0])
-    return estimator(name)(task, network, text, fold(replicate_B, example_B), uniform_B)
+    most = None if max_targets_B is None else max_targets_B[0]
+    return network, Text(token_BxL, target_BxL, stop_B, most)
 
 
 class Row(NamedTuple):
@@ -158,23 +212,44 @@ def batches(rows: Row, size: int) -> Iterator[Row]:
         yield rows.take(index)
 
 
+def clusters(doc_E: np.ndarray) -> tuple[np.ndarray, str]:
+    """What a standard error is clustered by: (number of each block [E], its kind).
+
+    By document (`texts`) where there are enough; by block (`windows`) for fewer, which is too small
+    where the blocks of one text resemble each other, but can be known.
+    """
+    text_E = np.unique(doc_E, return_inverse=True)[1]
+    if text_E.size and text_E.max() + 1 >= CLUSTERS:
+        return text_E, "texts"
+    return np.arange(len(doc_E)), "windows"
+
+
 def summarise(
-    name: str, nats_RxE: np.ndarray, n_tokens_E: np.ndarray, doc_E: np.ndarray, given: str
+    name: str,
+    nats_RxE: np.ndarray,
+    n_tokens_E: np.ndarray,
+    doc_E: np.ndarray,
+    given: str,
+    note: str = "",
 ) -> Loss:
-    """Mean per target token with its two standard errors.
+    """Mean per target token with its two standard errors, None where they cannot be known.
 
     `se_mc` is that of the replicate means; `se_data` is clustered by document (that of a block's
-    first token) and includes the Monte-Carlo noise that remains in the example means.
+    first token; see `clusters`) and includes the Monte-Carlo noise that remains in the example
+    means.
     """
     replicates, total = len(nats_RxE), int(n_tokens_E.sum())
     mean_R = nats_RxE.sum(axis=1) / total
     value = float(mean_R.mean())
-    se_mc = float(mean_R.std(ddof=1) / replicates**0.5) if replicates > 1 else 0.0
+    random = name.startswith("bracket:") or (kind(name) != "nll" and name[:6] != "exact:")
+    se_mc = None if random else 0.0
+    if replicates > 1:
+        se_mc = float(mean_R.std(ddof=1) / replicates**0.5)
     residual_E = nats_RxE.mean(axis=0) - value * n_tokens_E
-    _, cluster_E = np.unique(doc_E, return_inverse=True)
-    cluster_C = np.bincount(cluster_E, weights=residual_E)
-    n = len(cluster_C)
-    se_data = float((n / max(n - 1, 1) * (cluster_C**2).sum()) ** 0.5 / total)
+    cluster_C = np.bincount(clusters(doc_E)[0], weights=residual_E)
+    n, se_data = len(cluster_C), None
+    if n > 1:
+        se_data = float((n / (n - 1) * (cluster_C**2).sum()) ** 0.5 / total)
     return Loss(
         kind=kind(name),
         estimator=name,
@@ -184,7 +259,31 @@ def summarise(
         n_tokens=total,
         n_mc=replicates,
         given=given,
+        note=note,
     )
+
+
+def losses_of(
+    config: RunConfig,
+    name: str,
+    nats: dict[str, np.ndarray],
+    n_tokens_E: np.ndarray,
+    doc_E: np.ndarray,
+) -> list[Loss]:
+    """The numbers of one estimator from its draws {label: nats [R, E]}, with their notes."""
+    given = "lengths" if config.data.segment_ids else ""
+    found = {
+        label: summarise(label, nats_RxE, n_tokens_E, doc_E, given, note(config, label))
+        for label, nats_RxE in nats.items()
+        if not label.endswith(":tail")
+    }
+    if name.startswith("bracket:"):
+        size = config.objective.block_length or config.data.seq_len
+        blocks = -(-int(n_tokens_E.sum()) // size)
+        said = exact.verdict(name, found, float(nats[f"{name}:tail"].mean()), blocks)
+        said = ". ".join(filter(None, (found[name].note, said)))
+        found[name] = replace(found[name], note=said)
+    return list(found.values())
 
 
 class Evaluation(NamedTuple):
@@ -201,40 +300,50 @@ class Evaluation(NamedTuple):
 def evaluate(
     config: RunConfig,
     codebook: Codebook,
-    run_batch: Callable[[str, Row], Values],
+    run_batch: Callable[[str, Row, exact.Watch], Values],
     token_ExL: np.ndarray,
     doc_E: np.ndarray,
     eos_id: int,
     tick: Callable[[], None] = lambda: None,
     devices: int = 1,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """All estimators of a run on an evaluation set.
 
     Args:
-        run_batch: compiled `draw` for a batch of rows of the set; all batches have the same size.
-        tick: called after every batch (progress, preemption).
+        run_batch: compiled `draw` for a batch of rows of the set, all batches of the same size; the
+            last argument is called after each network call of an estimator that takes many.
+        tick: called after every batch, and every such call (progress, preemption).
         devices: over which a batch is sharded; its size is rounded up to a multiple of them.
+        log: receives a line that says what a long evaluation will take.
     """
     size = batch_size(config, devices)
     losses, nats = [], {}
-    given = "lengths" if config.data.segment_ids else ""
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
     for name in estimators_of(config, codebook):
-        replicates = 1 if kind(name) == "nll" else config.eval.replicates
+        replicates = passes(name, config.eval.replicates)
         rows = grid(len(token_ExL), replicates)
         pending = []
-        for batch in batches(rows, size):
-            pending.append(run_batch(name, batch))
+        cost = exact.Cost(name, -(-len(rows.example) // size), log)
+
+        def watch(done: int, calls: int, cost=cost) -> None:
+            cost(done, calls)
             tick()
+
+        for batch in batches(rows, size):
+            pending.append(run_batch(name, batch, watch))
+            tick()
+        own = {}
         for label in pending[0]:
             flat = np.concatenate([np.asarray(values[label], np.float64) for values in pending])
-            nats[label] = flat[: len(rows.example)].reshape(replicates, -1)
-            losses.append(summarise(label, nats[label], n_tokens_E, doc_E, given))
+            own[label] = flat[: len(rows.example)].reshape(replicates, -1)
+        losses += losses_of(config, name, own, n_tokens_E, doc_E)
+        nats |= own
     return Evaluation(losses, nats, n_tokens_E)
 
 
 def bits_per_byte(loss: Loss, n_bytes: int) -> float | None:
     """Bits per byte of the original text; None for numbers that are not likelihoods."""
-    if loss.kind == "train_loss" or n_bytes == 0:
+    if loss.kind not in VALID or n_bytes == 0:
         return None
     return loss.value * loss.n_tokens / np.log(2) / n_bytes

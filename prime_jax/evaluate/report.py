@@ -5,7 +5,7 @@ eval.json (beside result.json; readable without this package):
     schema, run, step, family
     sets     one per set of text: data, rules (preset@version or split), hash, stride, context,
              texts, bytes (null: the tokenizer loses text), clusters, losses
-    losses   as in result.json (records.Loss), with `valid` (a likelihood or a bound on it) and, if
+    losses   as in result.json (records.Loss), with `valid` (a likelihood or a NELBO) and, if
              so, `perplexity` and `bits_per_byte`
     samples  one per sample file that was scored: `samples.py`
     tasks    one per harness call: `tasks.py`
@@ -24,7 +24,7 @@ from prime_jax.evaluate import likelihood
 from prime_jax.evaluate.score import Partial, Scorer, replicated
 from prime_jax.evaluate.texts import TextSet
 from prime_jax.evaluate.trained import Trained
-from prime_jax.runtime.records import Loss, as_dict, read_json, write_json_atomic
+from prime_jax.runtime.records import VALID, Loss, as_dict, read_json, write_json_atomic
 
 SCHEMA = 1
 FILE, WORK = "eval.json", "eval"
@@ -51,6 +51,7 @@ def names_of(run: Trained, asked: str) -> list[str]:
             raise UserError(
                 f"estimator {name!r}: {run.path} is of family {run.config.family}; {right}"
             )
+        likelihood.feasible(run.config, run.codebook, name)
     return names
 
 
@@ -60,20 +61,22 @@ def evaluate(
     names: list[str],
     replicates: int,
     work: Path | None = None,
-    tick: Callable[[str, int, int], None] = lambda name, rows, done: None,
+    tick: Callable[[str, int, float], None] = lambda name, rows, done: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Loss]:
     """All estimators on one set.
 
     Args:
         work: directory in which unfinished draws are saved for a later call; None: not saved.
-        tick: called with the estimator, its number of draws, and how many were newly done.
+        tick: called with the estimator, its number of draws, and how many were newly done (a part
+            of one after a call of an estimator that takes many).
+        log: receives a line that says what a long evaluation will take.
     """
     run = scorer.run
-    given = "lengths" if run.config.data.segment_ids else ""
     n_tokens_W = scored_tokens(run, texts)
     losses = []
     for name in names:
-        count = 1 if likelihood.kind(name) == "nll" else replicates
+        count = likelihood.passes(name, replicates)
         rows, window = replicated(len(texts.windows.tokens), count)
         identity = texts.identity | {
             "run": run.id,
@@ -85,10 +88,9 @@ def evaluate(
         path = work and work / f"{texts.windows.hash}-{name.replace(':', '-')}.npz"
         partial = Partial(path, identity, len(window))
         report = functools.partial(tick, name, len(window))
-        drawn = scorer.draws(name, texts.windows, rows, window, partial=partial, tick=report)
-        for label, nats in sorted(drawn.items(), key=lambda item: item[0] != name):
-            shaped = nats.reshape(count, -1)
-            losses.append(likelihood.summarise(label, shaped, n_tokens_W, texts.cluster, given))
+        drawn = scorer.draws(name, texts.windows, rows, window, partial, report, log)
+        nats = {label: drawn[label].reshape(count, -1) for label in (name, *drawn)}
+        losses += likelihood.losses_of(run.config, name, nats, n_tokens_W, texts.doc)
         partial.discard()
     return losses
 
@@ -103,7 +105,7 @@ def scored_tokens(run: Trained, texts: TextSet) -> np.ndarray:
 
 def described(loss: Loss, n_bytes: int | None) -> dict[str, Any]:
     """A loss for the record, with perplexity and bits if it is a likelihood or a bound."""
-    valid = loss.kind != "train_loss"
+    valid = loss.kind in VALID
     out = as_dict(loss) | {"valid": valid}
     if valid:
         out["perplexity"] = math.exp(min(loss.value, 700.0))
@@ -118,7 +120,7 @@ def as_record(texts: TextSet, losses: list[Loss]) -> dict[str, Any]:
         **texts.identity,
         "texts": texts.texts,
         "bytes": texts.n_bytes,
-        "clusters": texts.clusters,
+        "clusters": likelihood.clusters(texts.doc)[1],
         "losses": [described(loss, texts.n_bytes) for loss in losses],
     }
 

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from prime_jax.config import MeshConfig
 from prime_jax.errors import UserError
-from prime_jax.evaluate import draws, likelihood
+from prime_jax.evaluate import draws, exact, likelihood
 from prime_jax.evaluate.likelihood import Row
 from prime_jax.evaluate.trained import Trained
 from prime_jax.runtime import distributed, meshes, storage
@@ -196,14 +196,16 @@ class Scorer:
         rows: Row,
         window: np.ndarray,
         partial: Partial | None = None,
-        tick: Callable[[int], None] = lambda rows: None,
+        tick: Callable[[float], None] = lambda rows: None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> dict[str, np.ndarray]:
         """One draw for every row: {label: nats float64 [rows]}.
 
         Args:
             rows: keys and noise levels; `window` [rows]: the window that each one scores.
             partial: stores draws until all are done.
-            tick: called with the number of newly done rows.
+            tick: called with the number of newly done rows, of which one may be done in parts.
+            log: receives a line that says what a long evaluation will take.
         """
         partial = partial or Partial(None, {}, len(window))
         lengths = np.array([len(tokens) for tokens in windows.tokens], np.int32)
@@ -212,23 +214,28 @@ class Scorer:
         wholes = (windows.start == 0) & (lengths == sizes)
         todo = partial.remaining()
         tick(len(window) - len(todo))
-        waiting: deque[tuple[np.ndarray, Any]] = deque()
+        waiting: deque[tuple[np.ndarray, Any, _Parts]] = deque()
+        work = []  # (padded length, size of the batch, rows)
+        for size, whole in sorted(set(zip(sizes.tolist(), wholes.tolist(), strict=True))):
+            group = ((sizes == size) & (wholes == whole))[window]
+            batch = self._batch(size, int(group.sum()))
+            work += [(size, batch, index) for index in _batches(todo[group[todo]], batch)]
+        cost = exact.Cost(name, len(work), log)
+        ahead = 0 if exact.requested(name) else AHEAD  # which queues calls of its own
 
         def read() -> None:
-            index, values = waiting.popleft()
+            index, values, parts = waiting.popleft()
             partial.put(index, {k: np.asarray(v, np.float64) for k, v in values.items()})
-            tick(len(index))
+            tick(len(index) - parts.told)
 
         try:
-            for size, whole in sorted(set(zip(sizes.tolist(), wholes.tolist(), strict=True))):
-                group = ((sizes == size) & (wholes == whole))[window]
-                batch = self._batch(size, int(group.sum()))
-                for index in _batches(todo[group[todo]], batch):
-                    full = np.resize(index, batch)  # the last batch is padded by repetition
-                    values = self._run(name, windows, rows.take(full), window[full], size)
-                    waiting.append((index, values))
-                    if len(waiting) > AHEAD:
-                        read()
+            for size, batch, index in work:
+                parts = _Parts(len(index), cost, tick)
+                full = np.resize(index, batch)  # the last batch is padded by repetition
+                values = self._run(name, windows, rows.take(full), window[full], size, parts)
+                waiting.append((index, values, parts))
+                if len(waiting) > ahead:
+                    read()
             while waiting:
                 read()
         except BaseException:  # keep what is done
@@ -236,7 +243,15 @@ class Scorer:
             raise
         return partial.nats
 
-    def _run(self, name: str, windows: Windows, row: Row, window: np.ndarray, size: int) -> Any:
+    def _run(
+        self,
+        name: str,
+        windows: Windows,
+        row: Row,
+        window: np.ndarray,
+        size: int,
+        watch: exact.Watch,
+    ) -> Any:
         tokens = np.zeros((len(window), size), np.int32)
         for i, w in enumerate(window):
             tokens[i, : len(windows.tokens[w])] = windows.tokens[w]
@@ -246,7 +261,21 @@ class Scorer:
         if not whole:
             count = np.full(len(window), (stop - start).max(), np.int32)
             row = row._replace(start=start, stop=stop, max_targets=count)
-        return self._draw(size, whole, len(window))(self.clock, name, self.params, tokens, row)
+        draw = self._draw(size, whole, len(window))
+        return draw(self.clock, name, self.params, tokens, row, watch)
+
+
+class _Parts:
+    """Tells of a batch in parts, while the network calls of its draws are made."""
+
+    def __init__(self, rows: int, cost: exact.Cost, tick: Callable[[float], None]):
+        self.rows, self.cost, self.tick, self.told = rows, cost, tick, 0.0
+
+    def __call__(self, done: int, calls: int) -> None:
+        self.cost(done, calls)
+        part = self.rows * (1024 * (done - 1) // calls) / 1024  # such parts add up exactly
+        self.tick(part - self.told)
+        self.told = part
 
 
 def _batches(index: np.ndarray, size: int) -> Iterator[np.ndarray]:

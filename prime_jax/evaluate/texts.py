@@ -26,7 +26,6 @@ SUFFIXES = {
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
     ".parquet": "parquet",
 }  # and compressed, .txt.gz
-CLUSTERS = 20  # texts needed for a standard error clustered by text
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,14 @@ class TextSet:
 
     Attributes:
         name: as given by the user; `rules`: the preset and its version, or empty.
-        cluster: int64 [W], cluster of each window for the standard error; `clusters`: its kind,
-            texts or windows.
+        doc: int64 [W], the text of each window's first scored token.
         n_bytes: of the scored text; None if the tokenizer is not lossless on it.
     """
 
     name: str
     rules: str
     windows: Windows
-    cluster: np.ndarray
-    clusters: str
+    doc: np.ndarray
     texts: int
     n_bytes: int | None
     stride: int
@@ -211,8 +208,7 @@ def _prepared(name: str, run: Trained, cutting: Cutting) -> TextSet:
             name=name,
             rules=cutting.split,
             windows=windows,
-            cluster=blocks.doc,
-            clusters="texts",
+            doc=blocks.doc,
             texts=texts,
             n_bytes=n_bytes,
             stride=size,
@@ -241,20 +237,23 @@ def _windows(
     name: str, rules: str, ids: list[np.ndarray], number, run: Trained, cutting: Cutting, **counts
 ) -> TextSet:
     """Args: number: int [tokens of all ids], the text that each token belongs to."""
-    tokens, starts, cluster, at = [], [], [], 0
+    tokens, starts, texts_of, at = [], [], [], 0
     for stream in ids:
         size = run.config.data.seq_len
         for begin, start, stop in cut(len(stream), size, cutting.stride, cutting.context):
             tokens.append(np.asarray(stream[begin:stop], np.int32))
             starts.append(start - begin)
-            cluster.append(number[at + start])
+            texts_of.append(number[at + start])
         at += len(stream)
     if not tokens:
         raise UserError(f"{name}: holds no text")
-    enough = len(np.unique(cluster)) >= CLUSTERS
-    by = np.asarray(cluster) if enough else np.arange(len(tokens))
     windows = Windows(tokens, np.array(starts, np.int32))
-    kind = "texts" if enough else "windows"
     return TextSet(
-        name, rules, windows, by, kind, stride=cutting.stride, context=cutting.context, **counts
+        name=name,
+        rules=rules,
+        windows=windows,
+        doc=np.array(texts_of),
+        stride=cutting.stride,
+        context=cutting.context,
+        **counts,
     )

@@ -16,6 +16,7 @@ from prime_jax.data.manifest import Manifest
 from prime_jax.data.tokenizers import NO_EOS, Tokenizer
 from prime_jax.errors import NoData, UserError
 from prime_jax.interchange import folder
+from prime_jax.kernels import selection
 from prime_jax.model import build
 from prime_jax.objectives import Network
 from prime_jax.runtime import checkpoint, storage
@@ -128,6 +129,10 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
     elif data is None and config.data.segment_ids:
         place = Path(config.data.path).absolute()
         raise NoData(f"{run}: needs its dataset, which is not at {place}")
+    files = [directory / selection.FILE for directory in directories]
+    begun = next((read_json(file) for file in files if storage.exists(file)), None)
+    if begun:  # as it was trained and evaluated; they differ by rounding
+        config = selection.recorded(config, begun, jax.devices()[0].device_kind) or config
     made = program(config, separator, codebook_of(config, directories))
     about = {"run": run_id(config), "codebook": made.codebook.hash}
     saved = [directory / "checkpoints" for directory in directories]

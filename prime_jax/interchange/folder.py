@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from prime_jax.config import ModelConfig, RunConfig
+from prime_jax.config import KernelConfig, ModelConfig, RunConfig
 from prime_jax.data.tokenizers import Tokenizer
 from prime_jax.errors import UserError
 from prime_jax.interchange.layouts import OURS, Shape, body, body_tensors, check, finite
@@ -158,7 +158,7 @@ def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
         "step": weights.step,
         "weights_hash": weights.hash,
         "assumed": list(weights.assumed),
-        "run": to_dict(c),
+        "run": to_dict(replace(c, kernels=KernelConfig())),  # chosen by whoever reads it
     }
     write_json_atomic(out / CONFIG, about)
 

@@ -23,6 +23,7 @@ Blocks = tuple[int, ...]
 Shape = Mapping[str, Any]  # what a kernel's speed depends on, by name
 KERNELS: tuple[Kernel, ...] = ("head", "attention", "embedding")
 SCHEMA = 1
+FILE = "kernels.json"  # of a run directory: what it began with
 SHORT = 512  # tokens below which stored scores are small
 OFF = "off by"  # how the reason of a wrong implementation begins
 

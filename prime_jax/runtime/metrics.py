@@ -79,7 +79,10 @@ def memory_high_water() -> int:
 
 
 class Profile:
-    """An xprof trace of some steps, started after compilation and the first steps."""
+    """An xprof trace of some steps, started after compilation and the first steps.
+
+    A context manager: the trace ends with the run, however that ends.
+    """
 
     AFTER = 3  # steps
 
@@ -89,6 +92,12 @@ class Profile:
         if steps and storage.is_remote(directory):
             self._local = LocalPath(tempfile.mkdtemp(prefix="prime_jax-"))
         self._left: int | None = None
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def step(self, done: int) -> None:
         """Call after each step of this process; `done`: number of steps so far."""
@@ -160,6 +169,13 @@ class NoLog:
 
     def close(self) -> None:
         pass
+
+
+def evaluated(run_dir: Path, step: int) -> bool:
+    """Whether the log of a run holds the evaluation at a step."""
+    path = run_dir / "metrics.jsonl"
+    rows = storage.read(path).decode(errors="replace").splitlines() if storage.exists(path) else []
+    return any(_step(row) == step and "eval" in json.loads(row) for row in rows)
 
 
 def _step(line: str) -> float:

@@ -10,7 +10,8 @@ from prime_jax.runtime import storage
 from prime_jax.runtime.storage import Path
 
 SCHEMA = 1
-Kind = Literal["nll", "nelbo", "train_loss"]
+Kind = Literal["nll", "nelbo", "train_loss", "lower_bound", "difference"]
+VALID = ("nll", "nelbo")  # a likelihood, or a bound that says as much against a model
 
 
 @dataclass(frozen=True)
@@ -18,24 +19,29 @@ class Loss:
     """One estimated number, in nats per target token.
 
     Attributes:
-        kind: `nll` (exact), `nelbo` (an upper bound on it) or `train_loss` (neither).
-        estimator: `ar`, `subtoken`, `token`, `finite:T`, `chain:ORDER` or `joint`.
+        kind: `nll` (exact), `nelbo` (an upper bound on it), `lower_bound` (on it), `difference` (of
+            two of them) or `train_loss` (neither).
+        estimator: as docs/evaluation.md lists them.
         value: the estimate.
-        se_mc: standard error over the Monte-Carlo replicates (0 for an exact number).
-        se_data: standard error from the finite evaluation set, clustered by document.
+        se_mc: standard error over the Monte-Carlo replicates: 0 for a number without any, None
+            (unknown) for a single one.
+        se_data: standard error from the finite evaluation set, clustered by document where there
+            are enough of them; None (unknown) for a single block.
         n_tokens: target tokens in the evaluation set.
         n_mc: Monte-Carlo replicates.
         given: side information that the model has (`""` or `"lengths"`).
+        note: what to know of this number beyond its kind; empty for nothing.
     """
 
     kind: Kind
     estimator: str
     value: float
-    se_mc: float
-    se_data: float
+    se_mc: float | None
+    se_data: float | None
     n_tokens: int
     n_mc: int
     given: str = ""
+    note: str = ""
     unit: str = "nats/token"
 
 
@@ -45,7 +51,7 @@ def as_dict(loss: Loss) -> dict[str, Any]:
 
 def best_valid(losses: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The number a fit uses by default: exact `nll`, else the sub-token bound, else any bound."""
-    valid = [loss for loss in losses if loss["kind"] in ("nll", "nelbo")]
+    valid = [loss for loss in losses if loss["kind"] in VALID]
     order = {"ar": 0, "subtoken": 1, "token": 2}
     return min(valid, key=lambda loss: order.get(loss["estimator"], 3), default=None)
 

@@ -84,7 +84,7 @@ def settings_of(options: Options) -> Settings:
         threshold = np.inf
     elif options.order == "entropy":  # its score is the negative entropy
         threshold = -threshold
-    elif options.order == "confidence":  # and log p
+    elif options.order in ("confidence", "confidence-drawn"):  # and log p
         threshold = np.log(threshold) if threshold > 0 else -np.inf
     return Settings(
         filters=Filters(
@@ -122,8 +122,9 @@ class _Call(NamedTuple):
     def keys(self, step_B: jax.Array) -> jax.Array:
         return example_keys(self.settings.seed, self.batch.example_B, step_B)
 
-    def predict(self, digits_BxLxS, step_B, active_BxL, score=None) -> tuple[jax.Array, jax.Array]:
-        """A sampled token's sub-tokens [B, L, S] and score [B, L] for each active position."""
+    def predict(self, digits_BxLxS, step_B, active_BxL, score=None) -> tuple:
+        """A sampled token's sub-tokens [B, L, S] and score [B, L] for each active position, and the
+        dtype of what they were computed from."""
         head, settings = self.model.head, self.settings
         given_BxLxS = ~self.batch.drawn_BxLxS & (self.batch.segment_ids_BxL >= 0)[..., None]
         unprompted = jnp.where(given_BxLxS, head.codebook.base, digits_BxLxS)
@@ -139,7 +140,8 @@ class _Call(NamedTuple):
         parts = (h_BxLxD, digits_BxLxS, key_BxL, active_BxL)
         h_NxD, *rest = (x.reshape(-1, *x.shape[2:]) for x in parts)
         row_N, score_N = propose(head, score, settings.filters, h_NxD, head_VxD, *rest)
-        return jnp.asarray(head.digits_VxS)[row_N.reshape(shape)], score_N.reshape(shape)
+        drawn_BxLxS = jnp.asarray(head.digits_VxS)[row_N.reshape(shape)]
+        return drawn_BxLxS, score_N.reshape(shape), h_BxLxD.dtype
 
 
 def _fixed(call: _Call, digits_BxLxS, count) -> jax.Array:
@@ -148,7 +150,7 @@ def _fixed(call: _Call, digits_BxLxS, count) -> jax.Array:
     if call.rule.cached:
         step_B = orders.next_fixed(call.batch.plan, hidden_BxLxS)
     reveal_BxLxS = hidden_BxLxS & (call.batch.plan.when_LxS == step_B[:, None, None])
-    drawn_BxLxS, _ = call.predict(digits_BxLxS, step_B, reveal_BxLxS.any(axis=2))
+    drawn_BxLxS, *_ = call.predict(digits_BxLxS, step_B, reveal_BxLxS.any(axis=2))
     return jnp.where(reveal_BxLxS, drawn_BxLxS, digits_BxLxS)
 
 
@@ -160,8 +162,9 @@ def _adaptive(call: _Call, digits_BxLxS, count) -> jax.Array:
     # Per example: in block diffusion the number of calls depends on the batch.
     plan = call.batch.plan
     step_B = orders.revealed(plan, hidden_BxLxS) + plan.block_L[:, 0] * plan.block_L.shape[1]
-    drawn_BxLxS, score_BxL = call.predict(digits_BxLxS, step_B, active_BxL, score)
-    chosen_BxL = orders.most_confident(active_BxL, score_BxL, count_B, call.settings.threshold)
+    drawn_BxLxS, score_BxL, dtype = call.predict(digits_BxLxS, step_B, active_BxL, score)
+    threshold = call.settings.threshold
+    chosen_BxL = orders.most_confident(active_BxL, score_BxL, count_B, threshold, dtype)
     return jnp.where(hidden_BxLxS & chosen_BxL[..., None], drawn_BxLxS, digits_BxLxS)
 
 
@@ -175,7 +178,7 @@ def _remasking(call: _Call, digits_BxLxS, count) -> jax.Array:
     show, hide = call.settings.rates_Px2[count]
     reveal_BxLxS = hidden_BxLxS & (u_BxLxS < show)
     again_BxLxS = call.batch.drawn_BxLxS & ~hidden_BxLxS & (u_BxLxS < hide)
-    drawn_BxLxS, _ = call.predict(digits_BxLxS, step_B, reveal_BxLxS.any(axis=2))
+    drawn_BxLxS, *_ = call.predict(digits_BxLxS, step_B, reveal_BxLxS.any(axis=2))
     digits_BxLxS = jnp.where(reveal_BxLxS, drawn_BxLxS, digits_BxLxS)
     return jnp.where(again_BxLxS, base, digits_BxLxS)
 

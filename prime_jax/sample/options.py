@@ -8,7 +8,7 @@ from prime_jax.settings import Flags, setting
 
 # Orders that do not look at the model's predictions, and those that reveal the most confident tokens first.
 Fixed = Literal["ancestral", "random", "first-hitting", "left-to-right"]
-Adaptive = Literal["confidence", "margin", "entropy"]
+Adaptive = Literal["confidence", "margin", "entropy", "confidence-drawn"]
 Grid = Literal["uniform", "cosine"]
 ADAPTIVE: tuple[str, ...] = get_args(Adaptive)
 INNER = {"flag": False}  # for callers, not for the command line

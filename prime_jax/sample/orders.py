@@ -15,7 +15,7 @@ in [0, 1) is revealed at the step i with u_{i+1} <= v < u_i.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,28 +130,54 @@ def idle_fraction(plan: Plan) -> float:
     return 1 - busy / max(int(plan.steps), busy, 1)
 
 
-# Confidence of a prediction: log-probabilities [N, V] and an index [N], the one that was drawn or
-# the most likely, to [N]. `evaluate.chain` reveals by the same.
+# Scores of a prediction: log-probabilities [N, V] and the drawn index [N], to [N]. All but the last
+# read the visible tokens only: `evaluate.chain` reveals by them, and is exact for such a sampler.
 
 
-def confidence(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
-    """log p of the index, which tells apart what rounds to p = 1."""
-    return jnp.take_along_axis(logp_NxV, index_N[:, None], axis=1)[:, 0]
+def confidence(logp_NxV: jax.Array, drawn_N: jax.Array) -> jax.Array:
+    """log p of the likeliest."""
+    return logp_NxV.max(axis=1)
 
 
-def margin(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
+def confidence_drawn(logp_NxV: jax.Array, drawn_N: jax.Array) -> jax.Array:
+    """log p of what was drawn: the published rule. A text has then no likelihood that a chain rule
+    gives, because the order depends on draws that are thrown away."""
+    return jnp.take_along_axis(logp_NxV, drawn_N[:, None], axis=1)[:, 0]
+
+
+def margin(logp_NxV: jax.Array, drawn_N: jax.Array) -> jax.Array:
     """p of the likeliest minus p of the next."""
     best_Nx2 = jnp.exp(jax.lax.top_k(logp_NxV, 2)[0])
     return best_Nx2[:, 0] - best_Nx2[:, 1]
 
 
-def entropy(logp_NxV: jax.Array, index_N: jax.Array) -> jax.Array:
+def entropy(logp_NxV: jax.Array, drawn_N: jax.Array) -> jax.Array:
     """Minus the entropy, nats."""
     p_NxV = jnp.exp(logp_NxV)
     return jnp.where(p_NxV > 0, p_NxV * logp_NxV, 0.0).sum(axis=1)
 
 
-SCORES = {"confidence": confidence, "margin": margin, "entropy": entropy}
+SCORES = {
+    "confidence": confidence,
+    "margin": margin,
+    "entropy": entropy,
+    "confidence-drawn": confidence_drawn,
+}
+
+
+def behind(score_BxL: jax.Array, active_BxL: jax.Array, dtype: Any) -> jax.Array:
+    """How far each active position is behind the best of its row: whole numbers, inf elsewhere.
+
+    Equal predictions (those of all positions while nothing is visible) differ by the rounding of
+    the network, which depends on batch and devices. Their distance to the best rounds to 0, so that
+    the first position comes first, everywhere.
+
+    Args:
+        dtype: of the hidden states; it decides what scores can tell apart.
+    """
+    best_Bx1 = jnp.where(active_BxL, score_BxL, -jnp.inf).max(axis=1, keepdims=True)
+    resolution = max(2.0**-13, 4 * float(jnp.finfo(dtype).eps))
+    return jnp.where(active_BxL, jnp.round((best_Bx1 - score_BxL) / resolution), jnp.inf)
 
 
 # Choice of what a step reveals, from the plan, the masked sub-tokens [B, L, S] and scores [B, L].
@@ -186,8 +212,8 @@ def active_block(plan: Plan, hidden_BxLxS: jax.Array) -> jax.Array:
     return open_BxL & (block_BxL == block_BxL.min(axis=1, keepdims=True))
 
 
-def most_confident(active_BxL, score_BxL, count_B, threshold) -> jax.Array:
+def most_confident(active_BxL, score_BxL, count_B, threshold, dtype) -> jax.Array:
     """bool [B, L]: the `count` active tokens of the highest score, and all above the threshold."""
-    key_BxL = jnp.where(active_BxL, -score_BxL, jnp.inf)
-    rank_BxL = jnp.argsort(jnp.argsort(key_BxL, axis=1), axis=1)
+    key_BxL = behind(score_BxL, active_BxL, dtype)
+    rank_BxL = jnp.argsort(jnp.argsort(key_BxL, axis=1, stable=True), axis=1)
     return active_BxL & ((rank_BxL < count_B[:, None]) | (score_BxL >= threshold))

@@ -23,6 +23,12 @@ class Quality(NamedTuple):
     distinct: tuple[float, ...]
 
 
+def spans(drawn_L: np.ndarray) -> list[list[int]]:
+    """[start, stop) of each run of drawn tokens; the others were given."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], drawn_L, [0]])))
+    return edges.reshape(-1, 2).tolist()
+
+
 def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
