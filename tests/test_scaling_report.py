@@ -14,6 +14,7 @@ from scaling_cases import csv_rows, published, surface, write_csv
 from prime_jax import cli
 from prime_jax.cli import fit as commands
 from prime_jax.errors import UserError
+from prime_jax.runtime import outputs
 from prime_jax.scaling import drawing, figures, labels, record, report
 from prime_jax.scaling.fits import fit_runs
 from prime_jax.scaling.laws import PowerLaw
@@ -323,23 +324,25 @@ def test_numbers_do_not_wait_for_a_figure_that_cannot_be_drawn(
     def broken(*_):
         raise ValueError("no such scale\nand more")
 
+    compare(three, "--out", tmp_path)
+    assert (tmp_path / "multiplier.svg").exists()  # and does not stay beside other numbers
+    capsys.readouterr()
     monkeypatch.setattr(figures, "multiplier", broken)
     monkeypatch.setitem(figures.MAKERS, "intervals", (broken, figures.fitted))
     monkeypatch.setattr(Figure, "savefig", broken)
-    (tmp_path / "multiplier.svg").write_text("of an earlier comparison")
     assert compare(three, "--out", tmp_path) == 3
     shown = capsys.readouterr()
     assert shown.err.splitlines() == [
         "prime-jax: the figure multiplier cannot be drawn (ValueError: no such scale)"
     ]
     assert "one E for both?" in shown.out
-    assert {path.name for path in tmp_path.iterdir()} == {"compare.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", outputs.MADE}
     assert command(three, "--out", tmp_path) == 0
     shown = capsys.readouterr()
     assert "loss there" in shown.out
     assert len(shown.err.splitlines()) == len(figures.NAMES)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"compare.json", "fit.json", "points.csv", "report.html"}
+    assert names == {"compare.json", "fit.json", "points.csv", "report.html", outputs.MADE}
 
 
 def test_a_figure_of_an_earlier_fit_does_not_stay(tmp_path):
@@ -351,7 +354,7 @@ def test_a_figure_of_an_earlier_fit_does_not_stay(tmp_path):
 
 def test_the_command_writes_everything(fitted):
     names = {f"{figure}.svg" for figure in figures.NAMES}
-    files = {"fit.json", "points.csv", "report.html"}
+    files = {"fit.json", "points.csv", "report.html", outputs.MADE}
     assert {path.name for path in fitted.iterdir()} == names | files
     assert (
         json.loads((fitted / "fit.json").read_text())["families"]["arm"]["approach3"]["params"]["E"]
