@@ -255,7 +255,7 @@ class Run:
         self.first_step = self.last_step = int(state.step)
         self.profile = Profile(self.run_dir / "profile", self.config.log.profile)
         missed = distributed.broadcast(self._missed_evaluation())
-        logged = (self.config.log, self.run_dir, self.id, self.first_step)
+        logged = (self.config, self.run_dir, self.id, self.first_step, self.log)
         self.metrics_log = MetricsLog(*logged) if distributed.is_writer() else NoLog()
         with self.checkpoints:
             try:

@@ -251,3 +251,12 @@ def test_what_cannot_be_rendered(sweep):
         sky.render(on(sweep, "tpu7x-128"), SKY)
     with pytest.raises(UserError, match="TPUs"):
         slurm.render(sweep, slurm.Options())
+
+
+def test_a_sites_own_words_are_no_jobs(sweep, monkeypatch, tmp_path):
+    name = f"{sweep.name}-any"
+    said = f"Cluster maintenance on Sunday | bring tea\n7|{name}|RUNNING\n8|else|PENDING\n\n"
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert slurm._queue(sweep) == [("7", name, "RUNNING")]

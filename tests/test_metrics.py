@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from prime_jax.config import LogConfig
+from prime_jax.config import LogConfig, RunConfig
 from prime_jax.errors import UserError
 from prime_jax.runtime.metrics import Clock, MetricsLog, Pace
 
@@ -33,13 +33,13 @@ def test_the_pace_between_two_rows(monkeypatch):
 
 
 def test_rows_beyond_the_restored_step_are_dropped(tmp_path):
-    log = MetricsLog(LogConfig(), tmp_path, "run", resumed_at=0)
+    log = MetricsLog(RunConfig(), tmp_path, "run", resumed_at=0)
     for step in (1, 2, 3):
         log.write({"step": step, "loss": 1.0})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 4, "lo')  # cut off by a kill
-    log = MetricsLog(LogConfig(), tmp_path, "run", resumed_at=2)
+    log = MetricsLog(RunConfig(), tmp_path, "run", resumed_at=2)
     log.write({"step": 3, "loss": 2.0})
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -47,16 +47,27 @@ def test_rows_beyond_the_restored_step_are_dropped(tmp_path):
 
 
 class Recorder:
-    """Stands in for a SummaryWriter and for a W&B run."""
+    """Stands in for a SummaryWriter and for a W&B run and its config."""
 
     def __init__(self, *args, **named):
         self.opened, self.rows, self.closed = (args, named), [], False
+        self.texts, self.metrics, self.config = {}, {}, self
 
     def add_scalar(self, name, value, step):
         self.rows.append((step, {name: value}))
 
-    def log(self, row, step):
-        self.rows.append((step, row))
+    def add_text(self, name, text):
+        self.texts[name] = json.loads(text)
+
+    def define_metric(self, name, step_metric):
+        self.metrics[name] = step_metric
+
+    def update(self, value, allow_val_change):
+        assert allow_val_change
+        self.texts |= value
+
+    def log(self, row):
+        self.rows.append(row)
 
     def close(self):
         self.closed = True
@@ -82,15 +93,43 @@ def made(monkeypatch):
     return found
 
 
-def test_writers_get_every_number_and_are_closed(tmp_path, made):
-    log = MetricsLog(LogConfig(tensorboard=True, wandb="project"), tmp_path, "run7", 0)
-    log.write({"step": 5, "loss": 1.5, "eval": [{"value": 2.0}], "grad_norm": None})
+def test_writers_get_every_number_and_the_config_and_are_closed(tmp_path, made):
+    config = RunConfig(log=LogConfig(tensorboard=True, wandb="project"), batch_size=3)
+    log = MetricsLog(config, tmp_path, "run7", 0)
+    loss = {"estimator": "token", "kind": "nelbo", "value": 2.0, "se_mc": 0.1, "se_data": None}
+    log.write({"step": 5, "loss": 1.5, "grad_norm": None})
+    log.write({"step": 5, "eval": [loss]})
     log.close()
-    assert made["tensorboard"].rows == [(5, {"step": 5}), (5, {"loss": 1.5})]
-    assert made["wandb"].rows == [(5, {"step": 5, "loss": 1.5})]
-    assert made["wandb"].opened == ((), {"project": "project", "id": "run7", "resume": "allow"})
-    assert made["tensorboard"].closed
-    assert made["wandb"].closed
+    board, wandb = made["tensorboard"], made["wandb"]
+    numbers = {"eval/token": 2.0, "eval/token/se_mc": 0.1}
+    assert wandb.rows == [{"step": 5, "loss": 1.5}, {"step": 5, **numbers}]
+    assert board.rows == [(5, {k: v}) for row in wandb.rows for k, v in row.items()]
+    about = wandb.opened[1].pop("config")
+    assert about["record"] == str(tmp_path)
+    assert about["batch_size"] == 3
+    assert wandb.opened == ((), {"project": "project", "id": "run7", "resume": "allow"})
+    assert wandb.metrics == {"*": "step"}
+    assert board.texts == {"config": about, "kinds": {"eval/token": "nelbo"}}
+    assert wandb.texts == {"kinds": {"eval/token": "nelbo"}}
+    assert board.closed
+    assert wandb.closed
+
+
+@pytest.mark.parametrize("where", ["init", "log"])
+def test_a_service_that_fails_takes_no_run_with_it(tmp_path, monkeypatch, where):
+    def fail(*_, **__):
+        raise OSError("api_key not configured\nmore")
+
+    monkeypatch.setattr(Recorder, "log", fail)
+    init = fail if where == "init" else Recorder
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    told = []
+    log = MetricsLog(RunConfig(log=LogConfig(wandb="p")), tmp_path, "run", 0, told.append)
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    (line,) = told
+    assert line.startswith("W&B: api_key not configured; the run goes on")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -100,4 +139,4 @@ def test_writers_get_every_number_and_are_closed(tmp_path, made):
 def test_a_missing_writer_says_how_to_get_it(tmp_path, monkeypatch, module, config):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"install prime_jax\["):
-        MetricsLog(config, tmp_path, "run", 0)
+        MetricsLog(RunConfig(log=config), tmp_path, "run", 0)

@@ -426,6 +426,7 @@ def test_segment_ids_are_labelled_and_leave_eos_out(tmp_path_factory, tmp_path):
         batch_size=8,
         model=ModelConfig(vocab_size=16, layers=1, width=16, heads=1),
         data=DataConfig(path=str(data), seq_len=16, segment_ids=True),
+        optim=OptimConfig(warmup_steps=0),
         eval=EvalConfig(examples=16, batch_size=64),
     )
     (loss,) = train(config, tmp_path, log=SILENT)["losses"]

@@ -179,9 +179,12 @@ def _logs(pool: Pool) -> Path:
 
 
 def _queue(sweep: Sweep) -> list[tuple[str, str, str]]:
-    """(number, name, state) of this user's arrays of the sweep that are queued or running."""
+    """(number, name, state) of this user's arrays of the sweep that are queued or running.
+
+    Lines of another form are a site's own words to its users.
+    """
     rows = [line.split("|") for line in _slurm("squeue", "--me", "-h", "-o", "%F|%j|%T")]
-    found = {(n, name, state) for n, name, state in rows if name.startswith(f"{sweep.name}-")}
+    found = {tuple(r) for r in rows if len(r) == 3 and r[1].startswith(f"{sweep.name}-")}
     return sorted(found)
 
 

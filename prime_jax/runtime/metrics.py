@@ -4,16 +4,17 @@ import collections
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path as LocalPath
 from typing import Any
 
-from prime_jax.config import LogConfig
+from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.runtime.logfile import Log
 from prime_jax.runtime.storage import Path
+from prime_jax.settings import to_dict
 
 
 class Clock:
@@ -124,19 +125,31 @@ class Profile:
 
 
 class MetricsLog:
-    """metrics.jsonl always, TensorBoard and W&B if configured.
+    """metrics.jsonl always, TensorBoard and W&B if configured; these get the config too.
+
+    An evaluation arrives there as `eval/ESTIMATOR` in nats per token, `eval/ESTIMATOR/se_mc` and
+    `/se_data` where these are known, and the kind of each number by its name, once.
 
     On a resume the rows of metrics.jsonl beyond the restored step are first moved to the end of
     metrics.superseded.jsonl: their steps are done again, and where checkpoints were damaged, which
     may be all of them, nothing else tells of the first time.
     """
 
-    def __init__(self, config: LogConfig, run_dir: Path, run: str, resumed_at: int):
-        self._writers = []
-        if config.tensorboard:
-            self._writers.append(_TensorBoard(run_dir))
-        if config.wandb:
-            self._writers.append(_WandB(config.wandb, run))
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        run: str,
+        resumed_at: int,
+        log: Callable[[str], None] = print,
+    ):
+        self._writers: list[Any] = []
+        self._kinds: dict[str, str] = {}
+        about = {**to_dict(config), "run": run, "record": str(run_dir)}
+        if config.log.tensorboard:
+            self._writers.append(_TensorBoard(run_dir, about))
+        if config.log.wandb:
+            self._writers.append(_WandB(config.log.wandb, about, log))
         path, kept = run_dir / "metrics.jsonl", ""
         if storage.exists(path):
             rows = storage.read(path).decode(errors="replace").splitlines()
@@ -151,9 +164,14 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """`row` holds `step` and numbers, or a nested `eval` list in the form of result.json."""
         self._log.write(json.dumps(row) + "\n")
-        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+        losses = row.get("eval", ())
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)} | _flat(losses)
+        kinds = self._kinds | {f"eval/{loss['estimator']}": loss["kind"] for loss in losses}
         for writer in self._writers:
+            if kinds != self._kinds:
+                writer.name_kinds(kinds)
             writer.write(numbers)
+        self._kinds = kinds
 
     def close(self) -> None:
         self._log.close()
@@ -185,15 +203,32 @@ def _step(line: str) -> float:
         return float("inf")  # a half-written last line
 
 
+def _flat(losses: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    found = {}
+    for loss in losses:
+        name = f"eval/{loss['estimator']}"
+        known = {f"{name}/{error}": loss[error] for error in ("se_mc", "se_data")}
+        found[name] = loss["value"]
+        found |= {key: value for key, value in known.items() if value is not None}
+    return found
+
+
 class _TensorBoard:
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, about: Mapping[str, Any]):
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise UserError("log.tensorboard: install prime_jax[tensorboard]") from error
         self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._text("config", about)
 
-    def write(self, row: dict[str, float]) -> None:
+    def _text(self, name: str, value: Mapping[str, Any]) -> None:
+        self.writer.add_text(name, f"    {json.dumps(value, indent=2)}".replace("\n", "\n    "))
+
+    def name_kinds(self, kinds: Mapping[str, str]) -> None:
+        self._text("kinds", kinds)
+
+    def write(self, row: Mapping[str, float]) -> None:
         for name, value in row.items():
             self.writer.add_scalar(name, value, row["step"])
 
@@ -202,15 +237,40 @@ class _TensorBoard:
 
 
 class _WandB:
-    def __init__(self, project: str, run: str):
+    """Weights & Biases; a service that fails takes no run with it: that is one line.
+
+    Steps are a metric like others, and the axis of all: W&B's own count only rises, so it would
+    drop what a resumed run does again.
+    """
+
+    def __init__(self, project: str, about: Mapping[str, Any], log: Callable[[str], None]):
         try:
             import wandb
         except ImportError as error:
             raise UserError("log.wandb: install prime_jax[wandb]") from error
-        self.run = wandb.init(project=project, id=run, resume="allow")
+        self._log = log
+        named = {"project": project, "id": about["run"], "config": dict(about)}
+        self.run = self._try(lambda: wandb.init(resume="allow", **named))
+        if self.run:
+            self._try(lambda: self.run.define_metric("*", step_metric="step"))
 
-    def write(self, row: dict[str, float]) -> None:
-        self.run.log(row, step=row["step"])
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # no login, no network, a full quota, ...
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            self._log(f"W&B: {words[0]}; the run goes on without it (WANDB_MODE=offline keeps it)")
+            self.run = None
+            return None
+
+    def name_kinds(self, kinds: Mapping[str, str]) -> None:
+        if self.run:
+            self._try(lambda: self.run.config.update({"kinds": kinds}, allow_val_change=True))
+
+    def write(self, row: Mapping[str, float]) -> None:
+        if self.run:
+            self._try(lambda: self.run.log(dict(row)))
 
     def close(self) -> None:
-        self.run.finish()
+        if self.run:
+            self._try(self.run.finish)
