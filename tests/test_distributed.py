@@ -63,6 +63,25 @@ except UserError as error:
 
 
 @pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node[03-04,7],other", "node03"),
+        ("rack[0-1]_blade[0-1]", "rack0_blade0"),
+        ("gpu[001-002]-ib0,x", "gpu001-ib0"),
+        ("alone", "alone"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert distributed.first_host(nodes) == first
+
+
+@pytest.mark.parametrize("nodes", ["", ",a", "a[", "[x]"])
+def test_no_host_in_a_list(nodes):
+    with pytest.raises(UserError, match="no host in it"):
+        distributed.first_host(nodes)
+
+
+@pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({"JAX_PLATFORMS": "cpu"}, None),

@@ -114,11 +114,11 @@ def _process_group(
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm list: `a[03-05,7],b` gives a03."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", nodes)
+    """The first host of a Slurm list: `a[03-05,7]-x,b` gives a03-x."""
+    match = re.match(r"(?:[^,\[\]]|\[\d[^\[\]]*\])+(?=,|$)", nodes)
     if not match:
         raise UserError(f"SLURM_STEP_NODELIST = {nodes!r}: no host in it")
-    return match[1] + (match[2] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def start(
