@@ -117,7 +117,7 @@ def passes(name: str, replicates: int) -> int:
 
 def note(config: RunConfig, name: str) -> str:
     """What to know of an estimator's number for this run, one line; empty for nothing."""
-    head, *_, last = name.split(":")
+    head, last = name.partition(":")[0], name.rpartition(":")[2]
     notes, loose = [], not config.objective.carry_over and config.subtokens.length > 1
     if head in ("exact", "bracket") and config.data.segment_ids:
         notes.append("the lengths of documents are given: EOS is visible and not charged")
