@@ -198,6 +198,21 @@ def test_noise_levels_are_stratified_in_every_replicate(examples):
         assert sorted((levels * examples).astype(int) % examples) == list(range(examples))
 
 
+@pytest.mark.parametrize("name", ["joint", "finite:4", "exact:subtoken", "subtoken", "token"])
+def test_a_number_that_is_not_what_its_name_says_has_a_note(name):
+    """Without carry-over the sampler, the training loss and the sum over texts are others."""
+    config = run_on("nowhere", "prime")
+    assert likelihood.note(config, name) == ""
+    free = set_path(config, "objective.carry_over", False)
+    assert bool(likelihood.note(free, name)) == (name not in ("subtoken", "token"))
+    assert (
+        likelihood.note(set_path(run_on("nowhere", "mdm"), "objective.carry_over", False), name)
+        == ""
+    )
+    given = set_path(free, "data.segment_ids", True)
+    assert ("lengths of documents" in likelihood.note(given, name)) == (name == "exact:subtoken")
+
+
 def test_unknown_estimators_are_refused():
     config = run_on("nowhere", "prime", eval=EvalConfig(estimators=("subtokens",)))
     with pytest.raises(UserError, match="finite:T"):
