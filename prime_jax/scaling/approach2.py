@@ -122,6 +122,8 @@ def fit_curve(
         best, value = centre - c[1] / (2 * c[2]), c[0] - c[1] ** 2 / (4 * c[2])
     else:
         return None
+    if value <= 0:
+        return None
     censored: Side | None = "below" if best <= low else "above" if best >= high else None
     size = float(np.exp(np.clip(best, -50, 100)))
     if censored:
@@ -607,11 +609,11 @@ def _spread(
         diagnostics.append(
             warn(
                 "budget_spread",
-                f"runs of the stated budgets {_list([c for c, _ in wide])} differ in their FLOPs by up to {most - 1:.0%}; they are taken as stated",
+                f"runs that state {_list([c for c, _ in wide])} FLOPs differ in theirs by up to {most - 1:.0%}; the statement is believed",
             )
         )
     if spread and points.stated:
-        text = f"runs of the stated budgets {_list(spread)} differ in their FLOPs by more than a factor of {MAX_SPREAD:g}; left out of approach 2"
+        text = f"runs that state {_list(spread)} FLOPs differ in theirs by more than a factor of {MAX_SPREAD:g}; left out of approach 2"
         diagnostics.append(warn("budget_spread", text))
     elif spread:
         text = f"runs of {_list(spread)} FLOPs differ in their FLOPs by more than {SPREAD - 1:.0%}"
