@@ -22,7 +22,7 @@ from scipy.special import log_ndtr
 from prime_jax.scaling import labels, newton, noise
 from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Compute, Optimum, PowerLaw
-from prime_jax.scaling.points import SPREAD, Points, budget_spread
+from prime_jax.scaling.points import SPREAD, Points, assign_budgets, budget_spread
 from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.settings import Method
 
@@ -182,14 +182,28 @@ def redraw_curve(
 
 
 def _akima(x_n: Array, loss_n: Array) -> Callable[[ArrayLike], Array]:
-    """Through the mean loss of every size; `loss_n` may have more axes."""
+    """Through the mean loss of every size; `loss_n` may have more axes.
+
+    Sizes without a gap of 5 % are one: between two that are next to each other the noise of their
+    losses would be a slope without end.
+    """
     from scipy.interpolate import Akima1DInterpolator  # slow to load, and rarely used
 
-    size, where = np.unique(x_n, return_inverse=True)
-    total = np.zeros((len(size), *loss_n.shape[1:]))
+    where = _distinct(np.exp(x_n))
+    count = np.bincount(where)
+    total = np.zeros((len(count), *loss_n.shape[1:]))
     np.add.at(total, where, loss_n)
-    count = np.bincount(where).reshape(-1, *[1] * (loss_n.ndim - 1))
-    return Akima1DInterpolator(size, total / count)
+    mean = total / count.reshape(-1, *[1] * (loss_n.ndim - 1))
+    return Akima1DInterpolator(np.bincount(where, x_n) / count, mean, extrapolate=True)
+
+
+def _sizes(params: Array, method: Method) -> int:
+    return len(np.unique(params if method == "parabola" else _distinct(params)))
+
+
+def _distinct(params: Array) -> NDArray[np.intp]:
+    """Which of the sizes, in rising order, each run has; those without a gap are one."""
+    return np.unique(assign_budgets(params, None), return_inverse=True)[1]
 
 
 def _lowest(x_n: Array, loss_nxR: Array) -> tuple[Array, Array]:
@@ -378,7 +392,7 @@ def fit(
             wide.append((budget, apart))
         if apart > most:
             spread.append(budget)
-        elif len(np.unique(params)) < MIN_SIZES[method]:
+        elif _sizes(params, method) < MIN_SIZES[method]:
             few.append(budget)
         else:
             curve = fit_curve(
@@ -630,7 +644,7 @@ def _left_out(few: list[float], no_minimum: list[float], method: Method) -> list
         )
     if no_minimum:
         diagnostics.append(
-            warn("negative_curvature", f"the parabola has no minimum at {_list(no_minimum)} FLOPs")
+            warn("negative_curvature", f"the {method} has no minimum at {_list(no_minimum)} FLOPs")
         )
     return diagnostics
 
