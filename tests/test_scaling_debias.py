@@ -199,6 +199,15 @@ def test_a_fit_leaves_out_what_is_implausible_and_says_so(monkeypatch):
     assert "debias_implausible" in {warning.code for warning in family.warnings}
 
 
+def test_akima_takes_sizes_next_to_each_other_for_one():
+    points = surface(STEEP, ratios=(0.2, 0.5, 1.0, 1.001, 2, 5), noise=0.01, seed=1)
+    for curve in approach2.fit(points, Compute(), "akima").curves:
+        fine = curve.loss(np.geomspace(curve.low, curve.high, 400))
+        assert fine.min() > curve.loss_n.min() - 0.1
+    near = surface(STEEP, ratios=(1, 1.001, 1.002, 1.003, 1.004))
+    assert approach2.fit(near, Compute(), "akima").curves == ()
+
+
 def test_akima_is_not_debiased():
     points = surface(STEEP, ratios=np.geomspace(1 / 8, 8, 9), noise=1e-3)
     family = fit_family(points, Settings(100, approach2="akima"))

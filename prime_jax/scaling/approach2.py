@@ -22,7 +22,7 @@ from scipy.special import log_ndtr
 from prime_jax.scaling import labels, newton, noise
 from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Compute, Optimum, PowerLaw
-from prime_jax.scaling.points import SPREAD, Points, budget_spread
+from prime_jax.scaling.points import SPREAD, Points, assign_budgets, budget_spread
 from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.settings import Method
 
@@ -122,6 +122,8 @@ def fit_curve(
         best, value = centre - c[1] / (2 * c[2]), c[0] - c[1] ** 2 / (4 * c[2])
     else:
         return None
+    if value <= 0:
+        return None
     censored: Side | None = "below" if best <= low else "above" if best >= high else None
     size = float(np.exp(np.clip(best, -50, 100)))
     if censored:
@@ -180,14 +182,28 @@ def redraw_curve(
 
 
 def _akima(x_n: Array, loss_n: Array) -> Callable[[ArrayLike], Array]:
-    """Through the mean loss of every size; `loss_n` may have more axes."""
+    """Through the mean loss of every size; `loss_n` may have more axes.
+
+    Sizes without a gap of 5 % are one: between two that are next to each other the noise of their
+    losses would be a slope without end.
+    """
     from scipy.interpolate import Akima1DInterpolator  # slow to load, and rarely used
 
-    size, where = np.unique(x_n, return_inverse=True)
-    total = np.zeros((len(size), *loss_n.shape[1:]))
+    where = _distinct(np.exp(x_n))
+    count = np.bincount(where)
+    total = np.zeros((len(count), *loss_n.shape[1:]))
     np.add.at(total, where, loss_n)
-    count = np.bincount(where).reshape(-1, *[1] * (loss_n.ndim - 1))
-    return Akima1DInterpolator(size, total / count)
+    mean = total / count.reshape(-1, *[1] * (loss_n.ndim - 1))
+    return Akima1DInterpolator(np.bincount(where, x_n) / count, mean, extrapolate=True)
+
+
+def _sizes(params: Array, method: Method) -> int:
+    return len(np.unique(params if method == "parabola" else _distinct(params)))
+
+
+def _distinct(params: Array) -> NDArray[np.intp]:
+    """Which of the sizes, in rising order, each run has; those without a gap are one."""
+    return np.unique(assign_budgets(params, None), return_inverse=True)[1]
 
 
 def _lowest(x_n: Array, loss_nxR: Array) -> tuple[Array, Array]:
@@ -376,7 +392,7 @@ def fit(
             wide.append((budget, apart))
         if apart > most:
             spread.append(budget)
-        elif len(np.unique(params)) < MIN_SIZES[method]:
+        elif _sizes(params, method) < MIN_SIZES[method]:
             few.append(budget)
         else:
             curve = fit_curve(
@@ -607,11 +623,11 @@ def _spread(
         diagnostics.append(
             warn(
                 "budget_spread",
-                f"runs of the stated budgets {_list([c for c, _ in wide])} differ in their FLOPs by up to {most - 1:.0%}; they are taken as stated",
+                f"runs that state {_list([c for c, _ in wide])} FLOPs differ in theirs by up to {most - 1:.0%}; the statement is believed",
             )
         )
     if spread and points.stated:
-        text = f"runs of the stated budgets {_list(spread)} differ in their FLOPs by more than a factor of {MAX_SPREAD:g}; left out of approach 2"
+        text = f"runs that state {_list(spread)} FLOPs differ in theirs by more than a factor of {MAX_SPREAD:g}; left out of approach 2"
         diagnostics.append(warn("budget_spread", text))
     elif spread:
         text = f"runs of {_list(spread)} FLOPs differ in their FLOPs by more than {SPREAD - 1:.0%}"
@@ -628,7 +644,7 @@ def _left_out(few: list[float], no_minimum: list[float], method: Method) -> list
         )
     if no_minimum:
         diagnostics.append(
-            warn("negative_curvature", f"the parabola has no minimum at {_list(no_minimum)} FLOPs")
+            warn("negative_curvature", f"the {method} has no minimum at {_list(no_minimum)} FLOPs")
         )
     return diagnostics
 

@@ -43,6 +43,7 @@ MIN_RUNS, FEW_RUNS = 6, 15  # five unknowns; three runs for each of them
 MIN_LEVELS = 3  # different N, D and C without which the two terms cannot be told apart
 POWER_LAW_ERROR = 0.05
 APART = 0.05  # in a, between approaches that both have no interval
+MAX_SHOWN = 5  # budgets in one message
 PROFILED = 12  # most budgets at which N* is profiled
 SMALL_DELTA = 0.05  # of the scatter: a Huber delta below it is least absolute deviation in effect
 SMALL_SCALE = 1e17  # FLOPs
@@ -69,6 +70,11 @@ def disagreements(estimates: dict[str, Estimate]) -> list[Diagnostic]:
             )
             out.append(warn("approaches_disagree", ", ".join(said)))
     return out
+
+
+def _some(texts: list[str]) -> str:
+    more = f" and {len(texts) - MAX_SHOWN} more" if len(texts) > MAX_SHOWN else ""
+    return ", ".join(texts[:MAX_SHOWN]) + more
 
 
 def _ends(interval: list[float] | None) -> str:
@@ -268,7 +274,7 @@ def _profile_findings(
     ]
     if not open_ends:
         return []
-    shown = "; ".join(open_ends)
+    shown = _some(open_ends)
     return [warn("not_identified", f"{level:.0%} profile intervals do not close: {shown}")]
 
 
@@ -284,7 +290,7 @@ def _optimum_findings(points: Points, compute: Compute, law: Law) -> list[Diagno
         diagnostics.append(
             warn(
                 "extrapolation",
-                f"approach 3 puts the optimum outside the sampled sizes: {', '.join(outside)}",
+                f"approach 3 puts the optimum outside the sampled sizes: {_some(outside)}",
             )
         )
     if compute.error > POWER_LAW_ERROR:

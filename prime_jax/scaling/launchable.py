@@ -50,11 +50,15 @@ def of_sweep(root: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for run in state.list_runs(root):
         # The longest warm-up is the one that the experiment asks for, before a rule cut it.
-        known, spec = found.get(run.spec["family"]), run.spec
-        warmup = spec["config"]["optim"]["warmup_steps"]
-        if known is None or warmup > known["config"]["optim"]["warmup_steps"]:
-            found[spec["family"]] = {"config": spec["config"], "rules": spec["rules"]}
+        spec = run.spec
+        known, warmup = found.get(spec["family"]), _warmup(spec)
+        if known is None or warmup > _warmup(known):
+            found[spec["family"]] = {"config": spec["config"], "rules": spec.get("rules", {})}
     return found
+
+
+def _warmup(spec: dict[str, Any]) -> int:
+    return spec["config"].get("optim", {}).get("warmup_steps", 0)
 
 
 def template(

@@ -137,6 +137,7 @@ def minimum_losses(curves: tuple[IsoflopCurve, ...], replicates: int, seed: int)
     return np.log(np.maximum(np.stack(losses, 1), 1e-9))
 
 
+@np.errstate(divide="ignore", over="ignore", under="ignore")  # m may be infinite, or 0
 def _multiplier(here: Side, there: Side, flops: Array, level: float, ratio: Ratio) -> Multiplier:
     """m where one side spends `flops` and the other what it needs for the loss reached."""
     equal = frontier_flops(there.law, there.compute, optimum(here.law, here.compute, flops).loss)

@@ -102,7 +102,8 @@ def assign_budgets(flops: Array, stated: Array | None) -> Array:
 
 def _commonest(values: Array) -> float:
     unique, counts = np.unique(values, return_counts=True)
-    return float(unique[np.argmax(counts)])
+    commonest = unique[counts == counts.max()].tolist()
+    return min(commonest, key=lambda value: len(f"{value:g}"))  # the roundest, as plans have them
 
 
 def budget_spread(flops: Array) -> float:

@@ -143,8 +143,6 @@ def predict_family(
             *_data_findings(best, epochs),
             *more,
         ]
-    elif not family.fitted:
-        diagnostics.append(refuse("too_few_points", f"nothing was fitted: {family.reason}"))
     known = {(one.code, one.message) for one in diagnostics}
     diagnostics += [one for one in family.warnings if (one.code, one.message) not in known]
     return Prediction(

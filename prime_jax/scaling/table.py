@@ -33,7 +33,7 @@ AS_GIVEN = "as given"  # plain `flops` and `params` columns, whatever they count
 MIN_EVALUATIONS = 3  # that make a curve
 WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
 DONE = ("done", "finished", "completed", "complete", "succeeded", "success", "ok")
-STATES = ("status", "State", "state")  # the column as it is called here and by W&B
+WANDB = ("finished", "running", "crashed", "failed", "killed", "preempting", "preempted", "pending")
 # Words by which columns of others are recognised, the likeliest first.
 MEANT = {
     "family": ("family", "model", "arch", "architecture", "method", "group", "experiment"),
@@ -90,8 +90,12 @@ def renamed(table: Table, names: Mapping[str, str]) -> Table:
 
 
 def status(row: Mapping[str, Any]) -> str:
-    """What became of a run: "done", another word, or "" where the table does not say."""
-    word = next((found for name in STATES if (found := text(row, name))), "")
+    """What became of a run: "done", another word, or "" where the table does not say.
+
+    It is said by `status`, or by `State` in the words of W&B.
+    """
+    state = text(row, "State") or text(row, "state")
+    word = text(row, "status") or (state if state.lower() in WANDB else "")
     return "done" if word.lower() in DONE else word
 
 
@@ -102,7 +106,7 @@ def of_columns(columns: Any, source: str = "data") -> Table:
         UserError: it is neither, or its columns differ in length.
     """
     try:
-        named = {str(name): list(columns[name]) for name in columns.keys()}  # noqa: SIM118
+        named = {_one_line(str(name)): list(columns[name]) for name in columns.keys()}  # noqa: SIM118
     except (AttributeError, TypeError):
         kind = type(columns).__name__
         raise UserError(
@@ -129,7 +133,12 @@ def _cell(value: Any) -> Any:
         value = value.item()
     if value is None or str(value) in ("nan", "<NA>", "NaT"):
         return ""
-    return value if isinstance(value, int | float) else str(value).strip()
+    return value if isinstance(value, int | float) else _one_line(str(value))
+
+
+def _one_line(cell: str) -> str:
+    """Without space around it; names with line breaks in them are said in one line, too."""
+    return cell.strip() if cell.isprintable() else " ".join(cell.split())
 
 
 def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
@@ -142,9 +151,9 @@ def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
         return _of_json(text, path, hashlib.sha256(data).hexdigest())
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        columns = [name.strip() for name in next(lines, [])]
+        columns = [_one_line(name) for name in next(lines, [])]
         while columns == ["sep=", ""] or not columns or columns[0].startswith("# "):
-            columns = [name.strip() for name in next(lines)]  # a hint to Excel, or a comment
+            columns = [_one_line(name) for name in next(lines)]  # a hint to Excel, or a comment
         _check_header(columns, path)
         rows, names = [], []
         for cells in lines:
@@ -156,7 +165,7 @@ def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
                 raise UserError(
                     f"{path}, row {lines.line_num}: {len(cells)} cells, but the header has {len(columns)}"
                 )
-            rows.append(dict(zip(columns, (cell.strip() for cell in cells), strict=True)))
+            rows.append(dict(zip(columns, map(_one_line, cells), strict=True)))
             names.append(f"row {lines.line_num}")
             if len(rows) > most:
                 raise UserError(
@@ -515,17 +524,18 @@ def _of_sweep(root: Path, metric: str) -> Logs:
     state.check_root(root)
     training, evaluated, decaying = {}, {}, {}
     for run in state.list_runs(root):
-        if run.result is None or run.result["status"] != "done":
+        if (run.result or {}).get("status") != "done":
             continue
-        if run.spec["config"]["optim"]["schedule"] != "wsd":
+        if run.spec["config"].get("optim", {}).get("schedule") != "wsd":
             decaying[run.id] = Log(schedule="decays")
             continue
         rows = [row for k in range(run.k + 1) for row in _rows(root / "runs" / run.id / str(k))]
-        batches = {row["step"]: row for row in rows if row.get("loss") is not None}
-        evals = {row["step"]: loss for row in rows if (loss := _evaluation(row, metric))}
-        rates = {"lr_clock": list(batches), "lr": [row["lr"] for row in batches.values()]}
         name = "joint" if metric == "joint" else "loss"
-        losses = [row[name] for row in batches.values()]
+        batches = {row["step"]: row[name] for row in rows if _number(row.get(name), above=0)}
+        lr = {row["step"]: row["lr"] for row in rows if _number(row.get("lr"))}
+        evals = {row["step"]: loss for row in rows if (loss := _evaluation(row, metric))}
+        rates = {"lr_clock": list(lr), "lr": list(lr.values())}
+        losses = list(batches.values())
         training[run.id] = Log(list(batches), losses, **rates, kind="train_loss")
         values = [loss["value"] for loss in evals.values()]
         kind = "+".join(sorted({loss["kind"] for loss in evals.values()}))
@@ -535,22 +545,35 @@ def _of_sweep(root: Path, metric: str) -> Logs:
 
 
 def _rows(attempt: Path) -> Iterator[dict[str, Any]]:
-    """Later attempts repeat the steps that an earlier one lost; a killed one ends mid-line."""
+    """Later attempts repeat the steps that an earlier one lost; a killed one ends mid-line, and
+    what is no record of a step is none."""
     try:
-        lines = (attempt / "metrics.jsonl").read_text().splitlines()
+        lines = (attempt / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0:
             yield row
 
 
+def _number(value: Any, above: float = -math.inf) -> bool:
+    return type(value) in (int, float) and above < value < math.inf
+
+
 def _evaluation(row: dict[str, Any], metric: str) -> dict[str, Any] | None:
-    losses = row.get("eval", [])
+    evals = row.get("eval")
+    losses = [
+        loss
+        for loss in (evals if isinstance(evals, list) else ())
+        if isinstance(loss, dict)
+        and _number(loss.get("value"), above=0)
+        and loss.get("kind") in KINDS
+        and isinstance(loss.get("estimator"), str)
+    ]
     if metric == DEFAULT_METRIC:
         return best_valid(losses)
     return next((loss for loss in losses if loss["estimator"] == metric), None)

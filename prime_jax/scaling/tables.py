@@ -460,10 +460,10 @@ def _prediction(one: Record, unit: str) -> dict[str, str]:
         "C lies": where,
         "N* (parameters), approach 3": _estimate(three, "params", labels.count),
         "N* (parameters), approach 2": _estimate(two, "params", labels.count),
-        "  de-biased N*": _estimate(debiased, "params", labels.count),
+        "  de-biased N*": _estimate(debiased, "params", labels.count) if debiased else "not known",
         "D* (tokens), approach 3": _estimate(three, "tokens", labels.count),
         "D* (tokens), approach 2": _estimate(two, "tokens", labels.count),
-        "  de-biased D*": _estimate(debiased, "tokens", labels.count),
+        "  de-biased D*": _estimate(debiased, "tokens", labels.count) if debiased else "not known",
         f"loss{unit}": _estimate(three, "loss", labels.value),
         "  with model error": _estimate(three, "loss_with_model_error", labels.value),
         "  error of the rollout": (
