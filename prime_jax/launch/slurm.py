@@ -43,7 +43,7 @@ class Options(Flags):
         (), "shell line to run before the worker", metavar="LINE", repeat=True
     )
     sbatch: tuple[str, ...] = setting(
-        (), "further option of sbatch", metavar="NAME=VALUE", repeat=True
+        (), "further option of sbatch", metavar="NAME[=VALUE]", repeat=True
     )
 
 
@@ -134,7 +134,8 @@ def _executor(pool: Pool, options: Options) -> Any:
         def affinity(cls) -> int:
             return 2
 
-    extra = dict(pair.partition("=")[::2] for pair in options.sbatch)
+    given_flags = (pair.partition("=") for pair in options.sbatch)
+    extra = {name: value if equals else True for name, equals, value in given_flags}
     executor = Executor(_logs(pool))
     chip = pool.slice_.chip if pool.slice_ else None
     if chip and chip.platform != "cuda":
@@ -175,12 +176,20 @@ def _logs(pool: Pool) -> Path:
     """A folder shared by all nodes: in the sweep, else in the user's home."""
     if pool.sweep.on_object_store():
         return Path.home() / ".cache" / "prime_jax" / pool.sweep.name
-    return Path(pool.sweep.root) / "logs" / "slurm"
+    folder = Path(pool.sweep.root) / "logs" / "slurm"
+    if "%" in str(folder):
+        raise UserError(
+            f"{folder}: Slurm reads % in the name of a log as a pattern; move the sweep"
+        )
+    return folder
 
 
 def _queue(sweep: Sweep) -> list[tuple[str, str, str]]:
     """(number, name, state) of this user's arrays of the sweep that are queued or running."""
     rows = [line.split("|") for line in _slurm("squeue", "--me", "-h", "-o", "%F|%j|%T")]
+    rows = [
+        row for row in rows if len(row) == 3 and row[0].isdigit()
+    ]  # sites print lines of theirs
     found = {(n, name, state) for n, name, state in rows if name.startswith(f"{sweep.name}-")}
     return sorted(found)
 
