@@ -123,9 +123,9 @@ def _check_range(field: dataclasses.Field, value: Any, name: str) -> None:
     for number in _numbers(value):
         finite = not math.isnan(number) and (infinite or abs(number) != math.inf)
         if not (finite and all(HOLDS[test](number, limit) for test, limit in limits.items())):
-            raise UserError(
-                f"{_told(name, number)}: must be {range_of(field) or 'a finite number'}"
-            )
+            right = [] if finite else ["finite" if limits else "a finite number"]
+            right += [range_of(field)] if limits else []
+            raise UserError(f"{_told(name, number)}: must be {' and '.join(right)}")
 
 
 def _numbers(value: Any) -> Iterator[float]:

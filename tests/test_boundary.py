@@ -124,9 +124,22 @@ SWALLOWING = WAITING.replace(
 )
 
 
+PRINTING = WAITING.replace(
+    "    time.sleep(60)",
+    """
+    try:
+        time.sleep(60)
+    except BaseException:
+        import sys
+        sys.excepthook(*sys.exc_info())  # as C that imports numpy
+        raise ImportError("numpy failed to import") from None""",
+)
+
+
 @pytest.mark.parametrize(
     ("code", "says"),
     [
+        (PRINTING, "interrupted\n"),
         (WAITING, "interrupted\n"),
         (SWALLOWING, "interrupted\n"),
         (COMPILING, "interrupted while compiling\n"),

@@ -125,7 +125,7 @@ def test_overrides_are_typed():
         (["--model.width", "wide"], "--model.width wide: must be an integer, at least 1; now 128"),
         (["--model.width"], "--model.width: must be an integer"),
         (["--model.width", "-3"], "model.width = -3: must be at least 1"),
-        (["--optim.peak-lr", "nan"], "optim.peak_lr = nan: must be above 0"),
+        (["--optim.peak-lr", "nan"], "optim.peak_lr = nan: must be finite and above 0"),
         (["--family", "gpt"], "family = 'gpt': must be one of arm, mdm, prime"),
         (["--kernels.head-blocks", "x"], "must be integers, each at least 1; now []"),
         (["--model.qk-norm", "maybe"], "must be True or False; now True"),

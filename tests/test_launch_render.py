@@ -260,3 +260,35 @@ def test_a_sites_own_words_are_no_jobs(sweep, monkeypatch, tmp_path):
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert slurm._queue(sweep) == [("7", name, "RUNNING")]
+
+
+@pytest.mark.parametrize(
+    "text", ["on", "123", "a: b", "x #y", "a b", "{x}", "&a", "*", "'", '"', "é", "~", "$HOME", "-"]
+)
+def test_words_of_users_stay_the_same_words(text, sweep, tmp_path):
+    assert yaml.safe_load(f"a: {engine.scalar(text)}") == {"a": text}
+    assert yaml.safe_load(f"{engine.scalar(text)}: a") == {text: "a"}
+    options = replace(K8S, queue=text, namespace=text, service_account=text, image=text)
+    one = jobsets(sweep, options)[0]
+    assert one["metadata"]["namespace"] == text
+    assert one["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == text
+    pod = one["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert (pod["serviceAccountName"], pod["containers"][0]["image"]) == (text, text)
+    path = f"/data/{text}"
+    fake_trainer.planned(tmp_path / "odd", base=_with_data(path))
+    odd = engine.Sweep("gs://bucket/odd", tmp_path / "odd", 1, slices.parse("v5e-16"))
+    mounted = jobsets(odd)[0]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert mounted["containers"][0]["volumeMounts"][0]["mountPath"] == path
+    assert path in yaml.safe_load(next(iter(sky.render(odd, SKY).values())))["file_mounts"]
+
+
+def test_slurm_flags_without_a_value_and_lines_of_shell(sweep, tmp_path):
+    options = slurm.Options(sbatch=("requeue", "mail-type=END"), setup=("export A=$HOME",))
+    here = replace(sweep, root=str(tmp_path / "a sweep"), only=slices.parse("h100-8"))
+    (text,) = slurm.render(here, options).values()
+    assert "\n#SBATCH --requeue\n" in text
+    assert "\n#SBATCH --mail-type=END\n" in text
+    assert "\nexport A=$HOME\n" in text
+    assert "'" + str(tmp_path / "a sweep") + "'" in text
+    with pytest.raises(UserError, match="pattern"):
+        slurm.render(replace(here, root=str(tmp_path / "50%j")), options)

@@ -185,8 +185,8 @@ class Every(Checked, path="every"):
     [
         ({"whole": 1}, "every.whole = 1: must be between 2 and 9"),
         ({"whole": True}, "every.whole = True: must be an integer, between 2 and 9"),
-        ({"real": math.nan}, "every.real = nan: must be above 0"),
-        ({"real": math.inf}, "every.real = inf: must be above 0"),
+        ({"real": math.nan}, "every.real = nan: must be finite and above 0"),
+        ({"real": math.inf}, "every.real = inf: must be finite and above 0"),
         ({"real": 10**400}, "every.real = 1000"),
         ({"maybe": 1}, "every.maybe = 1.0: must be below 1"),
         ({"maybe": "x"}, "every.maybe = 'x': must be a number, below 1"),

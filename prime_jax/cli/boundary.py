@@ -32,8 +32,9 @@ def guarded(run: Callable[[], int | None]) -> int:
     Ctrl-C ends it at any time: Python sees no signal while the compiler runs, so then a thread
     ends the process.
     """
+    swallowed = threading.Event()
     try:
-        with _interruptible():
+        with _interruptible(swallowed):
             _fit_streams()
             code = run() or 0
             sys.stdout.flush()
@@ -46,6 +47,9 @@ def guarded(run: Callable[[], int | None]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
     except Exception as error:
+        if swallowed.is_set():  # a library made another error of Ctrl-C
+            _say("interrupted")
+            return INTERRUPTED
         return _told(error)
 
 
@@ -118,8 +122,12 @@ def _fit_streams() -> None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within, Ctrl-C ends the process also where the compiler or a library would not let it."""
+def _interruptible(swallowed: threading.Event) -> Iterator[None]:
+    """Within, Ctrl-C ends the process also where the compiler or a library would not let it.
+
+    Args:
+        swallowed: set when a library printed KeyboardInterrupt, as C does that imports numpy.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -128,7 +136,7 @@ def _interruptible() -> Iterator[None]:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     if before != -1:  # an event loop's; it has its own way with Ctrl-C
         signal.set_wakeup_fd(before)
-    ignored = sys.unraisablehook
+    ignored, printed = sys.unraisablehook, sys.excepthook
 
     def again(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:  # lost in a callback of the garbage collector
@@ -136,7 +144,14 @@ def _interruptible() -> Iterator[None]:
         else:
             ignored(unraisable)
 
-    sys.unraisablehook = again
+    def silent(kind: type[BaseException], *rest: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            swallowed.set()
+            lost.set()
+        else:
+            printed(kind, *rest)
+
+    sys.unraisablehook, sys.excepthook = again, silent
     over, lost = threading.Event(), threading.Event()
     arguments = (reading, threading.get_ident(), over, lost)
     threading.Thread(target=_watch, args=arguments, daemon=True).start()
@@ -144,7 +159,7 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         over.set()
-        sys.unraisablehook = ignored
+        sys.unraisablehook, sys.excepthook = ignored, printed
         if before == -1:
             signal.set_wakeup_fd(-1)
         os.close(writing)

@@ -30,7 +30,7 @@ from rich.text import Text
 from prime_jax.table import Cell, Table
 
 WIDE = 200  # columns where nobody says how many: in files and pipes
-LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
+FIRST_SECONDS, LINE_SECONDS = 10.0, 60.0  # to the first line without a terminal; between them
 
 
 COLOURS = {"": "", "good": "green", "bad": "red", "notable": "yellow"}  # of cells
@@ -114,7 +114,7 @@ def error(value: float | None) -> str:
 class Progress:
     """What runs, how far it is, and lines above it; a context manager.
 
-    A bar for each task on a terminal, a line a minute elsewhere.
+    A bar for each task on a terminal, elsewhere a line after ten seconds and then one a minute.
 
     Args:
         out: where; by default stdout.
@@ -139,7 +139,7 @@ class Progress:
             transient=transient,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._told = time.monotonic()
+        self._next = time.monotonic() + FIRST_SECONDS
 
     def __enter__(self) -> "Progress":
         self._bars.start()
@@ -183,8 +183,8 @@ class Progress:
 
     def _tell(self, text: str, total: float | None, done: float) -> None:
         now = time.monotonic()
-        if not self.out.is_terminal and now - self._told >= LINE_SECONDS:
-            self._told = now
+        if not self.out.is_terminal and now >= self._next:
+            self._next = now + LINE_SECONDS
             self.log(f"{text}: {done:,.0f} of {total:,.0f}" if total else text)
 
 

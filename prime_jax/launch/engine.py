@@ -11,6 +11,8 @@ A target that is only rendered has APPLY, the command for its files, instead of 
 """
 
 import hashlib
+import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from prime_jax.hardware.slices import Slice
 if TYPE_CHECKING:
     from prime_jax.hardware.prices import Prices
 
+PLAIN = re.compile(r"[A-Za-z/][\w./@-]*(:[\w./@-]+)*", re.ASCII)  # what YAML reads as text
+NOT_TEXT = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -215,5 +219,14 @@ def fill(file: str, **values: Any) -> str:
     for line in template(file).splitlines():
         value = values.get(line.strip().removeprefix("$"))
         indent = line[: len(line) - len(line.lstrip())]
-        lines += [indent + one for one in value] if isinstance(value, list) else [line]
-    return Template("\n".join(lines) + "\n").substitute(values)
+        if isinstance(value, list):
+            lines += [indent + one for one in value]  # as they are: a `$` of a user stays
+        else:
+            lines.append(Template(line).substitute(values))
+    return "\n".join(lines) + "\n"
+
+
+def scalar(text: str) -> str:
+    """A string as YAML that reads as the same string: `on`, `123` and `a: b #c` are quoted."""
+    plain = PLAIN.fullmatch(text) and text.lower() not in NOT_TEXT
+    return text if plain else json.dumps(text, ensure_ascii=False)

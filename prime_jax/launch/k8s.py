@@ -4,11 +4,12 @@ One JobSet per process group, so that a restart does not affect other groups. Ex
 it; 85, a crash or a lost node restart the whole group, which continues from its checkpoint.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, Sweep, fill
+from prime_jax.launch.engine import Pool, Sweep, fill, scalar
 from prime_jax.settings import Flags, setting
 
 APPLY = "kubectl apply -f"
@@ -59,16 +60,16 @@ def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
             raise UserError(f"{name}: longer than {MAX_NAME} characters; lower --workers")
         yield fill(
             "jobset.yaml",
-            name=name,
-            sweep=pool.sweep.name,
-            namespace=options.namespace,
-            queue=[f"kueue.x-k8s.io/queue-name: {options.queue}"] * bool(options.queue),
+            name=scalar(name),
+            sweep=scalar(pool.sweep.name),
+            namespace=scalar(options.namespace),
+            queue=[f"kueue.x-k8s.io/queue-name: {scalar(options.queue)}"] * bool(options.queue),
             exclusive=EXCLUSIVE * (tpu and slice_.hosts > jobs),
             jobs=jobs,
             hosts=slice_.hosts // jobs,
-            image=options.image,
-            service_account=options.service_account,
-            arguments=", ".join(f'"{word}"' for word in pool.work()),
+            image=scalar(options.image),
+            service_account=scalar(options.service_account),
+            arguments=", ".join(json.dumps(word, ensure_ascii=False) for word in pool.work()),
             selector=_selector(pool, options),
             resource="google.com/tpu" if tpu else "nvidia.com/gpu",
             chips=slice_.chips_per_host,
@@ -97,8 +98,8 @@ def _mounts(pool: Pool, options: Options) -> list[str]:
         inside = source.removeprefix("gs://").partition("/")[2]
         lines += [
             "- name: data",
-            f"  mountPath: {path}",
-            f"  subPath: {inside}",
+            f"  mountPath: {scalar(path)}",
+            f"  subPath: {scalar(inside)}",
             "  readOnly: true",
         ]
     return ["volumeMounts:", *lines] if lines else []
@@ -115,6 +116,6 @@ def _volumes(pool: Pool, options: Options) -> list[str]:
         "    driver: gcsfuse.csi.storage.gke.io",
         "    readOnly: true",
         "    volumeAttributes:",
-        f"      bucketName: {bucket}",
+        f"      bucketName: {scalar(bucket)}",
         "      mountOptions: implicit-dirs",
     ]

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass
 
 from prime_jax.errors import UserError
-from prime_jax.launch.engine import Pool, Sweep, fill
+from prime_jax.launch.engine import Pool, Sweep, fill, scalar
 from prime_jax.settings import Flags, setting
 
 APPLY = "sky jobs launch"
@@ -49,10 +49,10 @@ def _task(pool: Pool, options: Options) -> str:
         arguments = ["accelerator_args:", f"  runtime_version: {runtime}"]
     else:
         raise UserError(f"{slice_.name}: not supported by SkyPilot; render for k8s")
-    mounts = [f"  {path}: {source}" for source, path in pool.mounts(options.data)]
+    mounts = [f"  {scalar(path)}: {scalar(source)}" for source, path in pool.mounts(options.data)]
     return fill(
         "sky.yaml",
-        name=pool.name,
+        name=scalar(pool.name),
         nodes=nodes,
         accelerators=kind,
         arguments=arguments,

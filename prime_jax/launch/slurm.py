@@ -43,7 +43,7 @@ class Options(Flags):
         (), "shell line to run before the worker", metavar="LINE", repeat=True
     )
     sbatch: tuple[str, ...] = setting(
-        (), "further option of sbatch", metavar="NAME=VALUE", repeat=True
+        (), "further option of sbatch", metavar="NAME[=VALUE]", repeat=True
     )
 
 
@@ -134,7 +134,8 @@ def _executor(pool: Pool, options: Options) -> Any:
         def affinity(cls) -> int:
             return 2
 
-    extra = dict(pair.partition("=")[::2] for pair in options.sbatch)
+    given_flags = (pair.partition("=") for pair in options.sbatch)
+    extra = {name: value if equals else True for name, equals, value in given_flags}
     executor = Executor(_logs(pool))
     chip = pool.slice_.chip if pool.slice_ else None
     if chip and chip.platform != "cuda":
@@ -175,7 +176,12 @@ def _logs(pool: Pool) -> Path:
     """A folder shared by all nodes: in the sweep, else in the user's home."""
     if pool.sweep.on_object_store():
         return Path.home() / ".cache" / "prime_jax" / pool.sweep.name
-    return Path(pool.sweep.root) / "logs" / "slurm"
+    folder = Path(pool.sweep.root) / "logs" / "slurm"
+    if "%" in str(folder):
+        raise UserError(
+            f"{folder}: Slurm reads % in the name of a log as a pattern; move the sweep"
+        )
+    return folder
 
 
 def _queue(sweep: Sweep) -> list[tuple[str, str, str]]:
@@ -184,7 +190,11 @@ def _queue(sweep: Sweep) -> list[tuple[str, str, str]]:
     Lines of another form are a site's own words to its users.
     """
     rows = [line.split("|") for line in _slurm("squeue", "--me", "-h", "-o", "%F|%j|%T")]
-    found = {tuple(r) for r in rows if len(r) == 3 and r[1].startswith(f"{sweep.name}-")}
+    found = {
+        tuple(r)
+        for r in rows
+        if len(r) == 3 and r[0].isdigit() and r[1].startswith(f"{sweep.name}-")
+    }
     return sorted(found)
 
 
