@@ -330,15 +330,22 @@ def test_bad_input_is_one_line(tiny_run, words, said, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_text_without_a_tokenizer_is_refused(tiny_run, tmp_path, numbers, capsys):
-    """The run was copied to a machine without its dataset."""
+def test_a_run_without_its_dataset_keeps_its_tokenizer(tiny_run, tmp_path, numbers, capsys):
+    """The run was copied to a machine without its dataset; once without its tokenizer, too."""
     alone = tmp_path / "alone"
     shutil.copytree(tiny_run, alone)
     config = read_json(alone / "config.json")
     config["data"]["path"] = str(tmp_path / "gone")
     (alone / "config.json").write_text(json.dumps(config))
-    assert cli.main(["eval", str(alone), "--data", numbers]) == 2
-    assert "no tokenizer" in capsys.readouterr().err
+    assert trained.load(alone).tokenizer.hash == trained.load(tiny_run).tokenizer.hash
+    assert trained.load(alone).eos_id == trained.load(tiny_run).eos_id
+    for command in (["eval", str(alone)], ["sample", str(alone), "--grid", "measured"]):
+        assert cli.main(command) == 2
+        assert f"its dataset is not at {tmp_path / 'gone'}" in capsys.readouterr().err
+    (alone / "tokenizer.json").unlink()
+    for command in (["eval", str(alone), "--data", numbers], ["sample", str(alone)]):
+        assert cli.main(command) == 2
+        assert "holds no tokenizer" in capsys.readouterr().err
 
 
 def test_kinds():

@@ -170,8 +170,9 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: lis
     from prime_jax.runtime import distributed
 
     examples = found.config.eval.examples if args.examples is None else args.examples
-    if args.examples is None and (args.stride or args.context) and examples:
-        say(f"--stride and --context cut the whole {args.split} split anew, not {examples} blocks")
+    if args.examples is None and (args.stride or args.context):
+        if examples and not args.data:
+            say(f"--stride, --context: the whole {args.split} split, not {examples} blocks of it")
         examples = 0
     cutting = texts.Cutting(args.stride, args.context, examples, args.split)
     names = report.names_of(found, args.estimators)
