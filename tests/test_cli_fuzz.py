@@ -174,6 +174,7 @@ def test_random_lines_end_well(name, tmp_path, request):
         assert cli.main(["export", str(run), str(work / "exported")]) == 0
     words = [sys.executable, "-c", RUN, str(asked), str(found)]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    environment["HOME"] = environment["XDG_CACHE_HOME"] = str(tmp_path)  # of measured kernels
     environment["NO_GCE_CHECK"] = "true"  # nobody asks for a cloud
     done = subprocess.run(words, cwd=work, env=environment, capture_output=True, timeout=1200)
     assert done.returncode == 0, done.stderr.decode()
