@@ -157,3 +157,21 @@ def test_the_plan_command_prints_without_data_and_refuses_to_write(tmp_path, cap
     assert command("plan", path, tmp_path / "sweep") == 2
     assert "prepare" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"status": "done"}', "NaN", "[" * 9999])
+@pytest.mark.parametrize("kind", ["result", "end", "claim", "beat"])
+def test_a_damaged_record_is_named_and_the_rest_goes_on(kind, text, tmp_path, capsys):
+    bad, *_ = fake_trainer.planned(tmp_path)
+    state.claim(tmp_path, bad, 1)
+    name = f"{bad}.result" if kind == "result" else f"{bad}.1.{kind}"
+    (tmp_path / "state" / name).write_text(text)
+    assert cli.main(["sweep", "status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("8 runs: ")
+    assert cli.main(["sweep", "collect", str(tmp_path), "-o", str(tmp_path / "runs.csv")]) == 0
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 8
+    if kind == "result":
+        assert rows[bad]["status"] == "damaged"
+        assert str(tmp_path / "state" / name) in rows[bad]["reason"]

@@ -13,7 +13,7 @@ from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax import cli
 
-START = "print('ready', flush=True); from prime_jax.cli import main; raise SystemExit(main())"
+START = "from prime_jax.cli import main; print('ready', flush=True); raise SystemExit(main())"
 TRIES, LATEST = 8, 12.0  # of each command; seconds
 CODES = {0, 3, 85, 130}
 SOURCE = "markov:V=16,order=1,tokens=3000000"

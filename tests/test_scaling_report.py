@@ -442,6 +442,17 @@ def test_an_interval_is_never_coarser_than_its_value(number, ends, show, text):
     assert "{} ({})".format(*labels.estimate(number, ends, show)) == text
 
 
+@pytest.mark.parametrize("name", ["$#1 of $3", "[/]", "a_b^c", "$x$"])
+def test_a_name_is_no_mathematics(name, tmp_path):
+    def drawn():
+        figure = Figure()
+        figure.text(0, 0, name)
+        return drawing.save({"x": figure}, tmp_path, formats=("svg",))
+
+    (path,) = drawing.attempt("x", drawn).values()
+    assert name in path.read_text()  # the comment of a text in the file
+
+
 def test_ticks_are_short():
     shown = [labels.tick(x) for x in (25e6, 1e9, 1.5e9, 300, 0.5)]
     assert shown == ["25M", "1B", "1.5B", "300", "0.5"]

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 from prime_jax.errors import UserError
@@ -23,6 +24,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 SWALLOWED_SECONDS = 1.5  # after which a Ctrl-C that had no effect is given again
 STUCK_SECONDS = 1.5  # a compilation is left that long after Ctrl-C
 COMPILERS = ("jax/_src/compiler.py", "jax/_src/compilation_cache.py")  # their last frame is in C++
+IMPORTED = "/jaxlib/"  # Python files that load C++
 REPORT = "please report this to the maintainers with that file, which says what was run"
 
 
@@ -51,6 +53,20 @@ def guarded(run: Callable[[], int | None]) -> int:
             _say("interrupted")
             return INTERRUPTED
         return _told(error)
+
+
+def interrupt(_: int, frame: FrameType | None) -> None:
+    """Ctrl-C raises KeyboardInterrupt, but ends the process while JAX's C++ is being imported: an
+    exception there would be thrown where C++ allows none."""
+    while frame is not None:
+        if IMPORTED in frame.f_code.co_filename:
+            _say("interrupted")
+            leave(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+interrupt.only_raises = True  # type: ignore[attr-defined]  # nobody needs to hand a signal on to it
 
 
 def leave(code: int) -> NoReturn:
@@ -131,6 +147,8 @@ def _interruptible(swallowed: threading.Event) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    if plain := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -159,6 +177,8 @@ def _interruptible(swallowed: threading.Event) -> Iterator[None]:
         yield
     finally:
         over.set()
+        if plain and signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.unraisablehook, sys.excepthook = ignored, printed
         if before == -1:
             signal.set_wakeup_fd(-1)
@@ -170,7 +190,7 @@ def _watch(reading: int, main: int, over: threading.Event, lost: threading.Event
         while numbers := signals.read(64):
             if signal.SIGINT not in numbers:
                 continue
-            plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            plain = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, interrupt)
             if _stays_compiling(main):
                 _say("interrupted while compiling")
                 leave(INTERRUPTED)

@@ -249,6 +249,11 @@ def stop_requested() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
+def _only_raises(handler: object) -> bool:
+    """Whether a handler of SIGINT does nothing but raise KeyboardInterrupt."""
+    return handler is signal.default_int_handler or hasattr(handler, "only_raises")
+
+
 class StoppedAtOnce(KeyboardInterrupt):
     """A signal arrived while nothing would be lost."""
 
@@ -293,7 +298,7 @@ class PreemptionGuard:
         self._restore_handlers()
         if not self.alone:
             self.stop_all()
-        elif callable(outer := self._previous[number]) and outer is not signal.default_int_handler:
+        elif callable(outer := self._previous[number]) and not _only_raises(outer):
             outer(number, frame)  # the worker's own handler: it must stop as well
         if self.alone and self.at_once:
             raise StoppedAtOnce

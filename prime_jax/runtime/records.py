@@ -83,5 +83,5 @@ def parse_json(data: bytes, path: Path) -> Any:
     """Raises: UserError: the content of `path` is damaged."""
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error

@@ -84,20 +84,23 @@ def _row(run: Run) -> dict[str, Any]:
     if run.result is None:
         heartbeat = run.attempts[-1].heartbeat if run.attempts else None
         return row | {"step": (heartbeat or {}).get("step", 0)}
-    row |= {name: run.result["hashes"].get(name, "") for name in HASHES}
-    row |= {"step": run.result["steps"], "epochs": run.result["epochs"]}
+    row |= {name: run.result.get("hashes", {}).get(name, "") for name in HASHES}
+    row |= {"step": run.result.get("steps", ""), "epochs": run.result.get("epochs", "")}
     row |= {"reason": run.result.get("reason", "")}
     for loss in _losses(run):
         name = loss["estimator"]
         row |= {
             f"loss_{name}": loss["value"],
-            f"se_{name}": loss["se_mc"],
+            f"se_{name}": loss.get("se_mc", ""),
             f"kind_{name}": loss["kind"],
         }
     best = best_valid(_losses(run))
     if best:
-        row |= {"kind": best["kind"], "given": best["given"], "loss": best["value"]}
-        row |= {"loss_se": best["se_mc"], "loss_se_data": best["se_data"]}
+        row |= {"kind": best["kind"], "given": best.get("given", ""), "loss": best["value"]}
+        row |= {
+            name: best.get(key, "")
+            for name, key in (("loss_se", "se_mc"), ("loss_se_data", "se_data"))
+        }
     return row
 
 

@@ -26,6 +26,21 @@ FAILURES = 3  # a run that failed this often is not retried until `retry`
 INTERRUPTIONS = 100  # the same for preempted or lost attempts
 BACKOFF = 30.0  # seconds after the first failure, doubled with each further one
 GONE = ("preempted", "lost", "stalled")  # another worker may continue these immediately
+NUMBER, LOSS = (int, float), {"estimator": str, "kind": str, "value": (int, float)}
+FORMS = {  # what readers rely on
+    "spec": {"config": dict, "family": str, "flops": {"matmul": NUMBER}, "params": dict},
+    "result": {"status": str, "losses": [LOSS], "seconds": dict},
+    "end": {"state": str, "reason": str, "retry": bool},
+    "claim": {"host": str, "pid": int},
+    "beat": {},
+}
+DAMAGED: dict[str, dict[str, Any]] = {
+    "result": {"status": "damaged", "losses": [], "hashes": {}, "seconds": {"total": 0.0}}
+    | {"steps": "", "epochs": "", "machine_seconds": 0.0},
+    "end": {"state": "failed", "retry": True, "traceback": ""},
+    "claim": {"host": "", "kernel": "", "pid": 0, "started": None},
+    "beat": {},
+}
 NAME = re.compile(r"([0-9a-f]+)\.(?:(\d+)\.)?(spec|claim|beat|end|result)")
 
 
@@ -190,10 +205,37 @@ def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
     wanted = [name for files in found.values() for name in _wanted(files, watch.cache)]
     values = {}
     for name, data in zip(wanted, storage.read_all(folder, wanted), strict=True):
-        value = parse_json(data, folder / name)
+        value = _understood(folder / name, name.rpartition(".")[2], data)
         (values if name.endswith(".beat") else watch.cache)[name] = value
     runs = [_run(i, files, ChainMap(values, watch.cache), watch) for i, files in found.items()]
     return sorted(runs, key=lambda run: (run.spec["flops"]["matmul"], run.id))
+
+
+def _understood(file: Path, kind: str, data: bytes) -> Any:
+    """The content of a file; of a damaged one, or of another version, what lets the rest go on.
+
+    Raises:
+        UserError: nothing is known of a run whose spec is damaged.
+    """
+    try:
+        value = parse_json(data, file)
+        if kind in FORMS and not _has_form(value, FORMS[kind]):
+            raise UserError(f"{file} is not of this version")
+    except UserError as error:
+        if kind == "spec":
+            raise
+        return DAMAGED[kind] | ({"reason": f"{error}"} if kind in ("result", "end") else {})
+    return value
+
+
+def _has_form(value: Any, form: Any) -> bool:
+    """Whether a value has the keys of `form`, of their types; a list, parts of that form."""
+    if isinstance(form, dict):
+        here = isinstance(value, dict) and form.keys() <= value.keys()
+        return here and all(_has_form(value[name], inner) for name, inner in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_has_form(part, form[0]) for part in value)
+    return isinstance(value, form)
 
 
 def read_run(root: Path, run: str) -> Run:

@@ -19,6 +19,7 @@ from prime_jax.table import Cell, Table
 STATES = (
     "done",
     "diverged",
+    "damaged",
     "running",
     "silent",
     "pending",
@@ -32,7 +33,7 @@ TAIL = 8  # lines of a traceback that are shown
 ROWS = 30  # runs shown: running ones first, then those in TROUBLE
 POLL, POLL_REMOTE = 2.0, 15.0  # seconds between two refreshes
 SILENCE = 300.0  # seconds without a heartbeat, by this machine's clock
-TROUBLE = ("failed", "silent", "lost", "stalled", "killed")
+TROUBLE = ("failed", "damaged", "silent", "lost", "stalled", "killed")
 
 
 def status_of(run: Run) -> str:
@@ -71,7 +72,9 @@ def line(run: Run, heartbeat: dict[str, Any] | None = None) -> str:
     words.append(state)
     words += [f"(no heartbeat for {duration(silence(run))})"] if state == "silent" else []
     steps, step = spec["config"]["steps"], heartbeat.get("step", 0)
-    if run.result:
+    if state == "damaged":
+        words.append(f"({run.result['reason']}; remove it, and the run is open again)")
+    elif run.result:
         words += [f"{loss['estimator']} {loss['value']:.4f}" for loss in run.result["losses"]]
     elif step:
         words.append(f"{step / steps:.0%} step {step}/{steps}")
