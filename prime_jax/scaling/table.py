@@ -138,7 +138,7 @@ def _cell(value: Any) -> Any:
 
 def _one_line(cell: str) -> str:
     """Without space around it; names with line breaks in them are said in one line, too."""
-    return cell.strip() if cell.isprintable() else " ".join(cell.split())
+    return " ".join(cell.splitlines()).strip()
 
 
 def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
