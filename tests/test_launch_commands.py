@@ -73,7 +73,7 @@ def test_render_prints_or_writes(root, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert printed.startswith("#!/bin/bash")
     assert cli.main([*words, "-o", str(tmp_path / "out")]) == 0
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.sbatch")
     assert path.read_text() == printed
     for run in state.open_runs(tmp_path / "sweep"):
         state.publish(tmp_path / "sweep", run.id, {"status": "done", "losses": []})
