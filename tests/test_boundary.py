@@ -57,9 +57,13 @@ def test_what_is_not_is_three_lines_and_a_file(capsys):
     assert len(lines) == 3
 
 
+# As in a terminal: what a shell starts in the background ignores Ctrl-C.
+LISTENING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def python(code: str, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", LISTENING + code],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -13,7 +13,14 @@ from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax import cli
 
-START = "from prime_jax.cli import main; print('ready', flush=True); raise SystemExit(main())"
+# As in a terminal: what a shell starts in the background ignores Ctrl-C.
+START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from prime_jax.cli import main
+print('ready', flush=True)
+raise SystemExit(main())
+"""
 TRIES, LATEST = 8, 12.0  # of each command; seconds
 CODES = {0, 3, 85, 130}
 SOURCE = "markov:V=16,order=1,tokens=3000000"

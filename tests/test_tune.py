@@ -91,7 +91,8 @@ def forced(config: RunConfig, implementation: str) -> Choices:
 def test_a_run_keeps_the_kernels_that_it_began_with(quick, tmp_path):
     """Told to stop and continued under another table, by the same attempt and by another."""
     silent = {"log": lambda _: None}
-    config = dataclasses.replace(quick, steps=3)
+    optim = dataclasses.replace(quick.optim, warmup_steps=1)
+    config = dataclasses.replace(quick, steps=3, optim=optim)
     stop = {"heartbeat": lambda now: False}
     from prime_jax import train as module
 
