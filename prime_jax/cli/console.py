@@ -164,11 +164,11 @@ class Progress:
 
     def heartbeat(self, now: dict[str, Any]) -> bool:
         """What `train` says of a run on its way."""
-        mfu = "" if now["mfu"] is None else f" MFU {now['mfu']:.2f}"
-        speed = f"{now['tokens_per_second']:,.0f} tokens/s{mfu}"
-        self.show(
-            "run", f"{now['phase']} loss {now['loss']:.4f} {speed}", now["steps"], now["step"]
-        )
+        text = now["phase"]
+        if now["tokens_per_second"]:  # else no row has been logged, and the loss is not known
+            text += f" loss {now['loss']:.4f} {now['tokens_per_second']:,.0f} tokens/s"
+            text += "" if now["mfu"] is None else f" MFU {now['mfu']:.2f}"
+        self.show("run", text, now["steps"], now["step"])
         return True
 
     def doing(self, text: str) -> None:
