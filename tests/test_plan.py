@@ -56,6 +56,17 @@ def test_every_candidate_is_listed_as_ok_or_drop():
     assert (text.count("DROP:"), text.count(" OK")) == (14, 3)
 
 
+@pytest.mark.parametrize(
+    ("times", "flagged"), [(1.0, False), (1.8, False), (3.0, True), (0.1, True)]
+)
+def test_a_stated_budget_that_is_not_spent_is_flagged(times, flagged):
+    row = grid.rows(fake_trainer.sweep())[0]
+    stated = dataclasses.replace(row, budget=times * row.budget)
+    (found,) = plan.candidates(grid.Experiment("mine", (stated,), "f" * 64, 4.0), {})
+    assert not found.drop
+    assert (f"stated as {stated.budget:.3g}" in found.note) == flagged
+
+
 def test_table_shows_n_d_c_and_hours():
     tried = experiment(families={"arm": {}}, budgets=(1e9,), sizes=((2, 32, 2),))
     listed = plan.candidates(tried, {})

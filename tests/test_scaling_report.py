@@ -1,5 +1,6 @@
 """Figures, report and command: what a person gets."""
 
+import io
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -343,6 +344,17 @@ def test_numbers_do_not_wait_for_a_figure_that_cannot_be_drawn(
     assert len(shown.err.splitlines()) == len(figures.NAMES)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"compare.json", "fit.json", "points.csv", "report.html", outputs.MADE}
+
+
+def test_a_letter_that_the_font_lacks_is_one_line():
+    told = []
+    figure = Figure()
+    figure.text(0.5, 0.5, "\N{CJK UNIFIED IDEOGRAPH-65E5}")
+    drawn = drawing.attempt("isoflop", lambda: figure.savefig(io.BytesIO()) or "drawn", told.append)
+    assert drawn == "drawn"
+    (line,) = told
+    assert line.startswith("the figure isoflop: Glyph 26085")
+    assert "\n" not in line
 
 
 def test_a_figure_of_an_earlier_fit_does_not_stay(tmp_path):

@@ -1,5 +1,6 @@
 """What all figures share: style, colours, axes, names beside curves, and their files."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -161,8 +162,12 @@ def _save(
 def attempt(name: str, act: Callable[[], Any], log: Say | None = None) -> Any:
     """What `act` returns, or None where it cannot draw: numbers never wait for a picture."""
     try:
-        with matplotlib.rc_context(STYLE):
-            return act()
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            made = act()
+        if said and log is not None:  # a font that lacks a letter of a name, mostly
+            log(f"the figure {name}: {str(said[0].message).splitlines()[0]}")
+        return made
     except OSError:
         raise
     except Exception as error:  # whatever matplotlib makes of unusual numbers

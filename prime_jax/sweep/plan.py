@@ -23,6 +23,7 @@ from prime_jax.sweep.grid import Experiment, Row
 PARAMS = {"matmul": "nonembedding_plus_head", "reference": "reference"}
 
 WRITERS = 16  # concurrent writes: a bucket has a high latency
+FAR = 2.0  # a stated budget off by more than this factor is flagged; fits do not believe it
 OWN = ("state", "cache")  # folders that may exist before sweep.json
 
 
@@ -147,11 +148,15 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
     except UserError as error:
         return Candidate(row, None, str(error))
     epochs = config.tokens / prepared.train.tokens if prepared is not None else None
-    flag = epochs is not None and epochs > epochs_limit
-    note = f"(repeats the data: {epochs:.1f} epochs, above {epochs_limit:g})" if flag else ""
+    notes = []
+    if epochs is not None and epochs > epochs_limit:
+        notes.append(f"(repeats the data: {epochs:.1f} epochs, above {epochs_limit:g})")
+    spent = flops.train_flops(config, row.flops)
+    if not row.budget / FAR < spent < row.budget * FAR:
+        notes.append(f"(trains for {spent:.3g} FLOPs, stated as {row.budget:.3g})")
     if said := remark(config):
-        note = f"{note} ({said})".strip()
-    return Candidate(row, config, "", epochs, note)
+        notes.append(f"({said})")
+    return Candidate(row, config, "", epochs, " ".join(notes))
 
 
 def _with_fingerprint(config: RunConfig, prepared: Any) -> RunConfig:
