@@ -175,3 +175,16 @@ def test_a_damaged_record_is_named_and_the_rest_goes_on(kind, text, tmp_path, ca
     if kind == "result":
         assert rows[bad]["status"] == "damaged"
         assert str(tmp_path / "state" / name) in rows[bad]["reason"]
+
+
+def test_a_damaged_spec_says_how_the_sweep_goes_on(tmp_path, capsys):
+    bad, *_ = fake_trainer.planned(tmp_path)
+    spec = tmp_path / "state" / f"{bad}.spec"
+    spec.write_text('{"conf')
+    assert cli.main(["sweep", "status", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(spec) in line
+    assert "remove it and plan the experiment again" in line
+    spec.unlink()
+    assert fake_trainer.planned(tmp_path)[0] == bad
+    assert cli.main(["sweep", "status", str(tmp_path)]) == 0

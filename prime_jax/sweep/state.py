@@ -223,7 +223,8 @@ def _understood(file: Path, kind: str, data: bytes) -> Any:
             raise UserError(f"{file} is not of this version")
     except UserError as error:
         if kind == "spec":
-            raise
+            again = "remove it and plan the experiment again, which writes it anew"
+            raise UserError(f"{error}; {again}") from None
         return DAMAGED[kind] | ({"reason": f"{error}"} if kind in ("result", "end") else {})
     return value
 
