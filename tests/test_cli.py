@@ -84,6 +84,23 @@ def test_groups_list_their_commands(group, capsys):
         (["data", "inspect", "\udcff"], "argument 3 is not UTF-8"),
         (["train", "x.py", "--see", "3"], "no such option --see"),
         (["fit", "x", "--bootstrap", "3"], "--bootstrap 3: must be an integer, at least 100"),
+        (["fit", "x", "--boot", "300"], "no such option --boot; did you mean --bootstrap?"),
+        (["fit", "x", "--SEEED", "3"], "no such option --SEEED; did you mean --seed?"),
+        (["train", "x.py", "--lr", "1"], "no such option --lr; did you mean --optim.peak-lr?"),
+        (["sample", "r", "--hepl"], "no such option --hepl (prime-jax sample --help)"),
+        (["import", "bogus", "a", "b"], "LAYOUT bogus: must be one of lit_gpt, megatron, safe"),
+        (["sweep", "kill", "root"], "ID [ID ...] is missing: ids of runs, or their beginnings"),
+        (["train", ""], "EXPERIMENT is empty: must be a path"),
+        (["sweep", "run", ""], "ROOT is empty: must be text"),
+        (["fit", "x", "--out="], "--out is empty: must be a path"),
+        (["sample", "r", "--prompt", ""], "--prompt is empty: must be text"),
+        (
+            ["sample", "r", "--prompt", "--x"],
+            "--prompt needs a value: text; one that begins with a",
+        ),
+        (["train", "x.py", "--check=yes"], "--check takes no value"),
+        (["sweep", "up", "r", "--on"], "--on needs a value: slurm, tpu, k8s or sky"),
+        (["sweep", "up", "r", "--on", "local"], "--on local: must be slurm, tpu, k8s or sky; here"),
     ],
 )
 def test_a_wrong_word_is_one_line(words, says, capsys):
@@ -123,10 +140,10 @@ def test_overrides_are_typed():
         (["--model.widht", "256"], "did you mean --model.width"),
         (["--optim.lr", "1"], "no such setting"),
         (["--model.width", "wide"], "--model.width wide: must be an integer, at least 1; now 128"),
-        (["--model.width"], "--model.width: must be an integer"),
-        (["--model.width", "-3"], "model.width = -3: must be at least 1"),
-        (["--optim.peak-lr", "nan"], "optim.peak_lr = nan: must be finite and above 0"),
-        (["--family", "gpt"], "family = 'gpt': must be one of arm, mdm, prime"),
+        (["--model.width"], "--model.width needs a value: an integer, at least 1; now 128"),
+        (["--model.width", "-3"], "--model.width -3: must be an integer, at least 1; now 128"),
+        (["--optim.peak-lr", "nan"], "--optim.peak-lr nan: must be a number, above 0; now"),
+        (["--family", "gpt"], "--family gpt: must be one of arm, mdm, prime; now"),
         (["--kernels.head-blocks", "x"], "must be integers, each at least 1; now []"),
         (["--model.qk-norm", "maybe"], "must be True or False; now True"),
         (["--seed", "0", "--steps", "1.5"], "--steps 1.5: must be an integer"),
@@ -189,8 +206,12 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     assert "seq_len" in bad_command([*train, "--data.seq-len", "8"], capsys)
     assert "heads" in bad_command([*train, "--model.heads", "3"], capsys)
     assert "subtokens.length" in bad_command([*train, "--subtokens.length", "4"], capsys)
-    assert "log.every = 0: must be at least 1" in bad_command([*train, "--log.every", "0"], capsys)
-    assert "seed = -1: must be between 0" in bad_command([*train, "--seed", "-1"], capsys)
+    assert "--log.every 0: must be an integer, at least 1; now" in bad_command(
+        [*train, "--log.every", "0"], capsys
+    )
+    assert "--seed -1: must be an integer, between 0" in bad_command(
+        [*train, "--seed", "-1"], capsys
+    )
     assert "optim.warmup_steps = 3: must be below steps 3" in bad_command(
         [*train, "--optim.warmup-steps", "3"], capsys
     )

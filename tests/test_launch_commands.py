@@ -26,7 +26,9 @@ def refused(capsys, *words: str) -> str:
 def test_unknown_engines_slices_and_options_of_others(root, capsys):
     assert "did you mean slurm" in refused(capsys, "up", root, "--on", "slrum")
     assert "slurm, tpu, k8s, sky" in refused(capsys, "up", root, "--on", "aws")
-    assert "sweep run ROOT --workers N runs here" in refused(capsys, "up", root, "--on", "local")
+    assert "here: prime-jax sweep run ROOT --workers N" in refused(
+        capsys, "up", root, "--on", "local"
+    )
     assert "no such chip" in refused(capsys, "up", root, "--on", "slurm", "--slice", "v9-4")
     assert "--zone: not an option of --on slurm" in refused(
         capsys, "up", root, "--on", "slurm", "--zone", "z"

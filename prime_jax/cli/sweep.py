@@ -351,15 +351,13 @@ class Kill(OfSweep):
     EXAMPLES = ("prime-jax sweep kill ROOT 3f9a",)
 
     ids: tuple[str, ...] = setting(
-        (), "ids of runs, or their beginnings", positional=True, metavar="ID"
+        REQUIRED, "ids of runs, or their beginnings", positional=True, metavar="ID"
     )
 
 
 def kill(args: Kill) -> None:
     from prime_jax.sweep import state
 
-    if not args.ids:
-        raise UserError("kill: give ids of runs")
     place, listed = runs.sweep(args.root)
     for run in state.select(listed, args.ids):
         state.kill(place, run)
