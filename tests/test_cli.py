@@ -99,8 +99,11 @@ def test_groups_list_their_commands(group, capsys):
             "--prompt needs a value: text; one that begins with a",
         ),
         (["train", "x.py", "--check=yes"], "--check takes no value"),
-        (["sweep", "up", "r", "--on"], "--on needs a value: slurm, tpu, k8s or sky"),
-        (["sweep", "up", "r", "--on", "local"], "--on local: must be slurm, tpu, k8s or sky; here"),
+        (["sweep", "up", "r", "--on"], "--on needs a value: one of slurm, tpu, k8s, sky"),
+        (
+            ["sweep", "up", "r", "--on", "local"],
+            "--on local: must be one of slurm, tpu, k8s, sky; here: ",
+        ),
     ],
 )
 def test_a_wrong_word_is_one_line(words, says, capsys):

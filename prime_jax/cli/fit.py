@@ -93,6 +93,10 @@ class Report(OfRuns):
 
     EXAMPLES = ("prime-jax sweep report quickstart --live",)
 
+    runs: str = setting(
+        REQUIRED, "the directory of a sweep, here or in a bucket", positional=True, metavar="ROOT"
+    )
+    out: Path | None = setting(None, "default: ROOT/fit", metavar="DIR")
     live: bool = setting(False, "do not wait for the last run")
 
 

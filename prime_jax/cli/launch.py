@@ -1,6 +1,7 @@
 """`prime-jax sweep up|down|render`: workers on other machines."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +53,7 @@ class _Elsewhere(Arguments):
     on: Literal[tuple(ENGINES)] = setting(
         REQUIRED,
         "what runs the workers",
-        takes="slurm, tpu, k8s or sky; here: prime-jax sweep run ROOT --workers N",
+        takes=f"one of {', '.join(ENGINES)}; here: prime-jax sweep run ROOT --workers N",
     )
     engine: EngineOptions = setting(EngineOptions(), "options of engines")
 
@@ -158,4 +159,12 @@ def _dialogue(yes: bool, prices: Path | None = None) -> Dialogue:
     from prime_jax.hardware.prices import load_prices
 
     path = prices or (PRICES if PRICES.exists() else None)
-    return Dialogue(console(), yes, load_prices(path) if path else None)
+    return Dialogue(say, _ask, yes, load_prices(path) if path else None)
+
+
+def _ask(question: str) -> bool:
+    """Raises: UserError: stdin is not a terminal."""
+    if not sys.stdin.isatty():
+        raise UserError("stdin is not a terminal, so nobody can confirm; --yes skips the question")
+    answer = console().input(f"{question} [y/N] ", markup=False)
+    return answer.strip().lower() in ("y", "yes")
