@@ -120,6 +120,8 @@ def test_words_become_arguments():
     made = parse.parse(class_of("train"), words, "p")
     assert (made.experiment, made.out) == (Path("x.py"), Path("d"))
     assert made.overrides == ("--model.width", "256", "--kernels.head-blocks", "1", "2")
+    made = parse.parse(class_of("fit"), ["runs.csv", "--formats", "svg, png"], "p")
+    assert made.suffixes == ["svg", "png"]
 
 
 def test_version(capsys):
@@ -230,6 +232,24 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     blocked.write_text("not a directory")
     assert "cannot make" in bad_command(["train", experiment, "--out", blocked / "run"], capsys)
     assert "function config()" in bad_command(["train", _empty(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "."], "is a folder; an experiment is a Python file (.py)"),
+        (["train", "runs.csv"], "an experiment is a Python file (.py)"),
+        (["sweep", "plan", "runs.csv"], "an experiment is a Python file (.py) or a list of rows"),
+        (["sweep", "run", "runs.csv"], "is a file; a sweep is a folder"),
+        (["import", "megatron", ".", "o", "--tokenizer", "bytes"], "is a folder, not a file"),
+        (["scaling", "predict", "runs.csv", "--flops", "1e20"], "is a file; give the folder"),
+        (["fit", "runs.csv", "--formats", "svg, gif"], "--formats svg, gif: must be some of"),
+    ],
+)
+def test_a_path_of_the_wrong_kind_is_told(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs.csv").write_text("family,loss\n")
+    assert says in bad_command(words, capsys)
 
 
 @pytest.mark.parametrize("workers", ["0", "-2"])

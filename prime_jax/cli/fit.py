@@ -39,8 +39,12 @@ class OfRuns(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not set(self.formats.split(",")) <= set(FORMATS):
+        if not set(self.suffixes) <= set(FORMATS):
             raise UserError(f"--formats {self.formats}: must be some of {', '.join(FORMATS)}")
+
+    @property
+    def suffixes(self) -> list[str]:
+        return [name.strip() for name in self.formats.split(",")]
 
     @property
     def source(self) -> storage.Path:
@@ -127,7 +131,7 @@ def _fit(args: OfRuns, curves: Path | None = None, note: str = "") -> int:
             say(f"left out: {len(result['excluded'])}; the report says why")
         with Progress(transient=True) as progress:
             progress.doing("drawing")
-            written = fitted.draw(out, args.formats.split(","), complain)
+            written = fitted.draw(out, args.suffixes, complain)
     show_paths(written)
     return 3 if fitted.refused else 0
 

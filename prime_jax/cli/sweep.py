@@ -283,7 +283,7 @@ def logs(args: Logs) -> None:
     from prime_jax.sweep import state
 
     root, listed = runs.sweep(args.root)
-    (run,) = state.select(listed, [args.id])
+    (run,) = state.select(root, listed, [args.id])
     for attempt in run.attempts:
         folder = root / "runs" / run.id / str(attempt.k)
         how = f": {attempt.end['state']}, {attempt.end['reason']}" if attempt.end else ""
@@ -338,7 +338,7 @@ def retry(args: Retry) -> None:
     place, listed = runs.sweep(args.root)
     if args.all_failed:
         say(f"retry: {len(state.retry_failed(place))} failed runs are open again")
-    for run in state.select(listed, args.ids):
+    for run in state.select(place, listed, args.ids):
         state.retry(place, run)
         say(f"retry {run.id}")
 
@@ -359,6 +359,6 @@ def kill(args: Kill) -> None:
     from prime_jax.sweep import state
 
     place, listed = runs.sweep(args.root)
-    for run in state.select(listed, args.ids):
+    for run in state.select(place, listed, args.ids):
         state.kill(place, run)
         say(f"kill {run.id}")
