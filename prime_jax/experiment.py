@@ -29,8 +29,11 @@ def call(path: str | Path, function: str, returns: type[T]) -> T:
             function, or a result of another type.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such experiment file")
+    if path.is_dir() or path.suffix.lower() != ".py":
+        what = "is a folder; " if path.is_dir() else ""
+        raise UserError(f"{path}: {what}an experiment is a Python file (.py)")
     module = guarded(path, lambda: runpy.run_path(str(path), run_name=path.stem))
     if not callable(module.get(function)):
         raise UserError(f"{path}: must define a function {function}() -> {returns.__name__}")

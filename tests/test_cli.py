@@ -84,6 +84,26 @@ def test_groups_list_their_commands(group, capsys):
         (["data", "inspect", "\udcff"], "argument 3 is not UTF-8"),
         (["train", "x.py", "--see", "3"], "no such option --see"),
         (["fit", "x", "--bootstrap", "3"], "--bootstrap 3: must be an integer, at least 100"),
+        (["fit", "x", "--boot", "300"], "no such option --boot; did you mean --bootstrap?"),
+        (["fit", "x", "--SEEED", "3"], "no such option --SEEED; did you mean --seed?"),
+        (["train", "x.py", "--lr", "1"], "no such option --lr; did you mean --optim.peak-lr?"),
+        (["sample", "r", "--hepl"], "no such option --hepl (prime-jax sample --help)"),
+        (["import", "bogus", "a", "b"], "LAYOUT bogus: must be one of lit_gpt, megatron, safe"),
+        (["sweep", "kill", "root"], "ID [ID ...] is missing: ids of runs, or their beginnings"),
+        (["train", ""], "EXPERIMENT is empty: must be a path"),
+        (["sweep", "run", ""], "ROOT is empty: must be text"),
+        (["fit", "x", "--out="], "--out is empty: must be a path"),
+        (["sample", "r", "--prompt", ""], "--prompt is empty: must be text"),
+        (
+            ["sample", "r", "--prompt", "--x"],
+            "--prompt needs a value: text; one that begins with a",
+        ),
+        (["train", "x.py", "--check=yes"], "--check takes no value"),
+        (["sweep", "up", "r", "--on"], "--on needs a value: one of slurm, tpu, k8s, sky"),
+        (
+            ["sweep", "up", "r", "--on", "local"],
+            "--on local: must be one of slurm, tpu, k8s, sky; here: ",
+        ),
     ],
 )
 def test_a_wrong_word_is_one_line(words, says, capsys):
@@ -100,6 +120,8 @@ def test_words_become_arguments():
     made = parse.parse(class_of("train"), words, "p")
     assert (made.experiment, made.out) == (Path("x.py"), Path("d"))
     assert made.overrides == ("--model.width", "256", "--kernels.head-blocks", "1", "2")
+    made = parse.parse(class_of("fit"), ["runs.csv", "--formats", "svg, png"], "p")
+    assert made.suffixes == ["svg", "png"]
 
 
 def test_version(capsys):
@@ -123,10 +145,10 @@ def test_overrides_are_typed():
         (["--model.widht", "256"], "did you mean --model.width"),
         (["--optim.lr", "1"], "no such setting"),
         (["--model.width", "wide"], "--model.width wide: must be an integer, at least 1; now 128"),
-        (["--model.width"], "--model.width: must be an integer"),
-        (["--model.width", "-3"], "model.width = -3: must be at least 1"),
-        (["--optim.peak-lr", "nan"], "optim.peak_lr = nan: must be finite and above 0"),
-        (["--family", "gpt"], "family = 'gpt': must be one of arm, mdm, prime"),
+        (["--model.width"], "--model.width needs a value: an integer, at least 1; now 128"),
+        (["--model.width", "-3"], "--model.width -3: must be an integer, at least 1; now 128"),
+        (["--optim.peak-lr", "nan"], "--optim.peak-lr nan: must be a number, above 0; now"),
+        (["--family", "gpt"], "--family gpt: must be one of arm, mdm, prime; now"),
         (["--kernels.head-blocks", "x"], "must be integers, each at least 1; now []"),
         (["--model.qk-norm", "maybe"], "must be True or False; now True"),
         (["--seed", "0", "--steps", "1.5"], "--steps 1.5: must be an integer"),
@@ -189,8 +211,12 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     assert "seq_len" in bad_command([*train, "--data.seq-len", "8"], capsys)
     assert "heads" in bad_command([*train, "--model.heads", "3"], capsys)
     assert "subtokens.length" in bad_command([*train, "--subtokens.length", "4"], capsys)
-    assert "log.every = 0: must be at least 1" in bad_command([*train, "--log.every", "0"], capsys)
-    assert "seed = -1: must be between 0" in bad_command([*train, "--seed", "-1"], capsys)
+    assert "--log.every 0: must be an integer, at least 1; now" in bad_command(
+        [*train, "--log.every", "0"], capsys
+    )
+    assert "--seed -1: must be an integer, between 0" in bad_command(
+        [*train, "--seed", "-1"], capsys
+    )
     assert "optim.warmup_steps = 3: must be below steps 3" in bad_command(
         [*train, "--optim.warmup-steps", "3"], capsys
     )
@@ -206,6 +232,24 @@ def test_bad_input_is_one_line_and_exit_code_2(experiment, tmp_path, capsys):
     blocked.write_text("not a directory")
     assert "cannot make" in bad_command(["train", experiment, "--out", blocked / "run"], capsys)
     assert "function config()" in bad_command(["train", _empty(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "."], "is a folder; an experiment is a Python file (.py)"),
+        (["train", "runs.csv"], "an experiment is a Python file (.py)"),
+        (["sweep", "plan", "runs.csv"], "an experiment is a Python file (.py) or a list of rows"),
+        (["sweep", "run", "runs.csv"], "is a file; a sweep is a folder"),
+        (["import", "megatron", ".", "o", "--tokenizer", "bytes"], "is a folder, not a file"),
+        (["scaling", "predict", "runs.csv", "--flops", "1e20"], "is a file; give the folder"),
+        (["fit", "runs.csv", "--formats", "svg, gif"], "--formats svg, gif: must be some of"),
+    ],
+)
+def test_a_path_of_the_wrong_kind_is_told(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs.csv").write_text("family,loss\n")
+    assert says in bad_command(words, capsys)
 
 
 @pytest.mark.parametrize("workers", ["0", "-2"])

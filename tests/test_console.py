@@ -27,6 +27,12 @@ def test_narrow_terminals_lose_no_digit(width):
     assert sorted(found) == sorted("namevaluea[b]1234567.891prime-l2-3e-05a[note]")
 
 
+def test_ids_of_runs_stay_whole():
+    text = drawn(Table(("id", *"abcde"), [("3f9a0b1c2d", *("1234567",) * 5)]), 40)
+    assert "3f9a0b1c2d" in text
+    assert max(map(len, text.splitlines())) <= 40
+
+
 def test_text_of_users_is_no_markup():
     assert "a[b]" in drawn(TABLE, 80)
     assert "[red]x[/]" in drawn(Table(("x",), [("[red]x[/]",)]), 80)

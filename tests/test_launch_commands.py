@@ -1,5 +1,6 @@
 """`sweep up|down|render` as a user types them: what is refused, in one line, and what is written."""
 
+import io
 from dataclasses import fields
 
 import fake_trainer
@@ -7,6 +8,7 @@ import pytest
 
 from prime_jax import cli
 from prime_jax.cli import launch as commands
+from prime_jax.errors import UserError
 from prime_jax.launch import engine
 from prime_jax.sweep import state
 
@@ -24,14 +26,21 @@ def refused(capsys, *words: str) -> str:
 
 
 def test_unknown_engines_slices_and_options_of_others(root, capsys):
-    assert "did you mean slurm" in refused(capsys, "up", root, "--on", "slrum")
     assert "slurm, tpu, k8s, sky" in refused(capsys, "up", root, "--on", "aws")
-    assert "sweep run ROOT --workers N runs here" in refused(capsys, "up", root, "--on", "local")
+    assert "here: prime-jax sweep run ROOT --workers N" in refused(
+        capsys, "up", root, "--on", "local"
+    )
     assert "no such chip" in refused(capsys, "up", root, "--on", "slurm", "--slice", "v9-4")
     assert "--zone: not an option of --on slurm" in refused(
         capsys, "up", root, "--on", "slurm", "--zone", "z"
     )
     assert "at least 1" in refused(capsys, "up", root, "--on", "slurm", "--workers", "0")
+
+
+def test_who_cannot_answer_is_told_of_yes(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(UserError, match="--yes"):
+        commands._ask("submit?")
 
 
 def test_a_root_that_is_no_sweep(tmp_path, capsys):

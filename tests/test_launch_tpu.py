@@ -5,7 +5,6 @@ from dataclasses import replace
 import fake_store
 import fake_trainer
 import pytest
-from rich.console import Console
 
 from prime_jax.errors import UserError
 from prime_jax.hardware import slices
@@ -51,26 +50,24 @@ def finish(sweep, leave: int) -> None:
         state.publish(sweep.source, run.id, {"status": "done", "losses": []})
 
 
-def dialogue(yes: bool = True) -> tuple[engine.Dialogue, Console]:
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
-    return engine.Dialogue(console, yes, Prices("2026-01-01", "USD", {"v5e": 1.5})), console
+def dialogue(yes: bool = True) -> tuple[engine.Dialogue, list[str]]:
+    """One that agrees or declines, and the lines that it was given."""
+    lines: list[str] = []
+    prices = Prices("2026-01-01", "USD", {"v5e": 1.5})
+    return engine.Dialogue(lines.append, lambda question: False, yes, prices), lines
 
 
 def up(sweep, options=OPTIONS) -> str:
     """What it printed."""
-    here, console = dialogue()
-    try:
-        assert tpu.up(sweep, options, here) == 0
-    finally:
-        console.file.close()
-    return console.export_text()
+    here, lines = dialogue()
+    assert tpu.up(sweep, options, here) == 0
+    return "\n".join(lines)
 
 
 def down(sweep) -> str:
-    here, console = dialogue()
+    here, lines = dialogue()
     assert tpu.down(sweep, OPTIONS, here) == 0
-    console.file.close()
-    return console.export_text()
+    return "\n".join(lines)
 
 
 def test_up_makes_what_is_missing_and_says_what_it_costs(cloud, sweep, packed):
@@ -242,12 +239,10 @@ def test_down_removes_this_sweeps_machines_and_no_others(cloud, sweep, tmp_path)
     assert "nothing of this sweep" in down(sweep)
 
 
-def test_nothing_is_made_without_an_answer(cloud, sweep, monkeypatch):
-    here, console = dialogue(yes=False)
-    monkeypatch.setattr("sys.stdin", console.file)
-    with pytest.raises(UserError, match="--yes"):
-        tpu.up(sweep, OPTIONS, here)
-    console.file.close()
+def test_nothing_is_made_without_consent(cloud, sweep):
+    here, lines = dialogue(yes=False)
+    tpu.up(sweep, OPTIONS, here)
+    assert lines
     assert cloud.states() == {}
 
 

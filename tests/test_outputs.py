@@ -9,6 +9,7 @@ import fake_trainer
 import pytest
 from scaling_cases import csv_rows, surface, write_csv
 
+from prime_jax import scaling
 from prime_jax.cli import main
 from prime_jax.errors import UserError
 from prime_jax.runtime import outputs, storage
@@ -83,6 +84,23 @@ def test_a_fit_never_overwrites_its_runs(runs, words, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "would be replaced" in line
     assert {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("/proc/x/y", "/proc is read-only"),
+        ("points.csv", "is a file"),
+        ("points.csv/x", "is a file"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    runs, out, says, monkeypatch, capsys
+):
+    monkeypatch.setattr(scaling, "fit", None)
+    assert main(["fit", "points.csv", "--out", out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
 
 
 def test_new_runs_are_not_written_over_the_fit(runs, capsys):

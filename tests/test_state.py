@@ -177,11 +177,11 @@ def test_a_finished_run_stays_finished(root):
 
 def test_runs_are_selected_by_unique_beginnings(root):
     runs = state.list_runs(root)
-    assert state.select(runs, [runs[0].id[:6]]) == [runs[0]]
-    with pytest.raises(UserError, match="no such run"):
-        state.select(runs, ["zz"])
-    with pytest.raises(UserError, match="several"):
-        state.select(runs, [""])
+    assert state.select(root, runs, [runs[0].id[:6]]) == [runs[0]]
+    with pytest.raises(UserError, match="prime-jax sweep status"):
+        state.select(root, runs, ["zz"])
+    with pytest.raises(UserError, match=runs[0].id):
+        state.select(root, runs, [""])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from prime_jax.cli import runs
 from prime_jax.cli.console import Progress, error, say, show
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
-from prime_jax.errors import UserError
 from prime_jax.runtime import outputs
 from prime_jax.settings import REQUIRED, setting
 from prime_jax.table import Table
@@ -192,8 +191,6 @@ def bits(args: Bits) -> None:
 def _open(args: OfRuns, name: str) -> "tuple[list[Subject], Path]":
     from prime_jax.analyse import subjects
 
-    if not args.runs:
-        raise UserError(f"RUN is missing: {RUN}")
     found = subjects.load([runs.attempts(name) for name in args.runs], getattr(args, "data", None))
     out = args.out or found[0].run.path / "analysis"
     outputs.check_folder(out, [f"{name}.json", f"{name}.csv"], force=args.force)

@@ -47,7 +47,7 @@ def compare(args: Compare) -> int:
         for table in tables.comparison(result):
             show(table)
         show_warnings(result)
-        drawn = found.draw(out, args.formats.split(","), complain)
+        drawn = found.draw(out, args.suffixes, complain)
     for path in (out / "compare.json", *drawn):
         say(f"wrote  {path}")
     return 3 if found.refused else 0

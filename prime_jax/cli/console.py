@@ -70,7 +70,8 @@ def _drawn(table: Table, gap: int) -> Drawn:
     for place, name in enumerate(table.head):
         cells = [str(row[place]) for row in table.rows]
         justify = "right" if any(cells) and all(map(_numeric, cells)) else "left"
-        drawn.add_column(Text(name), justify=justify, overflow="fold")
+        whole = name == "id"  # a broken one could not be copied
+        drawn.add_column(Text(name), justify=justify, overflow="fold", no_wrap=whole)
     for row in table.rows:
         drawn.add_row(*map(_text, row))
     return drawn

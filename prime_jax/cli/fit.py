@@ -39,8 +39,12 @@ class OfRuns(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not set(self.formats.split(",")) <= set(FORMATS):
+        if not set(self.suffixes) <= set(FORMATS):
             raise UserError(f"--formats {self.formats}: must be some of {', '.join(FORMATS)}")
+
+    @property
+    def suffixes(self) -> list[str]:
+        return [name.strip() for name in self.formats.split(",")]
 
     @property
     def source(self) -> storage.Path:
@@ -93,6 +97,10 @@ class Report(OfRuns):
 
     EXAMPLES = ("prime-jax sweep report quickstart --live",)
 
+    runs: str = setting(
+        REQUIRED, "the directory of a sweep, here or in a bucket", positional=True, metavar="ROOT"
+    )
+    out: Path | None = setting(None, "default: ROOT/fit", metavar="DIR")
     live: bool = setting(False, "do not wait for the last run")
 
 
@@ -123,7 +131,7 @@ def _fit(args: OfRuns, curves: Path | None = None, note: str = "") -> int:
             say(f"left out: {len(result['excluded'])}; the report says why")
         with Progress(transient=True) as progress:
             progress.doing("drawing")
-            written = fitted.draw(out, args.formats.split(","), complain)
+            written = fitted.draw(out, args.suffixes, complain)
     show_paths(written)
     return 3 if fitted.refused else 0
 

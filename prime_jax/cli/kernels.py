@@ -8,12 +8,11 @@ from typing import Any, Literal
 from prime_jax.cli.console import say
 from prime_jax.cli.parse import Arguments
 from prime_jax.hardware.chips import tpus
+from prime_jax.kernels.selection import KERNELS, Kernel
 from prime_jax.runtime import storage
 from prime_jax.settings import setting
 
 CHIPS = tuple(tpus())
-
-KERNELS = ("embedding", "attention", "head")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Check(Arguments):
     EXAMPLES = ("prime-jax kernels check --chips v5e --kernels head --no-schedule",)
 
     chips: tuple[Literal[CHIPS], ...] = setting(("v5e", "v5p", "v6e"), "to compile for")
-    kernels: tuple[Literal[KERNELS], ...] = setting(KERNELS, "which of them")
+    kernels: tuple[Kernel, ...] = setting(KERNELS, "which of them")
     widths: tuple[int, ...] = setting((1024,), "model widths D", at_least=1, metavar="D")
     vocab_size: int = setting(51200, "tokens V", at_least=1, metavar="V")
     no_schedule: bool = setting(False, "quicker: memory and time only")

@@ -1,10 +1,11 @@
 """`prime-jax sweep up|down|render`: workers on other machines."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from prime_jax import settings
 from prime_jax.cli.console import console, say, write
@@ -14,7 +15,7 @@ from prime_jax.launch import k8s, slurm, tpu
 from prime_jax.launch import sky as skypilot
 from prime_jax.launch.engine import REPO, Dialogue, Sweep, sweep_at
 from prime_jax.runtime import outputs, storage
-from prime_jax.settings import REQUIRED, Flags, nearest, setting
+from prime_jax.settings import REQUIRED, Flags, setting
 
 ENGINES = {"slurm": slurm, "tpu": tpu, "k8s": k8s, "sky": skypilot}
 PRICES = REPO / "docs" / "prices.toml"
@@ -49,7 +50,11 @@ EngineOptions: Any = _of_engines()
 @dataclass(frozen=True)
 class _Elsewhere(Arguments):
     root: str = setting(REQUIRED, ROOT, positional=True)
-    on: str = setting(REQUIRED, f"what runs the workers: {', '.join(ENGINES)}", metavar="ENGINE")
+    on: Literal[tuple(ENGINES)] = setting(
+        REQUIRED,
+        "what runs the workers",
+        takes=f"one of {', '.join(ENGINES)}; here: prime-jax sweep run ROOT --workers N",
+    )
     engine: EngineOptions = setting(EngineOptions(), "options of engines")
 
 
@@ -134,14 +139,10 @@ def _understand(args: _Elsewhere) -> tuple[ModuleType, Any, Sweep]:
     """The engine, its options and the sweep.
 
     Raises:
-        UserError: an unknown engine or slice, or an option of another engine.
+        UserError: an unknown slice, or an option of another engine.
     """
     from prime_jax.hardware import slices
 
-    if args.on == "local":
-        raise UserError("--on local: prime-jax sweep run ROOT --workers N runs here")
-    if args.on not in ENGINES:
-        raise UserError(f"--on {args.on}: no such engine{nearest(args.on, ENGINES)}")
     engine = ENGINES[args.on]
     own = {field.name for field in fields(engine.Options)}
     all_of_them = {field.name: getattr(args.engine, field.name) for field in fields(args.engine)}
@@ -158,4 +159,12 @@ def _dialogue(yes: bool, prices: Path | None = None) -> Dialogue:
     from prime_jax.hardware.prices import load_prices
 
     path = prices or (PRICES if PRICES.exists() else None)
-    return Dialogue(console(), yes, load_prices(path) if path else None)
+    return Dialogue(say, _ask, yes, load_prices(path) if path else None)
+
+
+def _ask(question: str) -> bool:
+    """Raises: UserError: stdin is not a terminal."""
+    if not sys.stdin.isatty():
+        raise UserError("stdin is not a terminal, so nobody can confirm; --yes skips the question")
+    answer = console().input(f"{question} [y/N] ", markup=False)
+    return answer.strip().lower() in ("y", "yes")

@@ -37,6 +37,7 @@ from prime_jax.settings import Flags
 
 A = TypeVar("A")
 Field = dataclasses.Field
+ALIKE = 0.6  # of 1: less is not what was meant
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -68,12 +69,18 @@ def parse(cls: type[A], words: Sequence[str], prog: str) -> A:
 
     words, dotted = _split(cls, list(words))
     words = _fill_bare(cls, words)
+    if any(not word or word.endswith("=") for word in words) and (wrong := _explain(cls, words)):
+        raise UserError(f"{wrong} ({prog} --help)")  # tyro would take "" for the folder it is in
     page = io.StringIO()
     try:
         with contextlib.redirect_stderr(page), contextlib.redirect_stdout(page):
             flat = tyro.cli(_for_tyro(cls), prog=prog, args=words)
     except SystemExit:
-        raise UserError(f"{_explain(cls, words, page.getvalue())} ({prog} --help)") from None
+        wrong = _explain(cls, words) or _first_sentence(page.getvalue())
+        raise UserError(f"{wrong} ({prog} --help)") from None
+    for owner, field in _flat(cls):
+        if settings.required(field) and getattr(flat, field.name) == ():
+            raise UserError(f"{_missing(owner, field)} ({prog} --help)")
     made = _rebuild(cls, flat)
     return dataclasses.replace(made, overrides=dotted) if dotted else made
 
@@ -281,14 +288,15 @@ def override(config: A, words: Sequence[str]) -> A:
         if not name.startswith("--"):
             raise UserError(f"{name}: a setting is written --name value")
         if path not in known:
-            raise UserError(
-                f"{name}: no such setting{_meant(f'--{path}', [f'--{k}' for k in known])}"
-            )
+            raise UserError(f"{name}: no such setting{_meant(name, [*map(_dotted, known)])}")
         owner, field = settings.find(type(config), path)
+        hint, right = settings.hints(owner)[field.name], settings.allowed(type(config), path)
+        if not values and typing.get_origin(hint) is not tuple:
+            raise UserError(f"{name} needs a value: {right}; now {known[path]!r}")
         try:
-            value = settings.read(settings.hints(owner)[field.name], values)
-        except ValueError:
-            right = settings.allowed(type(config), path)
+            value = settings.read(hint, values)
+            settings.check_value(owner, field, value)
+        except (ValueError, UserError):
             said = " ".join([name, *values])
             raise UserError(f"{said}: must be {right}; now {known[path]!r}") from None
         config = settings.set_path(config, path, value)
@@ -315,64 +323,100 @@ def _is_option(word: str) -> bool:
 # --- errors
 
 
-def _explain(cls: type, words: list[str], page: str) -> str:
-    """Why tyro refused, in one line; what this does not find is the first sentence of its page."""
+def _explain(cls: type, words: list[str]) -> str:
+    """What is wrong with the words, in one line; empty if nothing is found."""
     options = {name: (owner, field) for name, owner, field in flags(cls)}
     aliases = {f.metadata.get("alias"): name for name, (_, f) in options.items()}
     given, loose = set(), []
     plain = words.index("--") if "--" in words else len(words)
-    for name, values in _groups(["", *words[:plain]]):
+    groups = list(_groups(["", *words[:plain]]))
+    for (name, values), (after, _) in zip(groups, [*groups[1:], ("", [])], strict=True):
         found = aliases.get(name, name.replace("_", "-"))
         if not name:
             loose += values
         elif found not in options:
             config = getattr(cls, "SETTINGS", None)
             dotted = settings.flatten(settings.to_dict(config())) if config else ()
-            valid = [*options, *(f"--{path}" for path in dotted), "--help"]
-            return f"no such option {name}{_meant(name, valid)}"
+            return f"no such option {name}{_meant(name, [*options, *map(_dotted, dotted)])}"
         else:
             given.add(found)
-            wrong, rest = _judge(*options[found], name, values)
+            owner, field = options[found]
+            if settings.hints(owner)[field.name] is bool:
+                if values and f"{name}={values[0]}" in words:
+                    return f"{name} takes no value"
+                loose += values
+                continue
+            wrong, rest = _judge(owner, field, name, values)
+            if wrong and not values and after and after not in options and after not in aliases:
+                return f"{wrong}; one that begins with a dash is written {name}={after}"
             if wrong:
                 return wrong
             loose += rest
     loose += words[plain + 1 :]
     places = [(owner, field) for owner, field in _flat(cls) if _positional(field)]
-    for place, (owner, field) in enumerate(places):
-        if settings.required(field) and len(loose) <= place:
-            return f"{_metavar(owner, field)} is missing: {field.metadata['help']}"
+    for owner, field in places:
+        if settings.required(field) and not loose:
+            return _missing(owner, field)
+        if loose:
+            wrong, loose = _judge(owner, field, _metavar(owner, field), loose)
+            if wrong:
+                return wrong
     for name, (owner, field) in options.items():
         if settings.required(field) and name not in given:
-            return f"{name} {_metavar(owner, field)} is missing: {field.metadata['help']}"
-    many = any(typing.get_origin(settings.hints(o)[f.name]) is tuple for o, f in places)
-    if len(loose) > len(places) and not many:
-        return f"{loose[len(places)]}: not expected here"
-    return _first_sentence(page)
+            return _missing(owner, field)
+    return f"{loose[0]}: not expected here" if loose else ""
+
+
+def _missing(owner: type, field: Field) -> str:
+    name = "" if _positional(field) else f"{_flag(field)} "
+    return f"{name}{_metavar(owner, field)} is missing: {field.metadata['help']}"
 
 
 def _judge(owner: type, field: Field, name: str, values: list[str]) -> tuple[str, list[str]]:
-    """What is wrong with an option's values, if anything, and the words after them."""
+    """What is wrong with the values of a field, if anything, and the words after them."""
     hint = settings.hints(owner)[field.name]
-    if hint is bool:
-        return "", values
     many = typing.get_origin(hint) is tuple and not field.metadata.get("repeat")
     right = settings.allowed(owner, field.name)
     if not values and not many:
         return f"{name} needs a value: {right}", []
     mine, rest = (values, []) if many else (values[:1], values[1:])
+    named = name.split()[0].strip("[]")  # of `[ID [ID ...]]`
     for value in mine:
+        if not value and (settings.required(field) or settings.default(field) != ""):
+            return f"{named} is empty: must be {right}", []
         try:
             settings.check_value(owner, field, settings.read(hint, [value]))
         except (ValueError, UserError):
-            return f"{name} {value}: must be {right}", []
+            return f"{named} {value}: must be {right}", []
     return "", rest
 
 
 def _meant(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    """The option that begins like `name` or has it as a word, or else is spelt most like it."""
+    typed = _plain(name)
+
+    def likeness(option: str) -> tuple[float, int]:
+        whole, last = _plain(option), _plain(option).rpartition(".")[2]
+        if len(typed) > 1 and (whole.startswith(typed) or last.startswith(typed)):
+            return 3, -len(whole)
+        if typed in last.split("-"):
+            return 2, -len(whole)
+        alike = [difflib.SequenceMatcher(None, typed, part).ratio() for part in (whole, last)]
+        return max(alike), -len(whole)
+
+    best = max(valid, key=likeness, default="")
+    return f"; did you mean {best}?" if best and likeness(best)[0] >= ALIKE else ""
+
+
+def _dotted(path: str) -> str:
+    return f"--{path.replace('_', '-')}"
+
+
+def _plain(option: str) -> str:
+    return option.lstrip("-").replace("_", "-").lower()
 
 
 def _first_sentence(page: str) -> str:
-    lines = [re.sub(r"[│╭╮╰╯─]", "", line).strip() for line in page.splitlines()]
-    return next((line for line in lines[1:] if line), "not understood")
+    """Of tyro's page, which has rules of dashes: the first line with words after its heading."""
+    lines = [re.sub(r"[│╭╮╰╯─|]", "", line).strip() for line in page.splitlines()]
+    return next((line for line in lines[1:] if re.search(r"[^\W\d]", line)), "not understood")

@@ -32,7 +32,7 @@ def attempts(run: str) -> list[storage.Path]:
     from prime_jax.sweep import state
 
     place, listed = sweep(root)
-    (found,) = state.select(listed, [name])
+    (found,) = state.select(place, listed, [name])
     if not found.attempts:
         raise UserError(f"{run}: has not been started yet; prime-jax sweep run {root}")
     runs = place / "runs" / found.id

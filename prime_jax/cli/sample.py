@@ -75,8 +75,6 @@ class Sample(Drawing):
 
 
 def sample(args: Sample) -> int:
-    if args.prompt == "":
-        raise UserError("--prompt is empty; leave it out to sample without one")
     from prime_jax.cli import runs
     from prime_jax.sample import Sampler
 

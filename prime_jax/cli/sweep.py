@@ -283,7 +283,7 @@ def logs(args: Logs) -> None:
     from prime_jax.sweep import state
 
     root, listed = runs.sweep(args.root)
-    (run,) = state.select(listed, [args.id])
+    (run,) = state.select(root, listed, [args.id])
     for attempt in run.attempts:
         folder = root / "runs" / run.id / str(attempt.k)
         how = f": {attempt.end['state']}, {attempt.end['reason']}" if attempt.end else ""
@@ -338,7 +338,7 @@ def retry(args: Retry) -> None:
     place, listed = runs.sweep(args.root)
     if args.all_failed:
         say(f"retry: {len(state.retry_failed(place))} failed runs are open again")
-    for run in state.select(listed, args.ids):
+    for run in state.select(place, listed, args.ids):
         state.retry(place, run)
         say(f"retry {run.id}")
 
@@ -351,16 +351,14 @@ class Kill(OfSweep):
     EXAMPLES = ("prime-jax sweep kill ROOT 3f9a",)
 
     ids: tuple[str, ...] = setting(
-        (), "ids of runs, or their beginnings", positional=True, metavar="ID"
+        REQUIRED, "ids of runs, or their beginnings", positional=True, metavar="ID"
     )
 
 
 def kill(args: Kill) -> None:
     from prime_jax.sweep import state
 
-    if not args.ids:
-        raise UserError("kill: give ids of runs")
     place, listed = runs.sweep(args.root)
-    for run in state.select(listed, args.ids):
+    for run in state.select(place, listed, args.ids):
         state.kill(place, run)
         say(f"kill {run.id}")

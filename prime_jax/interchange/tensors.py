@@ -52,8 +52,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
         UserError: no such file, a damaged one, one without named tensors, or a pickle with other
             objects than tensors.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    _check_file(path)
     found = _safetensors(path) if path.suffix == ".safetensors" else _named(path, _unpickle(path))
     return {name: t for name, t in found.items() if not name.endswith(NO_WEIGHTS)}
 
@@ -64,8 +63,7 @@ def open_integers(path: Path) -> np.ndarray:
     Raises:
         UserError: no such file, a damaged one, or other content.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    _check_file(path)
     try:
         values = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _unpickle(path)
     except (OSError, ValueError) as error:
@@ -74,6 +72,11 @@ def open_integers(path: Path) -> np.ndarray:
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iu":
         raise UserError(f"{path}: expected one row of integers")
     return values
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -8,13 +8,18 @@ An engine is a module of this package with
     down(sweep, options, dialogue) -> exit code   list and remove what `up` created
 
 A target that is only rendered has APPLY, the command for its files, instead of `up` and `down`.
+
+Every engine starts the same command, `Pool.work`, and never sees a run. `up` compares `Sweep.pools`
+with what is there under `Pool.name`, and confirms the difference and its cost. Hosts of one worker
+are given PRIME_COORDINATOR, PRIME_PROCESSES and PRIME_PROCESS_ID (`runtime.distributed`). SIGTERM
+reaches the worker, which needs a minute; it exits with 0 (nothing left), 1 (a run failed) or 85
+(saved; start it again).
 """
 
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -148,33 +153,24 @@ class Pool:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Output and confirmation for engines."""
+    """What engines tell and ask.
 
-    console: Any
+    Attributes:
+        log: shows a line.
+        ask: puts a question; whether the answer was yes. Raises UserError if nobody can answer.
+        yes: every answer is yes, without a question.
+    """
+
+    log: Callable[[str], None]
+    ask: Callable[[str], bool]
     yes: bool
     prices: "Prices | None"
 
-    def log(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
-
     def confirm(self, lines: Sequence[str], question: str) -> bool:
-        """Show the planned actions and ask whether to do them.
-
-        Raises:
-            UserError: stdin is not a terminal.
-        """
+        """Show the planned actions and ask whether to do them."""
         for line in lines:
             self.log(line)
-        if self.yes:
-            return True
-        if not sys.stdin.isatty():
-            raise UserError(
-                "stdin is not a terminal, so nobody can confirm; --yes skips the question"
-            )
-        return self.console.input(f"{question} [y/N] ", markup=False).strip().lower() in (
-            "y",
-            "yes",
-        )
+        return self.yes or self.ask(question)
 
     def cost(self, slice_: Slice | None, workers: int) -> str:
         """Text: cost of the workers per hour."""

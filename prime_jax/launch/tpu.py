@@ -73,7 +73,7 @@ def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
         except UserError as error:
             if not (isinstance(error, storage.Unreachable) or _transient(error.__cause__)):
                 raise
-            dialogue.log(f"{error}; trying again", "yellow")
+            dialogue.log(f"{error}; trying again")
     return 0
 
 

@@ -64,7 +64,10 @@ def check_file(out: Path) -> None:
         raise UserError(f"cannot write {out}: it is a folder")
     if not target.parent.is_dir():
         raise UserError(f"cannot write {out}: no folder {target.parent}")
-    place = target if target.exists() else target.parent
+    _check_writable(out, target if target.exists() else target.parent)
+
+
+def _check_writable(out: Path, place: LocalPath) -> None:
     writable = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH  # also for root, who may write anywhere
     if not (place.stat().st_mode & writable and os.access(place, os.W_OK)):
         raise UserError(f"cannot write {out}: {place} is read-only")
@@ -110,11 +113,18 @@ def stream(out: Path) -> Iterator[IO[str]]:
 
 
 def check_folder(folder: Path, names: Iterable[str], *, force: bool = False) -> None:
-    """Refuse a directory where one of `names` is there and is not ours.
+    """Refuse a directory that cannot be written, or where one of `names` is not ours.
 
     Raises:
-        UserError: names the file.
+        UserError: says what is in the way.
     """
+    if not storage.is_remote(folder):
+        place = LocalPath(folder).resolve()
+        while not os.path.exists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(f"cannot write into {folder}: {place} is a file")
+        _check_writable(folder, place)
     made = {} if force else _made(folder)
     for name in [] if force else names:
         place = folder / name

@@ -101,6 +101,8 @@ def families(path: Path) -> list[str]:
 
 def _result(path: Path) -> dict[str, Any]:
     """The contents of fit.json."""
+    if path.is_file():
+        raise UserError(f"{path}: is a file; give the folder that `prime-jax fit` wrote")
     if not (path / FIT).is_file():
         raise UserError(f"{path}: no fit.json there; make it with: prime-jax fit RUNS --out {path}")
     result = read_json(path / FIT)

@@ -175,6 +175,8 @@ def create(path: Path, value: Any) -> bool:
 
 def check_root(root: Path) -> None:
     """Raises: UserError: `root` is not a sweep directory, or one of another version."""
+    if not storage.is_remote(root) and root.is_file():
+        raise UserError(f"{root}: is a file; a sweep is a folder")
     if not storage.exists(root / "sweep.json"):
         raise UserError(
             f"{root}: no sweep here; make one with: prime-jax sweep plan EXPERIMENT {root}"
@@ -337,8 +339,8 @@ def retry_failed(root: Path) -> list[Run]:
     return failed
 
 
-def select(runs: Iterable[Run], wanted: Iterable[str]) -> list[Run]:
-    """The runs with the given ids or unique prefixes of ids.
+def select(root: Path, runs: Iterable[Run], wanted: Iterable[str]) -> list[Run]:
+    """The runs of a sweep with the given ids or unique prefixes of ids.
 
     Raises:
         UserError: no such run, or several.
@@ -347,7 +349,9 @@ def select(runs: Iterable[Run], wanted: Iterable[str]) -> list[Run]:
     for prefix in wanted:
         matching = [run for run in runs if run.id.startswith(prefix)]
         if len(matching) != 1:
-            raise UserError(f"run {prefix}: {'several match' if matching else 'no such run'}")
+            several = f"several match: {', '.join(run.id for run in matching)}"
+            none = f"no such run in {root}; prime-jax sweep status {root} lists them"
+            raise UserError(f"run {prefix}: {several if matching else none}")
         out += matching
     return out
 

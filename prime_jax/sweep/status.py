@@ -211,7 +211,7 @@ def table(runs: Sequence[Run]) -> Table:
     shown = [run for run in reversed(runs) if run.state == "running"]
     shown += [run for run in reversed(runs) if run.state in TROUBLE]
     notes = [f"and {len(shown) - ROWS} more"] if len(shown) > ROWS else []
-    head = ("run", "C", "N", "family", "slice", "state", "done", "step", "loss", "MFU", "ETA")
+    head = ("id", "C", "N", "family", "slice", "state", "done", "step", "loss", "MFU", "ETA")
     return Table((*head, "attempt"), [_cells(run) for run in shown[:ROWS]], notes)
 
 
