@@ -75,7 +75,12 @@ class SubtokenConfig(Checked, path="subtokens"):
         "vocab", "permute the first V codes, or all b**l of them"
     )
     seed: int = setting(0, "of the permutation", at_least=0)
-    codes: str = setting("", "hash of codes that came with imported weights", **ADDED)
+    codes: str = setting(
+        "", "hash of codes from a file or of imported weights; filled in from them", **ADDED
+    )
+    codes_file: str = setting(
+        "", "codes that `prime-jax data codes` made, in place of the permutation", **HERE
+    )
 
 
 @dataclass(frozen=True)
@@ -313,6 +318,10 @@ def validate(config: RunConfig) -> RunConfig:
         raise _wrong("subtokens.length", s.length, right)
     if m.tied_head and s.length != 1:
         raise _wrong("model.tied_head", m.tied_head, "needs subtokens.length 1")
+    drawn = dataclasses.replace(SubtokenConfig(), length=s.length)
+    if s.codes_file and dataclasses.replace(s, codes="", codes_file="") != drawn:
+        right = "shuffle, scope and seed mean nothing for codes from a file; leave them out"
+        raise _wrong("subtokens.codes_file", s.codes_file, right)
     if m.embedding != "sum" and s.length > m.width:
         raise _wrong("subtokens.length", s.length, f"{m.embedding} needs a width of at least that")
     if config.batch_size % parts:
