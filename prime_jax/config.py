@@ -96,6 +96,15 @@ class ObjectiveConfig(Checked, path="objective"):
     weight: Literal["nelbo", "flat"] = setting(
         "nelbo", "flat: same integrand without w(t), not a bound"
     )
+    times: Literal["uniform", "bell"] = setting(
+        "uniform",
+        "of training; bell: mostly half hidden, and weighted so that the loss estimates the same "
+        "bound (with weight flat: not weighted); needs the linear schedule",
+        **ADDED,
+    )
+    times_sd: float = setting(
+        0.2, "standard deviation of bell before it is cut to [0, 1]", at_least=0.15, **ADDED
+    )
     schedule: Literal["linear", "log-linear", "cosine", "poly", "geometric"] = setting(
         "linear", "of masking over time"
     )
@@ -331,6 +340,12 @@ def validate(config: RunConfig) -> RunConfig:
         raise _wrong("objective.block_length", block, right)
     if block and config.family == "arm":
         raise _wrong("objective.block_length", block, "family arm has no blocks; use mdm or prime")
+    if o.times == "bell" and (o.schedule != "linear" or o.time_steps):
+        other = f"time_steps {o.time_steps}" if o.time_steps else f"schedule {o.schedule}"
+        right = (
+            f"is a law of the mask probability: needs schedule linear and time_steps 0, not {other}"
+        )
+        raise _wrong("objective.times", o.times, right)
     rising, steps = config.optim.warmup_steps, config.steps
     if rising >= steps:
         right = f"must be below steps {steps}, or the rate never reaches its peak"
