@@ -75,7 +75,12 @@ class SubtokenConfig(Checked, path="subtokens"):
         "vocab", "permute the first V codes, or all b**l of them"
     )
     seed: int = setting(0, "of the permutation", at_least=0)
-    codes: str = setting("", "hash of codes that came with imported weights", **ADDED)
+    codes: str = setting(
+        "", "hash of codes from a file or of imported weights; filled in from them", **ADDED
+    )
+    codes_file: str = setting(
+        "", "codes that `prime-jax data codes` made, in place of the permutation", **HERE
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,15 @@ class ObjectiveConfig(Checked, path="objective"):
     )
     weight: Literal["nelbo", "flat"] = setting(
         "nelbo", "flat: same integrand without w(t), not a bound"
+    )
+    times: Literal["uniform", "bell"] = setting(
+        "uniform",
+        "of training; bell: mostly half hidden, and weighted so that the loss estimates the same "
+        "bound (with weight flat: not weighted); needs the linear schedule",
+        **ADDED,
+    )
+    times_sd: float = setting(
+        0.2, "standard deviation of bell before it is cut to [0, 1]", at_least=0.15, **ADDED
     )
     schedule: Literal["linear", "log-linear", "cosine", "poly", "geometric"] = setting(
         "linear", "of masking over time"
@@ -313,6 +327,10 @@ def validate(config: RunConfig) -> RunConfig:
         raise _wrong("subtokens.length", s.length, right)
     if m.tied_head and s.length != 1:
         raise _wrong("model.tied_head", m.tied_head, "needs subtokens.length 1")
+    drawn = dataclasses.replace(SubtokenConfig(), length=s.length)
+    if s.codes_file and dataclasses.replace(s, codes="", codes_file="") != drawn:
+        right = "shuffle, scope and seed mean nothing for codes from a file; leave them out"
+        raise _wrong("subtokens.codes_file", s.codes_file, right)
     if m.embedding != "sum" and s.length > m.width:
         raise _wrong("subtokens.length", s.length, f"{m.embedding} needs a width of at least that")
     if config.batch_size % parts:
@@ -322,6 +340,12 @@ def validate(config: RunConfig) -> RunConfig:
         raise _wrong("objective.block_length", block, right)
     if block and config.family == "arm":
         raise _wrong("objective.block_length", block, "family arm has no blocks; use mdm or prime")
+    if o.times == "bell" and (o.schedule != "linear" or o.time_steps):
+        other = f"time_steps {o.time_steps}" if o.time_steps else f"schedule {o.schedule}"
+        right = (
+            f"is a law of the mask probability: needs schedule linear and time_steps 0, not {other}"
+        )
+        raise _wrong("objective.times", o.times, right)
     rising, steps = config.optim.warmup_steps, config.steps
     if rising >= steps:
         right = f"must be below steps {steps}, or the rate never reaches its peak"

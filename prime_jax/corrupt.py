@@ -18,7 +18,8 @@ class Corruption(NamedTuple):
 
     Attributes:
         masked_BxLxS: masked sub-tokens; only at target positions.
-        weight_BxL: w(t) at each position (1 with the flat weight); one t per block.
+        weight_BxL: w(t) at each position over the density of t (1 with the flat weight); one t per
+            block.
         whole_B: sequences whose masks cover whole tokens (granularity mixing).
         length_B: length after the cut of random-length training (L otherwise).
     """
@@ -88,5 +89,6 @@ def corrupt(
     masked_BxLxS = hide(uniform_BxLxS, schedule.alpha(config, t_BxL), whole_B)
     inside_BxL = target_BxL & (jnp.arange(n_tokens) < length_B[:, None])
     flat = config.weight == "flat"
-    weight_BxL = jnp.ones_like(t_BxL) if flat else schedule.weight(config, t_BxL)
+    weighed = lambda: schedule.weight(config, t_BxL) / schedule.density(config, t_BxL)  # noqa: E731
+    weight_BxL = jnp.ones_like(t_BxL) if flat else weighed()
     return Corruption(masked_BxLxS & inside_BxL[..., None], weight_BxL, whole_B, length_B)

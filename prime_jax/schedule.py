@@ -6,6 +6,7 @@ if 1 - alpha covers [0, 1] (theory.md, "Forward process"); `check` rejects other
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from prime_jax.config import ObjectiveConfig
 from prime_jax.errors import UserError
 
 LOG_LINEAR_FLOOR = 1e-3  # MDLM's eps: alpha_1
+BELL = 0.75  # the rest is uniform, so that no weight grows by more than 1 / (1 - BELL)
+PIECES = 1024  # on which the density of bell is constant
 EDGE = 1e-3  # alpha must reach within this of 1 and of 0
 
 
@@ -99,8 +102,33 @@ def stratum(index: jax.Array, count: int) -> jax.Array:
     return index * stride % count
 
 
+@cache
+def _bell(sd: float, bell: float) -> tuple[np.ndarray, np.ndarray]:
+    """Distribution function at the ends of PIECES, and the density on each, of `bell` parts of a
+    normal distribution about 1/2 that is cut to [0, 1]; the rest is uniform."""
+    t = np.linspace(0, 1, PIECES + 1)
+    normal = np.array([math.erf((x - 0.5) / (sd * math.sqrt(2))) for x in t])
+    below = bell * (normal - normal[0]) / (normal[-1] - normal[0]) + (1 - bell) * t
+    return below, np.diff(below) * PIECES
+
+
+def _law(config: ObjectiveConfig) -> tuple[np.ndarray, np.ndarray]:
+    """`_bell` of a config; with the flat weight the density is the weighting, and is not mixed."""
+    return _bell(config.times_sd, 1.0 if config.weight == "flat" else BELL)
+
+
+def density(config: ObjectiveConfig, t: jax.Array) -> jax.Array:
+    """Density of the training times at t, elementwise: the integrand is divided by it."""
+    if config.times == "uniform":
+        return jnp.ones_like(t)
+    piece = jnp.clip(jnp.floor(t * PIECES).astype(jnp.int32), 0, PIECES - 1)
+    return jnp.asarray(_law(config)[1], t.dtype)[piece]
+
+
 def times(config: ObjectiveConfig, offset: jax.Array, row: jax.Array, count: int) -> jax.Array:
     """Stratified training times t in [eps, 1), one per block of the *global* batch.
+
+    With `times = bell` the strata go through the inverse of its distribution function.
 
     Args:
         offset: [] in [0, 1), shared by all hosts (drawn from seed and step).
@@ -109,5 +137,8 @@ def times(config: ObjectiveConfig, offset: jax.Array, row: jax.Array, count: int
         count: blocks in the global batch.
     """
     u = (offset + stratum(row, count) / count) % 1.0
+    if config.times == "bell":
+        below = jnp.asarray(_law(config)[0], u.dtype)
+        u = jnp.interp(u, below, jnp.linspace(0, 1, PIECES + 1, dtype=u.dtype))
     t = config.time_eps + (1 - config.time_eps) * u
     return jnp.ceil(t * config.time_steps) / config.time_steps if config.time_steps else t

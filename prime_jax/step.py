@@ -133,6 +133,7 @@ def shape_of(config: RunConfig) -> RunConfig:
         seed=0,
         steps=1,
         initial_weights="",
+        subtokens=dataclasses.replace(config.subtokens, codes_file=""),
         optim=o,
         data=dataclasses.replace(config.data, path="", fingerprint=""),
         eval=dataclasses.replace(blank.eval, estimators=(), batch_size=config.eval.batch_size),
@@ -145,7 +146,7 @@ def program(config: RunConfig, eos_id: int, codebook: Codebook | None = None) ->
     """The functions that train `config`; shared by all configs of one shape.
 
     Args:
-        codebook: that of imported weights; by default the one that the config describes.
+        codebook: of a file or imported weights; by default the one that the config describes.
     """
     kernels = selection.resolved(config, jax.devices()[0].device_kind)
     return _program(dataclasses.replace(shape_of(config), kernels=kernels), eos_id, codebook)

@@ -51,12 +51,12 @@ class Codebook:
 
         Raises:
             UserError: a permutation over all codes that would be too large to store, or codes that
-                came with imported weights and cannot be generated.
+                came from a file or with imported weights and cannot be generated.
         """
         if config.codes:
             raise UserError(
-                f"subtokens.codes = {config.codes}: these codes came with imported weights and "
-                "cannot be made from a seed; leave it empty"
+                f"subtokens.codes = {config.codes}: these codes came from a file or with imported "
+                "weights and cannot be made from a seed; leave it empty"
             )
         b = base(vocab_size, config.length)
         if config.scope == "codes" and b**config.length > MAX_PERMUTED:

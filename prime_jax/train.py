@@ -19,7 +19,7 @@ import numpy as np
 
 from prime_jax import __version__, flops, optim, schedule, tuned
 from prime_jax.config import KernelConfig, RunConfig, differences, remark, run_id, validate
-from prime_jax.data import loader, manifest, tokenizers
+from prime_jax.data import codes, loader, manifest, tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
 from prime_jax.evaluate.trained import codebook_of
@@ -105,8 +105,8 @@ def train(
 
 
 def check_data(config: RunConfig) -> None:
-    """Raises: NoData: the data of a run is not on this machine."""
-    manifest.of_run(config)
+    """Raises: NoData: the data of a run, or the file of its codes, is not on this machine."""
+    codes.of_run(config, manifest.of_run(config))
 
 
 def prepare_directory(config: RunConfig, run_dir: Path) -> None:
@@ -129,9 +129,13 @@ def prepare_directory(config: RunConfig, run_dir: Path) -> None:
 
 
 def fill_fingerprint(config: RunConfig, data: manifest.Manifest) -> RunConfig:
-    """`config` with the fingerprint of its dataset."""
+    """`config` with the fingerprint of its dataset, and the hash of its codes if they are a file.
+
+    Raises:
+        NoData: the file of codes is missing, of no use or another than before.
+    """
     known = dataclasses.replace(config.data, fingerprint=data.fingerprint)
-    return dataclasses.replace(config, data=known)
+    return codes.filled(dataclasses.replace(config, data=known), data)
 
 
 def starting_from(config: RunConfig, weights: folder.Weights) -> RunConfig:
@@ -140,17 +144,15 @@ def starting_from(config: RunConfig, weights: folder.Weights) -> RunConfig:
     Raises:
         UserError: weights of another shape, or of other codes.
     """
-    codes = weights.config.subtokens.codes
-    if codes:  # of imported weights: nothing else makes them
-        config = dataclasses.replace(
-            config, subtokens=dataclasses.replace(config.subtokens, codes=codes)
-        )
-    elif config.subtokens.length > 1:
-        own = Codebook.create(config.model.vocab_size, config.subtokens)
-        if own.hash != weights.codebook.hash:
+    given, s = weights.config.subtokens.codes, config.subtokens
+    if given and not s.codes_file:  # of imported weights: nothing else makes them
+        config = dataclasses.replace(config, subtokens=dataclasses.replace(s, codes=given))
+    elif s.length > 1:
+        own = s.codes or Codebook.create(config.model.vocab_size, s).hash
+        if own != weights.codebook.hash:
             raise UserError(
                 f"--init-from: other codes ({weights.codebook.hash}) than those of this run "
-                f"({own.hash}): subtokens and model.vocab_size must be equal"
+                f"({own}): subtokens and model.vocab_size must be equal"
             )
     found = {f"{name}.weight": x for name, x in weights.tensors.items()}
     found[folder.CODES] = weights.codebook.codes
@@ -184,6 +186,7 @@ class Run:
         self.id = run_id(self.config)
         self.kernels_written = False
         known = initial.codebook if initial and config.subtokens.codes else None
+        known = known or codes.of_run(self.config, self.data)
         book = known or codebook_of(config, (self.run_dir, *earlier))
         self.program: Program = program(self._with_kernels(choices), self.data.eos_id, book)
         # Validates the names before training.

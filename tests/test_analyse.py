@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prime_jax import cli
+from prime_jax import cli, schedule
 from prime_jax.analyse import attention, bits, noise, spectra, subjects
-from prime_jax.config import SubtokenConfig
+from prime_jax.config import ObjectiveConfig, SubtokenConfig
 from prime_jax.errors import UserError
 from prime_jax.kernels.attention import attention_reference
 from prime_jax.runtime.records import read_json
@@ -58,10 +58,34 @@ def test_noise_levels_add_up_to_the_bound(subject):
     assert np.mean([row["nats"] for row in rows]) == pytest.approx(bound["value"])
     assert np.sum([row["step"] for row in rows]) == pytest.approx(steps["value"])
     assert steps["estimator"] == "finite:4"
+    found = {(v["times"], v["weight"]): v["relative_variance"] for v in about["variances"]}
+    assert found["bell", "nelbo"] > found["uniform", "nelbo"] > 0
+    assert found["bell", "flat"] < found["uniform", "flat"]
     record = read_json(subject.run.path / "result.json")["losses"]
     trained = next(loss for loss in record if loss["estimator"] == "subtoken")
     error = np.hypot(bound["se_data"], trained["se_data"])
     assert abs(bound["value"] - trained["value"]) < 4 * error
+
+
+def constant_cost(n: int, **law) -> float:
+    """The relative variance where each of n hidden sub-tokens costs the same."""
+    k = np.arange(1, n + 1)
+    config = ObjectiveConfig(**law)
+    return noise.relative_variance(config, np.ones(n), masked=k, sizes=np.full(n, n))
+
+
+def test_variances_of_training_times(monkeypatch):
+    """As by hand: the loss k / (n u q) has E = 1 and E^2 = int (1 - u) / (n u q) + 1 / q du."""
+    u = np.geomspace(1e-6, 1, 200_001)
+    for times in ("uniform", "bell"):
+        q = np.asarray(schedule.density(ObjectiveConfig(times=times), jnp.asarray(u)))
+        by_hand = np.trapezoid(((1 - u) / (64 * u) + 1) / q, u) - 1
+        assert constant_cost(64, times=times) == pytest.approx(by_hand, rel=2e-3)
+    assert constant_cost(64) == pytest.approx(0.20, abs=0.005)
+    flat = constant_cost(64, weight="flat")  # k / n itself: E = 1 / 2, E^2 = 1 / 3 + 1 / (6 n)
+    assert flat == pytest.approx(4 * (1 / 3 + 1 / (6 * 64)) - 1, rel=1e-3)
+    monkeypatch.setattr(schedule, "BELL", 1.0)  # without its uniform part it would be ruinous
+    assert constant_cost(64, times="bell") == pytest.approx(3.15, abs=0.02)
 
 
 def test_slots_add_up_to_the_bound(subject):

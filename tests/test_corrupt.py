@@ -60,6 +60,14 @@ def test_masks_have_the_law_of_independent_slots():
     assert worst(ObjectiveConfig()) < SIGMAS
 
 
+def test_weighted_masks_of_bell_times_have_the_weights_of_the_bound():
+    drawn = corrupted(ObjectiveConfig(times="bell"))
+    count, weight = drawn.masked_BxLxS.reshape(B, -1).sum(1), drawn.weight_BxL[:, 0]
+    for k, exact in enumerate([1, 1 / 2, 1 / 3, 1 / 4], 1):  # C(4, k) / (k C(4, k))
+        each = np.where(count == k, weight, 0)
+        assert abs(each.mean() - exact) < SIGMAS * each.std() / B**0.5
+
+
 def off_by_two_percent(config, t):
     return 1 - 1.02 * t
 

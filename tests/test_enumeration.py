@@ -114,6 +114,28 @@ def test_every_schedule_gives_the_same_bound(kind):
     np.testing.assert_allclose(got, exact, atol=tolerance)
 
 
+@pytest.mark.parametrize("sd", [0.15, 0.4])
+@pytest.mark.parametrize("weight", ["nelbo", "flat"])
+def test_times_about_a_half_give_the_same_bound_or_their_own_weighting(sd, weight):
+    """All strata of a large batch, integrated: their mean is the integral over times."""
+    config = run_config(2, times="bell", times_sd=sd, weight=weight).objective
+    count, n = 1 << 17, 4
+    t = schedule.times(config, jnp.float64(0.5 / count), jnp.arange(count), count)
+    k = np.arange(1, n + 1)[:, None]
+    law = np.asarray(t**k * (1 - t) ** (n - k))
+    if weight == "nelbo":
+        found = (law * np.asarray(schedule.weight(config, t) / schedule.density(config, t))).mean(1)
+        exact = [1 / 4, 1 / (2 * 6), 1 / (3 * 4), 1 / 4]  # 1 / (k C(4, k))
+        assert float((1 / schedule.density(config, t)).max()) < 4
+    else:
+        found = law.mean(1)
+        node, fraction = np.polynomial.legendre.leggauss(200)
+        u = (node + 1) / 2
+        normal = fraction * np.exp(-(((u - 0.5) / sd) ** 2) / 2)
+        exact = (normal * u**k * (1 - u) ** (n - k)).sum(1) / normal.sum()
+    np.testing.assert_allclose(found, exact, rtol=2e-5)
+
+
 @pytest.mark.parametrize("distance", [1, 2, 4, 8])
 def test_hamming_law(distance):
     """Two equally likely values at Hamming distance d: joint = H / d, marginal = H."""

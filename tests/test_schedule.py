@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from prime_jax import schedule
-from prime_jax.config import ObjectiveConfig
+from prime_jax.config import ObjectiveConfig, RunConfig, validate
 from prime_jax.errors import UserError
 
 CONFIG = ObjectiveConfig()
@@ -154,3 +154,15 @@ def test_the_refusal_of_a_schedule_names_what_is_accepted():
     for refused in (sigmas(1.01 * low, high), sigmas(low, 0.99 * high)):
         with pytest.raises(UserError, match="geometric"):
             schedule.check(refused)
+
+
+@pytest.mark.parametrize(
+    ("changes", "other"), [({"schedule": "cosine"}, "schedule cosine"), ({"time_steps": 8}, "8")]
+)
+def test_bell_with_another_schedule_or_outside_its_range_is_refused(changes, other):
+    bell = dataclasses.replace(CONFIG, times="bell")
+    validate(RunConfig(objective=bell, steps=2000))
+    with pytest.raises(UserError, match=f"needs schedule linear and time_steps 0, not .*{other}"):
+        validate(RunConfig(objective=dataclasses.replace(bell, **changes), steps=2000))
+    with pytest.raises(UserError, match=r"times_sd = 0.14: must be at least 0.15"):
+        dataclasses.replace(bell, times_sd=0.14)

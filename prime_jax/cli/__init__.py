@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data prepare": ("data:prepare", "tokenise a source into blocks, in parallel, resumable"),
     "data inspect": ("data:inspect", "what a prepared dataset holds"),
     "data entropy": ("data:entropy", "how evenly sub-tokens of each length are used"),
+    "data codes": ("data:codes", "give tokens codes, e.g. the same leading digits to like words"),
     "train": ("train:train", "train and evaluate one run"),
     "sweep plan": (
         "sweep:plan",

@@ -71,7 +71,8 @@ class Attention(OnText):
 
 @dataclass(frozen=True)
 class Noise(OnText):
-    """Where between noise and text the bound is paid."""
+    """Where between noise and text the bound is paid, and how much the training loss scatters with
+    each law of training times (objective.times, objective.weight)."""
 
     EXAMPLES = ("prime-jax analyse noise quickstart:3f9a --levels 32",)
 
@@ -157,6 +158,12 @@ def noise(args: Noise) -> None:
         drawn=drawn,
     )
     _show_losses(abouts)
+    variances = [{"run": about["run"], **row} for about in abouts for row in about["variances"]]
+    if variances:
+        title = "training loss of a sequence: variance over the square of the mean"
+        columns = ("run", "times", "weight", "relative_variance")
+        cells = [[str(row[c]) for c in columns[:3]] + [error(row[columns[3]])] for row in variances]
+        show(Table(columns, cells, title=title))
 
 
 def bits(args: Bits) -> None:

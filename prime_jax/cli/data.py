@@ -1,15 +1,17 @@
-"""`prime-jax data`: prepare, inspect, entropy."""
+"""`prime-jax data`: prepare, inspect, entropy, codes."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prime_jax.cli.console import Progress, say, show, write
 from prime_jax.cli.parse import Arguments
 from prime_jax.data import manifest as manifests
 from prime_jax.data.manifest import Request
+from prime_jax.errors import UserError
+from prime_jax.runtime import outputs
 from prime_jax.settings import REQUIRED, setting
 from prime_jax.table import Table
 
@@ -154,3 +156,84 @@ def _show_entropies(rows: list, title: str, name: str, *, limit: bool = False) -
         cells.append([str(row[0].length), str(row[0].base), *(f"{v:.4f}" for v in values)])
     head = ("l", "b", "identity", "25 %", "full", *["maximum"] * limit)
     show(Table(head, cells, title=f"{title}, bits"))
+
+
+@dataclass(frozen=True)
+class Codes(Arguments):
+    """Give every token a code, whose l digits are its sub-tokens, and say what that makes of the
+    corpus. A run takes them with --subtokens.codes-file; the file that says for which tokenizer
+    they are lies beside it (codes.json).
+
+    METHOD: identity (an id is its code), shuffle (drawn from --seed), frequency (the rank of the
+    id), cluster (words that occur in the same contexts share leading digits)."""
+
+    EXAMPLES = (
+        "prime-jax data codes data/quickstart --method cluster -l 3 --out data/quickstart/codes.npy",
+    )
+
+    dir: Path = setting(REQUIRED, PREPARED, positional=True)
+    method: Literal["identity", "shuffle", "frequency", "cluster"] = setting(
+        REQUIRED, "identity, shuffle, frequency or cluster", metavar="METHOD"
+    )
+    length: int = setting(
+        REQUIRED, "sub-tokens per token", at_least=1, at_most=32, alias="-l", metavar="L"
+    )
+    out: Path = setting(REQUIRED, "file to write (.npy)", metavar="FILE")
+    seed: int = setting(0, "of shuffle", at_least=0)
+    words: int = setting(8, "shown of each branch", at_least=1)
+    branches: int = setting(16, "leading digits shown", at_least=1)
+    json: bool = setting(False, "print one JSON object")
+
+
+def codes(args: Codes) -> None:
+    from prime_jax.data import clusters
+    from prime_jax.data import codes as files
+    from prime_jax.runtime import storage
+    from prime_jax.runtime.records import write_json_atomic
+
+    manifest = manifests.load(args.dir)
+    about = files.about_file(args.out)
+    if about == args.out or args.out.suffix != ".npy":
+        raise UserError(f"--out {args.out}: must end in .npy")
+    made = {args.dir / name for name in (manifests.UNIGRAM, manifests.TOKEN_BYTES, manifests.FILE)}
+    outputs.refuse_overwrite([*made, args.dir / "tokenizer.json"], [args.out, about])
+    for file in (args.out, about):
+        outputs.check_file(file)
+    with Progress(transient=True) as progress:
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            progress.show("reading", "train split", None, done)
+
+        book = clusters.make(manifest, args.method, args.length, args.seed, tick)
+        found = clusters.describe(manifest, book, args.words, args.branches)
+    record = {"tokenizer": manifest.tokenizer_hash, "vocab_size": manifest.vocab_size}
+    record |= {"data": manifest.fingerprint, "method": args.method, "seed": args.seed}
+    record |= dataclasses.asdict(found)
+    storage.write(args.out, files.as_bytes(book))
+    write_json_atomic(about, record)
+    if args.json:
+        write(json.dumps(record))
+        return
+    _show_codes(found)
+    flags = f"--subtokens.codes-file {args.out} --subtokens.length {args.length}"
+    say(f"wrote {args.out} and {about}; train with {flags}")
+
+
+def _show_codes(found: Any) -> None:
+    """Entropies of the sub-tokens, and the first branches as words."""
+    e = found.entropies
+    rows = [[str(slot + 1), f"{bits:.4f}"] for slot, bits in enumerate(e.slots)]
+    notes = (
+        f"at most log2 {e.base} = {e.maximum:.4f}; a token has {e.token:.4f} bits, total correlation "
+        f"{e.total_correlation:.4f}, mutual information of two slots {e.mutual_information:.4f}",
+        f"mutual information of the leading digits of neighbours: {found.neighbours:.4f} bits",
+    )
+    show(Table(("sub-token", "entropy, bits"), rows, notes, title=f"codes {found.hash}"))
+    rows = [
+        [str(b.digit), f"{b.tokens:,}", f"{100 * b.share:.1f} %", " ".join(map(repr, b.words))]
+        for b in found.branches
+    ]
+    show(Table(("leading digit", "tokens", "of the corpus", "most frequent"), rows))

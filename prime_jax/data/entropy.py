@@ -22,7 +22,8 @@ class Entropies:
     """Sub-tokens of one token drawn from the corpus, in bits.
 
     Attributes:
-        length, base, shuffle: the codebook.
+        length, base: the codebook.
+        shuffle: fraction of its codes that is permuted; None where they are given.
         slots: entropy of each sub-token, most significant first.
         mean: their mean.
         maximum: log2 of the base, the upper bound for each slot.
@@ -33,7 +34,7 @@ class Entropies:
 
     length: int
     base: int
-    shuffle: float
+    shuffle: float | None
     slots: tuple[float, ...]
     mean: float
     maximum: float
@@ -56,27 +57,34 @@ def entropies(counts: np.ndarray, config: SubtokenConfig) -> Entropies:
     Raises:
         UserError: a length outside 1..32, a negative seed, or no tokens.
     """
-    vocab_size = len(counts)
     if not 1 <= config.length <= 32:
         raise UserError(f"length {config.length}: must be between 1 and 32")
     if config.seed < 0:
         raise UserError(f"seed {config.seed}: must not be below 0")
+    return of_codebook(counts, Codebook.create(len(counts), config), config.shuffle)
+
+
+def of_codebook(counts: np.ndarray, book: Codebook, shuffle: float | None = None) -> Entropies:
+    """Entropies of the sub-tokens that a codebook makes of tokens with these counts.
+
+    Raises:
+        UserError: no tokens.
+    """
     if not counts.sum():
         raise UserError("the train split holds no tokens")
-    book = Codebook.create(vocab_size, config)
     b, digits_VxS = book.base, book.digits.astype(np.int64)
     weights = counts.astype(np.float64)
     slots = [entropy_bits(np.bincount(column, weights, b)) for column in digits_VxS.T]
-    pairs = list(combinations(range(config.length), 2))
+    pairs = list(combinations(range(book.length), 2))
     shared = [
         slots[i] + slots[j] - entropy_bits(_joint(digits_VxS[:, i] * b + digits_VxS[:, j], weights))
         for i, j in pairs
     ]
     token = entropy_bits(weights)
     return Entropies(
-        length=config.length,
+        length=book.length,
         base=b,
-        shuffle=config.shuffle,
+        shuffle=shuffle,
         slots=tuple(slots),
         mean=sum(slots) / len(slots),
         maximum=math.log2(b),

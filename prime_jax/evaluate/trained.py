@@ -155,8 +155,8 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
 
 
 def codebook_of(config: RunConfig, directories: Iterable[storage.Path]) -> Codebook | None:
-    """The codes that came with the weights of a run, from its directories; None: its config makes
-    them.
+    """The codes that came with a run's weights or from a file, from its directories; None: its
+    config makes them.
 
     Raises:
         UserError: they are not there, or are others.

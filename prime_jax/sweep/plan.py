@@ -11,7 +11,7 @@ from typing import Any
 
 from prime_jax import flops
 from prime_jax.config import RunConfig, remark, run_id, validate
-from prime_jax.data import manifest
+from prime_jax.data import codes, manifest
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
@@ -116,6 +116,8 @@ def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
     row, config = candidate.row, candidate.config
     # A worker may start in another directory.
     config = set_path(config, "data.path", str(Path(config.data.path).absolute()))
+    if file := config.subtokens.codes_file:
+        config = set_path(config, "subtokens.codes_file", str(Path(file).absolute()))
     return {
         "schema": state.SCHEMA,
         "id": candidate.id,
@@ -163,7 +165,7 @@ def _with_fingerprint(config: RunConfig, prepared: Any) -> RunConfig:
     if not config.data.fingerprint:
         config = set_path(config, "data.fingerprint", prepared.fingerprint)
     manifest.check(prepared, config)
-    return config
+    return codes.filled(config, prepared)
 
 
 def _too_small(row: Row, config: RunConfig) -> str:

@@ -448,11 +448,12 @@ def with_data(runs: list[Run], check_data: Callable[[RunConfig], object] | None)
     """
     if check_data is None:
         return runs
-    missing: dict[tuple[str, str], NoData] = {}
+    missing: dict[tuple[str, ...], NoData] = {}
     known, able = set(), []
     for run in runs:
         config = from_dict(RunConfig, run.spec["config"], run.id)
-        which = (config.data.path, config.data.fingerprint)
+        coded = (config.subtokens.codes_file, config.subtokens.codes)
+        which = (config.data.path, config.data.fingerprint, *coded)
         try:
             if which not in known:
                 known.add(which)
