@@ -1,7 +1,8 @@
-"""Exact parameter counts and training FLOPs of a run, in two conventions (theory.md, "FLOPs").
+"""Exact parameter counts and training FLOPs of a run, in three conventions (theory.md, "FLOPs").
 
 * `reference`: as published, `6 * 12 width^2 layers` per token for every model.
 * `matmul`: every matrix product of one training step, forward and backward, of the actual model.
+* `network`: the same without the marginal columns of the loss, which are how it is computed.
 """
 
 import math
@@ -12,7 +13,7 @@ from prime_jax.config import ModelConfig, RunConfig
 from prime_jax.errors import UserError
 from prime_jax.settings import nearest
 
-Convention = Literal["matmul", "reference"]
+Convention = Literal["matmul", "reference", "network"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 BACKWARD = 3  # forward and backward over forward: one product, and one per factor's gradient
 
@@ -61,7 +62,8 @@ def flops_per_token(config: RunConfig, convention: Convention) -> float:
     twice. `matmul` counts attention scores and values that the mask allows (half of them under the
     causal mask of ARM; seq_len + block_length keys for a token's noisy and clean position
     together), the head, and the marginal columns `P @ onehot(C)` of the marginal loss (forward and
-    one backward product: the codebook has no gradient). The embedding is a lookup, so 0;
+    one backward product: the codebook has no gradient) unless V = b**l, where they are sums and no
+    product. `network` is `matmul` without these columns. The embedding is a lookup, so 0;
     recomputation is not counted.
 
     Raises:
@@ -79,7 +81,8 @@ def flops_per_token(config: RunConfig, convention: Convention) -> float:
     attention = 2 * keys_seen * m.width * 2  # scores, then values
     layers = m.layers * (2 * _layer_matrices(m) * config.sequences_read + attention)
     head = 2 * m.width * m.vocab_size
-    return BACKWARD * (layers + head) + 2 * 2 * m.vocab_size * _marginal_columns(config)
+    columns = 0 if convention == "network" else _marginal_columns(config)
+    return BACKWARD * (layers + head) + 2 * 2 * m.vocab_size * columns
 
 
 def train_flops(config: RunConfig, convention: Convention) -> float:
@@ -124,8 +127,10 @@ def _embedding(config: RunConfig) -> int:
 
 
 def _marginal_columns(config: RunConfig) -> int:
-    """Columns `l * b` of the codebook; 0 if l = 1 or the loss is joint."""
-    length = config.subtokens.length
+    """Columns `l * b` of the codebook; 0 if l = 1, the loss is joint or every code is a token: head
+    rows lie in the order of their codes, so the marginals are then a reshape and a sum."""
+    length, vocab = config.subtokens.length, config.model.vocab_size
     if config.family != "prime" or length == 1 or config.objective.loss == "joint":
         return 0
-    return length * subtokens.base(config.model.vocab_size, length)
+    b = subtokens.base(vocab, length)
+    return 0 if b**length == vocab else length * b

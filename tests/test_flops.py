@@ -20,6 +20,9 @@ from prime_jax.config import (
 )
 from prime_jax.errors import UserError
 from prime_jax.kernels.attention import by_blocks
+from prime_jax.kernels.subtoken_head import subtoken_loss
+from prime_jax.objectives import make_head
+from prime_jax.subtokens import Codebook
 
 SMALL = ModelConfig(vocab_size=21, layers=3, width=24, heads=4, kv_heads=2, ffn_multiple=4)
 
@@ -151,6 +154,34 @@ def test_the_joint_loss_needs_no_marginals():
     marginal, joint = run(length=5), run(length=5, objective=ObjectiveConfig(loss="joint"))
     difference = flops.flops_per_token(marginal, "matmul") - flops.flops_per_token(joint, "matmul")
     assert difference == 4 * 21 * 5 * 2
+
+
+@pytest.mark.parametrize(("vocab", "length"), [(16, 4), (27, 3), (64, 2)])
+def test_full_codes_have_marginals_without_a_product(vocab, length):
+    """The shipped head multiplies for its logits and their two gradients only; that is what counts."""
+    model = dataclasses.replace(SMALL, vocab_size=vocab)
+    config = run(length=length, model=model)
+    joint = dataclasses.replace(config, objective=ObjectiveConfig(loss="joint"))
+    for convention in flops.CONVENTIONS:
+        assert flops.flops_per_token(config, convention) == flops.flops_per_token(joint, convention)
+    head = make_head(config, Codebook.create(vocab, config.subtokens))
+    h, rows = jnp.ones((6, model.width)), jnp.ones((vocab, model.width))
+    row, masked, weight = jnp.arange(6), jnp.ones((6, length), bool), jnp.ones(6)
+
+    def loss(h, rows):
+        return subtoken_loss(head, h, rows, row, masked, weight).marginal
+
+    counted = matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(h, rows).jaxpr)
+    assert counted == 3 * 2 * 6 * vocab * model.width
+
+
+def test_the_network_alone_is_charged_for_no_columns():
+    config = run(length=5)
+    matmul, network = (flops.flops_per_token(config, name) for name in ("matmul", "network"))
+    assert matmul - network == 4 * 21 * 5 * 2
+    small = dataclasses.replace(SMALL, vocab_size=50257, layers=1, width=16, heads=1)
+    tiny = run(length=2, model=small)  # most of the FLOPs would be those of the columns
+    assert 1 - flops.flops_per_token(tiny, "network") / flops.flops_per_token(tiny, "matmul") > 0.8
 
 
 @pytest.mark.parametrize(

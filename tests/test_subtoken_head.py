@@ -30,6 +30,7 @@ CASES = [
     *FEW,
     (37, 2, "vocab"),  # b = 7; 37 rows of 7 digits: a last, shorter one
     (37, 17, "vocab"),
+    (32, 5, "codes"),  # every code is a token
     pytest.param(37, 2, "codes", marks=pytest.mark.slow),
     pytest.param(37, 6, "vocab", marks=pytest.mark.slow),
     pytest.param(37, 12, "codes", marks=pytest.mark.slow),

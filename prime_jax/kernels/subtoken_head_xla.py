@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from prime_jax.kernels.common import NEG, target_kind
 from prime_jax.kernels.subtoken_head_base import (
@@ -72,26 +71,20 @@ def _logits(head: Head, part: Shard, head_VxD, h_NxD, row_N, visible_NxW) -> jax
 
 
 class _Grid:
-    """Codes 0 .. V-1 as a table of high by low digits; its last row may be incomplete.
+    """Codes 0 .. V-1 as a table of high by low digits; its last rows may be missing.
 
-    Digit masses follow from its row and column sums: one addition per element instead of a product
-    with a [V, S*b] matrix.
+    Digit masses follow from its row and column sums, and these digit by digit: a reshape and a sum, one
+    addition per element instead of a product with a [V, S*b] matrix.
     """
 
-    def __init__(self, head: Head, dtype):
+    def __init__(self, head: Head):
         book = head.codebook
-        self.vocab_size, self.slots = book.vocab_size, book.length
+        self.base, self.vocab_size = book.base, book.vocab_size
         self.low_slots = book.length // 2
+        self.high_slots = book.length - self.low_slots
         self.low = book.base**self.low_slots
-        self.full = book.vocab_size // self.low
-        rows = -(-book.vocab_size // self.low)
-        eye = np.eye(book.base, dtype=dtype)
-        self.base = book.base
-        digit = lambda n, power: eye[np.arange(n) // power % book.base]  # noqa: E731
-        powers = [book.base**j for j in reversed(range(self.slots))]
-        high = [digit(rows, power // self.low) for power in powers[: -self.low_slots]]
-        low = [digit(self.low, power) for power in powers[-self.low_slots :]]
-        self.high_HxC, self.low_LxC = (np.concatenate(x, axis=1) for x in (high, low))
+        self.high = book.base**self.high_slots
+        self.full = book.vocab_size // self.low  # rows without a gap
 
     def sums(self, e_NxV: jax.Array) -> jax.Array:
         """sum_v e_v [C_vj = c]: [N, S, b]."""
@@ -101,22 +94,33 @@ class _Grid:
         if tail_NxT.shape[1]:
             high_NxH = jnp.concatenate([high_NxH, tail_NxT.sum(axis=1, keepdims=True)], axis=1)
             low_NxL += jnp.pad(tail_NxT, ((0, 0), (0, self.low - tail_NxT.shape[1])))
-        exact = jax.lax.Precision.HIGHEST
-        parts = (
-            jnp.matmul(high_NxH, self.high_HxC, precision=exact),
-            jnp.matmul(low_NxL, self.low_LxC, precision=exact),
-        )
-        return jnp.concatenate(parts, axis=1).reshape(-1, self.slots, self.base)
+        high_NxH = jnp.pad(high_NxH, ((0, 0), (0, self.high - high_NxH.shape[1])))
+        parts = (self._by_digit(high_NxH, self.high_slots), self._by_digit(low_NxL, self.low_slots))
+        return jnp.concatenate(parts, axis=1)
+
+    def _by_digit(self, e_NxC: jax.Array, slots: int) -> jax.Array:
+        """Sums [N, slots, b] over all b**slots codes, slot by slot from the left."""
+        out = []
+        for _ in range(slots):
+            e_NxbxR = e_NxC.reshape(e_NxC.shape[0], self.base, -1)
+            out.append(e_NxbxR.sum(axis=2))
+            e_NxC = e_NxbxR.sum(axis=1)
+        return jnp.stack(out, axis=1)
 
     def spread(self, value_NxSxb: jax.Array) -> jax.Array:
         """sum_j value_j[C_vj] for every token: [N, V], the transpose of `sums`."""
-        flat_NxC = value_NxSxb.reshape(value_NxSxb.shape[0], -1)
-        exact = jax.lax.Precision.HIGHEST
-        split = self.high_HxC.shape[1]
-        high_NxH = jnp.matmul(flat_NxC[:, :split], self.high_HxC.T, precision=exact)
-        low_NxL = jnp.matmul(flat_NxC[:, split:], self.low_LxC.T, precision=exact)
-        table_NxHxL = high_NxH[:, :, None] + low_NxL[:, None, :]
-        return table_NxHxL.reshape(flat_NxC.shape[0], -1)[:, : self.vocab_size]
+        high_NxH = self._of_codes(value_NxSxb[:, : self.high_slots])
+        low_NxL = self._of_codes(value_NxSxb[:, self.high_slots :])
+        rows = -(-self.vocab_size // self.low)
+        table_NxHxL = high_NxH[:, :rows, None] + low_NxL[:, None, :]
+        return table_NxHxL.reshape(len(value_NxSxb), -1)[:, : self.vocab_size]
+
+    def _of_codes(self, value_NxSxb: jax.Array) -> jax.Array:
+        """The transpose of `_by_digit`: [N, b**S]."""
+        out_NxC = jnp.zeros((len(value_NxSxb), 1), value_NxSxb.dtype)
+        for value_Nxb in jnp.moveaxis(value_NxSxb, 1, 0):
+            out_NxC = (out_NxC[:, :, None] + value_Nxb[:, None, :]).reshape(len(out_NxC), -1)
+        return out_NxC
 
 
 class _Columns:
@@ -138,7 +142,7 @@ def _digits(head: Head, part: Shard, dtype) -> _Grid | _Columns | None:
     if head.plain:
         return None
     if head.dense_codes and head.axis_name is None:
-        return _Grid(head, dtype)
+        return _Grid(head)
     return _Columns(head, part, dtype)
 
 

@@ -22,7 +22,7 @@ class Choice(Checked):
         "best-valid (exact NLL of arm, sub-token NELBO otherwise) or an estimator of the runs",
         metavar="NAME",
     )
-    flops: Literal["matmul", "reference"] | None = setting(None, "how FLOPs are counted")
+    flops: Literal["matmul", "reference", "network"] | None = setting(None, "how FLOPs are counted")
     params: Literal["total", "nonembedding", "nonembedding_plus_head", "reference"] | None = (
         setting(None, "which parameters N counts")
     )

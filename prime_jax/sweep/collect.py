@@ -38,6 +38,7 @@ COLUMNS = [
     "loss_se_data",
     "flops_matmul",
     "flops_reference",
+    "flops_network",
     "params_total",
     "params_nonembedding",
     "params_nonembedding_plus_head",

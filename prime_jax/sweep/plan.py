@@ -20,7 +20,11 @@ from prime_jax.sweep import grid, state
 from prime_jax.sweep.grid import Experiment, Row
 
 # The N that goes with each convention of C, as in `fit`.
-PARAMS = {"matmul": "nonembedding_plus_head", "reference": "reference"}
+PARAMS = {
+    "matmul": "nonembedding_plus_head",
+    "reference": "reference",
+    "network": "nonembedding_plus_head",
+}
 
 WRITERS = 16  # concurrent writes: a bucket has a high latency
 FAR = 2.0  # a stated budget off by more than this factor is flagged; fits do not believe it
