@@ -99,7 +99,15 @@ def train(
         Preempted, Stopped: interrupted after saving.
     """
     with watchdog.explaining():
-        run = Run(config, run_dir, earlier, heartbeat, log, choices, initial)
+        run = Run(
+            config=config,
+            run_dir=run_dir,
+            earlier=earlier,
+            heartbeat=heartbeat,
+            log=log,
+            choices=choices,
+            initial=initial,
+        )
         with storage.locked(run.run_dir) if distributed.is_writer() else contextlib.nullcontext():
             return run.complete()
 

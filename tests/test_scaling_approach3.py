@@ -167,12 +167,13 @@ def test_the_certificate_catches_a_fit_that_stopped_short(family, above, params)
     )  # fmt: skip
     law = PowerLaw(np.exp(stuck.x[0]), 400.0, 400.0, stuck.x[1], stuck.x[2])
     assert optimum(law, Compute(), 2.887e20).params == pytest.approx(params, rel=2e-3)
-    audit = approach3.audit(problem, law)
-    assert audit.objective == pytest.approx(stuck.fun, rel=1e-9)
-    assert audit.excess == pytest.approx(above, abs=0.005)
-    assert not audit.certificate.converged
-    assert audit.certificate.gradient > 100 * approach3.STATIONARY
-    assert audit.best.certificate.converged
+    theta, best = problem.form.theta(law), approach3.fit(problem)
+    assert problem.value(theta) == pytest.approx(stuck.fun, rel=1e-9)
+    assert problem.value(theta) / best.objective - 1 == pytest.approx(above, abs=0.005)
+    assert best.certificate.converged
+    certificate = approach3.certify(problem, theta)
+    assert not certificate.converged
+    assert certificate.gradient > 100 * approach3.STATIONARY
 
 
 def test_a_delta_that_makes_an_optimiser_stop_where_it_starts_is_caught():
@@ -188,9 +189,9 @@ def test_a_delta_that_makes_an_optimiser_stop_where_it_starts_is_caught():
     stopped = minimize(objective, start, method="L-BFGS-B")
     np.testing.assert_array_equal(stopped.x, start)
     assert stopped.success
-    audit = approach3.audit(problem, PowerLaw(2.0, 300.0, 1000.0, 0.3, 0.3))
-    assert not audit.certificate.converged
-    assert audit.excess > 1
+    theta = problem.form.theta(PowerLaw(2.0, 300.0, 1000.0, 0.3, 0.3))
+    assert not approach3.certify(problem, theta).converged
+    assert problem.value(theta) > 2 * approach3.fit(problem).objective
 
 
 @pytest.mark.parametrize("delta", [0.0, -1e-3, np.nan, np.inf])

@@ -144,7 +144,7 @@ class Design(OfFit):
         0.05,
         "stop where all FLOPs, at the next runs' rate, would lower the sd by less",
         above=0,
-        metavar="SHARE",
+        metavar="FRACTION",
     )
 
 

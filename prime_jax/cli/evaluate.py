@@ -118,11 +118,15 @@ def evaluate(args: Eval) -> int:
 
         try:
             if args.samples:
-                _samples(args, found, out, tick, progress.log, records)
+                _samples(
+                    args=args, found=found, out=out, tick=tick, log=progress.log, records=records
+                )
             if args.tasks:
                 _tasks(args, found, out, tick)
             if not (args.samples or args.tasks) or args.data:
-                _texts(args, found, out, tick, progress.log, records)
+                _texts(
+                    args=args, found=found, out=out, tick=tick, log=progress.log, records=records
+                )
         except KeyboardInterrupt:
             progress.log("stopped; what is done is kept, and the same command continues")
             return 85

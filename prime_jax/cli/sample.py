@@ -167,9 +167,9 @@ def _measured(args: Drawing, run: Any, sampler: Any) -> tuple[float, ...]:
     rivals = {
         name: check.loss(time_grid(Options(grid=name), steps)) for name in ("uniform", "cosine")
     }
-    told = ", ".join(f"{name} {loss:.4f}" for name, loss in rivals.items())
+    others = ", ".join(f"{name} {loss:.4f}" for name, loss in rivals.items())
     say(
-        f"{steps} steps: measured grid {check.loss(found):.4f} nats/token (nelbo), {told}, "
+        f"{steps} steps: measured grid {check.loss(found):.4f} nats/token (nelbo), {others}, "
         f"infinitely many steps {check.bound:.4f}",
         out,
     )
@@ -186,7 +186,7 @@ def _draw(args: Drawing, run: Any, sampler: Any, canvas: Any, options: Any) -> i
     _say_blocks(args, run, hidden)
     try:
         for samples in _batches(
-            args, run=run, sampler=sampler, canvas=canvas, options=options, screen=out
+            args, run=run, sampler=sampler, canvas=canvas, options=options, terminal=out
         ):
             done.append(samples)
     except KeyboardInterrupt:
@@ -220,7 +220,7 @@ def _say_blocks(args: Drawing, run: Any, hidden: Any) -> None:
         say(f"--steps {args.options.steps}: {blocks} blocks of {length} tokens take a step each")
 
 
-def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, screen: Any) -> Any:
+def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, terminal: Any) -> Any:
     """The samples, batch by batch; each is written before the next is drawn."""
     import contextlib
     import json
@@ -233,7 +233,7 @@ def _batches(args, run: Any, sampler: Any, canvas: Any, options: Any, screen: An
         out = stack.enter_context(outputs.stream(args.out)) if args.out else None
         watch = None
         if args.watch:
-            watch = stack.enter_context(watcher(run.codebook, run.tokenizer, canvas, screen))
+            watch = stack.enter_context(watcher(run.codebook, run.tokenizer, canvas, terminal))
         starts = range(0, args.num, options.batch_size)
         progress = None
         if len(starts) > 1:

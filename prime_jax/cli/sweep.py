@@ -11,7 +11,7 @@ from prime_jax.cli import runs
 from prime_jax.cli.console import Progress, console, say, show, write
 from prime_jax.cli.launch import ROOT
 from prime_jax.cli.parse import Arguments
-from prime_jax.cli.train import LookAhead
+from prime_jax.cli.train import DryRun
 from prime_jax.errors import UserError
 from prime_jax.runtime import outputs, storage
 from prime_jax.settings import REQUIRED, setting
@@ -66,7 +66,7 @@ class Plan(Arguments):
         "(--check alone); --check=all compiles every shape. What does not fit is dropped",
         bare="largest",
     )
-    ahead: LookAhead = setting(LookAhead(), "predictions")
+    dry_run: DryRun = setting(DryRun(), "predictions")
 
 
 def plan(args: Plan) -> None:
@@ -76,7 +76,7 @@ def plan(args: Plan) -> None:
     experiment = grid.load_experiment(args.experiment)
     datasets = planning.load_datasets(experiment, required=args.root is not None)
     listed = planning.candidates(experiment, datasets)
-    slice_, prices = args.ahead.understood(check=bool(args.check))
+    slice_, prices = args.dry_run.understood(check=bool(args.check))
     if args.check:
         listed = _checked(args, listed, slice_)
     show(plan_table(experiment, listed, args.flops_per_second))
@@ -102,7 +102,7 @@ def _checked(args: Plan, listed: "list[Candidate]", slice_: Any) -> "list[Candid
     choices = tuned.load(slice_.chip.device_kind, root)
     options = check.Options(
         every=args.check == "all",
-        autofit=args.ahead.autofit,
+        autofit=args.dry_run.autofit,
         cache=root / check.CACHE if root else None,
         choices=choices,
     )

@@ -14,7 +14,7 @@ from prime_jax.table import Table
 
 
 @dataclass(frozen=True)
-class LookAhead(Flags):
+class DryRun(Flags):
     """Flags of commands that predict what accelerators would do."""
 
     slice: str = setting(
@@ -68,7 +68,7 @@ class Train(Arguments):
     check: bool = setting(
         False, "do not train: compile the training step for --slice and say whether it fits"
     )
-    ahead: LookAhead = setting(LookAhead(), "predictions")
+    dry_run: DryRun = setting(DryRun(), "predictions")
     overrides: tuple[str, ...] = setting((), "dotted settings", flag=False)
 
 
@@ -80,9 +80,9 @@ def train(args: Train) -> int | None:
         config = set_path(config, "log.profile", args.profile)
     if args.settings:
         return _list(config)
-    slice_, prices = args.ahead.understood(check=args.check)
+    slice_, prices = args.dry_run.understood(check=args.check)
     if slice_:
-        return _dry_run(config, slice_, prices, check=args.check, autofit=args.ahead.autofit)
+        return _dry_run(config, slice_, prices, check=args.check, autofit=args.dry_run.autofit)
     from prime_jax.cli import runs
     from prime_jax.data import manifest
     from prime_jax.runtime import distributed

@@ -226,7 +226,7 @@ class Scorer:
         def read() -> None:
             index, values, parts = waiting.popleft()
             partial.put(index, {k: np.asarray(v, np.float64) for k, v in values.items()})
-            tick(len(index) - parts.told)
+            tick(len(index) - parts.reported)
 
         try:
             for size, batch, index in work:
@@ -269,13 +269,13 @@ class _Parts:
     """Tells of a batch in parts, while the network calls of its draws are made."""
 
     def __init__(self, rows: int, cost: exact.Cost, tick: Callable[[float], None]):
-        self.rows, self.cost, self.tick, self.told = rows, cost, tick, 0.0
+        self.rows, self.cost, self.tick, self.reported = rows, cost, tick, 0.0
 
     def __call__(self, done: int, calls: int) -> None:
         self.cost(done, calls)
         part = self.rows * (1024 * (done - 1) // calls) / 1024  # such parts add up exactly
-        self.tick(part - self.told)
-        self.told = part
+        self.tick(part - self.reported)
+        self.reported = part
 
 
 def _batches(index: np.ndarray, size: int) -> Iterator[np.ndarray]:

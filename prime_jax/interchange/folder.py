@@ -230,5 +230,12 @@ def _read(directory: Path) -> tuple[Weights, str]:
             values = finite(str(file), name, tensors[name].float32())
             ours[name.removesuffix(".weight")] = values
     assumed = tuple(about.get("assumed", ()))
-    weights = Weights(config, book, ours, about["step"], about["eos_id"], assumed)
+    weights = Weights(
+        config=config,
+        codebook=book,
+        tensors=ours,
+        step=about["step"],
+        eos_id=about["eos_id"],
+        assumed=assumed,
+    )
     return weights, about.get("weights_hash", weights.hash)  # of folders before there was one

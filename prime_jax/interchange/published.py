@@ -120,7 +120,16 @@ def convert(kind: str, where: str, tensors: Tensors, facts: Facts, out: Path) ->
     ours["embedding"] = embedding(layout, where, config, tensors, bos)
     if not m.tied_head:
         ours["head"] = rows_of(where, layout.head, tensors, m.vocab_size, m.width)
-    return folder.imported(folder.Weights(config, book, ours, config.steps, facts.eos_id, assumed))
+    return folder.imported(
+        folder.Weights(
+            config=config,
+            codebook=book,
+            tensors=ours,
+            step=config.steps,
+            eos_id=facts.eos_id,
+            assumed=assumed,
+        )
+    )
 
 
 def infer(
@@ -151,7 +160,14 @@ def infer(
     reading, assumed = subtokens(
         layout, where=where, table=table, facts=facts, vocab=vocab, width=width
     )
-    family = _family(layout, where, tensors, table, reading, facts.family)
+    family = _family(
+        layout=layout,
+        where=where,
+        tensors=tensors,
+        table=table,
+        reading=reading,
+        given=facts.family,
+    )
     if facts.seq_len is None:
         assumed += (f"blocks of {SEQ_LEN} tokens (--seq-len)",)
     if facts.rope_tables is None:

@@ -107,7 +107,7 @@ class _Grid:
             e_NxC = e_NxbxR.sum(axis=1)
         return jnp.stack(out, axis=1)
 
-    def spread(self, value_NxSxb: jax.Array) -> jax.Array:
+    def to_tokens(self, value_NxSxb: jax.Array) -> jax.Array:
         """sum_j value_j[C_vj] for every token: [N, V], the transpose of `sums`."""
         high_NxH = self._of_codes(value_NxSxb[:, : self.high_slots])
         low_NxL = self._of_codes(value_NxSxb[:, self.high_slots :])
@@ -133,7 +133,7 @@ class _Columns:
     def sums(self, e_NxV: jax.Array) -> jax.Array:
         return (e_NxV @ self.hot_VxC).reshape(self.shape)
 
-    def spread(self, value_NxSxb: jax.Array) -> jax.Array:
+    def to_tokens(self, value_NxSxb: jax.Array) -> jax.Array:
         return value_NxSxb.reshape(value_NxSxb.shape[0], -1) @ self.hot_VxC.T
 
 
@@ -166,7 +166,7 @@ def _logit_gradient(digits, p_cxV, true_c, coefficients: Coefficients) -> jax.Ar
     """dz [c, V] from probabilities (or from masses, with coefficients scaled by `over`)."""
     factor = coefficients.constant_N[:, None]
     if coefficients.digits_NxSxb is not None:
-        factor += digits.spread(coefficients.digits_NxSxb)
+        factor += digits.to_tokens(coefficients.digits_NxSxb)
     column_cxV = jax.lax.broadcasted_iota(jnp.int32, p_cxV.shape, 1)
     at_truth_cxV = jnp.where(column_cxV == true_c[:, None], coefficients.truth_N[:, None], 0)
     return p_cxV * factor + at_truth_cxV

@@ -108,15 +108,36 @@ def chosen(kernel: Kernel, shape: dict, usual: str, measured: Sequence[Measured]
     """The quickest that is right; the usual one unless another is clearly quicker."""
     right = [m for m in measured if not m.problem]
     if not right:
-        return Row(kernel, shape, "xla", (), "nothing else could be measured", tuple(measured))
+        return Row(
+            kernel=kernel,
+            shape=shape,
+            implementation="xla",
+            blocks=(),
+            why="nothing else could be measured",
+            measured=tuple(measured),
+        )
     best = min(right, key=lambda m: m.milliseconds)
     kept = next((m for m in right if m.implementation == usual and not m.blocks), None)
     if kept and best.milliseconds > WIN * kept.milliseconds:
         why = f"{kept.milliseconds:.3g} ms; nothing else is clearly quicker"
-        return Row(kernel, shape, usual, (), why, tuple(measured))
+        return Row(
+            kernel=kernel,
+            shape=shape,
+            implementation=usual,
+            blocks=(),
+            why=why,
+            measured=tuple(measured),
+        )
     named = f"{kept.milliseconds:.3g} ms of {usual}" if kept else f"no right numbers of {usual}"
     why = f"{best.milliseconds:.3g} ms against {named}"
-    return Row(kernel, shape, best.implementation, best.blocks, why, tuple(measured))
+    return Row(
+        kernel=kernel,
+        shape=shape,
+        implementation=best.implementation,
+        blocks=best.blocks,
+        why=why,
+        measured=tuple(measured),
+    )
 
 
 def measure(
@@ -158,8 +179,8 @@ def measure(
     for side, times in turns.items():
         found[side] = replace(found[side], milliseconds=1e3 * statistics.median(times))
     for m in found.values():
-        told = m.problem or f"{m.milliseconds:9.3f} ms, off by {m.error:.1g}"
-        progress(f"  {m.implementation + _blocks(m.blocks):28}{told}")
+        result = m.problem or f"{m.milliseconds:9.3f} ms, off by {m.error:.1g}"
+        progress(f"  {m.implementation + _blocks(m.blocks):28}{result}")
     return list(found.values())
 
 

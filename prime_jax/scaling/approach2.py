@@ -509,7 +509,16 @@ def take_shift_off(
     shift = (raw_V - y_V)[inside]
     if draws is None:
         a = censored_slope(x_V[inside], y_V[None, inside], np.ones(inside.sum()), side_V[inside])
-        return _debiased(found, y_V[inside], shift, compute, a.item(), None, None, level)
+        return _debiased(
+            found=found,
+            y_K=y_V[inside],
+            shift_K=shift,
+            compute=compute,
+            a=a.item(),
+            a_R=None,
+            log_params_RxK=None,
+            level=level,
+        )
     redrawn = np.stack(
         [unshifted(v, draws.minima_RxV[:, k], replicates, compute) for k, v in enumerate(curves)], 1
     )
@@ -527,7 +536,16 @@ def take_shift_off(
     whole = np.isfinite(y_RxV).all(axis=1)
     a_R = np.full(len(y_RxV), np.nan)
     a_R[whole] = censored_slope(x, y_RxV[whole], sd, side)
-    return _debiased(found, y_V[inside], shift, compute, a, a_R, redrawn[:, inside], level)
+    return _debiased(
+        found=found,
+        y_K=y_V[inside],
+        shift_K=shift,
+        compute=compute,
+        a=a,
+        a_R=a_R,
+        log_params_RxK=redrawn[:, inside],
+        level=level,
+    )
 
 
 def implausible(found: Approach2, debiased: Debiased | None) -> Diagnostic | None:
@@ -579,7 +597,9 @@ def _debiased(
         for k, (curve, size) in enumerate(zip(found.inside, np.exp(y_K), strict=True))
     )
     ends = {"a": known_percentiles(a_R, level)}
-    return Debiased(a, ends, optima, shift_K, log_params_RxK, a_R)
+    return Debiased(
+        a=a, intervals=ends, optima=optima, shift_K=shift_K, log_params_RxK=log_params_RxK, a_R=a_R
+    )
 
 
 def why_no_interval(

@@ -218,27 +218,3 @@ def fit(p: Problem) -> Fit:
     law = p.form.law(theta)
     law = replace(law, **{name: float(value) for name, value in vars(law).items()})
     return Fit(law, theta, p.value(theta), certify(p, theta, values))
-
-
-@dataclass(frozen=True)
-class Audit:
-    """A law that somebody published, beside the optimum of the objective on the same runs.
-
-    Attributes:
-        objective: of the published law, summed over the runs.
-        excess: by which fraction it is above the minimum.
-        certificate: of the published law.
-        best: the fit at the minimum.
-    """
-
-    objective: float
-    excess: float
-    certificate: Certificate
-    best: Fit
-
-
-def audit(p: Problem, law: Law) -> Audit:
-    """Find how far a published law is from the minimum of the objective that it claims."""
-    theta, best = p.form.theta(law), fit(p)
-    objective = p.value(theta)
-    return Audit(objective, objective / best.objective - 1, certify(p, theta), best)

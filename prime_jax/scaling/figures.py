@@ -38,7 +38,7 @@ from prime_jax.settings import nearest
 
 MAX_LABELS = 10  # budgets named beside their curves; more get a colour bar
 CENSORED = {"below": "<", "above": ">"}
-DOUBT = "†"
+TRAIN_LOSS_MARK = "†"
 MARGIN = 1.4  # of the sampled N and D, as a ratio, that contours reach beyond them
 CONTOURS = 9
 MIXED = "#b42318"
@@ -175,7 +175,7 @@ def best_sizes(fit: ScalingFit) -> Figure:
     if any(_wins(family) for family in fit.families.values()):
         notes.append(mark("D", "approach 1", markersize=4, fillstyle="none"))
     if doubtful:
-        text = f"{DOUBT} sizes that are best for a training loss, not for a likelihood"
+        text = f"{TRAIN_LOSS_MARK} sizes that are best for a training loss, not for a likelihood"
         notes.append(mark("", text))
     _frontier_legend(figure, fit, notes)
     return figure
@@ -253,7 +253,9 @@ def _frontier_legend(figure: Figure, fit: ScalingFit, extra: Sequence[Line2D]) -
 
 
 def _marked(family: FamilyFit) -> str:
-    return family.points.family + (DOUBT if "train_loss" in family.points.measure.kind else "")
+    return family.points.family + (
+        TRAIN_LOSS_MARK if "train_loss" in family.points.measure.kind else ""
+    )
 
 
 def isoloss(fit: ScalingFit) -> Figure:

@@ -376,7 +376,7 @@ def fit_family(
     )
     if isinstance(three.law, PowerLaw) and not three.certificate.bounds:  # it knows the curves
         two = _with_debiased(two, three, settings)
-    return _family(points, compute, three, two, one, held_out)
+    return _family(points=points, compute=compute, three=three, two=two, one=one, rollout=held_out)
 
 
 def _family(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from prime_jax.flops import human
 from prime_jax.scaling.table import AS_GIVEN, Columns
 
-WIDTH = 100  # columns that the wider tables need; a narrower terminal wraps their lines
 Ends = Sequence[float | None] | None
 MAX_DIGITS = 6  # closer than that, an interval is as good as none
 KINDS = {"nll": "NLL", "nelbo": "NELBO", "train_loss": "training loss", "": "loss"}

@@ -168,7 +168,14 @@ def quantity(
         np.broadcast_to(np.array(row, dtype=np.float64), count) for row in (linear, logs, divide)
     )
     linear_K, logs_K, divide_K = rows
-    return Quantity(constant, linear_K, logs_K, plain, divide_K, natural)
+    return Quantity(
+        constant=constant,
+        linear_K=linear_K,
+        logs_K=logs_K,
+        plain=plain,
+        divide_K=divide_K,
+        natural=natural,
+    )
 
 
 def exponent(law: Law, compute: Compute) -> Array:

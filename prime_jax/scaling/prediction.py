@@ -257,16 +257,16 @@ def _launch(
         loss = float(family.approach3.law.loss(size, tokens))
     launch = Launch(
         *shape,
-        size,
-        template.count,
-        row.batch_size,
-        row.steps,
-        tokens,
-        row.peak_lr,
-        launchable.cost(row),
-        row.flops,
-        loss,
-        template.notes,
+        params=size,
+        count=template.count,
+        batch_size=row.batch_size,
+        steps=row.steps,
+        tokens=tokens,
+        peak_lr=row.peak_lr,
+        flops=launchable.cost(row),
+        convention=row.flops,
+        loss=loss,
+        notes=template.notes,
     )
     return launch, []
 

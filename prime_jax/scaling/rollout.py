@@ -218,7 +218,15 @@ def _rollout(
     """Of the steps, and of the relative residuals of the law of all runs."""
     predictions = [prediction for step in steps for prediction in step.budgets]
     if not predictions:
-        return Rollout(None, None, None, None, (), (), warnings)
+        return Rollout(
+            bias=None,
+            rms=None,
+            inside=None,
+            per_decade=None,
+            by_distance=(),
+            steps=(),
+            warnings=warnings,
+        )
     errors = np.concatenate([p.errors_n for p in predictions])
     decades = np.concatenate([np.full(len(p.errors_n), p.decades) for p in predictions])
     inside = np.mean(residuals_n**2)

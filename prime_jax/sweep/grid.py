@@ -267,14 +267,37 @@ def _row(
         if batch < 1:
             raise UserError(f"batch rule {names['batch']} gives {batch} sequences")
     except UserError as error:
-        return Row(label, budget, 0, *shape, 0, 0, 0.0, {}, names, convention, str(error))
+        return Row(
+            label,
+            budget,
+            0,
+            *shape,
+            steps=0,
+            batch_size=0,
+            peak_lr=0.0,
+            overrides={},
+            rules=names,
+            flops=convention,
+            problem=str(error),
+        )
     cell = replace(cell, steps=round(cell.tokens / (batch * cell.seq_len)))
     config = set_path(config, "optim.warmup_steps", named["warmup"][1](cell))
     peak_lr = float(named["lr"][1](cell))
     overrides = {k: v for k, v in _changes(config).items() if k not in OWN and k != "family"}
     if label != config.family:
         overrides["family"] = config.family
-    return Row(label, budget, 0, *shape, cell.steps, batch, peak_lr, overrides, names, convention)
+    return Row(
+        label,
+        budget,
+        0,
+        *shape,
+        steps=cell.steps,
+        batch_size=batch,
+        peak_lr=peak_lr,
+        overrides=overrides,
+        rules=names,
+        flops=convention,
+    )
 
 
 def _cell(config: RunConfig, budget: float, convention: Convention) -> rules.Cell:
