@@ -103,7 +103,7 @@ def test_marginal_is_the_entropy_and_joint_lies_below(name):
     assert joint == pytest.approx(JOINT[name], abs=6e-7)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "poly", "log-linear", "geometric"])
+@pytest.mark.parametrize("kind", schedule.SCHEDULES)
 def test_every_schedule_gives_the_same_bound(kind):
     # log-linear and geometric leave out at most the ends that `schedule.check` allows.
     tolerance = {"log-linear": 6e-3, "geometric": 2e-3}.get(kind, 1e-9)

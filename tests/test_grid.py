@@ -256,6 +256,9 @@ def test_the_documented_fields_are_those_that_there_are(tmp_path):
     row = fields(grid.Row)
     row.insert(row.index("steps") + 1, "tokens")
     assert documented == [fields(grid.Sweep), list(rules.RULES), row]
+    for kind, named in rules.RULES.items():
+        (listed,) = re.findall(rf"^\| `{kind}` \| (`.*?) \|.*->", text, re.MULTILINE)
+        assert re.findall(r"`([\w-]+)`", listed.partition(" (")[0]) == list(named)
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "mine.py").write_text(example)
     read = grid.load_experiment(tmp_path / "mine.py").rows
