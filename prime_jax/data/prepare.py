@@ -127,14 +127,7 @@ def _prepare(request: Request, directory: Path, workers: int, tick: Tick) -> Man
             f"end them; use {request.tokenizer}+eos"
         )
     started = time.monotonic()
-    parts, encoded = _encode_all(
-        request=request,
-        directory=directory,
-        corpus=corpus,
-        tokenizer_hash=tokenizer.hash,
-        workers=workers,
-        tick=tick,
-    )
+    parts, encoded = _encode_all(request, directory, corpus, tokenizer.hash, workers, tick)
     pieces = assemble.streams(assemble.mix(parts, [s.weight for s in corpus]) if parts else [])
     _check_enough(request, directory, pieces)
     dtype = encode.stored_dtype(tokenizer.vocab_size)
