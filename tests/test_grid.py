@@ -259,7 +259,7 @@ def test_the_documented_fields_are_those_that_there_are(tmp_path):
     for kind, named in rules.RULES.items():
         listed = re.search(rf"^\| `{kind}` \| (`[^|(]*)[^|]*\|[^|]*->", text, re.MULTILINE)
         assert re.findall(r"`([\w-]+)`", listed[1]) == list(named)
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "mine.py").write_text(example)
     read = grid.load_experiment(tmp_path / "mine.py").rows
     assert (len(read), [row.problem for row in read if row.problem]) == (2 * 2 * 5, [])
