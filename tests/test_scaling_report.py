@@ -414,7 +414,7 @@ def test_every_format_is_the_same_for_the_same_fit(fit, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_told(one, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make"):
+    with pytest.raises(UserError, match="is a file"):
         command(one, "--out", tmp_path / "file" / "fit")
 
 

@@ -62,6 +62,7 @@ OUT_OF_RANGE = {
     "objective.sigma_min": [0],
     "objective.sigma_max": [-1],
     "objective.time_eps": [0, 1],
+    "objective.times_sd": [0.1, 0.0, "nan"],
     "objective.token_mask_rho": [2],
     "objective.random_length": [-1],
     "objective.block_length": [-4],
