@@ -65,7 +65,7 @@ def keep_one(root) -> str:
 
 
 def find(root, run) -> state.Run:
-    return state.select(state.list_runs(root), [run])[0]
+    return state.select(root, state.list_runs(root), [run])[0]
 
 
 def test_every_run_is_done_once_and_never_again(root):
