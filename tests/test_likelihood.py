@@ -141,7 +141,7 @@ def test_the_law_of_the_stream_costs_its_entropy_and_another_law_more(family):
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_evaluation_batch(documents, tmp_path):
     data, _ = documents
-    config = run_on(data, "prime", steps=3, eval=EvalConfig(examples=24, batch_size=7))
+    config = run_on(data, "prime", steps=11, eval=EvalConfig(examples=24, batch_size=7))
     a = train(config, tmp_path / "7", log=lambda _: None)["losses"]
     b = train(set_path(config, "eval.batch_size", 64), tmp_path / "64", log=lambda _: None)[
         "losses"

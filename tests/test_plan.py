@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from prime_jax import config as configs
+from prime_jax import flops
 from prime_jax.cli.console import show
 from prime_jax.cli.sweep import plan_table
 from prime_jax.config import RunConfig, run_id
@@ -137,7 +138,7 @@ def test_written_specs_are_complete(tmp_path):
         config = from_dict(RunConfig, spec["config"])
         assert run_id(config) == spec["id"] == run.id
         assert spec["tokens"] == config.tokens
-        assert set(spec["flops"]) == {"matmul", "reference"}
+        assert set(spec["flops"]) == set(flops.CONVENTIONS)
         assert set(spec["params"]) == {
             "total",
             "nonembedding",
