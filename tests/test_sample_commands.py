@@ -68,7 +68,7 @@ def test_bad_input_is_one_line(tiny_run, tmp_path, capsys):
     assert "--prompt is empty" in failing(["sample", run, "--prompt", ""], capsys)
     assert "context of 16" in failing(["sample", run, "--gen-length", "17"], capsys)
     assert "context of 16" in failing(["infill", run, "3 [[MASK*16]]"], capsys)
-    assert "nothing to fill in" in failing(["infill", run, ""], capsys)
+    assert "nothing to fill in" in failing(["infill", run, "1 2"], capsys)
     assert "[[MASK*8]]" in failing(["infill", run, "3 [[MASK*x]]"], capsys)
     assert "0 and 15" in failing(["infill", run, "77 [[MASK]]"], capsys)
     assert "--order sideways: must be one of ancestral" in failing(
