@@ -218,8 +218,7 @@ class Run:
         kind = jax.devices()[0].device_kind
         begun = None
         if distributed.is_writer():
-            files = [d / selection.FILE for d in (self.run_dir, *self.earlier)]
-            begun = next((read_json(file) for file in files if storage.exists(file)), None)
+            begun = tuned.begun((self.run_dir, *self.earlier))
         config = self.config
         if begun := distributed.broadcast(begun):
             kept = selection.recorded(config, begun, kind)

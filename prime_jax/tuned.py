@@ -1,14 +1,17 @@
-"""Where measured choices of kernels lie: below a sweep's ROOT, or in the user's cache directory.
+"""Where choices of kernels lie: measured ones below a sweep's ROOT or in the user's cache directory,
+those that a run began with in its own directory.
 
-One JSON file per kind of chip, written by `prime-jax kernels tune` or `sweep work --tune`. A
+Of measured ones, one JSON file per kind of chip, written by `prime-jax kernels tune` or `sweep work --tune`. A
 sweep's own goes first; without either, nothing counts as measured.
 """
 
 import os
 import pathlib
 import re
+from collections.abc import Iterable
+from typing import Any
 
-from prime_jax.kernels.selection import NOTHING, Choices
+from prime_jax.kernels.selection import FILE, NOTHING, Choices
 from prime_jax.runtime import storage
 from prime_jax.runtime.records import as_json, read_json, write_json_atomic
 from prime_jax.runtime.storage import Path
@@ -55,3 +58,10 @@ def save(choices: Choices, root: Path | None = None, *, replace: bool = True) ->
     else:
         storage.create(file, as_json(choices.as_dict()))
     return file
+
+
+def begun(directories: Iterable[Path]) -> dict[str, Any] | None:
+    """The kernels that a run recorded at its first step, from the first of its directories that has
+    them (`selection.recorded` reads them); None before that."""
+    files = [directory / FILE for directory in directories]
+    return next((read_json(file) for file in files if storage.exists(file)), None)

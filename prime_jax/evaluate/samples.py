@@ -1,9 +1,10 @@
 """Generative perplexity: samples of one run, scored by another (or the same) run.
 
 A sample file is JSON lines, each {"tokens": [ids], "text": "...", "drawn": [[start, stop]]} as
-`prime-jax sample` writes; without `drawn` all tokens count as drawn. If both runs have the same tokenizer the ids are scored, else the text is tokenized again. A low
-perplexity alone is not evidence of quality, since repetitive samples score well: the measures of
-sample/quality.py are reported as well.
+`prime-jax sample` writes; without `drawn` all tokens count as drawn. If both runs have the same
+tokenizer the ids are scored, else the text is tokenized again. A low perplexity alone is not
+evidence of quality, since repetitive samples score well: the measures of sample/quality.py are
+reported as well.
 """
 
 import json

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from prime_jax import tuned
 from prime_jax.config import RunConfig, run_id
 from prime_jax.data import manifest, tokenizers
 from prime_jax.data.manifest import Manifest
@@ -129,9 +130,9 @@ def load(*attempts: str | storage.Path, log: Callable[[str], None] = print) -> T
     elif data is None and config.data.segment_ids:
         place = Path(config.data.path).absolute()
         raise NoData(f"{run}: needs its dataset, which is not at {place}")
-    files = [directory / selection.FILE for directory in directories]
-    begun = next((read_json(file) for file in files if storage.exists(file)), None)
-    if begun:  # as it was trained and evaluated; they differ by rounding
+    if begun := tuned.begun(
+        directories
+    ):  # as it was trained and evaluated; they differ by rounding
         config = selection.recorded(config, begun, jax.devices()[0].device_kind) or config
     made = program(config, separator, codebook_of(config, directories))
     about = {"run": run_id(config), "codebook": made.codebook.hash}
