@@ -22,6 +22,7 @@ from prime_jax.config import KernelConfig, RunConfig, differences, remark, run_i
 from prime_jax.data import codes, loader, manifest, tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
+from prime_jax.evaluate.partial import Partial
 from prime_jax.evaluate.trained import codebook_of
 from prime_jax.hardware import chips, roofline
 from prime_jax.interchange import folder, layouts
@@ -472,7 +473,15 @@ class Run:
         params = state.ema if self.config.optim.ema else state.params
         step = int(state.step)
         draw = draws.of_program(self.program)
-        self.guard.at_once = final  # all steps are saved
+        self.guard.at_once = final  # all steps are saved, and draws from time to time
+
+        def partial_of(name: str, rows: int) -> Partial:
+            identity = self._about() | {"eval_set": self.blocks.hash, "step": step, "of": name}
+            own, *earlier = (
+                d / "eval" / f"{name.replace(':', '-')}.npz" for d in (self.run_dir, *self.earlier)
+            )
+            return Partial(own, identity, rows, earlier)
+
         with self.clock.measure("eval"):
             losses, nats, n_tokens = likelihood.evaluate(
                 self.config,
@@ -486,6 +495,7 @@ class Run:
                 tick=lambda: self._poll(step, state, "evaluate"),
                 devices=self.program.mesh_choice.replica * self.program.mesh_choice.data,
                 log=self.log,
+                partial_of=partial_of,
             )
         self.guard.at_once = False
         self.metrics_log.write({"step": step, "eval": [as_dict(loss) for loss in losses]})

@@ -26,8 +26,10 @@ from prime_jax.kernels import subtoken_head_xla
 from prime_jax.kernels.subtoken_head_reference import subtoken_head_reference
 from prime_jax.runtime.metrics import Clock
 from prime_jax.runtime.records import Loss
+from prime_jax.settings import set_path
 from prime_jax.step import Compiled, program
 from prime_jax.subtokens import Codebook, base
+from prime_jax.train import Stopped, train
 
 SILENT = lambda *_: None  # noqa: E731
 L = 2
@@ -360,21 +362,29 @@ def test_a_trained_bracket_encloses_the_exact_number(tmp_path, changes):
 
 
 @pytest.mark.slow
-def test_the_end_of_training_has_it(quick, tmp_path):
-    from prime_jax.settings import set_path
-    from prime_jax.train import train
-
+def test_the_end_of_training_has_it(quick, tmp_path, monkeypatch):
+    """Interrupted in the second batch of subsets, another attempt goes on there, to the bit."""
+    monkeypatch.setattr("prime_jax.train.HEARTBEAT_SECONDS", 0.0)
     config = set_path(quick, "objective.block_length", 2)
     config = set_path(config, "eval.estimators", ("exact:subtoken", "bracket:4", "subtoken"))
-    said = []
-    result = train(config, tmp_path, log=said.append)
+    config = set_path(config, "eval.batch_size", config.eval.examples // 2)
+    said, polls = [], iter(range(300))
+    go_on = lambda now: now["phase"] == "train" or next(polls, None) is not None  # noqa: E731
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "first", heartbeat=go_on, log=said.append)
+    assert any("exact:subtoken: 510 network calls" in line for line in said)
+    train(config, tmp_path / "then", earlier=[tmp_path / "first"], log=said.append)
+    assert any("exact:subtoken: 255 network calls" in line for line in said)
+    result = train(config, tmp_path / "whole", log=said.append)
+    with np.load(tmp_path / "then/eval.npz") as got, np.load(tmp_path / "whole/eval.npz") as want:
+        assert all((got[name] == want[name]).all() for name in want.files)
+    assert not [*tmp_path.glob("then/eval/*")]
     found = {x["estimator"]: x for x in result["losses"]}
     nelbo, sampled = found["exact:subtoken:nelbo"], found["subtoken"]
     assert abs(nelbo["value"] - sampled["value"]) < 4 * sampled["se_mc"]
     assert found["exact:subtoken"]["value"] < nelbo["value"]
     assert found["bracket:4"]["se_mc"] is None
-    assert any("exact:subtoken: 255 network calls" in line for line in said)
-    with np.load(tmp_path / "eval.npz") as draws:
+    with np.load(tmp_path / "whole/eval.npz") as draws:
         assert (draws["exact:subtoken:looseness"] > -1e-4).all()
 
 

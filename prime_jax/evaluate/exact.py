@@ -32,7 +32,7 @@ from prime_jax.subtokens import Codebook
 MAX_UNITS = 12  # of a block: 2**12 - 1 network calls
 MIN_ORDERS = 4  # K of a bracket, whose ends at K/4 and K/2 are shown as well
 MAX_TAIL, MAX_ERROR = 0.7, 0.1  # Pareto index of the weights; nats per token of the lower end
-AHEAD = 2  # calls queued on the device while earlier ones are summed
+AHEAD = 2  # calls queued on the device while earlier ones are read
 
 Ask = Callable[[np.ndarray], jax.Array]  # hidden units [B, G, N] -> log P of each [B, G, N]
 Watch = Callable[[int, int], None]  # network calls that are done, of how many
@@ -84,6 +84,11 @@ def requested(name: str) -> Request | None:
             )
         return Request("subtoken", int(rest))
     return None
+
+
+def ahead(name: str) -> int:
+    """Batches to queue on the device: none for an estimator that queues calls of its own."""
+    return 0 if requested(name) else AHEAD
 
 
 def log_probs(

@@ -29,6 +29,7 @@ from prime_jax.evaluate.estimators import (
     subtoken,
     token,
 )
+from prime_jax.evaluate.partial import Partial
 from prime_jax.objectives import Network, targets
 from prime_jax.runtime.records import VALID, Kind, Loss
 from prime_jax.schedule import stratum
@@ -205,11 +206,15 @@ def batch_size(config: RunConfig, devices: int) -> int:
 
 
 def batches(rows: Row, size: int) -> Iterator[Row]:
-    """Batches of equal size; the last one is padded by repeating the final row."""
-    total = len(rows.example)
-    for start in range(0, total, size):
-        index = np.minimum(np.arange(start, start + size), total - 1)
-        yield rows.take(index)
+    """Batches of equal size; the last one is padded by repetition."""
+    for index in spans(np.arange(len(rows.example)), size):
+        yield rows.take(np.resize(index, size))
+
+
+def spans(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """The index in parts of `size`; the last one may be smaller."""
+    for start in range(0, len(index), size):
+        yield index[start : start + size]
 
 
 def clusters(doc_E: np.ndarray) -> tuple[np.ndarray, str]:
@@ -307,6 +312,7 @@ def evaluate(
     tick: Callable[[], None] = lambda: None,
     devices: int = 1,
     log: Callable[[str], None] = lambda line: None,
+    partial_of: Callable[[str, int], Partial] = lambda name, rows: Partial(None, {}, rows),
 ) -> Evaluation:
     """All estimators of a run on an evaluation set.
 
@@ -316,29 +322,35 @@ def evaluate(
         tick: called after every batch, and every such call (progress, preemption).
         devices: over which a batch is sharded; its size is rounded up to a multiple of them.
         log: receives a line that says what a long evaluation will take.
+        partial_of: where the draws of an estimator, so many rows, are kept until all are done.
     """
     size = batch_size(config, devices)
-    losses, nats = [], {}
+    losses, nats, partials = [], {}, []
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
     for name in estimators_of(config, codebook):
         replicates = passes(name, config.eval.replicates)
         rows = grid(len(token_ExL), replicates)
-        pending = []
-        cost = exact.Cost(name, -(-len(rows.example) // size), log)
+        partial = partial_of(name, len(rows.example))
+        partials.append(partial)
+        todo = partial.remaining()  # whole batches: the same ones as without an interruption
+        cost = exact.Cost(name, -(-len(todo) // size), log)
 
         def watch(done: int, calls: int, cost=cost) -> None:
             cost(done, calls)
             tick()
 
-        for batch in batches(rows, size):
-            pending.append(run_batch(name, batch, watch))
-            tick()
-        own = {}
-        for label in pending[0]:
-            flat = np.concatenate([np.asarray(values[label], np.float64) for values in pending])
-            own[label] = flat[: len(rows.example)].reshape(replicates, -1)
+        partial.fill(
+            (
+                (index, run_batch(name, rows.take(np.resize(index, size)), watch), tick)
+                for index in spans(todo, size)
+            ),
+            exact.ahead(name),
+        )
+        own = {label: flat.reshape(replicates, -1) for label, flat in partial.nats.items()}
         losses += losses_of(config, name, own, n_tokens_E, doc_E)
         nats |= own
+    for partial in partials:
+        partial.discard()
     return Evaluation(losses, nats, n_tokens_E)
 
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood
-from prime_jax.evaluate.score import Partial, Scorer, replicated
+from prime_jax.evaluate.partial import Partial
+from prime_jax.evaluate.score import Scorer, replicated
 from prime_jax.evaluate.texts import TextSet
 from prime_jax.evaluate.trained import Trained
 from prime_jax.runtime.records import VALID, Loss, as_dict, read_json, write_json_atomic

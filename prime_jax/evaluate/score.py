@@ -7,12 +7,7 @@ itself, its replicate and its keys, not on its batch, so the work can be interru
 
 import dataclasses
 import hashlib
-import io
-import json
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,15 +18,14 @@ from prime_jax.config import MeshConfig
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, exact, likelihood
 from prime_jax.evaluate.likelihood import Row
+from prime_jax.evaluate.partial import Batch, Partial
 from prime_jax.evaluate.trained import Trained
-from prime_jax.runtime import distributed, meshes, storage
+from prime_jax.runtime import meshes
 from prime_jax.runtime.metrics import Clock
 from prime_jax.runtime.sharding import Shardings
 from prime_jax.step import Parts
 
 SHORTEST = 32  # the shortest length that windows are padded to
-SAVE_SECONDS = 20.0
-AHEAD = 2  # batches queued on the device while earlier ones are read
 
 
 class Windows(NamedTuple):
@@ -78,53 +72,6 @@ def padded_to(length: int, longest: int, block: int = 1) -> int:
     while longest % (2 * block) == 0 and longest // 2 >= max(length, SHORTEST):
         longest //= 2
     return longest
-
-
-class Partial:
-    """Finished draws, in a file from which a later call continues; without a path, in memory.
-
-    Args:
-        identity: of the work; a file with another identity is ignored.
-    """
-
-    def __init__(self, path: Path | None, identity: dict[str, Any], rows: int):
-        self.path, self.rows = path, rows
-        self.identity = json.dumps(identity, sort_keys=True)
-        self.nats: dict[str, np.ndarray] = {}
-        self._saved = time.monotonic()
-        if path is not None and path.exists():
-            try:
-                with np.load(path) as stored:
-                    if str(stored["identity"]) == self.identity:
-                        self.nats = {k: stored[k] for k in stored.files if k != "identity"}
-            except (OSError, ValueError, KeyError):
-                pass  # damaged: start again
-
-    def remaining(self) -> np.ndarray:
-        """Rows without a draw."""
-        for values in self.nats.values():
-            return np.flatnonzero(np.isnan(values))
-        return np.arange(self.rows)
-
-    def put(self, index: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        for label, value in values.items():
-            array = self.nats.setdefault(label, np.full(self.rows, np.nan))
-            array[index] = value[: len(index)]
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self.save()
-
-    def save(self) -> None:
-        if self.path is None or not distributed.is_writer():
-            return
-        stream = io.BytesIO()
-        np.savez(stream, identity=self.identity, **self.nats)
-        storage.make_folder(self.path.parent)
-        storage.write(self.path, stream.getvalue())
-        self._saved = time.monotonic()
-
-    def discard(self) -> None:
-        if self.path is not None and distributed.is_writer():
-            self.path.unlink(missing_ok=True)
 
 
 class Scorer:
@@ -214,33 +161,21 @@ class Scorer:
         wholes = (windows.start == 0) & (lengths == sizes)
         todo = partial.remaining()
         tick(len(window) - len(todo))
-        waiting: deque[tuple[np.ndarray, Any, _Parts]] = deque()
         work = []  # (padded length, size of the batch, rows)
         for size, whole in sorted(set(zip(sizes.tolist(), wholes.tolist(), strict=True))):
             group = ((sizes == size) & (wholes == whole))[window]
             batch = self._batch(size, int(group.sum()))
-            work += [(size, batch, index) for index in _batches(todo[group[todo]], batch)]
+            work += [(size, batch, index) for index in likelihood.spans(todo[group[todo]], batch)]
         cost = exact.Cost(name, len(work), log)
-        ahead = 0 if exact.requested(name) else AHEAD  # which queues calls of its own
 
-        def read() -> None:
-            index, values, parts = waiting.popleft()
-            partial.put(index, {k: np.asarray(v, np.float64) for k, v in values.items()})
-            tick(len(index) - parts.reported)
-
-        try:
+        def batches() -> Iterator[Batch]:
             for size, batch, index in work:
                 parts = _Parts(len(index), cost, tick)
                 full = np.resize(index, batch)  # the last batch is padded by repetition
                 values = self._run(name, windows, rows.take(full), window[full], size, parts)
-                waiting.append((index, values, parts))
-                if len(waiting) > ahead:
-                    read()
-            while waiting:
-                read()
-        except BaseException:  # keep what is done
-            partial.save()
-            raise
+                yield index, values, parts.finish
+
+        partial.fill(batches(), exact.ahead(name))
         return partial.nats
 
     def _run(
@@ -277,10 +212,8 @@ class _Parts:
         self.tick(part - self.reported)
         self.reported = part
 
-
-def _batches(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(index), size):
-        yield index[start : start + size]
+    def finish(self) -> None:
+        self.tick(self.rows - self.reported)
 
 
 def replicated(windows: int, replicates: int) -> tuple[Row, np.ndarray]:

@@ -221,6 +221,24 @@ def broadcast(value: Any) -> Any:
     return json.loads(received.tobytes().rstrip(b"\0"))
 
 
+def broadcast_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of process 0, on every process, to the bit."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return arrays
+    about = broadcast({name: [x.shape, x.dtype.str] for name, x in arrays.items()})
+    out = {}
+    for name, (shape, dtype) in about.items():
+        given = arrays.get(name, np.zeros(shape, dtype))  # as bytes: JAX has no 64 bits by default
+        sent = np.frombuffer(np.ascontiguousarray(given).tobytes(), np.uint8)
+        received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
+        out[name] = np.frombuffer(received.tobytes(), dtype).reshape(shape).copy()
+    return out
+
+
 def barrier_with_timeout(name: str, seconds: float, log: Callable[[str], None]) -> bool:
     """Whether all processes arrive within `seconds`; needs no devices, unlike `barrier`."""
     import jax
