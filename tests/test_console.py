@@ -33,6 +33,15 @@ def test_ids_of_runs_stay_whole():
     assert max(map(len, text.splitlines())) <= 40
 
 
+def test_columns_of_one_value_are_said_once_where_they_do_not_fit():
+    rows = [("3f9a0b1c2d", "256", "", "1.5"), ("9f9a0b1c2d", "256", "", "2.5")]
+    table = Table(("id", "batch", "hint", "lr"), rows, ("two runs",))
+    assert drawn(table, 40).splitlines()[0].split() == ["id", "batch", "hint", "lr"]
+    narrow = drawn(table, 20).splitlines()
+    assert narrow[-2:] == ["in every row: batch 256", "two runs"]
+    assert narrow[0].split() == ["id", "lr"]
+
+
 def test_text_of_users_is_no_markup():
     assert "a[b]" in drawn(TABLE, 80)
     assert "[red]x[/]" in drawn(Table(("x",), [("[red]x[/]",)]), 80)

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -45,10 +46,14 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def show(table: Table, out: Console | None = None) -> None:
-    """Draw a table; where it is too wide its cells fold, and lose nothing."""
+    """Draw a table. Where it is too wide, columns of one value are said once below it, then cells
+    fold; nothing is lost."""
     out = out or console()
     drawn = _drawn(table, gap=2)
-    if drawn.__rich_measure__(out, out.options.update(max_width=10**4)).maximum > out.width:
+    if _width(drawn, out) > out.width:
+        drawn = _drawn(table, gap=1)
+    if _width(drawn, out) > out.width:
+        table = _without_constants(table)
         drawn = _drawn(table, gap=1)
     with out.capture() as kept:
         out.print(drawn)
@@ -56,6 +61,23 @@ def show(table: Table, out: Console | None = None) -> None:
     out.file.write(padded if out.is_terminal else re.sub(r" +$", "", padded, flags=re.MULTILINE))
     for note in table.notes:
         say(note, out)
+
+
+def _width(drawn: Drawn, out: Console) -> int:
+    return drawn.__rich_measure__(out, out.options.update(max_width=10**4)).maximum
+
+
+def _without_constants(table: Table) -> Table:
+    """The columns that tell rows from each other; what is the same in all becomes the first note."""
+    columns = [[str(row[i]) for row in table.rows] for i in range(len(table.head))]
+    same = [i for i, cells in enumerate(columns) if len(cells) > 1 and len(set(cells)) == 1]
+    if not same or len(same) == len(columns):
+        return table
+    pick = lambda cells: tuple(cell for i, cell in enumerate(cells) if i not in same)  # noqa: E731
+    said = ", ".join(f"{table.head[i]} {columns[i][0]}".strip() for i in same if columns[i][0])
+    notes = ([f"in every row: {said}"] if said else []) + list(table.notes)
+    rows = list(map(pick, table.rows))
+    return replace(table, head=pick(table.head), rows=rows, notes=notes, long=frozenset())
 
 
 def _drawn(table: Table, gap: int) -> Drawn:
