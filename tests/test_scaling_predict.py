@@ -140,10 +140,22 @@ def test_command(directory, capsys):
     assert launch["params"] == pytest.approx(best, rel=0.15)
 
 
+def test_below_the_data_of_one_family_the_others_are_predicted(exact, directory, capsys):
+    found = predict_family(exact, SETTINGS, 1e17, TEMPLATE)
+    assert found.approach3 is found.approach2 is found.launch is None
+    (why,) = [one for one in found.findings if one.refusal]
+    assert "below the data" in why.message
+    assert "begin at 1e18" in why.message
+    assert not found.in_range
+    words = ["scaling", "predict", str(directory), "--flops", "1e17", "--json"]
+    assert cli.main(words) == 3  # for no family
+    said = json.loads(capsys.readouterr().out)
+    assert {row["approach3"] for row in said["predictions"]} == {None}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"--flops": "1e17", "--family": "arm"}, ["below the data", "1e18"]),
         ({"--family": "prim"}, ["prim", "did you mean prime"]),
         ({"--model.vocab-size": "many"}, ["--model.vocab-size many"]),
         ({"--sweep": "nowhere"}, ["nowhere"]),

@@ -69,7 +69,9 @@ class Predict(OfFit):
     size N*, its tokens D* and the loss there, each with its interval (approach 3 from the
     bootstrap, approach 2 from the power law through its optima), whether C lies within the data,
     and the nearest run that can be launched. The rollout, how wrong losses of larger budgets were
-    when predicted from smaller ones, widens the interval of the loss."""
+    when predicted from smaller ones, widens the interval of the loss.
+
+    Exit code: 0 predicted, 3 for no family is there an answer (the output says why), 2 bad input."""
 
     EXAMPLES = ("prime-jax scaling predict quickstart/fit --flops 1e21 --family arm prime",)
 
@@ -83,7 +85,7 @@ class Predict(OfFit):
     )
 
 
-def predict(args: Predict) -> None:
+def predict(args: Predict) -> int:
     from prime_jax import scaling
     from prime_jax.scaling import labels, record, tables
     from prime_jax.scaling.prediction import predict_family
@@ -96,9 +98,11 @@ def predict(args: Predict) -> None:
         limit = args.data_limit or unique.get(name)
         rows.append(as_dict(predict_family(family, fitted.settings, args.flops, template, limit)))
     head = {"schema": SCHEMA, "level": fitted.settings.level, **_origin(fitted)}
+    code = 0 if any(row["approach3"] or row["approach2"] for row in rows) else 3
     if args.json:
         found = [row | {"loss_unit": tables.UNIT if row["kind"] else None} for row in rows]
-        return write(json.dumps(head | {"predictions": found}, indent=2))
+        write(json.dumps(head | {"predictions": found}, indent=2))
+        return code
     say(
         f"{fitted.source.name} at C = {labels.flops(args.flops)} FLOPs "
         f"({labels.convention(fitted.conventions.flops)}); "
@@ -109,7 +113,7 @@ def predict(args: Predict) -> None:
         for note in (row["launch"] or {"notes": []})["notes"]:
             say(f"note {row['family']}: {note}", style="dim")
     show_warnings({"families": {row["family"]: {"warnings": row["findings"]} for row in rows}})
-    return None
+    return code
 
 
 def _origin(fitted: "Fit") -> dict[str, Any]:

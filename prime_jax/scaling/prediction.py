@@ -106,34 +106,26 @@ def predict_family(
         unique_tokens: of the training data.
 
     Where nothing can be predicted, a refusal says why.
-
-    Raises:
-        UserError: C lies below the data.
     """
-    points = family.points
-    lowest, largest = points.levels[0], points.levels[-1]
-    if not flops >= lowest:
-        raise UserError(
-            f"{labels.flops(flops)} FLOPs lie below the data of {points.family}, "
-            f"which begin at {labels.flops(lowest)}; train that size rather than predict it"
-        )
+    points, largest = family.points, family.points.levels[-1]
     error = model_error(family.rollout)
-    three = _approach3(family, settings, flops, error)
-    two = _approach2(family, settings, flops, None)
-    debiased = family.approach2.debiased
-    debiased = debiased and _approach2(family, settings, flops, debiased)
-    refused = [
-        _absurd(name, part)
-        for name, part in (("approach 3", three), ("approach 2", two), ("de-biased", debiased))
-    ]
+    by_approach = {
+        "approach 3": _approach3(family, settings, flops, error),
+        "approach 2": _approach2(family, settings, flops, None),
+        "de-biased": family.approach2.debiased
+        and _approach2(family, settings, flops, family.approach2.debiased),
+    }
+    refused = [_absurd(name, part) for name, part in by_approach.items()]
+    if below := _below(points, flops):
+        refused = [below] * 3
     three, two, debiased = (
-        None if why else part for part, why in zip((three, two, debiased), refused, strict=True)
+        None if why else part for part, why in zip(by_approach.values(), refused, strict=True)
     )
     best, launch = three or debiased or two, None
     epochs = best.tokens.value / unique_tokens if best and unique_tokens else None
     decades = float(distance(points, flops))
     among = bool(best) and _among(points, flops, best)
-    diagnostics = [why for why in refused if why]
+    diagnostics = list(dict.fromkeys(why for why in refused if why))
     if best:
         launch, more = _launch(family, template, flops, best.params.value)
         diagnostics += _range_findings(family, flops, decades, error)
@@ -159,6 +151,18 @@ def predict_family(
         epochs=epochs,
         launch=launch,
         findings=tuple(diagnostics),
+    )
+
+
+def _below(points: Points, flops: float) -> Diagnostic | None:
+    """A refusal of a budget that is cheaper to spend than to predict."""
+    lowest = points.levels[0]
+    if flops >= lowest:
+        return None
+    return refuse(
+        "below_the_data",
+        f"{labels.flops(flops)} FLOPs lie below the data of {points.family}, which begin at "
+        f"{labels.flops(lowest)}",
     )
 
 

@@ -45,6 +45,7 @@ HINTS = {
     "e_above_lowest_loss": "add larger budgets, and check that all losses come from one evaluation set",
     "bound_hit": "add runs that tell the terms apart: larger budgets, and sizes further from the optimum",
     "optimum_outside_range": "add runs on the side where the optimum lies",
+    "below_the_data": "train that size rather than predict it",
     "too_few_points": "add runs",
     "too_few_budgets": "add budgets, each with three sizes or more around its optimum",
     "budget_ambiguous": "give a `budget` column, or fit in the FLOP convention that the sweep was planned in",
