@@ -46,7 +46,7 @@ def test_the_chain_from_the_quickstart_to_weights(home):
     prime("scaling", "compare", "quickstart", "--baseline", "arm", codes=ANSWERS)
     prime("scaling", "validate", "quickstart", codes=ANSWERS)
     prime("scaling", "predict", "quickstart/fit", "--flops", "1e13")
-    design = ("--family", "prime-l9", "--target", "1e13", "--budget", "1e13", "--emit", "next.json")
+    design = ("--family", "prime", "--target", "1e13", "--budget", "1e13", "--emit", "next.json")
     prime("scaling", "design", "quickstart/fit", *design, codes=ANSWERS)
 
     results = [json.loads(path.read_text()) for path in home.glob("quickstart/state/*.result")]
