@@ -295,7 +295,7 @@ def test_the_image_copies_files_that_exist_and_installs_extras_that_exist():
 
 REAL = """#!/usr/bin/env bash
 cd "$HERE/home/code"
-exec {python} -m prime_jax.cli "$@"
+exec {python} -m prime_jax "$@"
 """
 
 

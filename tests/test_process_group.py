@@ -61,7 +61,7 @@ def planned(root, data, steps: int, **settings) -> list[str]:
 
 
 def group(url: str, processes: int, *options: str) -> list[subprocess.Popen]:
-    words = ["-m", "prime_jax.cli", "sweep", "work", url, *options]
+    words = ["-m", "prime_jax", "sweep", "work", url, *options]
     return process_groups.start(words, processes, devices=4, **KEEP)
 
 

@@ -36,7 +36,7 @@ def slurm(tmp_path_factory):
 
 
 def prime_jax(environment: dict[str, str], *words: object) -> str:
-    command = [sys.executable, "-m", "prime_jax.cli", "sweep", *map(str, words)]
+    command = [sys.executable, "-m", "prime_jax", "sweep", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -126,7 +126,7 @@ def test_down_cancels_this_sweeps_jobs_and_no_others(slurm, markov_data, tmp_pat
 def test_slurms_refusal_in_its_own_words(slurm, markov_data, tmp_path):
     planned_on(tmp_path / "sweep", markov_data, ALONE, (2e8,))
     words = f"sweep up {tmp_path}/sweep --on slurm --yes --partition nowhere".split()
-    command = [sys.executable, "-m", "prime_jax.cli", *words]
+    command = [sys.executable, "-m", "prime_jax", *words]
     done = subprocess.run(command, env=slurm, capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

@@ -196,7 +196,7 @@ def test_the_command_reports_the_schedule():
     command = ["kernels", "check", "--chips", "v5e", "--kernels", "embedding"]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
-        [sys.executable, "-m", "prime_jax.cli", *command],
+        [sys.executable, "-m", "prime_jax", *command],
         env=environment,
         capture_output=True,
         text=True,

@@ -117,7 +117,7 @@ def _tasks(pool: Pool, options: Options) -> int:
 
 
 def _command(pool: Pool, options: Options) -> list[str]:
-    return [sys.executable, "-m", "prime_jax.cli", *pool.work(), "--time-limit", str(options.time)]
+    return [sys.executable, "-m", "prime_jax", *pool.work(), "--time-limit", str(options.time)]
 
 
 def _executor(pool: Pool, options: Options) -> Any:

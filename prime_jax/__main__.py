@@ -1,4 +1,4 @@
-"""`python -m prime_jax.cli`."""
+"""`python -m prime_jax`, the same as `prime-jax`."""
 
 import sys
 
