@@ -1,12 +1,15 @@
 """`prime-jax eval`: likelihood on text, zero-shot sets, scored samples, tasks."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prime_jax.cli.console import Progress, error, say, show
+from rich.console import Console
+
+from prime_jax.cli.console import Progress, console, error, say, show, write
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
@@ -67,7 +70,9 @@ class Eval(Arguments):
         0, "windows per call, 0: the run's own; changes no number", at_least=0
     )
     devices: int = setting(0, "how many to use; 0: all", at_least=0)
-    out: Path | None = setting(None, "write here instead of RUN/eval.json", metavar="FILE")
+    out: Path | None = setting(
+        None, "write here instead of RUN/eval.json; -: to standard output", metavar="FILE"
+    )
     samples: Path | None = setting(None, "samples of RUN, JSON lines", metavar="FILE")
     scorer: str | None = setting(None, "the run that scores them (default: RUN)", metavar="OTHER")
     tasks: str = setting("", "names of lm-eval tasks", metavar="LIST")
@@ -95,6 +100,20 @@ class Eval(Arguments):
 
 
 def evaluate(args: Eval) -> int:
+    from prime_jax.evaluate import report
+    from prime_jax.runtime import outputs
+
+    if not args.out or not outputs.is_stdout(args.out):
+        return _evaluate(args, console())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / report.FILE
+        code = _evaluate(dataclasses.replace(args, out=file), console(stderr=True))
+        if file.exists():
+            write(file.read_text())
+    return code
+
+
+def _evaluate(args: Eval, screen: Console) -> int:
     from prime_jax.cli import runs
     from prime_jax.evaluate import report
     from prime_jax.runtime import distributed, outputs
@@ -106,10 +125,10 @@ def evaluate(args: Eval) -> int:
     if args.out:
         outputs.refuse_overwrite(_inputs(args), [args.out])
         outputs.check_file(args.out)
-    found = runs.load(args.run, say)
+    found = runs.load(args.run, lambda line: say(line, screen))
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []
-    with distributed.PreemptionGuard() as guard, Progress() as progress:
+    with distributed.PreemptionGuard() as guard, Progress(screen) as progress:
 
         def tick(what: str, total: int, more: float) -> None:
             progress.tick(what, total, more)
@@ -122,7 +141,7 @@ def evaluate(args: Eval) -> int:
                     args=args, found=found, out=out, tick=tick, log=progress.log, records=records
                 )
             if args.tasks:
-                _tasks(args, found, out, tick)
+                show(tasks_table(_tasks(args, found, out, tick)), screen)
             if not (args.samples or args.tasks) or args.data:
                 _texts(
                     args=args, found=found, out=out, tick=tick, log=progress.log, records=records
@@ -131,8 +150,9 @@ def evaluate(args: Eval) -> int:
             progress.log("stopped; what is done is kept, and the same command continues")
             return 85
     for record in records:
-        show(_losses_table(record))
-    say(f"record: {out}")
+        show(_losses_table(record), screen)
+    if not screen.stderr:  # else the record is printed
+        say(f"record: {out}", screen)
     return 0
 
 
@@ -176,7 +196,7 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: lis
     examples = found.config.eval.examples if args.examples is None else args.examples
     if args.examples is None and (args.stride or args.context):
         if examples and not args.data:
-            say(f"--stride, --context: the whole {args.split} split, not {examples} blocks of it")
+            log(f"--stride, --context: the whole {args.split} split, not {examples} blocks of it")
         examples = 0
     cutting = texts.Cutting(args.stride, args.context, examples, args.split)
     names = report.names_of(found, args.estimators)
@@ -221,7 +241,7 @@ def _samples(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: l
         report.store(found, out, "samples", record, ("data", "hash", "scorer"))
 
 
-def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> None:
+def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> list[dict[str, Any]]:
     from prime_jax.evaluate import report, tasks
     from prime_jax.runtime import distributed
 
@@ -245,7 +265,7 @@ def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> None:
             report.store(
                 found, out, "tasks", results[-1], ("tasks", "settings", "limit", "data_hash")
             )
-    show(tasks_table(results))
+    return results
 
 
 def _losses_table(record: dict[str, Any]) -> Table:
