@@ -335,7 +335,7 @@ def test_every_documented_line_is_understood():
 def test_the_reference_is_that_of_the_declarations(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     page = reference.PAGE.read_text()
-    assert reference.renewed(page) == page, "python -m prime_jax.cli.reference"
+    assert reference.renewed(page) == page, "run: make docs"
 
 
 def test_the_nearest_of_a_mistyped_option_may_be_a_setting(capsys):
