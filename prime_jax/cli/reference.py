@@ -16,7 +16,7 @@ from prime_jax import cli
 from prime_jax.cli import parse
 from prime_jax.scaling.comparison import Comparison
 from prime_jax.scaling.library import Validations
-from prime_jax.scaling.results import ScalingFit
+from prime_jax.scaling.results import Origin, ScalingFit
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, SCALING = DOCS / "commands.md", DOCS / "scaling.md"
@@ -43,9 +43,11 @@ def renewed(page: str) -> str:
 
 
 def with_fields(page: str) -> str:
-    """The page on scaling with the fields of each file as they are now."""
+    """The page on scaling with the fields of each file as they are now; shared ones at fit.json."""
+    shared = {field.name for field in dataclasses.fields(Origin)}
     for name, cls in FILES.items():
-        rows = [f"| `{place}` | {text} |" for place, text in fields_of(cls)]
+        own = [(p, text) for p, text in fields_of(cls) if cls is ScalingFit or p not in shared]
+        rows = [f"| `{place}` | {text} |" for place, text in own]
         table = "\n".join(["| field | what |", "|---|---|", *rows])
         page = _replaced(page, BEGIN_FILE.format(name), table)
     return page
@@ -57,8 +59,11 @@ def _replaced(page: str, begin: str, text: str) -> str:
 
 
 def fields_of(cls: type, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every field that says what it holds, with its place: ("families.F.approach3.a", text)."""
-    types_of = typing.get_type_hints(cls)
+    """Every field that says what it holds, with its place: ("families.F.approach3.a", text).
+
+    Where several fields of a class have one type, the fields of that type are listed at the first.
+    """
+    types_of, listed = typing.get_type_hints(cls), set()
     for field in dataclasses.fields(cls):
         if field.metadata.get("hidden"):
             continue
@@ -66,7 +71,9 @@ def fields_of(cls: type, place: str = "") -> Iterator[tuple[str, str]]:
         if "doc" in field.metadata:
             yield name, field.metadata["doc"]
         for inner, step in _inner(types_of[field.name]):
-            yield from fields_of(inner, f"{name}{step}.")
+            if inner not in listed:
+                listed.add(inner)
+                yield from fields_of(inner, f"{name}{step}.")
 
 
 def _inner(kind: Any) -> Iterator[tuple[type, str]]:
