@@ -75,7 +75,10 @@ def test_groups_list_their_commands(group, capsys):
         (["data", "inspect"], "DIR is missing: made by"),
         (["data", "inspect", "a", "b"], "b: not expected here"),
         (["data", "inspect", "a", "--jsn"], "no such option --jsn; did you mean --json?"),
-        (["data", "prepare", "s", "--out", "o"], "--tokenizer SPEC is missing: what makes ids"),
+        (
+            ["data", "prepare", "s", "--out", "o"],
+            "--tokenizer SPEC is missing: how text becomes token ids",
+        ),
         (["data", "entropy", "d", "--seed"], "--seed needs a value: an integer, at least 0"),
         (["data", "entropy", "d", "--seed", "x"], "--seed x: must be an integer, at least 0"),
         (["data", "entropy", "d", "--seed", "-1"], "--seed -1: must be at least 0"),

@@ -36,7 +36,7 @@ Row = tuple[str, str | Cell, str]  # what, what was found, a note
 
 @dataclass(frozen=True)
 class Doctor(Arguments):
-    """What this machine has, what is missing and how to get it: versions, devices, memory,
+    """Show what this machine has, what is missing and how to get it: versions, devices, memory,
     compilers and optional packages. Exit code 1 if a device or a required package is missing."""
 
     EXAMPLES = ("prime-jax doctor",)

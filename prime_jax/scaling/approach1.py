@@ -203,10 +203,12 @@ class Approach1:
     )
     kind: str = key("kind of the losses along the curves", default="")
     optima: tuple[Optimum, ...] = key(
-        "one for each size that has the lowest loss somewhere, at the middle of these budgets", default=()
+        "one for each size that has the lowest loss somewhere, at the middle of these budgets",
+        default=(),
     )
     envelope: Envelope = key(
-        "the lowest loss at each of `flops`", default_factory=lambda: Envelope(np.empty(0), np.empty(0))
+        "the lowest loss at each of `flops`",
+        default_factory=lambda: Envelope(np.empty(0), np.empty(0)),
     )
     warnings: tuple[Diagnostic, ...] = key(
         "warnings of this approach; without --curves they stand only here", default=()

@@ -97,7 +97,9 @@ class AtBudget:
     """m at one budget; a value or an end that is None is beyond all numbers."""
 
     flops: float = key("C")
-    other_flops: float | None = key("C that the other one needs for the same loss; null: it never reaches it")
+    other_flops: float | None = key(
+        "C that the other one needs for the same loss; null: it never reaches it"
+    )
     value: float | None = key("m from the fitted laws")
     median: float | None = key("median of m over the replicates")
     interval: list[float | None] = key("`[low, high]` of m")
@@ -185,13 +187,16 @@ class Contrast:
         default=(),
     )
     exponents: Differences | None = key(
-        "the exponent a less that of the baseline, by approach: `difference, interval, significant`", default=None
+        "the exponent a less that of the baseline, by approach: `difference, interval, significant`",
+        default=None,
     )
     tests: dict[str, Test] | None = key(
         "whether both may share `exponents`, or `E`: each `{shared, p, statistic, simulations, gradient, params}`",
         default=None,
     )
-    warnings: tuple[Diagnostic, ...] = key("warnings of the comparison: `{code, message, hint, refusal}`", default=())
+    warnings: tuple[Diagnostic, ...] = key(
+        "warnings of the comparison: `{code, message, hint, refusal}`", default=()
+    )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ class ErrorBudget:
     evaluation: Source | None = key("error from the evaluation: standard errors of the losses")
     model: Held | None = key("error of the law: `bias, rms` of the rollout", default=None)
     scatter: float | None = key("scatter of the runs about the law", default=None)
-    weights: list[float] | None = key("weights of the runs in the fit: `[smallest, largest]`", default=None)
+    weights: list[float] | None = key(
+        "weights of the runs in the fit: `[smallest, largest]`", default=None
+    )
     sd_n: Array = hidden(default=None)  # of each run, all sources together
 
     def run_weights(self, scatter: float) -> Array:

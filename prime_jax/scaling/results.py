@@ -83,7 +83,9 @@ class Approach3:
     intervals: dict[str, list[float]] | None = key(
         "`[low, high]` of each parameter and of a, by bootstrap", default=None
     )
-    profile: dict[str, Ends] | None = key("the same by profile likelihood (null: open on that side)", default=None)
+    profile: dict[str, Ends] | None = key(
+        "the same by profile likelihood (null: open on that side)", default=None
+    )
     optima: tuple[Best, ...] = key(
         "at each budget: `flops, params, tokens, loss, intervals, profile, intervals_with_model`",
         default=(),
@@ -174,7 +176,8 @@ class FamilyFit:
         "all warnings of the family: `{code, message, hint, refusal}`", default=()
     )
     template: dict[str, Any] | None = key(
-        "settings that the runs of a sweep share, for `predict` and `design`; null for a table", default=None
+        "settings that the runs of a sweep share, for `predict` and `design`; null for a table",
+        default=None,
     )
     points: Points = hidden(default=None)
 
