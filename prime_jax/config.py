@@ -200,7 +200,9 @@ class MeshConfig(Checked, path="mesh"):
     """Where a run executes; the numbers change by rounding at most."""
 
     replica: int = setting(
-        0, "groups of devices that split the batch; each holds all parameters; 0: automatic", at_least=0
+        0,
+        "groups of devices that split the batch; each holds all parameters; 0: automatic",
+        at_least=0,
     )
     data: int = setting(
         0, "devices that split the batch and the parameters; 0: automatic", at_least=0
@@ -370,7 +372,7 @@ def validate(config: RunConfig) -> RunConfig:
     if o.times == "bell" and (o.schedule != "linear" or o.time_steps):
         other = f"time_steps {o.time_steps}" if o.time_steps else f"schedule {o.schedule}"
         right = (
-            f"is a law of the mask probability: needs schedule linear and time_steps 0, not {other}"
+            f"needs schedule linear and time_steps 0, not {other}: it draws the mask probability"
         )
         raise _wrong("objective.times", o.times, right)
     rising, steps = config.optim.warmup_steps, config.steps
