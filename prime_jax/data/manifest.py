@@ -190,7 +190,9 @@ def load(path: str | Path, *, verify: bool = False) -> Manifest:
             the file and the command that rebuilds it.
     """
     if "://" in str(path):
-        raise UserError(f"{path}: prepared data must be in a local folder; copy it to this machine")
+        raise UserError(
+            f"{path}: prepared data is read from a local folder; copy it to this machine"
+        )
     directory = Path(path)
     file = directory / FILE
     again = f"prime-jax data prepare SOURCE --tokenizer SPEC --out {directory}"

@@ -94,7 +94,7 @@ def parse(spec: str) -> list[Source]:
         raise UserError(f"source {spec}: weights must be above 0")
     if len({source.endless for source in sources}) > 1:
         raise UserError(
-            f"source {spec}: a source without documents (stream, markov) cannot be mixed with documents"
+            f"source {spec}: an endless source (stream, markov) cannot be mixed with documents"
         )
     return sources
 

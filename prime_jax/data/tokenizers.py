@@ -488,7 +488,7 @@ def read_ranks(spec: str) -> bytes:
     if not split and (foreign := _foreign(ranks)) is not None:
         others = ", ".join(f"tiktoken:{name}:{path}" for name in SPLITS if name != "gpt2")
         raise UserError(
-            f"tokenizer {spec}: not made with the split of GPT-2, which cannot produce the token "
+            f"tokenizer {spec}: not made with the split of GPT-2, which never makes the token "
             f"{foreign!r}; name its split: {others} (cl100k_base is Llama 3's too)"
         )
     split = split or "gpt2"
