@@ -15,7 +15,7 @@ from prime_jax.table import Cell, Table
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tyro")
 OPTIONAL = {  # package -> (what it is for, how to get it)
-    "torch": ("the peer of benchmarks/train_step.py", "pip install torch"),
+    "torch": ("the baseline of benchmarks/train_step.py", "pip install torch"),
     "tokenizers": ("hf: tokenizers", "pip install 'prime_jax[tokenizers]'"),
     "tiktoken": ("tiktoken: tokenizers", "pip install 'prime_jax[tokenizers]'"),
     "gcsfs": ("gs:// paths", "pip install 'prime_jax[gcp]'"),
