@@ -160,8 +160,8 @@ def starting_from(config: RunConfig, weights: folder.Weights) -> RunConfig:
         own = s.codes or Codebook.create(config.model.vocab_size, s).hash
         if own != weights.codebook.hash:
             raise UserError(
-                f"--init-from: other codes ({weights.codebook.hash}) than those of this run "
-                f"({own}): subtokens and model.vocab_size must be equal"
+                f"--init-from: has other codes ({weights.codebook.hash}) than this run ({own}); "
+                "subtokens and model.vocab_size must be equal"
             )
     found = {f"{name}.weight": x for name, x in weights.tensors.items()}
     found[folder.CODES] = weights.codebook.codes

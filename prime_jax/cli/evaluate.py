@@ -22,9 +22,9 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Eval(Arguments):
-    """Likelihood of text under RUN, by every estimator that applies, each marked as valid (a
-    likelihood or a bound on one) or not. Results are added to RUN/eval.json. An interrupted
-    evaluation continues when the same command is given again.
+    """Compute the likelihood of text under RUN. Every number is marked as valid (a likelihood or a
+    bound on one) or not. Results are added to RUN/eval.json. After an interruption the same command
+    continues.
 
     With --samples: generative perplexity. With --tasks: lm-eval tasks (needs prime_jax[eval])."""
 
@@ -39,54 +39,61 @@ class Eval(Arguments):
     run: str = setting(REQUIRED, RUN, positional=True)
     data: tuple[str, ...] = setting(
         (),
-        "prepared dataset, text:GLOB (each file one text), jsonl:GLOB, a zero-shot set as NAME:PATH "
-        "(lambada, wikitext2, ptb, lm1b, ag_news, pubmed, arxiv) or zero-shot:DIR for all of them "
-        "(default: the run's own data)",
+        "what to score: a prepared dataset, text:GLOB (each file one text), jsonl:GLOB, a zero-shot set "
+        "as NAME:PATH (lambada, wikitext2, ptb, lm1b, ag_news, pubmed, arxiv), or zero-shot:DIR for "
+        "all sets in DIR (default: the run's own data)",
         repeat=True,
         metavar="WHAT",
     )
     estimators: str = setting(
         "",
-        "subtoken, token, finite:T, chain:ORDER with ORDER l2r, confidence, margin, entropy, random "
-        "or subtokens; exact:subtoken and exact:token for blocks of at most 12 units, bracket:K for "
-        "larger ones (K orders in each half); subtoken:independent and token:independent mask without fixed counts "
-        "(default: those of the run's config; ar for an autoregressive run)",
+        "estimators, with commas: subtoken, token, finite:T; chain:ORDER with ORDER l2r, confidence, "
+        "margin, entropy, random or subtokens; exact:subtoken and exact:token for blocks of at most 12 "
+        "units, bracket:K for larger ones (K orders in each half); subtoken:independent and "
+        "token:independent, masks without fixed counts. docs/evaluation.md explains them (default: "
+        "those of the run's config; ar for an autoregressive run)",
         metavar="LIST",
     )
     replicates: int = setting(
-        8, "Monte-Carlo passes; the standard error is their spread", at_least=2, metavar="R"
+        8, "Monte-Carlo passes; the standard error se (MC) comes from them", at_least=2, metavar="R"
     )
     stride: int = setting(
-        0, "tokens scored per window; 0: the model's length less the context", at_least=0
+        0, "tokens scored per window; 0: the length of the model less the context", at_least=0
     )
-    context: int = setting(0, "tokens before them that are given, visible and free", at_least=0)
-    split: Literal["train", "valid", "test"] = setting("valid", "of a prepared dataset")
+    context: int = setting(0, "visible tokens before them, which are not scored", at_least=0)
+    split: Literal["train", "valid", "test"] = setting("valid", "split of a prepared dataset")
     examples: int | None = setting(
         None,
-        "blocks of a prepared dataset, 0 for all (default: as the run's config says)",
+        "blocks of a prepared dataset, 0 for all (default: that of the run's config)",
         at_least=0,
     )
     batch_size: int = setting(
-        0, "windows per call, 0: the run's own; changes no number", at_least=0
+        0, "windows per call, 0: that of the run; does not change results", at_least=0
     )
-    devices: int = setting(0, "how many to use; 0: all", at_least=0)
+    devices: int = setting(0, "number of devices to use; 0: all", at_least=0)
     out: Path | None = setting(
-        None, "write here instead of RUN/eval.json; -: to standard output", metavar="FILE"
+        None, "result file (default: RUN/eval.json); -: standard output", metavar="FILE"
     )
-    samples: Path | None = setting(None, "samples of RUN, JSON lines", metavar="FILE")
-    scorer: str | None = setting(None, "the run that scores them (default: RUN)", metavar="OTHER")
-    tasks: str = setting("", "names of lm-eval tasks", metavar="LIST")
+    samples: Path | None = setting(
+        None, "score these samples of RUN (JSON lines): generative perplexity", metavar="FILE"
+    )
+    scorer: str | None = setting(
+        None, "run that scores the samples (default: RUN)", metavar="OTHER"
+    )
+    tasks: str = setting("", "lm-eval tasks, with commas", metavar="LIST")
     task_data: Path | None = setting(
-        None, "local TASK.jsonl files; no network is used", metavar="DIR"
+        None, "folder of local TASK.jsonl files; no network is used", metavar="DIR"
     )
-    include_path: Path | None = setting(None, "more task definitions (YAML)", metavar="DIR")
+    include_path: Path | None = setting(
+        None, "folder of further task definitions (YAML)", metavar="DIR"
+    )
     model_args: str = setting(
         "",
-        "mc_num, cfg, steps, gen_length, block_length, nll_type; one preset serves all tasks",
+        "changes to the preset of all tasks: mc_num, cfg, steps, gen_length, block_length, nll_type",
         metavar="K=V,...",
     )
-    limit: int | None = setting(None, "the first N documents of each task", at_least=1)
-    sensitivity: bool = setting(False, "repeat the tasks with each setting changed")
+    limit: int | None = setting(None, "only the first N documents of each task", at_least=1)
+    sensitivity: bool = setting(False, "repeat the tasks with each setting changed in turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()

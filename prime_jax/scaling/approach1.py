@@ -199,17 +199,19 @@ class Approach1:
     a: float | None = key("exponent of N\\*; null if refused", default=None)
     b: float | None = key("exponent of D\\*", default=None)
     intervals: dict[str, list[float] | None] = key(
-        "of a and b, by resampled runs", default_factory=lambda: {"a": None, "b": None}
+        "intervals of a and b, from resampled runs", default_factory=lambda: {"a": None, "b": None}
     )
-    kind: str = key("of the losses along the curves", default="")
+    kind: str = key("kind of the losses along the curves", default="")
     optima: tuple[Optimum, ...] = key(
-        "one for each size that wins, in the middle of the budgets it wins", default=()
+        "one for each size that has the lowest loss somewhere, at the middle of these budgets",
+        default=(),
     )
     envelope: Envelope = key(
-        "the lowest loss by `flops`", default_factory=lambda: Envelope(np.empty(0), np.empty(0))
+        "the lowest loss at each of `flops`",
+        default_factory=lambda: Envelope(np.empty(0), np.empty(0)),
     )
     warnings: tuple[Diagnostic, ...] = key(
-        "of this approach; if nobody asked for it (--curves), they are only here", default=()
+        "warnings of this approach; without --curves they stand only here", default=()
     )
     line: Line | None = hidden(default=None)
     a_R: Array | None = hidden(default=None)  # of resampled runs; NaN where too few sizes win

@@ -40,8 +40,8 @@ class Around(Checked, path="Around"):
     """Sizes in equal ratios from N*/span to N* span around an expected optimum N*."""
 
     span: float = setting(4.0, "ratio of the largest size to the optimum", at_least=1)
-    count: int = setting(5, "sizes", at_least=1)
-    optimum: Rule = setting("chinchilla", "rule that expects the optimum", takes=RULE)
+    count: int = setting(5, "number of sizes", at_least=1)
+    optimum: Rule = setting("chinchilla", "rule for the expected optimum", takes=RULE)
 
     def __call__(self, config: RunConfig, budget: float) -> list[float]:
         center = rules.resolve("optimum", self.optimum)[1](config.family, budget)

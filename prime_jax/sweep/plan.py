@@ -150,7 +150,9 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
             config = _with_fingerprint(config, prepared)
         validate(config)
         if config.initial_weights:
-            raise UserError("initial_weights: a sweep starts from seeds; use train --init-from")
+            raise UserError(
+                "initial_weights: the runs of a sweep start from seeds; use prime-jax train --init-from"
+            )
     except UserError as error:
         return Candidate(row, None, str(error))
     epochs = config.tokens / prepared.train.tokens if prepared is not None else None

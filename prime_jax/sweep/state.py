@@ -222,7 +222,7 @@ def _understood(file: Path, kind: str, data: bytes) -> Any:
     try:
         value = parse_json(data, file)
         if kind in FORMS and not _has_form(value, FORMS[kind]):
-            raise UserError(f"{file} is not of this version")
+            raise UserError(f"{file} was written by another version")
     except UserError as error:
         if kind == "spec":
             again = "remove it and plan the experiment again, which writes it anew"
