@@ -7,9 +7,10 @@ Every `nll`, `exact` and `nelbo` must stay above the entropy of a sequence (no m
 be below it), and entropy <= exact <= nelbo. The joint loss has no such bound and falls below the
 entropy; therefore its kind is `train_loss`.
 
-Arithmetic: 6 runs x 1,200 steps x 64 x 32 tokens = 1.5e7 tokens, in blocks read twice; a network of
-2 x 64 costs about 0.8 MFLOP a token with its head and attention: 1.6e13 FLOPs. An exact number is
-2**8 - 1 network calls of 256 sequences, 1.5e12 FLOPs. Six minutes on two CPU cores, by this count.
+Arithmetic: 6 runs x 1,200 steps x 64 x 32 tokens = 1.5e7 tokens, in blocks half as many that are
+read twice; a network of 2 x 64 costs about 0.8 MFLOP a token with its head and attention: 1.2e13
+FLOPs. An exact number is 2**8 - 1 network calls of 256 sequences, 1.5e12 FLOPs. Five minutes on two
+idle CPU cores.
 Expected (seed 0): docs/theory.md; the numbers are also in OUT/numbers.json.
 
     python experiments/bound_demo.py [--steps 1200] [--out runs/bound_demo]
@@ -70,7 +71,7 @@ def config(name: str = "prime", steps: int = 1200, data: str = "data/bound_demo"
     return RunConfig(
         family=family,
         steps=steps,
-        batch_size=64,
+        batch_size=32 if block else 64,  # a block is read twice, noisy and clean
         model=ModelConfig(vocab_size=V, layers=2, width=64, heads=2),
         subtokens=SubtokenConfig(length=length),
         objective=ObjectiveConfig(loss=loss, block_length=block),
