@@ -54,16 +54,18 @@ def run(layers: int, width: int, base: BaseShape = BASE, **changes) -> RunConfig
 
 
 def network(config: RunConfig):
-    """(network, loss of parameters, digits [B, L, 1])."""
+    """(network, loss of parameters on tokens, what the network reads of TOKENS)."""
     net = build(config, Codebook.create(V, config.subtokens))
-    digits = jnp.asarray(np.pad(TOKENS[:, :-1], ((0, 0), (1, 0)), constant_values=V))[..., None]
 
-    def loss(params):
-        h_BxLxD, head_VxD = net.apply({"params": params}, digits)
+    def shifted(token_BxL):
+        return jnp.pad(token_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=V)[..., None]
+
+    def loss(params, token_BxL=TOKENS):
+        h_BxLxD, head_VxD = net.apply({"params": params}, shifted(token_BxL))
         logp_BxLxV = jax.nn.log_softmax(h_BxLxD @ head_VxD.T)
-        return -jnp.take_along_axis(logp_BxLxV, TOKENS[..., None], axis=-1).mean()
+        return -jnp.take_along_axis(logp_BxLxV, token_BxL[..., None], axis=-1).mean()
 
-    return net, loss, digits
+    return net, loss, shifted(TOKENS)
 
 
 def batch(program: step.Program) -> tuple[jax.Array, jax.Array]:
@@ -291,3 +293,49 @@ def test_activations_and_their_first_updates_neither_grow_nor_shrink(layers, wid
 def test_without_transfer_updates_grow(layers, width):
     """So the check would notice."""
     assert growth(run(layers, width, transfer="none"))["branches"][1] > 2
+
+
+# --- what it is for
+
+
+RATES = 2.0 ** np.arange(-10, -1)
+STEPS = 150
+
+
+def chain(rng: np.random.Generator) -> np.ndarray:
+    """Tokens [STEPS, BATCH, LENGTH] of a Markov chain of order one."""
+    table = rng.dirichlet(np.full(V, 0.1), V).cumsum(1)
+    found = [rng.integers(0, V, STEPS * BATCH)]
+    for _ in range(LENGTH - 1):
+        drawn = rng.random((STEPS * BATCH, 1)) > table[found[-1]]
+        found.append(np.minimum(drawn.sum(1), V - 1))
+    return np.stack(found, 1).reshape(STEPS, BATCH, LENGTH)
+
+
+def best_rate(width: int, transfer: str) -> float:
+    """Of RATES, by the loss over the last fifth of a short training on a chain."""
+    config = run(2, width, BaseShape(layers=2, width=16, heads=1), transfer=transfer)
+    net, loss, digits = network(config)
+    tx, tokens = optim.optimizer(config), jnp.asarray(chain(np.random.default_rng(0)))
+    params = optim.initial(net.init(jax.random.key(0), digits)["params"], config)
+
+    def last_losses(rate):
+        def train_step(carry, now):
+            (params, state), (tokens, at) = carry, now
+            value, gradient = jax.value_and_grad(loss)(params, tokens)
+            updates, state = tx.update(gradient, state, params)
+            lr = rate * jnp.minimum(1, (at + 1) / 15) * (1 - at / STEPS)
+            return (optim.apply(params, updates, lr), state), value
+
+        data = (tokens, jnp.arange(STEPS))
+        return jax.lax.scan(train_step, (params, tx.init(params)), data)[1][-STEPS // 5 :].mean()
+
+    return RATES[np.argmin(jax.jit(jax.vmap(last_losses))(jnp.asarray(RATES)))]
+
+
+@pytest.mark.slow
+def test_the_best_rate_stays_over_an_eightfold_width_and_moves_without_transfer():
+    base = best_rate(16, "completep")
+    assert RATES[0] < base < RATES[-1]
+    assert 0.5 <= best_rate(128, "completep") / base <= 2
+    assert best_rate(128, "none") / base < 0.5
