@@ -151,10 +151,26 @@ class DataConfig(Checked, path="data"):
 
 
 @dataclass(frozen=True)
+class BaseShape(Checked, path="optim.base"):
+    """The shape that a learning rate was tuned for; in a run's identity only with a transfer."""
+
+    layers: int = setting(0, "transformer blocks; 0: not given", at_least=0)
+    width: int = setting(0, "of the residual stream; 0: not given", at_least=0)
+    heads: int = setting(0, "attention heads; 0: not given", at_least=0)
+    ffn_multiple: int = setting(4, "SwiGLU's hidden width is this times width", at_least=1)
+
+    @property
+    def given(self) -> bool:
+        return 0 not in (self.layers, self.width, self.heads)
+
+
+@dataclass(frozen=True)
 class OptimConfig(Checked, path="optim"):
     """AdamW (weight decay on matrices only) and its learning-rate schedule."""
 
-    peak_lr: float = setting(2e-4, "learning rate after warm-up", above=0)
+    peak_lr: float = setting(
+        2e-4, "learning rate after warm-up; of the base shape if it is transferred", above=0
+    )
     final_lr_fraction: float = setting(
         0.1, "learning rate at the end, as a fraction of the peak", at_least=0, at_most=1
     )
@@ -171,13 +187,24 @@ class OptimConfig(Checked, path="optim"):
     b2: float = setting(0.95, "beta_2 of Adam", at_least=0, below=1)
     eps: float = setting(1e-8, "epsilon of Adam", above=0)
     weight_decay: float = setting(0.1, "weight decay of matrices", at_least=0)
-    clip: float = setting(1.0, "clipping of the global gradient norm; 0: off", at_least=0)
+    clip: float = setting(
+        1.0,
+        "clipping of the global gradient norm; 0: off. It does not transfer to other shapes",
+        at_least=0,
+    )
     ema: float = setting(
         0.0,
         "decay of the exponential average of parameters, which is then evaluated; 0: off",
         at_least=0,
         below=1,
     )
+    transfer: Literal["none", "completep"] = setting(
+        "none",
+        "completep: initial weights, rates, decay and eps are those of the base shape, scaled to "
+        "the width and layers of this one (theory.md, Transfer of learning rates)",
+        **ADDED,
+    )
+    base: BaseShape = setting(BaseShape(), "the shape that transfer starts from", **ADDED)
 
 
 @dataclass(frozen=True)
@@ -311,13 +338,13 @@ class RunConfig(Checked):
 
 def run_id(config: RunConfig) -> str:
     """Ten hex digits that name the result of `config` (see the module docstring)."""
-    canonical = json.dumps(to_dict(config, _identifies), sort_keys=True)
+    canonical = json.dumps(_identity(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
     """The settings by which two configs are two runs: `steps = 60, not 80`."""
-    first, second = (flatten(to_dict(config, _identifies)) for config in (one, other))
+    first, second = (flatten(_identity(config)) for config in (one, other))
     default = flatten(to_dict(RunConfig()))
     value = lambda of, name: of.get(name, default.get(name))  # noqa: E731
     return [
@@ -325,6 +352,15 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
         for name in dict.fromkeys([*first, *second])
         if value(first, name) != value(second, name)
     ]
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """The settings that make a run what it is."""
+    if config.optim.transfer == "none":  # nothing is transferred from the base shape
+        config = dataclasses.replace(
+            config, optim=dataclasses.replace(config.optim, base=BaseShape())
+        )
+    return to_dict(config, _identifies)
 
 
 def _identifies(field: dataclasses.Field, value: Any) -> bool:
@@ -382,7 +418,32 @@ def validate(config: RunConfig) -> RunConfig:
     if config.optim.schedule == "wsd" and rising > steps * (1 - config.optim.cooldown_fraction):
         right = f"leaves no step between warm-up ({rising} steps) and cool-down, of {steps}"
         raise _wrong("optim.cooldown_fraction", config.optim.cooldown_fraction, right)
+    if config.optim.transfer != "none":
+        _validate_transfer(config.optim, m)
     return config
+
+
+def _validate_transfer(optim: OptimConfig, model: ModelConfig) -> None:
+    base = optim.base
+    if not base.given:
+        right = "needs the shape that the rate is for: optim.base.layers, .width and .heads"
+        raise _wrong("optim.transfer", optim.transfer, right)
+    if base.width % base.heads:
+        raise _wrong("optim.base.heads", base.heads, f"must divide optim.base.width {base.width}")
+    if model.tied_head:
+        right = "must be False with optim.transfer, which scales the head apart from the embedding"
+        raise _wrong("model.tied_head", model.tied_head, right)
+    if not model.qk_norm:
+        right = "must be True with optim.transfer, whose attention logits rest on it"
+        raise _wrong("model.qk_norm", model.qk_norm, right)
+    size = base.width // base.heads
+    if model.width != size * model.heads:
+        right = f"head size must be the base's with optim.transfer, {size}, at width {model.width}"
+        raise _wrong("model.heads", model.heads, right)
+    if model.ffn != base.ffn_multiple * model.width:
+        name = "ffn_width" if model.ffn_width else "ffn_multiple"
+        right = f"must be {base.ffn_multiple} times width with optim.transfer, as optim.base says"
+        raise _wrong(f"model.{name}", getattr(model, name), right)
 
 
 def remark(config: RunConfig) -> str:

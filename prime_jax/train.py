@@ -213,6 +213,7 @@ class Run:
         by_convention = {n: flops.flops_per_token(config, n) for n in flops.CONVENTIONS}
         self.pace = Pace(self.clock, tokens, by_convention, self._peak())
         self.loss = float("nan")
+        self._count_clipped(0, step=0)
 
     def _with_kernels(self, choices: Choices | None) -> RunConfig:
         """The config with every kernel named: as the run began, else as is measured or usual."""
@@ -351,6 +352,9 @@ class Run:
         (step, metrics), self.pending = self.pending, None
         values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
         self.loss = values["loss"]
+        if self.clipped_steps is not None:
+            beyond = 0 < self.config.optim.clip < values["grad_norm"]
+            self._count_clipped(self.clipped_steps + beyond, step)
         if not self.kernels_written:
             self._write_kernels()
         if self.first_seconds is None:
@@ -361,14 +365,19 @@ class Run:
         if step % self.config.log.every == 0 or step in (1, self.config.steps) or not finite:
             named = {k: v if np.isfinite(v) else None for k, v in values.items()}
             seconds = round(self.clock.total(), 3)
-            self.metrics_log.write(
-                {"step": step, **named, "seconds": seconds, **self.pace.row(step)}
-            )
+            named |= {"clipped": self.clipped, "seconds": seconds}
+            self.metrics_log.write({"step": step, **named, **self.pace.row(step)})
         if not finite:
             raise Diverged(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
                 f"learning rate {values['lr']:.3g}"
             )
+
+    def _count_clipped(self, steps: int | None, step: int) -> None:
+        """Gradients that were clipped until `step`; None if its checkpoint is too old to know."""
+        self.clipped_steps = steps
+        self.clipped = None if steps is None else steps / max(step, 1)
+        self.checkpoints.tally = {} if steps is None else {"clipped_steps": steps}
 
     def _about(self) -> dict[str, str]:
         return {
@@ -396,7 +405,9 @@ class Run:
             if state is None:
                 state = self.program.init(self.clock, self.config.seed)
                 return self._with_initial(state) if self.config.initial_weights else state
-        self.log(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")
+            step = int(state.step)
+            self._count_clipped(checkpoint.tally(directories, step).get("clipped_steps"), step)
+        self.log(f"run {self.id} continues at step {step} of {self.config.steps}")
         return state
 
     def _with_initial(self, state: State) -> State:
@@ -536,6 +547,7 @@ class Run:
             "tokens": c.tokens,
             "epochs": c.tokens / (self.data.train.blocks * c.data.seq_len),
             "lr": c.optim.peak_lr,
+            "clipped": self.clipped,
             "shape": {"layers": c.model.layers, "width": c.model.width, "heads": c.model.heads},
             "params": flops.param_counts(c),
             "flops": {name: flops.train_flops(c, name) for name in flops.CONVENTIONS},

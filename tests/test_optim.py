@@ -108,7 +108,7 @@ def is_vector(path, x) -> bool:
 
 def test_a_step_without_gradient_shrinks_matrices_and_leaves_vectors(params):
     config, lr = OptimConfig(weight_decay=0.25), 0.5
-    tx = optim.optimizer(config)
+    tx = optim.optimizer(RunConfig(optim=config))
 
     @jax.jit
     def still(params):
@@ -130,7 +130,7 @@ def test_a_step_without_gradient_shrinks_matrices_and_leaves_vectors(params):
 def test_steps_are_those_of_adamw_written_out(clip):
     """Five steps in float64: clipping first, then both moments, then decay of the matrix."""
     config = OptimConfig(weight_decay=0.1, clip=clip, b1=0.8, b2=0.9, eps=1e-3)
-    rng, tx = np.random.default_rng(0), optim.optimizer(config)
+    rng, tx = np.random.default_rng(0), optim.optimizer(RunConfig(optim=config))
     with jax.enable_x64(True):
         want = {"table": rng.normal(size=(3, 4)), "norm": rng.normal(size=4)}
         got = jax.tree.map(jnp.asarray, want)

@@ -55,6 +55,8 @@ class Writer:
     Attributes:
         about: identities that a restore compares.
         origin: the config and tokenizer, for a reader who has only the checkpoint.
+        tally: what a run has counted until the step that is saved next; it lies in the seal, so
+            that whoever continues there counts on (`tally`).
         seconds: duration of the last save, from the call to its seal.
     """
 
@@ -74,6 +76,7 @@ class Writer:
             )
         self.directory = directory
         self.about, self.config, self.log, self.origin = about, config, log, origin or {}
+        self.tally: dict[str, Any] = {}
         self.seconds = 0.0
         self._whole: dict[
             int, bool
@@ -117,7 +120,8 @@ class Writer:
                 response = ocp.save_async(target, state, overwrite=True)
         except Exception as error:  # orbax and tensorstore raise many types for a failed write
             raise self._failed(step, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, response, target, began))
+        args = (step, response, target, began, dict(self.tally))
+        self._thread = threading.Thread(target=self._finish, args=args)
         self._thread.start()
 
     def try_save(self, step: int, state: Any) -> None:
@@ -170,12 +174,14 @@ class Writer:
             error, self._error = self._error, None
             raise error
 
-    def _finish(self, step: int, response: Any, target: Path, began: float) -> None:
+    def _finish(
+        self, step: int, response: Any, target: Path, began: float, tally: dict[str, Any]
+    ) -> None:
         try:
             with _quiet_orbax():
                 response.result()
             if distributed.is_writer():
-                storage.retry(lambda: self._publish(step, target), lambda _: None, PATIENCE)
+                storage.retry(lambda: self._publish(step, target, tally), lambda _: None, PATIENCE)
         except Exception as error:
             self._error = self._failed(step, error)
         if target != self._data(step):
@@ -185,13 +191,14 @@ class Writer:
             with contextlib.suppress(UserError):  # what cannot be looked at now stays for now
                 self._prune()
 
-    def _publish(self, step: int, target: Path) -> None:
+    def _publish(self, step: int, target: Path, tally: dict[str, Any]) -> None:
         if target != self._data(step):
             storage.remove(self._data(step))
             storage.upload(target, self._data(step))
         files = storage.checksums(self._data(step))
         what = {"layout": LAYOUT, "step": step, "about": self.about, "origin": self.origin}
-        write_json_atomic(_seal(self.directory, step), {**what, "files": files})
+        seal = {**what, "tally": tally, "files": files}
+        write_json_atomic(_seal(self.directory, step), seal)
         self._whole[step] = True
 
     def _data(self, step: int) -> Path:
@@ -290,6 +297,17 @@ def restore(
         return None
     step, place = found
     return _load(directories[place], step, abstract, about)
+
+
+def tally(directories: Sequence[Path], step: int) -> dict[str, Any]:
+    """What a run had counted at a restored step: the same in every directory that has the step.
+
+    Empty if older versions saved it.
+    """
+    for directory in directories:
+        with contextlib.suppress(UserError, ValueError, KeyError):
+            return json.loads(storage.read(_seal(directory, step)))["tally"]
+    return {}
 
 
 def _newest(
