@@ -68,6 +68,7 @@ HINTS = {
     "not_identified": "use no value of these; add larger budgets, and sizes further from the optimum",
     "no_seed_repeats": "repeat one budget with a second seed",
     "checkpoints_of_one_run": "keep the last step of each run, unless losses along the way are comparable (constant or WSD schedule)",
+    "runs_of_one_trajectory": "repeat the trajectories with other seeds: one tells as little of chance as one run",
     "approaches_disagree": "believe none yet: look at the residuals, and at the warnings of each",
     "off_centre_grid": "lay the sizes evenly around the optimum",
     "drifting_grid": "lay the sizes around the optimum at every budget; the de-biased exponent allows for it",
