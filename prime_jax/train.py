@@ -433,17 +433,17 @@ class Run:
         refused: dict[str, str] = {}
 
         def donates(seal: dict[str, Any]) -> bool:
-            why_not = mine.why_not(seal)
-            if why_not:
-                refused[seal["about"]["run"]] = why_not
-            return why_not is None
+            passes, unlike = mine.passes(seal), mine.unlike(seal)
+            if passes and unlike:
+                refused[seal["about"]["run"]] = unlike
+            return passes and not unlike
 
         with self.clock.measure("checkpoint"):
             donors = [d / "checkpoints" for run in self.donors for d in run]
             found = checkpoint.newest(own, self.log, know, donors=donors, donates=donates)
             branched = found is not None and found.place >= len(own)
-            for run, why_not in {} if branched else refused.items():
-                self.log(f"run {run} has made steps of this one, but on another {why_not}")
+            for run, unlike in {} if branched else refused.items():
+                self.log(f"run {run} has made steps of this one, but on another {unlike}")
             if found is None:
                 self._descend(mine)
                 state = self.program.init(self.clock, self.config.seed)

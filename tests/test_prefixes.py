@@ -14,6 +14,7 @@ import fake_store
 import fake_trainer
 import jax
 import numpy as np
+import process_groups
 import pytest
 
 from prime_jax import train as training
@@ -58,12 +59,13 @@ def config(data, steps: int = STEPS[0], width: int = 16, **more) -> RunConfig:
     )
 
 
-def planned(root, data, steps=STEPS, widths=(16,), share=True) -> list[str]:
-    """A ladder of runs for each width; their ids, shortest first."""
-    base = config(data)
+def ladders(
+    data, steps=STEPS, widths=(16,), **changes
+) -> tuple[grid.Experiment, list[plan.Candidate]]:
+    """A ladder of runs for each width, shortest first."""
     made = grid.Sweep(
         name="ladder",
-        base=base,
+        base=dataclasses.replace(config(data), **changes),
         families={"arm": {}},
         budgets=(1e9,),
         sizes=[(1, width, 1) for width in widths],
@@ -73,7 +75,12 @@ def planned(root, data, steps=STEPS, widths=(16,), share=True) -> list[str]:
     )
     rows = [dataclasses.replace(row, steps=n) for row in grid.rows(made) for n in steps]
     experiment = grid.Experiment("ladder", tuple(rows), "0" * 64)
-    listed = plan.candidates(experiment, plan.load_datasets(experiment, required=True))
+    return experiment, plan.candidates(experiment, plan.load_datasets(experiment, required=True))
+
+
+def planned(root, data, steps=STEPS, widths=(16,), share=True, **changes) -> list[str]:
+    """Write `ladders` to a sweep; their ids."""
+    experiment, listed = ladders(data, steps, widths, **changes)
     plan.write(root, experiment, listed, share_prefixes=share)
     return [candidate.id for candidate in listed]
 
@@ -356,6 +363,8 @@ def test_runs_for_other_slices_or_of_an_older_plan_share_nothing(markov_data, tm
     listed = state.list_runs(tmp_path)
     assert {run.branch_point for run in listed} == {0}
     assert len({run.spec["trajectory"] for run in listed}) == 1  # which the table has all the same
+    again = prefixes.plan(ladders(markov_data)[1])
+    assert again.planned_alone(listed) == 3
     for run in listed:
         path = tmp_path / "state" / f"{run.id}.spec"
         spec = json.loads(path.read_text())
@@ -463,3 +472,19 @@ def test_workers_killed_at_random_change_no_bit(markov_data, tmp_path):
         shared += runs[run].result["shared_prefix"] is not None
     assert kills
     assert shared == len(widths) * (len(steps) - 1)
+
+
+@pytest.mark.slow
+def test_a_process_group_branches_off_together(markov_data, tmp_path):
+    """And its longer run ends as in a sweep whose runs share nothing."""
+    outcomes = []
+    for share in (True, False):
+        root = tmp_path / f"share {share}"
+        _, upper = planned(root, markov_data, STEPS[:2], share=share, mesh=MeshConfig(replica=1))
+        words = ["-m", "prime_jax.cli", "sweep", "work", str(root)]
+        codes, texts = process_groups.ended(process_groups.start(words, 2, devices=4))
+        assert codes == [0, 0], texts
+        result = find(root, upper).result
+        outcomes.append((rows_of(root / "runs" / upper / "1"), result["losses"]))
+        assert result["first_step"] == (ENDS[0] if share else 0)
+    assert outcomes[0] == outcomes[1]

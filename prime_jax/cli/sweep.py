@@ -76,7 +76,7 @@ class Plan(Arguments):
 
 
 def plan(args: Plan) -> None:
-    from prime_jax.sweep import grid, prefixes
+    from prime_jax.sweep import grid, prefixes, state
     from prime_jax.sweep import plan as planning
 
     experiment = grid.load_experiment(args.experiment)
@@ -100,6 +100,8 @@ def plan(args: Plan) -> None:
         root, name = storage.path(args.root), slice_.name if slice_ else ""
         share = args.share_prefixes
         added = planning.write(root, experiment, listed, name, share_prefixes=share)
+        if shared and (alone := shared.planned_alone(state.list_runs(root))):
+            say(f"{alone} runs were planned before without --share-prefixes, and train alone")
         say(f"{root}: {added} runs added; next: prime-jax sweep run {root}")
 
 

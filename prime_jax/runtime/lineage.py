@@ -44,18 +44,19 @@ class Lineage:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def why_not(self, seal: dict[str, Any]) -> str | None:
-        """What keeps a run that would make its steps on `made` from continuing at another run's
-        seal: on what else those were made, or "" for other states; None if nothing does."""
+    def passes(self, seal: dict[str, Any]) -> bool:
+        """Whether a run comes through the state of another run's checkpoint, but for rounding."""
         other = Lineage.of(seal)
         if other is None or other.trajectory != self.trajectory:
-            return ""
-        if seal["step"] > min(self.constant_steps, other.constant_steps):
-            return ""
-        if other.made is None:
+            return False
+        return seal["step"] <= min(self.constant_steps, other.constant_steps)
+
+    def unlike(self, seal: dict[str, Any]) -> str:
+        """In what the steps before a checkpoint were not made like those of this run; "" if alike."""
+        other, mine = Lineage.of(seal), self.made
+        if other is None or other.made is None or mine is None:
             return "mixture of machines"
-        names = [name for name, value in (self.made or {}).items() if other.made.get(name) != value]
-        return ", ".join(names) or None
+        return ", ".join(name for name in mine if other.made.get(name) != mine[name])
 
 
 def made_on(mesh: list[int], kernels: Made, versions: Made, **settings: Any) -> Made:

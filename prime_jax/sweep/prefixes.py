@@ -64,6 +64,11 @@ class Shared:
         alone = (f"{n} share nothing: {reason}" for reason, n in self.why_not.items())
         return [text, *alone]
 
+    def planned_alone(self, runs: Sequence[Run]) -> int:
+        """How many of a sweep's runs are in this plan, but were planned before, to share nothing."""
+        could = {one.id for one in self.listed if not one.drop and constant_steps(one.config)}
+        return sum(run.id in could and not run.branch_point for run in runs)
+
 
 def plan(listed: Sequence[Candidate]) -> Shared:
     """What the runs share that a plan lists.
