@@ -11,6 +11,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from prime_jax.errors import UserError
 from prime_jax.settings import Checked, flatten, setting, to_dict
 from prime_jax.settings import from_dict as from_dict
@@ -22,6 +24,7 @@ FAMILIES: tuple[Family, ...] = typing.get_args(Family)
 
 HERE = {"excluded_from_identity": True}  # where and how a run executes, not what it is
 ADDED = {"excluded_at_default": True}  # a setting that came later: older runs keep their identity
+ENDS = ("steps", "optim.cooldown_fraction", "optim.final_lr_fraction")  # of a run, not its way
 
 
 @dataclass(frozen=True)
@@ -338,7 +341,37 @@ class RunConfig(Checked):
 
 def run_id(config: RunConfig) -> str:
     """Ten hex digits that name the result of `config` (see the module docstring)."""
-    canonical = json.dumps(_identity(config), sort_keys=True)
+    return _name(_identity(config))
+
+
+def trajectory_id(config: RunConfig) -> str:
+    """Ten hex digits that name the states of a run until its learning rate leaves the plateau.
+
+    Runs of one trajectory differ in how long they are, how they cool down and how they are
+    evaluated; both are in the same state after every step up to the smaller `constant_steps`.
+    """
+    return _name(trajectory_settings(config))
+
+
+def trajectory_settings(config: RunConfig) -> dict[str, Any]:
+    """The dotted settings that make up a trajectory."""
+    identity = flatten(_identity(config))
+    return {k: v for k, v in identity.items() if k not in ENDS and not k.startswith("eval.")}
+
+
+def constant_steps(config: RunConfig) -> int:
+    """Steps before the first one at which the learning rate is below the plateau; 0 without one.
+
+    In float32, as `optim.learning_rate` has it.
+    """
+    o, steps = config.optim, np.float32(config.steps)
+    if o.schedule != "wsd":
+        return 0
+    return int(steps - max(np.float32(o.cooldown_fraction) * steps, np.float32(1)))
+
+
+def _name(values: dict[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 

@@ -49,6 +49,7 @@ class Plan(Arguments):
         "prime-jax sweep plan experiments/quickstart.py",
         "prime-jax sweep plan experiments/quickstart.py quickstart",
         "prime-jax sweep plan experiments/c4_grid.py --slice v5e-16 --check",
+        "prime-jax sweep plan ladder.py ladder --share-prefixes",
     )
 
     experiment: Path = setting(
@@ -68,11 +69,16 @@ class Plan(Arguments):
         "family, then smaller ones until one fits; --check=all: every shape",
         bare="largest",
     )
+    share_prefixes: bool = setting(
+        False,
+        "runs that differ only in their length and end train their common steps once: needs the "
+        "schedule wsd, and rules for batch, rate and warm-up that ignore budget and steps",
+    )
     dry_run: DryRun = setting(DryRun(), "predictions")
 
 
 def plan(args: Plan) -> None:
-    from prime_jax.sweep import grid
+    from prime_jax.sweep import grid, prefixes, state
     from prime_jax.sweep import plan as planning
 
     experiment = grid.load_experiment(args.experiment)
@@ -81,15 +87,23 @@ def plan(args: Plan) -> None:
     slice_, prices = args.dry_run.understood(check=bool(args.check))
     if args.check:
         listed = _checked(args, listed, slice_)
+    shared = prefixes.plan(listed) if args.share_prefixes else None
+    listed = shared.listed if shared else listed
     show(plan_table(experiment, listed, args.flops_per_second))
+    for text in shared.summary(args.flops_per_second) if shared else ():
+        say(text)
     if slice_:
         from prime_jax.cli import forecast
 
         good = [candidate.config for candidate in listed if not candidate.drop]
-        say(forecast.cost_estimate(good, slice_, prices))
+        trained = [shared.own(config) for config in good] if shared else good
+        say(forecast.cost_estimate(trained, slice_, prices))
     if args.root is not None:
-        root = storage.path(args.root)
-        added = planning.write(root, experiment, listed, slice_.name if slice_ else "")
+        root, name = storage.path(args.root), slice_.name if slice_ else ""
+        share = args.share_prefixes
+        added = planning.write(root, experiment, listed, name, share_prefixes=share)
+        if shared and (alone := shared.planned_alone(state.list_runs(root))):
+            say(f"{alone} runs were planned before without --share-prefixes, and train alone")
         say(f"{root}: {added} runs added; next: prime-jax sweep run {root}")
 
 

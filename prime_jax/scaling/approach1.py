@@ -41,6 +41,7 @@ class Curve:
         tokens_n, flops_n, loss_n: increasing D, the C spent on it, and the loss there.
         schedule: of the learning rate: "constant" (then the points are of its constant part),
             "decays", or "" (not known).
+        trajectory: of the run, which others may share; its name where none is known.
     """
 
     run: str
@@ -49,6 +50,7 @@ class Curve:
     flops_n: Array
     loss_n: Array
     schedule: str = ""
+    trajectory: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def _curve(name: str, log: Log, row: dict[str, Any], columns: Columns, logs: Log
         flops_n=flops * d / tokens,
         loss_n=loss,
         schedule=schedule,
+        trajectory=text(row, "trajectory", name),
     )
 
 
@@ -287,9 +290,10 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
         return _refused(curves, *diagnostics)
     a_R, b_R = np.full((2, replicates), np.nan)
     rng = np.random.default_rng(seed)
+    place: dict[str, int] = {}
+    unit_n = np.array([place.setdefault(c.trajectory or c.run, len(place)) for c in usable])
     for r in range(replicates):
-        present = np.zeros(len(usable), dtype=bool)
-        present[rng.integers(len(usable), size=len(usable))] = True
+        present = np.isin(unit_n, rng.integers(len(place), size=len(place)))
         redrawn, between = race.run(present)
         found = _line(flops_g, race, redrawn, between)
         if found:

@@ -372,8 +372,8 @@ def _prepare(fits: dict[str, _Fitted], settings: Settings) -> dict[str, _Prepare
 def _replicates(fits: list[_Fitted], settings: Settings) -> list[PowerLaw]:
     """Laws of all families under runs drawn together.
 
-    A family with checkpoints of one run cannot be drawn by cells: it gets the wild cluster
-    bootstrap, independent of the others.
+    A family with checkpoints of one run, or runs of one trajectory, cannot be drawn by cells: it
+    gets the wild cluster bootstrap, independent of the others.
     """
     alone = [family.points for family in fits if family.points.run is None]
     drawn = iter(grid_weights(alone, settings.replicates, settings.seed) if alone else ())
@@ -390,7 +390,7 @@ def _replicates(fits: list[_Fitted], settings: Settings) -> list[PowerLaw]:
 
 
 def _cells(parts: list[Points]) -> list[NDArray[np.intp]]:
-    """Those of the grid; the checkpoints of one run make a cell."""
+    """Those of the grid; checkpoints of one run, or runs of one trajectory, make a cell."""
     where, budget = grid_cells(parts)
     first, out = len(budget), []
     for part, cell_n in zip(parts, where, strict=True):

@@ -2,12 +2,12 @@
 
 Resampling. Runs are drawn with replacement within each budget, as multinomial weights rather than
 copies, so thousands of replicates share one set of arrays and go through the same Newton solver
-together. Checkpoints of one run share its luck: where they enter, the errors of each run are kept
-together and multiplied by one random factor (the wild cluster bootstrap; Cameron, Gelbach and
-Miller 2008, Review of Economics and Statistics 90, with the six factors of Webb 2014). An error is
-a residual for least squares; for a robust objective it is psi(residual) / mean(psi'), by least
-squares of which the fit moves as it does by its own objective, and which has no kink for residuals
-to stay at.
+together. Checkpoints of one run share its luck, and runs of one trajectory are one run until the
+first of them cools down: where such enter, the errors of each run or trajectory are kept together
+and multiplied by one random factor (the wild cluster bootstrap; Cameron, Gelbach and Miller 2008,
+Review of Economics and Statistics 90, with the six factors of Webb 2014). An error is a residual
+for least squares; for a robust objective it is psi(residual) / mean(psi'), by least squares of
+which the fit moves as it does by its own objective, and which has no kink for residuals to stay at.
 
 Profiles: how far a quantity can be pushed before the runs object. The objective is minimised over
 everything else with the quantity held at c. Twice its rise above the minimum, over kappa, is
@@ -18,8 +18,8 @@ compared with F(1, n - 5), where
 makes the rise of a robust objective what the likelihood ratio is for normal noise (Schrader and
 Hettmansperger 1980, Biometrika 67; it is the residual variance for least squares). mean(psi') is
 taken over a kernel density of the residuals: of 60 runs too few lie within Huber's delta to be
-counted. Runs of several checkpoints count once. An end is None where the objective never rises
-enough: the runs do not bound the quantity on that side.
+counted. Runs of several checkpoints count once, and so do trajectories. An end is None where the
+objective never rises enough: the runs do not bound the quantity on that side.
 
 A quantity (`laws.Quantity`) is held by taking the place of an unknown: with g = c and the other
 unknowns given, that one is known, in closed form, and the objective is refitted over the others.

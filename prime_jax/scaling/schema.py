@@ -69,6 +69,7 @@ HINTS = {
     "not_identified": "do not use these values; add larger budgets, and sizes further from the optimum",
     "no_seed_repeats": "repeat one budget with a second seed",
     "checkpoints_of_one_run": "keep the last step of each run, unless losses along the way are comparable (constant or WSD schedule)",
+    "runs_of_one_trajectory": "repeat the trajectories with other seeds: one tells as little of chance as one run",
     "approaches_disagree": "rely on none yet: look at the residuals, and at the warnings of each approach",
     "off_centre_grid": "lay the sizes evenly around the optimum",
     "drifting_grid": "lay the sizes around the optimum at every budget; the de-biased exponent allows for it",

@@ -83,6 +83,12 @@ class Run:
         """The slice it was planned for; empty: any."""
         return self.spec.get("slice", "")
 
+    @property
+    def branch_point(self) -> int:
+        """The step at which others may continue from it (prefixes.py); 0: it does not share, as
+        those that an older version planned."""
+        return self.spec.get("branch_point", 0)
+
     def fits(self, slice: str) -> bool:
         """Whether a worker on `slice` may take it; a worker without a slice takes any run."""
         return not slice or self.slice in ("", slice)
