@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -80,8 +81,10 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (`boundary`)."""
     code = boundary.guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
-    if argv is None and code in (boundary.INTERRUPTED, boundary.SAVED):
-        boundary.leave(code)  # this is the whole process
+    if argv is None:  # this is the whole process
+        if code in (boundary.INTERRUPTED, boundary.SAVED):
+            boundary.leave(code)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     return code
 
 
