@@ -6,7 +6,7 @@ from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax import cli
 from prime_jax.errors import UserError
-from prime_jax.scaling import points, table
+from prime_jax.scaling import points, readers, table
 
 ROWS = csv_rows(surface())
 
@@ -78,7 +78,7 @@ def test_a_training_log_is_refused_before_it_is_read_to_its_end(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("family,flops,params,tokens,loss\n" + "a,1e18,1e8,1.6e9,3.2\n" * 100_001 + "?")
     with pytest.raises(UserError, match=r"more than 100,000 rows.*--curves"):
-        table.read(path)
+        readers.read(path)
 
 
 def codes(rows):

@@ -17,13 +17,15 @@ from prime_jax.scaling.comparison import Comparison
 from prime_jax.scaling.comparison import compare as compare_runs
 from prime_jax.scaling.designs import Design, choose
 from prime_jax.scaling.fits import fit_runs
+from prime_jax.scaling.logs import Logs
 from prime_jax.scaling.points import Runs, select
 from prime_jax.scaling.prediction import Prediction, predict_family
+from prime_jax.scaling.readers import read_with_curves
 from prime_jax.scaling.results import Origin, ScalingFit, origin
 from prime_jax.scaling.rollout import Validation, validate_family
 from prime_jax.scaling.schema import as_dict, hidden, key
 from prime_jax.scaling.settings import DEFAULT_METRIC, Choice, Settings
-from prime_jax.scaling.table import Logs, Table, of_columns, read_with_curves
+from prime_jax.scaling.table import Table, of_columns
 from prime_jax.settings import from_dict
 
 if TYPE_CHECKING:

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import labels
+from prime_jax.scaling.columns import Columns, choose_columns
 from prime_jax.scaling.schema import Diagnostic, refuse, warn
+from prime_jax.scaling.settings import Choice
 from prime_jax.scaling.table import (
     DONE,
     KINDS,
-    Choice,
-    Columns,
     Table,
-    choose_columns,
     number,
     require,
     status,
