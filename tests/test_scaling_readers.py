@@ -103,10 +103,11 @@ def test_the_hash_is_that_of_the_data(tmp_path):
 def test_a_sweep_directory_gives_the_rows_that_collect_gives(tmp_path, monkeypatch):
     rows = csv_rows(surface(), run="a1", status="done")
     monkeypatch.setattr(collect, "rows", lambda root: rows if root == tmp_path else [])
+    (tmp_path / "sweep.json").touch()
     found = readers.read(tmp_path)
     assert found.rows == rows
     assert found.columns == list(rows[0])
     assert found.names[0] == "run a1"
-    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(collect, "rows", lambda root: [])
     with pytest.raises(UserError, match="no runs"):
-        readers.read(tmp_path / "empty")
+        readers.read(tmp_path)

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from prime_jax.errors import UserError
 from prime_jax.runtime.records import best_valid
 from prime_jax.scaling.settings import DEFAULT_METRIC
-from prime_jax.scaling.table import KINDS, Table, number, require, text
+from prime_jax.scaling.table import KINDS, Table, number, require, status, text
 
 MIN_EVALUATIONS = 3  # that make a curve
 WIDE = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
@@ -52,13 +52,13 @@ def logs_of_table(table: Table) -> Logs:
     if is_wide(table.columns):
         table = _melt(table)
     clock, run = (_column(table, names) for names in (CLOCKS, RUNS))
-    loss = _loss_column(table)
+    loss = loss_column(table)
     rows = [
         (row, name) for row, name in zip(table.rows, table.names, strict=True) if text(row, loss)
     ]
     if not rows:
         raise UserError(f"{table.source}: column {loss!r} is empty")
-    table = Table(*(list(side) for side in zip(*rows, strict=True)), *_rest(table))
+    table = replace(table, rows=[row for row, _ in rows], names=[name for _, name in rows])
     clocks = np.array([number(row, clock) for row in table.rows])
     losses = np.array([number(row, loss) for row in table.rows])
     require(table, clock, clocks >= 0, f"{clock} must be a number, 0 or more")
@@ -94,10 +94,6 @@ def is_wide(columns: list[str]) -> bool:
     return len(columns) > 1 and all(WIDE.fullmatch(name) for name in columns[1:])
 
 
-def _rest(table: Table) -> tuple[list[str], str, str]:
-    return table.columns, table.source, table.sha256
-
-
 def _column(table: Table, names: tuple[str, ...]) -> str:
     for name in names:
         if name in table.columns:
@@ -107,7 +103,7 @@ def _column(table: Table, names: tuple[str, ...]) -> str:
     )
 
 
-def _loss_column(table: Table) -> str:
+def loss_column(table: Table) -> str:
     """`loss`, or the only column whose name ends so (`train/loss`, `val_loss`)."""
     if "loss" in table.columns:
         return "loss"
@@ -154,7 +150,7 @@ def _melt(table: Table) -> Table:
                 names.append(name)
     if not rows:
         raise UserError(f"{table.source}: a header but no losses")
-    return Table(rows, names, ["run", clock, loss], table.source, table.sha256)
+    return replace(table, rows=rows, names=names, columns=["run", clock, loss])
 
 
 def complete(data: Table, logs: Logs) -> Table:
@@ -180,14 +176,15 @@ def complete(data: Table, logs: Logs) -> Table:
         for row in rows:
             row["tokens"] = number(row, steps[0]) * number(row, "tokens_per_step")
     if not any(name == "loss" or name.startswith("loss_") for name in columns):
-        named = [text(row, "run") in logs.runs for row in rows]
+        ended = {name: log for name, log in logs.runs.items() if log.clock}
+        named = [text(r, "run") in ended or status(r) not in ("", "done") for r in rows]
         require(data, "run", named, f"no column 'loss', and no curve in {logs.source}")
         columns += ["loss"] if "kind" in columns else ["loss", "kind"]
         for row in rows:
-            log = logs.runs[text(row, "run")]
-            row["loss"] = log.loss[int(np.argmax(log.clock))]
-            row.setdefault("kind", log.kind)
-    return Table(rows, data.names, columns, data.source, data.sha256)
+            if log := ended.get(text(row, "run")):
+                row["loss"] = log.loss[int(np.argmax(log.clock))]
+                row.setdefault("kind", log.kind)
+    return replace(data, rows=rows, columns=columns)
 
 
 def ends(data: Table) -> Table:
@@ -200,7 +197,7 @@ def ends(data: Table) -> Table:
             last[run] = k
     keep = sorted(last.values())
     rows, names = [data.rows[k] for k in keep], [data.names[k] for k in keep]
-    return Table(rows, names, data.columns, data.source, data.sha256)
+    return replace(data, rows=rows, names=names)
 
 
 def of_sweep(root: Path, metric: str) -> Logs:

@@ -6,7 +6,7 @@ it at one N, or moves it up and down from each size to the next (`mixed_conventi
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -262,7 +262,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
 def _subset(table: Table, keep: Any) -> Table:
     rows = [row for row, kept in zip(table.rows, keep, strict=True) if kept]
     names = [name for name, kept in zip(table.names, keep, strict=True) if kept]
-    return Table(rows, names, table.columns, table.source, table.sha256)
+    return replace(table, rows=rows, names=names)
 
 
 def _why_not(row: dict[str, Any], loss: str) -> str | None:
@@ -280,9 +280,10 @@ def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
     for quantity in ("flops", "params", "tokens"):
         column = getattr(columns, quantity)
         if column:
-            least = MIN_COUNT
-            rule = f"{column} must be a number in units of one, at least {least}"
-            out[quantity] = _positive(table, column, least, rule)
+            read_from = columns.read_as.get(quantity, column).partition(" [")[0]
+            millions = f"of millions say --columns '{quantity}={read_from} [M]'"
+            rule = f"{column} must be a number in units of one, at least {MIN_COUNT}; {millions}"
+            out[quantity] = _positive(table, column, MIN_COUNT, rule)
     if not columns.flops:
         out["flops"] = 6 * out["params"] * out["tokens"]
     elif not columns.params:

@@ -5,14 +5,25 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from prime_jax.errors import UserError
-from prime_jax.scaling.columns import renamed
+from prime_jax.runtime import storage
+from prime_jax.scaling import events
+from prime_jax.scaling.columns import interpret
+from prime_jax.scaling.histories import Histories, History, of_table
 from prime_jax.scaling.logs import Logs, complete, ends, is_wide, logs_of_table, of_sweep
+from prime_jax.scaling.settings import Choice
 from prime_jax.scaling.table import Table, of_columns, one_line
+from prime_jax.settings import flatten
+
+Progress = Callable[[str], None]
+LINES = "*.jsonl"
+TIME = re.compile(r"\d+(\.\d+)?")
 
 MAX_ROWS = 100_000  # one row is one run; more than this is a training log
 MAX_CURVE_ROWS = 500_000
@@ -20,22 +31,39 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
 PACKED = {b"\x1f\x8b": "gzip", b"PK": "a zip or Excel file", b"PAR1": "Parquet"}  # by first bytes
 
 
-def read(source: Path) -> Table:
-    """Read a CSV or JSON file, or a sweep directory.
+def quiet(_: str) -> None:
+    """Say nothing."""
+
+
+def read(source: Path, progress: Progress = quiet, most: int = MAX_ROWS) -> Table | Histories:
+    """Read a CSV or JSON file, a sweep, or a directory of histories.
+
+    Args:
+        progress: called with what is being read.
+        most: rows of a CSV.
 
     Raises:
         UserError: nothing there, not readable, or not a table of runs.
     """
-    if source.is_dir():
-        return _read_sweep(source)
-    return read_csv(source)
+    if not is_sweep(source):
+        if source.is_dir():
+            return _read_directory(source, progress)
+        if source.match(events.PATTERN):
+            raise UserError(f"{source}: one event file; give the directory of all runs")
+        table = read_csv(source, most)
+        return of_table(table) or table
+    return _read_sweep(source)
+
+
+def is_sweep(source: Any) -> bool:
+    """Whether a source is the directory of a sweep, or is to be one, being in a bucket."""
+    if not hasattr(source, "is_dir") or not source.is_dir():
+        return False
+    return storage.is_remote(source) or storage.exists(source / "sweep.json")
 
 
 def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    data = _bytes(path)
     text = _decode(data, path)
     if text.lstrip()[0] in "[{":
         return _of_json(text, path, hashlib.sha256(data).hexdigest())
@@ -70,19 +98,46 @@ def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
     return Table(rows, names, columns, path.name, hashlib.sha256(data).hexdigest())
 
 
-def _of_json(text: str, path: Path, hashed: str) -> Table:
-    """A list of objects, one for each run, or an object of columns."""
+def _bytes(path: Path) -> bytes:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); give a CSV or a list of objects") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _of_json(text: str, path: Path, hashed: str) -> Table:
+    """Objects, in a list or a line each, or an object of columns; objects within are flattened."""
+    found = _parse(text, path)
     if isinstance(found, dict) and found and all(isinstance(v, list) for v in found.values()):
         return replace(of_columns(found, path.name), sha256=hashed)
     if not (isinstance(found, list) and found and all(isinstance(row, dict) for row in found)):
         raise UserError(f"{path}: JSON, but not a list of objects, one for each run")
-    columns = list(dict.fromkeys(name for row in found for name in row))
-    table = of_columns({name: [row.get(name) for row in found] for name in columns}, path.name)
+    rows = list(map(flatten, found))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = of_columns({name: [row.get(name) for row in rows] for name in columns}, path.name)
     return replace(table, names=[f"row {k}" for k in range(1, len(found) + 1)], sha256=hashed)
+
+
+def _parse(text: str, path: Path) -> Any:
+    """JSON, or the list of what its lines are."""
+    lines = text.split("\n")
+    try:
+        first = json.loads(lines[0]) if len(lines) > 1 else None
+    except (ValueError, RecursionError):
+        first = None
+    if not isinstance(first, dict):
+        return _load(text, str(path))
+    numbered = enumerate(lines, 1)
+    return [_load(line, f"{path}, line {k}") for k, line in numbered if line.strip()]
+
+
+def _load(text: str, where: str) -> Any:
+    try:
+        return json.loads(
+            text, parse_constant=str
+        )  # NaN is a text: null is no value, NaN a bad one
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); give a CSV or a list of objects") from error
 
 
 def _decode(data: bytes, path: Path) -> str:
@@ -137,48 +192,97 @@ def _read_sweep(root: Path) -> Table:
     return Table(rows, names, columns, root.name, hashlib.sha256(canonical).hexdigest())
 
 
-def load_logs(source: Path, metric: str) -> Logs:
+def _read_directory(root: Path, progress: Progress) -> Histories:
+    """Event files of TensorBoard, where a directory is a run; or files of JSON lines."""
+    files = sorted(path for path in root.rglob(events.PATTERN) if path.is_file())
+    lines = [] if files else sorted(root.glob(LINES))
+    if not files and not lines:
+        raise UserError(
+            f"{root}: no sweep here (make one with: prime-jax sweep plan EXPERIMENT {root}), no event files of TensorBoard, and no histories ({LINES})"
+        )
+    hashed, runs = hashlib.sha256(), {}
+    for place, path in enumerate(files or lines, 1):
+        name = str(path.relative_to(root).parent) if files else path.stem
+        progress(f"reading {name} ({place} of {len(files or lines)})")
+        if files:
+            data = _bytes(path)
+            history = runs.setdefault(name, History())
+            for logged in events.read(data, path):
+                history.add(*logged)
+            hashed.update(hashlib.sha256(data).digest())
+        else:
+            table = read_csv(path)
+            found = of_table(table, run=name)
+            if found is None:
+                raise UserError(f"{path}: no steps in it (a key _step or step)")
+            runs |= found.runs
+            hashed.update(bytes.fromhex(table.sha256))
+    runs = {name: history for name, history in _sessions(runs).items() if history.metrics}
+    if not runs:
+        raise UserError(f"{root}: event files without a scalar in them")
+    return Histories(runs, root.name, hashed.hexdigest())
+
+
+def _sessions(runs: dict[str, History]) -> dict[str, History]:
+    """What `add_hparams` writes one level down, below the time, belongs to the run."""
+    out = dict(runs)
+    for name, history in runs.items():
+        parent = str(PurePath(name).parent)
+        if history.settings and parent in runs and TIME.fullmatch(PurePath(name).name):
+            runs[parent].settings |= history.settings
+            runs[parent].metrics |= {
+                k: v for k, v in history.metrics.items() if k not in runs[parent].metrics
+            }
+            del out[name]
+    return out
+
+
+def load_logs(source: Path | Table, choice: Choice, progress: Progress = quiet) -> Logs:
     """Raises UserError: nothing there, or no training curves (with the rows that are wrong)."""
-    if source.is_dir():
-        return of_sweep(source, metric)
-    return logs_of_table(read_csv(source, MAX_CURVE_ROWS))
+    if isinstance(source, Table):
+        return logs_of_table(source)
+    if is_sweep(source):
+        return of_sweep(source, choice.metric)
+    found = read(source, progress, MAX_CURVE_ROWS)
+    return found.curves(choice) if isinstance(found, Histories) else logs_of_table(found)
 
 
 def read_with_curves(
     source: Path | Table,
-    curves: Path | Table | None,
-    metric: str,
-    names: Mapping[str, str] | None = None,
+    curves: Path | Table | None = None,
+    choice: Choice | None = None,
+    progress: Progress = quiet,
 ) -> tuple[Table, Logs | None]:
-    """The table of runs, and the logs of their training; a sweep has its own.
+    """The table of runs, and the logs of their training; sweeps and histories have their own.
 
     Args:
-        source: a sweep directory, a CSV of runs, or a table.
-        curves: a CSV of training curves, another sweep, or a table; the same CSV where its rows
-            are points of curves, the last row of each run being its result.
-        metric: which evaluation makes the curves of a sweep.
-        names: of columns of the table of runs, as for `renamed`.
+        source: a sweep directory, histories, a CSV of runs, or a table.
+        curves: training curves, as a CSV or histories, another sweep, or a table; the same CSV
+            where its rows are points of curves, the last row of each run being its result.
+        choice: the metric of a sweep, and the columns of the table of runs.
+        progress: called with what is being read.
 
     Raises:
         UserError: one of them cannot be read, or they do not belong together.
     """
-    names = names or {}
+    choice = choice or Choice()
+    same = curves is not None and curves == source
+    most = MAX_CURVE_ROWS if same else MAX_ROWS
+    found = source if isinstance(source, Table) else read(source, progress, most)
+    if isinstance(found, Histories):
+        table, logs = found.interpret(choice)
+    else:
+        table, logs = interpret(found, choice), None
     if curves is None:
-        if isinstance(source, Table):
-            return renamed(source, names), None
-        found = renamed(read(source), names)
-        return found, load_logs(source, metric) if source.is_dir() else None
-    if isinstance(curves, Table):
-        logs = logs_of_table(curves)
-    elif curves == source and not curves.is_dir():
-        data = renamed(read_csv(curves, MAX_CURVE_ROWS), names)
-        if is_wide(data.columns):
+        own = of_sweep(source, choice.metric) if is_sweep(source) else logs
+        return table, own
+    if not same or is_sweep(source):
+        logs = load_logs(curves, choice, progress)
+    elif logs is None:
+        if is_wide(table.columns):
             raise UserError(
                 f"{source}: curves alone; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
             )
-        logs = logs_of_table(data)
-        return complete(ends(data), logs), logs
-    else:
-        logs = load_logs(curves, metric)
-    found = source if isinstance(source, Table) else read(source)
-    return complete(renamed(found, names), logs), logs
+        logs = logs_of_table(table)
+        table = ends(table)
+    return complete(table, logs), logs

@@ -82,6 +82,7 @@ def load(path: Path, families: Sequence[str] | None = None) -> ScalingFit:
         runs.columns,
         flops_convention=conventions["flops"],
         params_convention=conventions["params"],
+        read_as=source.get("columns", {}),
     )
     choice = replace(choice, metric=result["metric"])
     runs = replace(

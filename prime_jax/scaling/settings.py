@@ -31,8 +31,17 @@ class Choice(Checked):
     )
     columns: str = setting(
         "",
-        "how a table of others calls its columns, as in loss=val_loss,params=n_params",
+        "how a table of others calls its columns, with units where these are not one, as in "
+        "loss=val_loss,params=N [M]",
         metavar="OURS=THEIRS,...",
+    )
+    name_pattern: str = setting(
+        "",
+        "columns in the names of runs, as in {family}_{FLOPs}_{N}_{D}; {} is anything",
+        metavar="PATTERN",
+    )
+    family: str = setting(
+        "", "the family of all runs, for a table without such a column", metavar="NAME"
     )
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prime_jax.errors import UserError
@@ -14,15 +14,19 @@ DONE = ("done", "finished", "completed", "complete", "succeeded", "success", "ok
 WANDB = ("finished", "running", "crashed", "failed", "killed", "preempting", "preempted", "pending")
 
 
+Row = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows as they were read, the name of each for messages, and the hash of the data."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     names: list[str]  # "row 7", or "run 3fa9..."
     columns: list[str]
     source: str
     sha256: str
+    read_as: Mapping[str, str] = field(default_factory=dict)  # {name here: what it was read from}
 
 
 def of_columns(columns: Any, source: str = "data") -> Table:
@@ -67,12 +71,12 @@ def one_line(cell: str) -> str:
     return " ".join(cell.splitlines()).strip()
 
 
-def text(row: dict[str, Any], column: str, default: str = "") -> str:
+def text(row: Row, column: str, default: str = "") -> str:
     value = row.get(column)
     return default if value is None or value == "" else str(value)
 
 
-def number(row: dict[str, Any], column: str) -> float:
+def number(row: Row, column: str) -> float:
     """The cell as a float; NaN where there is none, or no number."""
     value = row.get(column)
     try:
