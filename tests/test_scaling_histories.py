@@ -7,6 +7,7 @@ from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import readers
+from prime_jax.scaling.approach1 import join_curves
 from prime_jax.scaling.histories import Histories, History, Metric
 from prime_jax.scaling.points import select
 from prime_jax.scaling.settings import Choice
@@ -82,8 +83,10 @@ def test_runs_as_wandb_exports_them_with_their_histories(tmp_path):
     runs = write_csv(tmp_path / "wandb.csv", rows)
     curves = write_lines(tmp_path / "h.jsonl", lines())
     table, logs = readers.read_with_curves(runs, curves, Choice(family="arm"))
-    assert logs.runs[name(ROWS[0])].clock == [0, 20, 40]
     found = select(table)
+    curves = {curve.run: curve for curve in join_curves(logs, table, found)["arm"].curves}
+    tokens = ROWS[0]["tokens"]
+    assert curves[name(ROWS[0])].tokens_n == pytest.approx([tokens / 2, tokens])
     assert found.families["arm"].loss.tolist() == [row["loss"] for row in ROWS]
     assert [run.run for run in found.excluded] == ["x"]
     assert found.columns.read_as == {"run": "Name", "params": "n_params"}

@@ -140,6 +140,7 @@ def _tokens_per_step(name: str, log: Log, row: dict[str, Any], tokens: float, lo
         number(row, "tokens_per_step"),
         log.tokens_per_step,
         tokens / (number(row, "step") or np.nan),
+        tokens / (log.end or np.nan),
     ):
         if value > 0:
             return value

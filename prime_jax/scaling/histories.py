@@ -50,10 +50,15 @@ class History:
             self.metrics[name] = Metric()
         self.metrics[name].add(step, value)
 
+    @property
+    def end(self) -> float:
+        """The last step."""
+        return max((metric.steps[-1] for metric in self.metrics.values()), default=math.nan)
+
     def last(self) -> Row:
         """The row of a table of runs."""
         row = self.settings | {name: metric.values[-1] for name, metric in self.metrics.items()}
-        return row | {"step": max((m.steps[-1] for m in self.metrics.values()), default="")}
+        return row | {"step": self.end}
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,14 @@ class Histories:
             metric, rate = (history.metrics.get(tag, Metric()) for tag in (loss, lr))
             points = zip(metric.steps, metric.values, strict=True)
             good = {step: value for step, value in points if 0 < value < math.inf}
-            logs[name] = Log([*good], [*good.values()], rate.steps, rate.values, kind)
+            logs[name] = Log(
+                clock=[*good],
+                loss=[*good.values()],
+                lr_clock=rate.steps,
+                lr=rate.values,
+                kind=kind,
+                end=history.end,
+            )
         return Logs(logs, False, self.source)
 
 

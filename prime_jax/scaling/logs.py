@@ -35,7 +35,8 @@ class Log:
     lr: list[float] = field(default_factory=list)
     kind: str = ""
     schedule: str = ""  # "decays" where that is known without the rates
-    tokens_per_step: float = float("nan")
+    tokens_per_step: float = math.nan
+    end: float = math.nan  # the last step of all that the run logged, where that is known
 
 
 @dataclass(frozen=True)
