@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prime_jax.scaling import record, table
+from prime_jax.scaling import readers, record
 from prime_jax.scaling.fits import fit_runs
 from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.points import Measure, Points, select
@@ -102,7 +102,7 @@ def rows_of_a_sweep():
 def write_fit(path, rows, settings, choice=None, templates=None):
     """What `prime-jax fit` leaves in `path`, without its figures; returns the fit."""
     path.mkdir()
-    data = table.read_csv(write_csv(path / "runs.csv", rows))
+    data = readers.read_csv(write_csv(path / "runs.csv", rows))
     fitted = fit_runs(select(data, choice), settings)
     families = {
         name: replace(family, template=(templates or {}).get(name))

@@ -282,6 +282,23 @@ def test_doctor_reports_what_is_there(capsys):
     assert all(f"kernel {name}" in out for name in ("attention", "embedding", "head"))
 
 
+@pytest.mark.parametrize(("pin", "conflict"), [("0.8.0", True), ("99.0", False)])
+def test_doctor_names_a_conflict_with_the_jax_ai_stack(tmp_path, monkeypatch, pin, conflict):
+    from prime_jax.cli import doctor
+
+    assert list(doctor.stack_rows()) == []
+    info = tmp_path / "jax_ai_stack-2025.1.1.dist-info"
+    info.mkdir()
+    needs = ("chex==0.1.91", f"jax=={pin}", 'tensorflow==2.20.0; extra == "tfds"')
+    lines = ["Metadata-Version: 2.1", "Name: jax-ai-stack", "Version: 2025.1.1"]
+    (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {n}" for n in needs)]))
+    monkeypatch.syspath_prepend(tmp_path)
+    ((_, found, note),) = doctor.stack_rows()
+    assert str(found) == ("2025.1.1: conflict" if conflict else "2025.1.1")
+    assert note.startswith("it pins jax==0.8.0 (prime_jax needs >=") == conflict
+    assert "chex" not in note
+
+
 def test_doctor_says_which_device_is_missing(monkeypatch, capsys):
     import jax
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -93,9 +94,10 @@ def made(monkeypatch):
     return found
 
 
-def test_writers_get_every_number_and_the_config_and_are_closed(tmp_path, made):
+def test_writers_get_every_number_and_the_config_and_are_closed(tmp_path, monkeypatch, made):
     config = RunConfig(log=LogConfig(tensorboard=True, wandb="project"), batch_size=3)
-    log = MetricsLog(config, tmp_path, "run7", 0)
+    monkeypatch.chdir(tmp_path)
+    log = MetricsLog(config, Path("."), "run7", 0)
     loss = {"estimator": "token", "kind": "nelbo", "value": 2.0, "se_mc": 0.1, "se_data": None}
     log.write({"step": 5, "loss": 1.5, "grad_norm": None})
     log.write({"step": 5, "eval": [loss]})
@@ -113,6 +115,24 @@ def test_writers_get_every_number_and_the_config_and_are_closed(tmp_path, made):
     assert wandb.texts == {"kinds": {"eval/token": "nelbo"}}
     assert board.closed
     assert wandb.closed
+
+
+def test_event_files_read_back_as_they_were_written(tmp_path):
+    """The steps that a resumed run does again come in place of those of the first time."""
+    reason = "tensorboard or tensorboardX is not installed: pip install 'prime_jax[tensorboard]'"
+    pytest.importorskip("tensorboard.compat.proto.event_pb2", reason=reason)
+    pytest.importorskip("tensorboardX", reason=reason)
+    from prime_jax.scaling import readers
+
+    for resumed, steps in ((0, (1, 2, 3)), (1, (2, 3, 4))):
+        log = MetricsLog(RunConfig(log=LogConfig(tensorboard=True)), tmp_path, "run", resumed)
+        for step in steps:
+            log.write({"step": step, "loss": 5.0 + resumed - step})
+        log.close()
+        (file,) = (tmp_path / "tensorboard").glob("*.tfevents.*.*")
+        file.rename(file.with_name(f"events.out.tfevents.{resumed}"))  # named by the second
+    found = readers.read(tmp_path).runs["tensorboard"].metrics["loss"]
+    assert (found.steps, found.values) == ([1, 2, 3, 4], [4.0, 4.0, 3.0, 2.0])
 
 
 @pytest.mark.parametrize("where", ["init", "log"])

@@ -12,8 +12,8 @@ from prime_jax.scaling import approach3, comparison, joint, multiplier
 from prime_jax.scaling.laws import Compute, PowerLaw, optimum
 from prime_jax.scaling.points import select
 from prime_jax.scaling.schema import as_dict
-from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Choice, Table
+from prime_jax.scaling.settings import Choice, Settings
+from prime_jax.scaling.table import Table
 
 QUICK = Settings(replicates=100)
 # Published points (arXiv 2603.16077): C of mdm -> m, 95 % interval. In range from 6e19 on.

@@ -7,8 +7,9 @@ from fake_trainer import Trainer
 from scaling_cases import LAW, write_csv
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach1, table
+from prime_jax.scaling import approach1, logs, readers
 from prime_jax.scaling.points import select
+from prime_jax.scaling.settings import Choice
 from prime_jax.sweep import worker
 
 STEPS, PER_STEP = np.arange(0, 101, 5), 1e7
@@ -50,7 +51,7 @@ def joined(tmp_path, lines, runs=None, **names):
     """The curves of family x, by run."""
     runs = write_csv(tmp_path / "runs.csv", runs or run_rows())
     lines = write_csv(tmp_path / "curves.csv", lines)
-    data, logs = table.read_with_curves(runs, lines, "best-valid")
+    data, logs = readers.read_with_curves(runs, lines)
     part = approach1.join_curves(logs, data, select(data))["x"]
     return part, {curve.run: curve for curve in part.curves}
 
@@ -151,7 +152,7 @@ def test_the_last_loss_and_tokens_complete_a_table_of_runs(tmp_path):
     ]
     runs = write_csv(tmp_path / "runs.csv", bare)
     lines = write_csv(tmp_path / "curves.csv", wide_rows())
-    data, _ = table.read_with_curves(runs, lines, "best-valid")
+    data, _ = readers.read_with_curves(runs, lines)
     (part,) = select(data).families.values()
     np.testing.assert_allclose(part.loss, [loss_at(run, 100) for run in SIZES])
     np.testing.assert_allclose(part.tokens, 1e9)
@@ -164,13 +165,13 @@ def test_one_file_of_runs_and_curves(tmp_path):
         for row in long_rows()
     ]
     path = write_csv(tmp_path / "both.csv", rows)
-    data, logs = table.read_with_curves(path, path, "best-valid")
+    data, logs = readers.read_with_curves(path, path)
     runs = select(data)
     assert runs.families["x"].tokens.tolist() == [1e9] * 3
     assert len(approach1.join_curves(logs, data, runs)["x"].curves) == 3
     alone = write_csv(tmp_path / "wide.csv", wide_rows())
     with pytest.raises(UserError, match="a row for each run"):
-        table.read_with_curves(alone, alone, "best-valid")
+        readers.read_with_curves(alone, alone)
 
 
 def test_runs_without_curves_are_counted_and_those_left_out_are_not(tmp_path):
@@ -245,7 +246,7 @@ class Logging(Trainer):
 def swept(root, trainer, schedule):
     fake_trainer.planned(root, families={"arm": {"optim.schedule": schedule}}, budgets=(1e9, 2e9))
     worker.work(root, trainer=trainer)
-    data, logs = table.read_with_curves(root, None, "best-valid")
+    data, logs = readers.read_with_curves(root)
     return approach1.join_curves(logs, data, select(data), asked=False)["arm"]
 
 
@@ -255,7 +256,7 @@ def test_a_sweep_has_its_own_curves(tmp_path):
     for curve in part.curves:
         assert curve.schedule == "constant"
         assert len(curve.loss_n) == 4  # the fifth evaluation is in the cool-down
-    logs = table.load_logs(tmp_path, "best-valid")
+    logs = readers.load_logs(tmp_path, Choice())
     assert all(log.loss[0] < 5.01 for log in logs.runs.values())
 
 
@@ -268,7 +269,7 @@ def test_without_evaluations_the_batches_make_the_curves(tmp_path):
 
 
 def test_a_sweep_whose_rates_decay_is_not_even_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "_rows", None)
+    monkeypatch.setattr(logs, "_rows", None)
     part = swept(tmp_path, Logging(), "cosine")
     assert {curve.schedule for curve in part.curves} == {"decays"}
     assert len(part.curves) == 4

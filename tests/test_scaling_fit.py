@@ -11,8 +11,8 @@ from prime_jax.scaling.fits import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 from prime_jax.scaling.points import select
 from prime_jax.scaling.schema import as_dict
-from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Choice, Table
+from prime_jax.scaling.settings import Choice, Settings
+from prime_jax.scaling.table import Table
 
 QUICK = Settings(replicates=100)
 

@@ -6,7 +6,7 @@ from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax import cli
 from prime_jax.errors import UserError
-from prime_jax.scaling import points, table
+from prime_jax.scaling import points, readers, table
 
 ROWS = csv_rows(surface())
 
@@ -33,13 +33,13 @@ BAD = {
     "no family": (without("family"), "no column 'family'; it has kind, flops"),
     "no loss": (without("loss"), "no column 'loss'"),
     "only C": (without("params", "tokens"), "no columns 'params', 'tokens' .two of flops"),
-    "capitals": ([{k.title(): v for k, v in row.items()} for row in ROWS], "--columns family=Family,loss=Loss,flops=Flops,params=Params,tokens=Tokens"),
-    "names of others": ([{"model_name": "a", "d_model": 64, "n_params": 1e8, "train_loss": 2, "Summary.eval/loss": 3, "compute_budget": 1e18}], "--columns family=model_name,loss=Summary.eval/loss,flops=compute_budget,params=n_params$"),
-    "letters": ([{"N": 1e8, "D": 1e9, "loss": 3}], "params=N,tokens=D"),
+    "names of others": ([{"model_name": "a", "d_model": 64, "n_params": 1e8, "train_loss": 2, "Summary.eval/loss": 3, "compute_budget": 1e18}], "no column 'family'; it has model_name, d_model, n_params.*--columns family=model_name$"),
+    "names that may be meant": ([{"model": "a", "size_params": 1e8, "loss_train": 3, "c_tokens": 1}], "--columns family=model,loss=loss_train,params=size_params,tokens=c_tokens"),
+    "letters": ([{"N": 1e8, "D": 1e9, "loss": 3}], "no column 'family'; it has N, D, loss; .*--family NAME"),
     "millions": (scaled("params", 1e-6), r"units of one.*row 2.*13 more rows"),
     "one in millions": (changed(7, params=50), "params .* row 7 has '50'"),
     "one in thousands": (changed(9, tokens=5e6), "6 N D.*row 9"),
-    "suffix": (changed(4, params="25M"), "row 4 has '25M'"),
+    "suffix": (changed(4, params="25X"), "row 4 has '25X'"),
     "not a number": (changed(5, loss="nan"), "loss .* row 5 has 'nan'"),
     "negative": (changed(5, loss=-3), "loss .* row 5 has '-3'"),
     "decimal comma": (changed(5, loss="3,21"), "row 5 has '3,21'"),
@@ -78,7 +78,7 @@ def test_a_training_log_is_refused_before_it_is_read_to_its_end(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("family,flops,params,tokens,loss\n" + "a,1e18,1e8,1.6e9,3.2\n" * 100_001 + "?")
     with pytest.raises(UserError, match=r"more than 100,000 rows.*--curves"):
-        table.read(path)
+        readers.read(path)
 
 
 def codes(rows):

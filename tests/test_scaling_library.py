@@ -104,7 +104,8 @@ def test_a_law_that_was_refused_says_why():
         found.families["arm"].approach3.optimum(1e21)
 
 
-def test_the_library_loads_neither_jax_nor_matplotlib():
-    code = "import sys, prime_jax.scaling as s, prime_jax.cli.fit; print([m for m in ('jax', 'matplotlib', 'pandas') if m in sys.modules])"
+def test_the_library_loads_neither_jax_nor_matplotlib_nor_the_readers_of_others():
+    heavy = ("jax", "matplotlib", "pandas", "tensorboard", "wandb")
+    code = f"import sys, prime_jax.scaling as s, prime_jax.cli.fit; s.fit; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

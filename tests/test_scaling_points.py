@@ -4,7 +4,8 @@ from scaling_cases import csv_rows, surface
 
 from prime_jax.errors import UserError
 from prime_jax.scaling.points import Measure, select
-from prime_jax.scaling.table import Choice, Table
+from prime_jax.scaling.settings import Choice
+from prime_jax.scaling.table import Table
 
 
 def table_of(rows):

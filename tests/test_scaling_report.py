@@ -20,10 +20,10 @@ from prime_jax.scaling import drawing, figures, labels, record, report
 from prime_jax.scaling.fits import fit_runs
 from prime_jax.scaling.laws import PowerLaw
 from prime_jax.scaling.points import select
+from prime_jax.scaling.readers import read
 from prime_jax.scaling.results import Approach3
 from prime_jax.scaling.schema import as_dict
-from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Choice, read
+from prime_jax.scaling.settings import Choice, Settings
 
 
 def fit_file(path, **choice):

@@ -10,10 +10,9 @@ import scaling_cases
 
 from prime_jax import cli
 from prime_jax.errors import UserError
-from prime_jax.scaling import library, record, table
+from prime_jax.scaling import library, readers, record
 from prime_jax.scaling.schema import as_dict
-from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Choice
+from prime_jax.scaling.settings import Choice, Settings
 
 SETTINGS = Settings(replicates=100, seed=3)
 
@@ -54,7 +53,7 @@ def test_the_command_leaves_all_that_a_refit_needs(tmp_path, monkeypatch):
 
 
 def test_points_are_plain_columns(written):
-    data = table.read_csv(written[0] / "points.csv")
+    data = readers.read_csv(written[0] / "points.csv")
     assert len(data.rows) == 40
     for row in data.rows:
         ratio = float(row["flops"]) / (float(row["params"]) * float(row["tokens"]))

@@ -9,9 +9,9 @@ from prime_jax.scaling import rollout
 from prime_jax.scaling.fits import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, Optimum, optimum
 from prime_jax.scaling.points import select
+from prime_jax.scaling.readers import read_csv
 from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import read_csv
 
 QUICK = Settings(replicates=100)
 

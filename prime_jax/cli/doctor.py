@@ -7,11 +7,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prime_jax import __version__
 from prime_jax.cli.console import show
 from prime_jax.cli.parse import Arguments
 from prime_jax.table import Cell, Table
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tyro")
 OPTIONAL = {  # package -> (what it is for, how to get it)
@@ -22,6 +26,7 @@ OPTIONAL = {  # package -> (what it is for, how to get it)
     "google-cloud-tpu": ("sweep up --on tpu", "pip install 'prime_jax[gcp]'"),
     "submitit": ("sweep up --on slurm", "pip install 'prime_jax[slurm]'"),
     "s3fs": ("s3:// paths", "pip install 'prime_jax[s3]'"),
+    "tensorboard": ("fit on event files", "pip install 'prime_jax[tensorboard]'"),
     "tensorboardX": ("--log.tensorboard", "pip install 'prime_jax[tensorboard]'"),
     "wandb": ("--log.wandb", "pip install 'prime_jax[wandb]'"),
 }
@@ -30,6 +35,8 @@ ACCELERATORS = {  # plug-in -> extra
     "libtpu": "Cloud TPU: pip install 'prime_jax[tpu]'; without a TPU: make test-tpu-compile",
 }
 
+
+STACK = "jax-ai-stack"  # a package of pins alone, https://jaxstack.ai
 
 Row = tuple[str, str | Cell, str]  # what, what was found, a note
 
@@ -49,6 +56,7 @@ def doctor(_: Doctor) -> int:
         ("device", _devices),
         ("kernel", kernel_rows),
         ("package", _optional),
+        ("package", stack_rows),
     ]
     rows: list[Row] = []
     for what, part in parts:
@@ -136,3 +144,26 @@ def _optional() -> Iterator[Row]:
     for compiler in ("gcc", "nvcc"):
         path = shutil.which(compiler)
         yield compiler, "yes" if path else "-", path or "not needed to run prime-jax"
+
+
+def stack_rows() -> Iterator[Row]:
+    """The JAX AI stack where it is installed, and which of its pins are too old or new for us."""
+    found = version(STACK)
+    if found is None:
+        return
+    needed = dict(_required("prime_jax"))
+    wrong = [
+        f"{name}{pin} (prime_jax needs {needed[name]})"
+        for name, pin in _required(STACK)
+        if name in needed and not all(needed[name].contains(one.version) for one in pin)
+    ]
+    note = f"it pins {', '.join(wrong)}: give it an environment of its own" if wrong else ""
+    yield STACK, Cell(f"{found}: conflict", style="bad") if wrong else found, note
+
+
+def _required(package: str) -> list[tuple[str, "SpecifierSet"]]:
+    """What a package needs without extras."""
+    from packaging.requirements import Requirement
+
+    found = map(Requirement, importlib.metadata.requires(package) or ())
+    return [(r.name, r.specifier) for r in found if "extra" not in str(r.marker)]

@@ -173,13 +173,15 @@ def spare(
 
 def show_head(result: dict[str, Any]) -> None:
     """What was read, and in which conventions."""
-    from prime_jax.scaling import labels
+    from prime_jax.scaling import labels, tables
 
     conventions = result["conventions"]
     say(
         f"{result['source']['name']}: {result['metric']}; N {labels.convention(conventions['params'])}, "
         f"FLOPs {labels.convention(conventions['flops'])}; {result['method']['level']:.0%} intervals"
     )
+    if columns := tables.read_as(result["source"]):
+        say(f"read {columns}")
 
 
 def show_warnings(result: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -125,7 +126,9 @@ class Profile:
 
 
 class MetricsLog:
-    """metrics.jsonl always, TensorBoard and W&B if configured; these get the config too.
+    """metrics.jsonl always, TensorBoard and W&B if configured.
+
+    These get the config too, with the run's id and, as `record`, where its directory is.
 
     An evaluation arrives there as `eval/ESTIMATOR` in nats per token, `eval/ESTIMATOR/se_mc` and
     `/se_data` where these are known, and the kind of each number by its name, once.
@@ -145,7 +148,8 @@ class MetricsLog:
     ):
         self._writers: list[Any] = []
         self._kinds: dict[str, str] = {}
-        about = {**to_dict(config), "run": run, "record": str(run_dir)}
+        record = run_dir if storage.is_remote(run_dir) else os.path.abspath(run_dir)
+        about = {**to_dict(config), "run": run, "record": str(record)}
         if config.log.tensorboard:
             self._writers.append(_TensorBoard(run_dir, about))
         if config.log.wandb:
@@ -285,7 +289,9 @@ class _WandB:
             return call()
         except Exception as error:  # no login, no network, a full quota, ...
             words = str(error).strip().splitlines() or [type(error).__name__]
-            self._log(f"W&B: {words[0]}; the run goes on without it (WANDB_MODE=offline keeps it)")
+            self._log(
+                f"W&B: {words[0].rstrip('.')}; the run goes on without it (WANDB_MODE=offline keeps it)"
+            )
             self.run = None
             return None
 

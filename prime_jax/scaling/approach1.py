@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
+from prime_jax.scaling.columns import Columns
 from prime_jax.scaling.intervals import known_percentiles
 from prime_jax.scaling.laws import Optimum
+from prime_jax.scaling.logs import Log, Logs
 from prime_jax.scaling.points import Runs
 from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
-from prime_jax.scaling.table import Columns, Log, Logs, Table, number, text
+from prime_jax.scaling.table import Table, number, text
 
 Array = NDArray[np.float64]
 
@@ -141,6 +143,7 @@ def _tokens_per_step(name: str, log: Log, row: dict[str, Any], tokens: float, lo
         number(row, "tokens_per_step"),
         log.tokens_per_step,
         tokens / (number(row, "step") or np.nan),
+        tokens / (log.end or np.nan),
     ):
         if value > 0:
             return value

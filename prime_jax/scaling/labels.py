@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from prime_jax.flops import human
-from prime_jax.scaling.table import AS_GIVEN, Columns
+from prime_jax.scaling.columns import AS_GIVEN, Columns
 
 Ends = Sequence[float | None] | None
 MAX_DIGITS = 6  # closer than that, an interval is as good as none

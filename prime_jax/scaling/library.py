@@ -17,25 +17,22 @@ from prime_jax.scaling.comparison import Comparison
 from prime_jax.scaling.comparison import compare as compare_runs
 from prime_jax.scaling.designs import Design, choose
 from prime_jax.scaling.fits import fit_runs
+from prime_jax.scaling.logs import Logs
 from prime_jax.scaling.points import Runs, select
 from prime_jax.scaling.prediction import Prediction, predict_family
+from prime_jax.scaling.readers import Progress, is_sweep, quiet, read_with_curves
 from prime_jax.scaling.results import Origin, ScalingFit, origin
 from prime_jax.scaling.rollout import Validation, validate_family
 from prime_jax.scaling.schema import as_dict, hidden, key
 from prime_jax.scaling.settings import DEFAULT_METRIC, Choice, Settings
-from prime_jax.scaling.table import Logs, Table, of_columns, read_with_curves
+from prime_jax.scaling.table import Table, of_columns
 from prime_jax.settings import from_dict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Source = str | Path | Mapping[str, Sequence[Any]] | Any  # a path, a dict of columns, a data frame
-Progress = Callable[[str], None]
 Log = Callable[[str], None]
-
-
-def quiet(_: str) -> None:
-    """Say nothing."""
 
 
 class Fit(ScalingFit):
@@ -165,6 +162,8 @@ def fit(
     params: str | None = None,
     allow_mixed_kinds: bool = False,
     columns: str = "",
+    name_pattern: str = "",
+    family: str = "",
     note: str = "",
     progress: Progress = quiet,
     **settings: Any,
@@ -173,9 +172,10 @@ def fit(
 
     Args:
         source: a sweep directory, a CSV, a data frame or a dict of columns, with a row for each
-            run: family, loss, and two of flops, params, tokens.
+            run: family, loss, and two of flops, params, tokens; or histories of runs.
         curves: training curves for approach 1, alike.
-        metric, flops, params, allow_mixed_kinds, columns: as the options of `prime-jax fit`.
+        metric, flops, params, allow_mixed_kinds, columns, name_pattern, family: as the options of
+            `prime-jax fit`.
         note: put behind the name of the source.
         progress: called with what is being done.
         settings: of `Settings`: replicates, seed, level, objective, delta, approach2.
@@ -183,9 +183,17 @@ def fit(
     Raises:
         UserError: bad input, in one line.
     """
-    choice = Choice(metric, flops, params, allow_mixed_kinds, columns)
+    choice = Choice(
+        metric=metric,
+        flops=flops,
+        params=params,
+        allow_mixed_kinds=allow_mixed_kinds,
+        columns=columns,
+        name_pattern=name_pattern,
+        family=family,
+    )
     found = from_dict(Settings, settings)
-    table, logs = _read(source, curves, choice)
+    table, logs = _read(source, curves, choice, progress)
     if note:
         table = replace(table, source=f"{table.source} ({note})")
     runs = select(table, choice)
@@ -223,7 +231,7 @@ def compare(
         against: the families; all others if empty.
         options: as those of `fit`; of a fit only allow_mixed_kinds, else they are its own.
     """
-    runs, settings = _runs(source, options)
+    runs, settings = _runs(source, options, progress)
     names = [against] if isinstance(against, str) else list(against)
     return _as(Compared, compare_runs(runs, baseline, names, settings, progress))
 
@@ -232,7 +240,7 @@ def validate(
     source: ScalingFit | Source, *, progress: Progress = quiet, **options: Any
 ) -> Validations:
     """Predict larger budgets from smaller ones, and say how wrong that was."""
-    runs, settings = _runs(source, options)
+    runs, settings = _runs(source, options, progress)
     families = {}
     for name, points in runs.families.items():
         progress(f"validating {name}")
@@ -268,9 +276,11 @@ def design(fit: ScalingFit, family: str, target: float, budget: float, **options
     return choose(fit.family(family), fit.settings, float(target), float(budget), **options)
 
 
-def _read(source: Source, curves: Source | None, choice: Choice) -> tuple[Table, Logs | None]:
+def _read(
+    source: Source, curves: Source | None, choice: Choice, progress: Progress
+) -> tuple[Table, Logs | None]:
     known = None if curves is None else _readable(curves)
-    return read_with_curves(_readable(source), known, choice.metric, choice.names)
+    return read_with_curves(_readable(source), known, choice, progress)
 
 
 def _readable(source: Source) -> Path | Table:
@@ -279,7 +289,9 @@ def _readable(source: Source) -> Path | Table:
     return source if hasattr(source, "read_bytes") else of_columns(source)
 
 
-def _runs(source: ScalingFit | Source, options: dict[str, Any]) -> tuple[Runs, Settings]:
+def _runs(
+    source: ScalingFit | Source, options: dict[str, Any], progress: Progress
+) -> tuple[Runs, Settings]:
     if isinstance(source, ScalingFit):
         mixed = options.pop("allow_mixed_kinds", source.data.choice.allow_mixed_kinds)
         if options:
@@ -289,14 +301,14 @@ def _runs(source: ScalingFit | Source, options: dict[str, Any]) -> tuple[Runs, S
     names = [field.name for field in fields(Choice)]
     choice = Choice(**{name: options.pop(name) for name in names if name in options})
     settings = from_dict(Settings, options)
-    table, _ = _read(source, None, choice)
+    table, _ = _read(source, None, choice, progress)
     return select(table, choice), settings
 
 
 def _templates(source: Source) -> dict[str, Any]:
     """What new runs of each family would share with those of a sweep; a table does not say."""
     path = storage.path(source) if isinstance(source, str) else source
-    return launchable.of_sweep(path) if hasattr(path, "is_dir") and path.is_dir() else {}
+    return launchable.of_sweep(path) if is_sweep(path) else {}
 
 
 def _publish(

@@ -6,7 +6,7 @@ it at one N, or moves it up and down from each size to the next (`mixed_conventi
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import labels
+from prime_jax.scaling.columns import Columns, choose_columns
 from prime_jax.scaling.schema import Diagnostic, refuse, warn
+from prime_jax.scaling.settings import Choice
 from prime_jax.scaling.table import (
     DONE,
     KINDS,
-    Choice,
-    Columns,
     Table,
-    choose_columns,
     number,
     require,
     status,
@@ -263,7 +262,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
 def _subset(table: Table, keep: Any) -> Table:
     rows = [row for row, kept in zip(table.rows, keep, strict=True) if kept]
     names = [name for name, kept in zip(table.names, keep, strict=True) if kept]
-    return Table(rows, names, table.columns, table.source, table.sha256)
+    return replace(table, rows=rows, names=names)
 
 
 def _why_not(row: dict[str, Any], loss: str) -> str | None:
@@ -281,9 +280,10 @@ def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
     for quantity in ("flops", "params", "tokens"):
         column = getattr(columns, quantity)
         if column:
-            least = MIN_COUNT
-            rule = f"{column} must be a number in units of one, at least {least}"
-            out[quantity] = _positive(table, column, least, rule)
+            read_from = columns.read_as.get(quantity, column).partition(" [")[0]
+            millions = f"of millions say --columns '{quantity}={read_from} [M]'"
+            rule = f"{column} must be a number in units of one, at least {MIN_COUNT}; {millions}"
+            out[quantity] = _positive(table, column, MIN_COUNT, rule)
     if not columns.flops:
         out["flops"] = 6 * out["params"] * out["tokens"]
     elif not columns.params:

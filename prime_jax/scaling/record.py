@@ -17,10 +17,11 @@ from prime_jax.errors import UserError
 from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.scaling.fits import fit_family, whole
 from prime_jax.scaling.points import Points, Runs, select
+from prime_jax.scaling.readers import read_csv
 from prime_jax.scaling.results import SCHEMA, ScalingFit
 from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Choice, Settings
-from prime_jax.scaling.table import Table, number, read_csv, status, text
+from prime_jax.scaling.table import Table, number, status, text
 from prime_jax.settings import from_dict
 
 FIT, POINTS = "fit.json", "points.csv"
@@ -81,6 +82,7 @@ def load(path: Path, families: Sequence[str] | None = None) -> ScalingFit:
         runs.columns,
         flops_convention=conventions["flops"],
         params_convention=conventions["params"],
+        read_as=source.get("columns", {}),
     )
     choice = replace(choice, metric=result["metric"])
     runs = replace(

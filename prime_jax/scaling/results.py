@@ -5,7 +5,8 @@ None is open: nothing in the runs bounds the number there.
 """
 
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -195,6 +196,7 @@ class FamilyFit:
 class Source:
     name: str
     sha256: str
+    columns: Mapping[str, str] = field(default_factory=dict)
     points: str | None = None
 
 
@@ -221,7 +223,7 @@ class Origin:
 
     schema: int = key("2; a file of schema 1 is refused")
     source: Source = key(
-        "name and SHA-256 of the data; SHA-256 of `points.csv`, the runs in plain columns"
+        "name and SHA-256 of the data; `columns` that were read under another name; SHA-256 of `points.csv`, the runs in plain columns"
     )
     metric: str = key("which loss was fitted")
     conventions: Conventions = key("how `flops` and `params` are counted")
@@ -262,7 +264,7 @@ def origin(runs: Runs, settings: Settings) -> dict[str, Any]:
     """The fields of `Origin`."""
     return {
         "schema": SCHEMA,
-        "source": Source(runs.source, runs.sha256),
+        "source": Source(runs.source, runs.sha256, runs.columns.read_as),
         "metric": runs.choice.metric,
         "conventions": Conventions(runs.columns.flops_convention, runs.columns.params_convention),
         "method": Method(

@@ -33,8 +33,16 @@ class Choice(Checked):
     )
     columns: str = setting(
         "",
-        "names of columns in the CSV, if they differ: loss=val_loss,params=n_params",
+        "names of columns in the CSV, if they differ, with their units: loss=val_loss,params=N [M]",
         metavar="OURS=THEIRS,...",
+    )
+    name_pattern: str = setting(
+        "",
+        "columns in the names of runs, as in {family}_{FLOPs}_{N}_{D}; {} is anything",
+        metavar="PATTERN",
+    )
+    family: str = setting(
+        "", "the family of all runs, for a table without such a column", metavar="NAME"
     )
 
     def __post_init__(self) -> None:

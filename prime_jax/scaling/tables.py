@@ -347,12 +347,19 @@ def excluded(runs: list[dict[str, str]]) -> Table:
     return Table(keys, [tuple(run[key] for key in keys) for run in runs], long=frozenset({3}))
 
 
+def read_as(source: Record) -> str:
+    """Which columns were read under another name than theirs, or ""."""
+    names = source.get("columns", {}).items()
+    return ", ".join(f"{ours} from {theirs}" for ours, theirs in names)
+
+
 def provenance(record: Record) -> Table:
     method, source, conventions = record["method"], record["source"], record["conventions"]
     delta = "" if method["delta"] is None else f", δ = {method['delta']:g}"
     approach2, count = method["settings"]["approach2"], method["bootstrap"]
     rows = [
         ("data", f"{source['name']}, SHA-256 {source['sha256']}"),
+        *([("columns", read_as(source))] if read_as(source) else []),
         ("metric", record["metric"]),
         (
             "conventions",

@@ -4,8 +4,8 @@ import pytest
 from scaling_cases import csv_rows, surface, write_csv
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import table
-from prime_jax.scaling.settings import Choice
+from prime_jax.scaling import readers
+from prime_jax.scaling.table import number
 from prime_jax.sweep import collect
 
 GOOD = "family,flops,params,loss\narm,1e18,1e8,3.2\n"
@@ -14,7 +14,7 @@ GOOD = "family,flops,params,loss\narm,1e18,1e8,3.2\n"
 def read(tmp_path, content):
     path = tmp_path / "runs.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return table.read(path)
+    return readers.read(path)
 
 
 def test_rows_keep_their_line_numbers(tmp_path):
@@ -63,8 +63,8 @@ def test_a_training_log_is_refused(tmp_path):
     path = tmp_path / "runs.csv"
     path.write_text(GOOD + "arm,1e18,1e8,3.2\n" * 3)
     with pytest.raises(UserError, match="more than 3 rows"):
-        table.read_csv(path, 3)
-    assert len(table.read_csv(path, 4).rows) == 4
+        readers.read_csv(path, 3)
+    assert len(readers.read_csv(path, 4).rows) == 4
 
 
 def test_excels_hint_at_the_separator_is_no_header(tmp_path):
@@ -86,44 +86,28 @@ def test_excels_hint_at_the_separator_is_no_header(tmp_path):
 def test_other_ways_to_write_the_same_table(tmp_path, content):
     found = read(tmp_path, content)
     assert found.columns == ["family", "flops", "params", "loss"]
-    assert [table.number(found.rows[0], name) for name in found.columns[1:]] == [1e18, 1e8, 3.2]
-
-
-def test_columns_of_others_are_named(tmp_path):
-    found = read(tmp_path, "model,C,N,loss,val_loss\narm,1e18,1e8,9,3.2\n")
-    choice = Choice(columns="family=model, flops=C,params=N,loss=val_loss")
-    new = table.renamed(found, choice.names)
-    assert new.rows == [{"family": "arm", "flops": "1e18", "params": "1e8", "loss": "3.2"}]
-    assert new.columns == ["family", "flops", "params", "loss"]
-    for columns, message in (
-        ("loss=val", r"no column 'val'; did you mean val_loss\?"),
-        ("loss=C,flops=C", "one column stands for two"),
-    ):
-        with pytest.raises(UserError, match=message):
-            table.renamed(found, Choice(columns=columns).names)
-    for columns in ("loss", "=a", "loss=a,,"):
-        with pytest.raises(UserError, match="pairs such as"):
-            Choice(columns=columns)
+    assert [number(found.rows[0], name) for name in found.columns[1:]] == [1e18, 1e8, 3.2]
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        table.read(tmp_path / "none.csv")
+        readers.read(tmp_path / "none.csv")
 
 
 def test_the_hash_is_that_of_the_data(tmp_path):
     first = write_csv(tmp_path / "a.csv", csv_rows(surface()))
     second = write_csv(tmp_path / "b.csv", csv_rows(surface(noise=1e-9)))
-    assert table.read(first).sha256 != table.read(second).sha256
+    assert readers.read(first).sha256 != readers.read(second).sha256
 
 
 def test_a_sweep_directory_gives_the_rows_that_collect_gives(tmp_path, monkeypatch):
     rows = csv_rows(surface(), run="a1", status="done")
     monkeypatch.setattr(collect, "rows", lambda root: rows if root == tmp_path else [])
-    found = table.read(tmp_path)
+    (tmp_path / "sweep.json").touch()
+    found = readers.read(tmp_path)
     assert found.rows == rows
     assert found.columns == list(rows[0])
     assert found.names[0] == "run a1"
-    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(collect, "rows", lambda root: [])
     with pytest.raises(UserError, match="no runs"):
-        table.read(tmp_path / "empty")
+        readers.read(tmp_path)
