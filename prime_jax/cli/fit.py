@@ -23,7 +23,8 @@ class OfRuns(Arguments):
 
     runs: str = setting(
         REQUIRED,
-        "the directory of a sweep, or a CSV with a row per run",
+        "the directory of a sweep; a CSV or JSON file with a row for each run; or a directory of "
+        "TensorBoard's event files, or of histories as JSON lines (W&B)",
         positional=True,
         metavar="RUNS_OR_CSV",
     )
@@ -72,9 +73,11 @@ class Fit(OfRuns):
     intervals, figures and a report.
 
     RUNS_OR_CSV is a sweep directory, or any CSV with the columns family, loss and two of flops,
-    params, tokens (the third follows from C = 6 N D). Optional columns: kind (nll, nelbo,
-    train_loss), loss_se, budget, run, seed, status, reason, step, epochs, unique_tokens, given,
-    tokenizer, eval_set.
+    params, tokens (the third is then C = 6 N D), and optionally kind (nll, nelbo, train_loss),
+    loss_se, budget, run, seed, status, reason, step, epochs, unique_tokens, given, tokenizer,
+    eval_set. Other names are recognised where they leave no doubt (val_loss, n_params), which is
+    said, or given by --columns and --name-pattern; 354M and 20B are numbers. Of event files and
+    histories the last values count, and the losses on the way are curves.
 
     Exit code: 0 fitted, 3 fitted but something was refused (fit.json and the report say what and
     why), 2 bad input."""
@@ -82,12 +85,15 @@ class Fit(OfRuns):
     EXAMPLES = (
         "prime-jax fit quickstart",
         "prime-jax fit isoflop.csv --out fits/first --bootstrap 2000 --formats svg,pdf",
+        "prime-jax fit theirs.csv --family arm --columns 'loss=final,params=N [M]'",
+        "prime-jax fit logs --name-pattern '{family}_{FLOPs}_{N}'",
     )
 
     curves: Path | None = setting(
         None,
         "training curves for approach 1 (a sweep has its own): a CSV with the columns run, step or "
-        "tokens, loss, or a chart exported from W&B; RUNS_OR_CSV must have a row for each run",
+        "tokens, loss, a chart exported from W&B, event files or histories; RUNS_OR_CSV must have "
+        "a row for each run",
         metavar="FILE",
     )
 
