@@ -181,12 +181,11 @@ def run(args: Run) -> int:
         return work(Work(args.root))
     from prime_jax.cli.workers import WorkerBars
     from prime_jax.data import manifest
-    from prime_jax.sweep import state
     from prime_jax.sweep.pool import supervise
     from prime_jax.sweep.worker import with_data
 
-    root, _ = runs.sweep(args.root)
-    with_data(state.open_runs(root), manifest.of_run)
+    root, listed = runs.sweep(args.root)
+    with_data([run for run in listed if run.opens_in() is not None], manifest.of_run)
     with Progress() as progress:
         return supervise(root, args.workers, progress=WorkerBars(progress))
 
@@ -345,7 +344,7 @@ def retry(args: Retry) -> None:
         raise UserError("retry: give ids of runs, or --all-failed")
     place, listed = runs.sweep(args.root)
     if args.all_failed:
-        say(f"retry: {len(state.retry_failed(place))} failed runs are open again")
+        say(f"retry: {len(state.retry_failed(place, listed))} failed runs are open again")
     for run in state.select(place, listed, args.ids):
         state.retry(place, run)
         say(f"retry {run.id}")
