@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def plan(args: Plan) -> None:
     if args.root is not None:
         root = storage.path(args.root)
         added = planning.write(root, experiment, listed, slice_.name if slice_ else "")
-        say(f"{root}: {added} runs added; next: prime-jax sweep run {root}")
+        say(f"{root}: {added} runs added; next: prime-jax sweep run {shlex.quote(str(root))}")
 
 
 def _checked(args: Plan, listed: "list[Candidate]", slice_: Any) -> "list[Candidate]":
@@ -317,7 +318,7 @@ def collect(args: Collect) -> None:
 
     finished = collecting.write(args.place, storage.path(args.out))
     to_stdout = args.out == outputs.STDOUT
-    then = "" if to_stdout else f"; next: prime-jax fit {args.out}"
+    then = "" if to_stdout else f"; next: prime-jax fit {shlex.quote(args.out)}"
     say(f"{args.out}: {finished} runs with a result{then}", console(stderr=to_stdout))
 
 

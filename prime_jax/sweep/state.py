@@ -8,6 +8,7 @@ attempt k detects at its next heartbeat. Only heartbeats are rewritten, by their
 import functools
 import os
 import re
+import shlex
 import socket
 import sys
 import time
@@ -199,7 +200,8 @@ def check_root(root: Path) -> None:
         raise UserError(f"{root}: is a file; a sweep is a folder")
     if not storage.exists(root / "sweep.json"):
         raise UserError(
-            f"{root}: no sweep here; make one with: prime-jax sweep plan EXPERIMENT {root}"
+            f"{root}: no sweep here; make one with: prime-jax sweep plan EXPERIMENT "
+            f"{shlex.quote(str(root))}"
         )
     header = read_json(root / "sweep.json")
     version = header.get("schema") if isinstance(header, dict) else None
@@ -379,7 +381,7 @@ def select(root: Path, runs: Iterable[Run], wanted: Iterable[str]) -> list[Run]:
         matching = [run for run in runs if run.id.startswith(prefix)]
         if len(matching) != 1:
             several = f"several match: {', '.join(run.id for run in matching)}"
-            none = f"no such run in {root}; prime-jax sweep status {root} lists them"
+            none = f"no such run; prime-jax sweep status {shlex.quote(str(root))} lists them"
             raise UserError(f"run {prefix}: {several if matching else none}")
         out += matching
     return out
