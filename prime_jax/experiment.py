@@ -1,4 +1,7 @@
-"""Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many."""
+"""Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many.
+
+Those in presets/ are part of the package: data that is executed like any other, never imported.
+"""
 
 import dataclasses
 import re
@@ -16,6 +19,29 @@ from prime_jax.settings import nearest
 T = TypeVar("T")
 
 
+PRESETS = Path(__file__).with_name("presets")
+
+
+def presets() -> dict[str, Path]:
+    """The experiments that the package carries, by name."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.py"))}
+
+
+def located(path: str | Path) -> Path:
+    """The file of an EXPERIMENT, which `preset:NAME` names, too.
+
+    Raises:
+        UserError: no such preset; says the nearest.
+    """
+    kind, colon, name = str(path).partition(":")
+    if kind != "preset" or not colon:
+        return Path(path)
+    known = presets()
+    if name not in known:
+        raise UserError(f"{path}: no such preset{nearest(name, known)}")
+    return known[name]
+
+
 def load_config(path: str | Path) -> RunConfig:
     """The run of an experiment file, see `call`."""
     return call(path, "config", RunConfig)
@@ -28,7 +54,7 @@ def call(path: str | Path, function: str, returns: type[T]) -> T:
         UserError: no such file, a syntax error or an exception (each with its line), no such
             function, or a result of another type.
     """
-    path = Path(path)
+    path = located(path)
     if not path.exists():
         raise UserError(f"{path}: no such experiment file")
     if path.is_dir() or path.suffix.lower() != ".py":

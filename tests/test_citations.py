@@ -8,7 +8,7 @@ PARTS = ("prime_jax", "tests", "experiments", "benchmarks")
 NOT_OURS = {
     "table.md",  # what benchmarks/scaling_out.py prints
     "c.md",  # a file of test_sources.py
-    "text/README.md",  # in the repository of MDM-Prime (experiments/owt_92m.py)
+    "text/README.md",  # in the repository of MDM-Prime (prime_jax/presets/owt_92m.py)
 }
 PAGE = re.compile(r"(?<![\w./{}*-])[\w-][\w./-]*\.md\b")
 CITATION = re.compile(rf'({PAGE.pattern}),((?: (?:and )?"[^"]+",?)+)')

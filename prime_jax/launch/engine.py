@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PLAIN = re.compile(r"[A-Za-z/][\w./@-]*(:[\w./@-]+)*", re.ASCII)  # what YAML reads as text
 NOT_TEXT = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 REPO = Path(__file__).resolve().parents[2]
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 @dataclass(frozen=True)
@@ -192,21 +193,12 @@ def needs(extra: str, package: str) -> UserError:
 
 
 def template(name: str) -> str:
-    """A file of the repository's launch/.
-
-    Raises:
-        UserError: this is an installed wheel, which does not include them.
-    """
-    path = REPO / "launch" / name
-    if not path.is_file():
-        raise UserError(
-            f"no {path}: `up` and `render` need a checkout of prime_jax (pip install -e .)"
-        )
-    return path.read_text()
+    """A file of templates/, which the wheel carries."""
+    return (TEMPLATES / name).read_text()
 
 
 def fill(file: str, **values: Any) -> str:
-    """A template of launch/ with its $names replaced.
+    """A file of templates/ with its $names replaced.
 
     A list replaces a line that contains only its $name, one line per element with the same
     indentation; an empty list removes the line.

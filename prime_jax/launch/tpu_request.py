@@ -94,7 +94,7 @@ def request(pool: Pool, options: Options, name: str, code: str) -> dict[str, Any
 
 
 def startup(pool: Pool, options: Options, name: str, code: str) -> str:
-    """The start-up script of one machine: its variables, then launch/tpu_startup.sh."""
+    """The start-up script of one machine: its variables, then templates/tpu_startup.sh."""
     values = {
         "PRIME_ROOT": pool.sweep.root,
         "PRIME_CODE": code,
