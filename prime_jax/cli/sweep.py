@@ -47,9 +47,9 @@ class Plan(Arguments):
         and the schema of a JSON row.
         """
     EXAMPLES = (
-        "prime-jax sweep plan experiments/quickstart.py",
-        "prime-jax sweep plan experiments/quickstart.py quickstart",
-        "prime-jax sweep plan experiments/c4_grid.py --slice v5e-16 --check",
+        "prime-jax sweep plan preset:quickstart",
+        "prime-jax sweep plan preset:quickstart quickstart",
+        "prime-jax sweep plan preset:c4_grid --slice v5e-16 --check",
         "prime-jax sweep plan ladder.py ladder --share-prefixes",
     )
 
