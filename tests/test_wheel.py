@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -91,9 +92,8 @@ def test_the_chain_of_the_starter_from_an_empty_folder(command, tmp_path):
     prime = lambda *words, codes=(0,): run(command, *words, cwd=tmp_path, codes=codes)  # noqa: E731
     assert "preset:c4_grid" in prime("init", ".").stdout
     lines = (tmp_path / "README.md").read_text().splitlines()
-    typed = [line.partition("#")[0].split()[1:] for line in lines if line.startswith("    prime")]
+    typed = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("    prime")]
     for words in typed:
-        words = [word.strip("'") for word in words]
         prime(*words, codes=(0, 3) if words[0] in ("fit", "scaling") else (0,))
     assert len(list(tmp_path.glob("runs/state/*.result"))) == 18
     fitted = json.loads((tmp_path / "runs" / "fit" / "fit.json").read_text())
