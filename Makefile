@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install quickstart test test-slow test-slurm test-tpu-compile test-gpu lint format bench bound-demo clean
+.PHONY: install quickstart test test-slow test-slurm test-tpu-compile test-gpu lint format docs bench bound-demo clean
 
 install: $(VENV)/.installed
 
@@ -31,12 +31,12 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
-# Sweeps on a real Slurm on this machine, from Debian's packages, which are not installed.
+# Sweeps on a real Slurm on this machine: Debian's packages are unpacked, not installed.
 test-slurm: install
 	$(BIN)/python -m pytest -m slurm -rs
 
-# Compiles the kernels for TPUs that are not there. An environment of its own: where libtpu is
-# installed, every import of JAX looks for a TPU.
+# Compiles the kernels for absent TPUs. It has its own environment: where libtpu is installed, every
+# import of JAX looks for a TPU.
 test-tpu-compile: .venv-tpu/.installed
 	.venv-tpu/bin/python -m pytest -m tpu_compile
 
@@ -45,7 +45,7 @@ test-tpu-compile: .venv-tpu/.installed
 	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tpu-compile]'
 	@touch $@
 
-# On a machine with an NVIDIA GPU: kernels and training there against its CPU.
+# Kernels and training on an NVIDIA GPU, compared with the CPU of the same machine.
 test-gpu: .venv-gpu/.installed
 	JAX_PLATFORMS=cuda,cpu XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false \
 		.venv-gpu/bin/python -m pytest -m gpu -rs
@@ -64,7 +64,12 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Tokens/s against an eager PyTorch twin (install torch for the comparison).
+# The generated parts of docs/: commands, fields of JSON files, rendered launch files.
+docs: install
+	COLUMNS=100 $(BIN)/python -m prime_jax.cli.reference
+	$(BIN)/python tests/test_launch_docs.py
+
+# Tokens/s against an eager PyTorch model (install torch for the comparison).
 bench: install
 	$(BIN)/python benchmarks/train_step.py
 

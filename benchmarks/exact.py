@@ -1,4 +1,4 @@
-"""The price of an exact likelihood: network calls a second, and one number against one NELBO.
+"""The cost of an exact likelihood: network calls per second, and time beside that of a NELBO.
 
     python benchmarks/exact.py [--units 4 8 10 12] [--rows 4] [--tokens 120]
 

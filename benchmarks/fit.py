@@ -4,7 +4,7 @@
 
 The job is the one of the published fits: log-Huber of delta 1e-3, the best of many starts, then
 every bootstrap replicate refitted from there. The points are a synthetic surface of 240 noisy runs,
-or a CSV with the columns params, loss and tokens or flops (C = 6 N D). The peers are written here on
+or a CSV with the columns params, loss and tokens or flops (C = 6 N D). The baselines are written here on
 the usual unscaled unknowns (log A, log B, log E, alpha, beta) and start from the usual 4,500 (a and b
 of 0 to 25, e of -1 to 1, exponents of 0 to 2):
 
@@ -134,9 +134,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--drop", type=int, default=0, help="leave out the runs of highest loss")
     parser.add_argument("--bootstraps", type=int, default=4000)
-    parser.add_argument("--starts", type=int, default=45, help="of 4,500 that a peer is timed on")
+    parser.add_argument(
+        "--starts", type=int, default=45, help="of 4,500 on which a baseline is timed"
+    )
     parser.add_argument("--sample", type=int, default=40, help="replicates it is timed on")
-    parser.add_argument("--every", action="store_true", help="all 4,500 starts of the peers")
+    parser.add_argument("--every", action="store_true", help="all 4,500 starts of the baselines")
     args = parser.parse_args()
 
     runs = read(args.csv) if args.csv else synthetic()

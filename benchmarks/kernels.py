@@ -1,11 +1,12 @@
-"""Each kernel beside its XLA twin and a library peer: time and temporary memory, forward + backward.
+"""Each kernel beside its XLA reference and a library baseline: time and temporary memory.
 
     python benchmarks/kernels.py [--kernels head ...] [--widths 512 768] [--rounds 7] [--out FILE]
 
 All sides of a table run in one process and take turns, so that a busy machine slows all of them
 alike. Printed are medians over the turns; `ratio` is the median over turns of a side's time against
-the first side's, the peer's, in that turn. `temporaries` is what the compiled program allocates
-besides its arguments and results, as the compiler reports it, and its ratio to the peer's.
+the first side's, the baseline's, in that turn. `temporaries` is what the compiled program allocates
+besides its arguments and results, as the compiler reports it, and its ratio to the baseline's.
+Forward and backward are included.
 Pallas kernels run on TPUs only; a side that does not compile prints why.
 """
 
@@ -48,7 +49,7 @@ class Side(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Sides that compute the same, or more than the first one, the peer."""
+    """Sides that compute the same as the first one, the baseline, or more."""
 
     title: str
     sides: list[Side]
@@ -153,7 +154,7 @@ def attention_tables(widths: list[int], dtype: Any) -> list[Table]:
 
 
 def _attention_table(width: int, dtype: Any, packed: bool) -> Table:
-    """Output and gradients of q, k and v; the platform's library is the peer."""
+    """Output and gradients of q, k and v; the platform's library is the baseline."""
     platform = jax.default_backend()
     batch, length, size = (2, 512, 64) if platform == "cpu" else (8, 2048, 128)
     heads = width // size

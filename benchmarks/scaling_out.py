@@ -1,4 +1,4 @@
-"""The tables of docs/scaling-out.md: big runs on slices that nobody rented, by their compiler.
+"""The tables of docs/scaling-out.md: large runs, compiled for absent slices.
 
     python benchmarks/scaling_out.py [--only 7b] [--cache runs/scaling-out] > table.md
 

@@ -1,4 +1,4 @@
-"""The MDM of prime_jax as a plain eager PyTorch program: the peer of `train_step.py`.
+"""The MDM of prime_jax as a plain eager PyTorch program: the baseline of `train_step.py`.
 
 Same architecture (prime_jax/model.py), same corruption, loss, clipping and AdamW; written the way
 one writes PyTorch, with its fused attention and dense logits.

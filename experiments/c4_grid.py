@@ -11,7 +11,7 @@ What differs from the published points:
   own cosine; warm-up is 1000 steps, but at most a tenth of the run.
 * Prime trains on the marginal loss with carry-over and reports a bound. The published recipe (joint
   loss, dropout 0.1, tied ARM head) is experiments/reference.py.
-* The shuffle is ours (by seed); the published permutation file cannot be named in a config.
+* The shuffle is ours (by seed), not the published permutation.
 
 Data (C4 `en` in its json.gz files; the longest run, 252M at 3e20, reads 2.0e11 tokens, which may
 be a little more than one epoch: the size of C4 under GPT-2 BPE is not verified here):

@@ -8,7 +8,7 @@ tool; they are not a scientific result.
 
 Data: `prime-jax data prepare pysource --tokenizer bytes --seq-len 64 --out data/quickstart`, 27.5e6
 training bytes, so that no run sees a block twice. Bytes, because at 1e11 FLOPs a masked diffusion
-model of BPE ids stays near the unigram entropy and its curves say nothing.
+model of BPE ids stays near the unigram entropy and its curves are not informative.
 
 Sizes: a ladder of shapes, each two to three times the one before in N (head included). A budget
 uses four neighbouring steps around the optimum that a pilot with another seed (100) suggested. They

@@ -1,4 +1,4 @@
-"""The published recipe on the C4 grid, for fidelity: what it reports is a `train_loss`.
+"""The published recipe on the C4 grid, for comparison: it reports a `train_loss`.
 
 Source: MDM-Prime-v2 (arXiv 2603.16077) and its Megatron code. `as_published` turns any run into it:
 * dropout 0.1 (ours 0): on by default there, at every size and budget;

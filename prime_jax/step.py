@@ -170,7 +170,7 @@ def make_program(
     """
     codebook = codebook or Codebook.create(config.model.vocab_size, config.subtokens)
     mesh, choice = meshes.make(config, devices)
-    tx = optim.optimizer(config.optim)
+    tx = optim.optimizer(config)
     init, abstract = _make_init(config, codebook, tx, mesh)
     shardings = Shardings.of(mesh)
     parts = Parts(
@@ -220,8 +220,8 @@ def _make_init(config: RunConfig, codebook: Codebook, tx, mesh: Mesh):
     )  # parameters do not depend on kernels
 
     def values(seed):
-        network = build(plain, codebook)
-        return network.init(jax.random.fold_in(jax.random.key(seed), 0x1417), digits)["params"]
+        network, key = build(plain, codebook), jax.random.fold_in(jax.random.key(seed), 0x1417)
+        return optim.initial(network.init(key, digits)["params"], config)
 
     specs = Shardings.of(mesh).specs(jax.eval_shape(values, np.uint32(0)))
 

@@ -18,7 +18,16 @@ import jax
 import numpy as np
 
 from prime_jax import __version__, flops, optim, schedule, tuned
-from prime_jax.config import KernelConfig, RunConfig, differences, remark, run_id, validate
+from prime_jax.config import (
+    KernelConfig,
+    RunConfig,
+    constant_steps,
+    differences,
+    remark,
+    run_id,
+    trajectory_id,
+    validate,
+)
 from prime_jax.data import codes, loader, manifest, tokenizers
 from prime_jax.errors import UserError
 from prime_jax.evaluate import draws, likelihood
@@ -29,6 +38,7 @@ from prime_jax.interchange import folder, layouts
 from prime_jax.kernels import selection
 from prime_jax.kernels.selection import Choices
 from prime_jax.runtime import checkpoint, distributed, meshes, sharding, storage, watchdog
+from prime_jax.runtime.lineage import Lineage, made_on
 from prime_jax.runtime.metrics import (
     Clock,
     MetricsLog,
@@ -37,6 +47,7 @@ from prime_jax.runtime.metrics import (
     Profile,
     evaluated,
     memory_high_water,
+    rows_through,
 )
 from prime_jax.runtime.records import SCHEMA, Loss, as_dict, read_json, write_json_atomic
 from prime_jax.runtime.storage import Path
@@ -76,6 +87,8 @@ def train(
     run_dir: Path,
     *,
     earlier: Sequence[Path] = (),
+    donors: Sequence[Sequence[Path]] = (),
+    pinned: int = 0,
     initial: folder.Weights | None = None,
     choices: Choices | None = None,
     heartbeat: OnHeartbeat = lambda _: True,
@@ -85,6 +98,9 @@ def train(
 
     Args:
         earlier: directories of other attempts at this run; training continues from the newest step.
+        donors: of each other run whose first steps may be those of this run, the directories of its
+            attempts, oldest first; a checkpoint there is used if it is newer and `Lineage` allows.
+        pinned: a step that is saved and kept, for others to continue from; 0 for none.
         initial: the weights that the run starts from, for a config of `starting_from`; a run that
             has begun needs them no more.
         choices: kernels measured on this kind of chip; by default those in this user's table. A run
@@ -104,6 +120,8 @@ def train(
             config=config,
             run_dir=run_dir,
             earlier=earlier,
+            donors=donors,
+            pinned=pinned,
             heartbeat=heartbeat,
             log=log,
             choices=choices,
@@ -160,8 +178,8 @@ def starting_from(config: RunConfig, weights: folder.Weights) -> RunConfig:
         own = s.codes or Codebook.create(config.model.vocab_size, s).hash
         if own != weights.codebook.hash:
             raise UserError(
-                f"--init-from: other codes ({weights.codebook.hash}) than those of this run "
-                f"({own}): subtokens and model.vocab_size must be equal"
+                f"--init-from: has other codes ({weights.codebook.hash}) than this run ({own}); "
+                "subtokens and model.vocab_size must be equal"
             )
     found = {f"{name}.weight": x for name, x in weights.tensors.items()}
     found[folder.CODES] = weights.codebook.codes
@@ -177,6 +195,8 @@ class Run:
         config: RunConfig,
         run_dir: Path,
         earlier: Sequence[Path],
+        donors: Sequence[Sequence[Path]],
+        pinned: int,
         heartbeat: OnHeartbeat,
         log: Callable[[str], None],
         choices: Choices | None = None,
@@ -189,11 +209,13 @@ class Run:
         manifest.check(self.data, config)
         self.config = fill_fingerprint(config, self.data)
         self.run_dir, self.earlier, self.initial = storage.path(run_dir), earlier, initial
+        self.donors, self.pinned = donors, pinned
         self.heartbeat, self.log = heartbeat, log
         if said := remark(config):
             log(said)
         self.id = run_id(self.config)
         self.kernels_written = False
+        self.shared_rows: list[dict[str, Any]] = []  # of the run that this one branches off from
         known = initial.codebook if initial and config.subtokens.codes else None
         known = known or codes.of_run(self.config, self.data)
         book = known or codebook_of(config, (self.run_dir, *earlier))
@@ -202,7 +224,12 @@ class Run:
         likelihood.estimators_of(self.config, self.program.codebook)
         origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
         self.checkpoints = checkpoint.Writer(
-            self.run_dir / "checkpoints", self._about(), config.checkpoint, log, origin
+            directory=self.run_dir / "checkpoints",
+            about=self._about(),
+            config=config.checkpoint,
+            log=log,
+            origin=origin,
+            pinned=pinned,
         )
         self.blocks = loader.eval_blocks(self.data, "valid", config.eval.examples)
         self.pending: tuple[int, Metrics] | None = None  # the step whose metrics are not read yet
@@ -213,6 +240,7 @@ class Run:
         by_convention = {n: flops.flops_per_token(config, n) for n in flops.CONVENTIONS}
         self.pace = Pace(self.clock, tokens, by_convention, self._peak())
         self.loss = float("nan")
+        self._count_clipped(0, step=0)
 
     def _with_kernels(self, choices: Choices | None) -> RunConfig:
         """The config with every kernel named: as the run began, else as is measured or usual."""
@@ -239,9 +267,21 @@ class Run:
         if distributed.is_writer():
             path = self.run_dir / selection.FILE
             storage.retry(lambda: write_json_atomic(path, self._kernels()), self.log)
+        made = self._made()  # a kernel that does not compile has been replaced by now
+        same = not self.first_step or made == self.lineage.made
+        self._descend(dataclasses.replace(self.lineage, made=made if same else None))
 
     def _kernels(self) -> dict[str, Any]:
         return selection.record(self.program.train.kernels, jax.devices()[0].device_kind)
+
+    def _made(self) -> dict[str, Any]:
+        m, (*sizes, _) = self.config.mesh, self.program.mesh_choice
+        settings = {"accumulate": m.accumulate, "remat": m.remat}
+        return made_on(sizes, self._kernels(), {"prime_jax": __version__}, **settings)
+
+    def _descend(self, lineage: Lineage) -> None:
+        """What the next seals say of the steps before them."""
+        self.lineage, self.checkpoints.lineage = lineage, lineage.as_dict()
 
     def complete(self) -> dict[str, Any]:
         with distributed.PreemptionGuard() as self.guard:
@@ -266,8 +306,7 @@ class Run:
         self.first_step = self.last_step = int(state.step)
         self.profile = Profile(self.run_dir / "profile", self.config.log.profile)
         missed = distributed.broadcast(self._missed_evaluation())
-        logged = (self.config, self.run_dir, self.id, self.first_step, self.log)
-        self.metrics_log = MetricsLog(*logged) if distributed.is_writer() else NoLog()
+        self.metrics_log = self._open_log() if distributed.is_writer() else NoLog()
         with self.checkpoints:
             try:
                 if missed:
@@ -314,7 +353,7 @@ class Run:
             rows=sharding.local_rows(self.program.mesh, c.batch_size),
         )
         row = None
-        saves = checkpoint.Schedule(c.checkpoint, self.first_step)
+        saves = checkpoint.Schedule(c.checkpoint, self.first_step, self.pinned)
         mark, marked_step = time.perf_counter(), self.first_step
         for step in range(self.first_step, steps):
             with self.clock.measure("input"):
@@ -351,6 +390,9 @@ class Run:
         (step, metrics), self.pending = self.pending, None
         values = {k: float(v) for k, v in jax.device_get(metrics)._asdict().items()}
         self.loss = values["loss"]
+        if self.clipped_steps is not None:
+            beyond = 0 < self.config.optim.clip < values["grad_norm"]
+            self._count_clipped(self.clipped_steps + beyond, step)
         if not self.kernels_written:
             self._write_kernels()
         if self.first_seconds is None:
@@ -361,14 +403,19 @@ class Run:
         if step % self.config.log.every == 0 or step in (1, self.config.steps) or not finite:
             named = {k: v if np.isfinite(v) else None for k, v in values.items()}
             seconds = round(self.clock.total(), 3)
-            self.metrics_log.write(
-                {"step": step, **named, "seconds": seconds, **self.pace.row(step)}
-            )
+            named |= {"clipped": self.clipped, "seconds": seconds}
+            self.metrics_log.write({"step": step, **named, **self.pace.row(step)})
         if not finite:
             raise Diverged(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
                 f"learning rate {values['lr']:.3g}"
             )
+
+    def _count_clipped(self, steps: int | None, step: int) -> None:
+        """Gradients that were clipped until `step`; None if its checkpoint is too old to know."""
+        self.clipped_steps = steps
+        self.clipped = None if steps is None else steps / max(step, 1)
+        self.checkpoints.tally = {} if steps is None else {"clipped_steps": steps}
 
     def _about(self) -> dict[str, str]:
         return {
@@ -379,6 +426,8 @@ class Run:
 
     def _save(self, step: int, state: State) -> None:
         self._read_pending()  # a diverged state is never saved
+        if step == self.pinned:
+            self.metrics_log.flush()  # who finds the checkpoint reads the log of its steps
         with self.clock.measure("checkpoint"):
             self.checkpoints.try_save(step, state)
 
@@ -388,16 +437,56 @@ class Run:
             self.checkpoints.save_with_retries(step, state, patience)
 
     def _restore(self) -> State:
+        own = [d / "checkpoints" for d in (self.run_dir, *self.earlier)]
+        know = lambda place, *found: place or self.checkpoints.know(*found)  # noqa: E731
+        mine = Lineage(trajectory_id(self.config), constant_steps(self.config), self._made())
+        refused: dict[str, str] = {}
+
+        def donates(seal: dict[str, Any]) -> bool:
+            passes, unlike = mine.passes(seal), mine.unlike(seal)
+            if passes and unlike:
+                refused[seal["about"]["run"]] = unlike
+            return passes and not unlike
+
         with self.clock.measure("checkpoint"):
-            directories = [d / "checkpoints" for d in (self.run_dir, *self.earlier)]
-            know = lambda place, *found: place or self.checkpoints.know(*found)  # noqa: E731
-            args = (directories, self.program.abstract, self._about(), self.log, know)
-            state = checkpoint.restore(*args)
-            if state is None:
+            donors = [d / "checkpoints" for run in self.donors for d in run]
+            found = checkpoint.newest(own, self.log, know, donors=donors, donates=donates)
+            branched = found is not None and found.place >= len(own)
+            for run, unlike in {} if branched else refused.items():
+                self.log(f"run {run} has made steps of this one, but on another {unlike}")
+            if found is None:
+                self._descend(mine)
                 state = self.program.init(self.clock, self.config.seed)
                 return self._with_initial(state) if self.config.initial_weights else state
-        self.log(f"run {self.id} continues at step {int(state.step)} of {self.config.steps}")
+            about, lineage = self._about(), Lineage.of(found.seal)
+            if branched:
+                donor = about["run"] = found.seal["about"]["run"]
+                lineage = dataclasses.replace(mine, donor=donor, branch=found.step)
+                self.shared_rows = self._rows_of(found) if distributed.is_writer() else []
+            self._descend(lineage or dataclasses.replace(mine, made=None))
+            state = checkpoint.load(found, self.program.abstract, about)
+            tally = found.seal.get("tally", {})  # older versions have none
+            self._count_clipped(tally.get("clipped_steps"), found.step)
+        source = f", from run {lineage.donor}" if branched else ""
+        self.log(f"run {self.id} continues at step {found.step} of {self.config.steps}{source}")
         return state
+
+    def _rows_of(self, found: checkpoint.Found) -> list[dict[str, Any]]:
+        """Those of another run's logs that stand for the steps before a checkpoint of it: all
+        steps, and evaluations on the way if both evaluate alike."""
+        attempts = next(run for run in self.donors if found.directory.parent in run)
+        rows = rows_through(attempts, found.step, found.seal["about"]["run"])
+        evals = (found.seal["origin"]["config"]["eval"], to_dict(self.config.eval))
+        one, other = (values | {"batch_size": 0} for values in evals)
+        return [row for row in rows if one == other or "eval" not in row]
+
+    def _open_log(self) -> MetricsLog:
+        rows = self.shared_rows
+        at = 0 if rows else self.first_step
+        log = MetricsLog(self.config, self.run_dir, self.id, at, self.log)
+        for row in rows:
+            log.write(row)
+        return log
 
     def _with_initial(self, state: State) -> State:
         """The state of step 0 with the weights that the run starts from."""
@@ -467,6 +556,8 @@ class Run:
         """Whether the run was interrupted in an evaluation; known to the writer only."""
         if not distributed.is_writer() or not self._evaluates_at(self.first_step):
             return False
+        if any(row["step"] == self.first_step and "eval" in row for row in self.shared_rows):
+            return False
         return not any(evaluated(d, self.first_step) for d in (self.run_dir, *self.earlier))
 
     def _evaluate(self, state: State, *, final: bool) -> list[Loss]:
@@ -524,6 +615,10 @@ class Run:
         n_bytes = int(self.blocks.n_bytes.sum())
         devices = self.program.mesh.devices.reshape(-1)
         kind, slices = devices[0].device_kind, meshes.count_slices(devices)
+        donor, branch = self.lineage.donor, self.lineage.branch
+        own = (
+            (self.last_step - branch) * c.batch_size * c.data.seq_len
+        )  # tokens; others made the rest
         return {
             "schema": SCHEMA,
             "run": self.id,
@@ -536,9 +631,14 @@ class Run:
             "tokens": c.tokens,
             "epochs": c.tokens / (self.data.train.blocks * c.data.seq_len),
             "lr": c.optim.peak_lr,
+            "clipped": self.clipped,
             "shape": {"layers": c.model.layers, "width": c.model.width, "heads": c.model.heads},
             "params": flops.param_counts(c),
             "flops": {name: flops.train_flops(c, name) for name in flops.CONVENTIONS},
+            "flops_spent": {
+                name: own * flops.flops_per_token(c, name) for name in flops.CONVENTIONS
+            },
+            "shared_prefix": {"run": donor, "steps": branch} if donor else None,
             "losses": [as_dict(loss) for loss in losses],
             "bits_per_byte": {x.estimator: likelihood.bits_per_byte(x, n_bytes) for x in losses},
             "hashes": {

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 
 # Tests compile far more than they compute: unoptimised code, made in one piece by the older
 # emitters, takes an eighth of the time to make.
@@ -12,6 +13,11 @@ os.environ.setdefault(
     " --xla_cpu_parallel_codegen_split_count=1",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many files make the same small programs: what one process has compiled, all load.
+if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/prime-{run}")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["PRIME_JAX_CACHE"] = "/nonexistent"  # what a developer has measured counts for nothing
 
 import pytest

@@ -94,7 +94,11 @@ def result(config: RunConfig) -> dict:
 
 
 class Trainer:
-    """Counts its calls; `act(config, call, heartbeat)` may sleep, report or raise."""
+    """Counts its calls; `act(config, call, heartbeat)` may sleep, report or raise.
+
+    Attributes:
+        shared: of each call, the donors by their ids and attempts, and the step that is pinned.
+    """
 
     class Preempted(Exception):
         pass
@@ -103,10 +107,12 @@ class Trainer:
         pass
 
     def __init__(self, act=lambda config, call, heartbeat: None):
-        self.calls, self.act = [], act
+        self.calls, self.shared, self.act = [], [], act
 
-    def train(self, config, run_dir, *, earlier=(), heartbeat=None, log=print):
+    def train(self, config, run_dir, *, earlier=(), donors=(), pinned=0, heartbeat=None, log=print):
         self.calls.append((run_id(config), run_dir, tuple(earlier)))
+        names = [[f"{d.parent.name}/{d.name}" for d in run] for run in donors]
+        self.shared.append((names, pinned))
         self.act(config, len(self.calls), heartbeat)
         return result(config)
 

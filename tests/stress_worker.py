@@ -26,7 +26,7 @@ class Trainer(fake_trainer.Trainer):
         super().__init__()
         self.seconds = seconds
 
-    def train(self, config, run_dir, *, earlier=(), heartbeat=None, log=print):
+    def train(self, config, run_dir, *, earlier=(), donors=(), pinned=0, heartbeat=None, log=print):
         if config.data.fingerprint:  # prepared data: a real run
             return self._real(config, run_dir, earlier, heartbeat, log)
         run, saves = run_id(config), run_dir / "checkpoints"

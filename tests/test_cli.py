@@ -75,7 +75,10 @@ def test_groups_list_their_commands(group, capsys):
         (["data", "inspect"], "DIR is missing: made by"),
         (["data", "inspect", "a", "b"], "b: not expected here"),
         (["data", "inspect", "a", "--jsn"], "no such option --jsn; did you mean --json?"),
-        (["data", "prepare", "s", "--out", "o"], "--tokenizer SPEC is missing: what makes ids"),
+        (
+            ["data", "prepare", "s", "--out", "o"],
+            "--tokenizer SPEC is missing: how text becomes token ids",
+        ),
         (["data", "entropy", "d", "--seed"], "--seed needs a value: an integer, at least 0"),
         (["data", "entropy", "d", "--seed", "x"], "--seed x: must be an integer, at least 0"),
         (["data", "entropy", "d", "--seed", "-1"], "--seed -1: must be at least 0"),
@@ -352,7 +355,7 @@ def test_every_documented_line_is_understood():
 def test_the_reference_is_that_of_the_declarations(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     page = reference.PAGE.read_text()
-    assert reference.renewed(page) == page, "python -m prime_jax.cli.reference"
+    assert reference.renewed(page) == page, "run: make docs"
 
 
 def test_the_nearest_of_a_mistyped_option_may_be_a_setting(capsys):

@@ -118,6 +118,16 @@ def test_written_csv_reads_back(tmp_path):
     assert rows == expected
 
 
+def test_runs_of_one_trajectory_are_named(tmp_path):
+    wsd = {"optim.schedule": "wsd"}
+    labels = {"arm": wsd, "cosine": {"family": "arm"}}
+    fake_trainer.planned(tmp_path, families=labels, warmup="fixed:5")
+    rows = collect.rows(tmp_path)
+    assert {row["trajectory"] for row in rows if row["family"] == "cosine"} == {""}
+    found = {(row["layers"], row["trajectory"]) for row in rows if row["family"] == "arm"}
+    assert len(found) == len({layers for layers, _ in found}) == 2  # whatever the budget
+
+
 def test_bad_places_are_told(tmp_path):
     with pytest.raises(UserError, match="no sweep here"):
         collect.rows(tmp_path)

@@ -304,6 +304,10 @@ def test_the_command_records_what_it_shows(tiny_run, numbers, tmp_path, capsys):
         assert loss["bits_per_byte"] == pytest.approx(bits)
     assert (second["stride"], second["context"]) == (8, 8)
     assert "joint" in capsys.readouterr().out
+    assert cli.main([*words, "--estimators", "token", "--out", "-"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["sets"][0]["losses"] == [losses["token"]]
+    assert "token" in said.err
 
 
 BAD = [

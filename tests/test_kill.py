@@ -17,7 +17,7 @@ from prime_jax.runtime import checkpoint
 from prime_jax.settings import to_dict
 from prime_jax.train import train
 
-STEPS = {3: 60, 20: 480}  # by the number of kills, so that the last one comes well before the end
+STEPS = {1: 30, 20: 480}  # by the number of kills, so that the last one comes well before the end
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -38,7 +38,7 @@ log(f"compiled from the cache: {len(hits)}")
 """
 
 
-@pytest.fixture(scope="module", params=[3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[1, pytest.param(20, marks=pytest.mark.slow)])
 def kills(request) -> int:
     return request.param
 

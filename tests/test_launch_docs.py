@@ -1,4 +1,4 @@
-"""Files shown in docs/ are what `sweep render` prints. `python tests/test_launch_docs.py` renews them."""
+"""Files shown in docs/ are what `sweep render` prints. `make docs` runs this file to renew them."""
 
 import re
 import subprocess
@@ -15,6 +15,7 @@ from prime_jax.launch import engine, k8s, sky, slurm, tpu
 from prime_jax.launch.tpu_request import Options
 
 DOCS = engine.REPO / "docs"
+MARK = "<!-- {} is rendered by `make docs` -->"
 BUCKET = "gs://my-project-sweeps"
 PAGES = {"tpu-vm.md": ("request", "startup"), "slurm.md": ("slurm",), "gke.md": ("k8s", "sky")}
 LANGUAGES = {"request": "json", "startup": "bash", "slurm": "bash", "k8s": "yaml", "sky": "yaml"}
@@ -55,8 +56,8 @@ def rendered(folder: Path) -> dict[str, str]:
 def renew(page: str, texts: dict[str, str]) -> str:
     """A page with its rendered blocks replaced."""
     for name in texts:
-        block = f"<!-- rendered: {name} -->\n```{LANGUAGES[name]}\n{texts[name]}\n```\n"
-        pattern = rf"<!-- rendered: {name} -->\n(```.*?\n```\n)?"
+        block = f"{MARK.format(name)}\n```{LANGUAGES[name]}\n{texts[name]}\n```\n"
+        pattern = rf"{re.escape(MARK.format(name))}\n(```.*?\n```\n)?"
         page = re.sub(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
     return page
 
@@ -71,8 +72,8 @@ def texts(tmp_path_factory):
 def test_a_page_shows_what_is_rendered(name, texts):
     page = (DOCS / name).read_text()
     for part in PAGES[name]:
-        assert f"<!-- rendered: {part} -->" in page
-    assert renew(page, texts) == page, "python tests/test_launch_docs.py"
+        assert MARK.format(part) in page
+    assert renew(page, texts) == page, "run: make docs"
 
 
 @pytest.mark.parametrize("name", PAGES)

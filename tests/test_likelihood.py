@@ -24,7 +24,6 @@ from prime_jax.subtokens import Codebook
 from prime_jax.train import train
 
 FAMILIES = {"arm": 1, "mdm": 1, "prime": 4}
-EACH = [pytest.param(f, marks=[] if f == "prime" else pytest.mark.slow) for f in FAMILIES]
 
 
 def run_on(data, family: str, **changes) -> RunConfig:
@@ -54,7 +53,8 @@ def documents(tmp_path_factory):
     return out, markov.parse(spec)
 
 
-@pytest.mark.parametrize("family", EACH)
+@pytest.mark.slow  # by enumeration: test_the_law_of_the_stream_costs_its_entropy_...
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_number_falls_below_the_entropy_of_the_stream(documents, family, tmp_path):
     """Document ends are part of the stream: nothing tells a network where they are."""
     data, source = documents
@@ -67,7 +67,7 @@ def test_no_number_falls_below_the_entropy_of_the_stream(documents, family, tmp_
 
 
 @pytest.mark.slow  # without training: test_ignorance_costs_log_v_for_every_text
-@pytest.mark.parametrize("family", EACH)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_uniform_source_gives_log_v(family, tmp_path):
     spec = "V=16,order=0,seed=0,tokens=60000,concentration=1e9"
     data = tmp_path / "data"

@@ -50,7 +50,7 @@ def test_the_chain_from_the_quickstart_to_weights(home):
     prime("scaling", "design", "quickstart/fit", *design, codes=ANSWERS)
 
     results = [json.loads(path.read_text()) for path in home.glob("quickstart/state/*.result")]
-    trained = f"quickstart:{next(r['run'] for r in results if r['family'] == 'prime-l9')}"
+    trained = f"quickstart:{next(r['run'] for r in results if r['family'] == 'prime')}"
     text = prime("eval", trained, "--replicates", "2", "--examples", "32")
     assert "nelbo" in text
     assert "def " in prime("sample", trained, "--prompt", "def ", "--steps", "8")

@@ -16,6 +16,8 @@ from prime_jax.config import (
     OptimConfig,
     RunConfig,
     SubtokenConfig,
+    constant_steps,
+    trajectory_id,
 )
 from prime_jax.settings import set_path
 
@@ -84,6 +86,30 @@ def test_wsd_rates_and_one_function_for_two_horizons():
     assert len(traces) == 1
 
 
+def test_the_constant_steps_of_a_run_are_those_before_its_rate_leaves_the_peak():
+    h = lambda config: optim.horizon(config)  # noqa: E731
+    rate = jax.jit(lambda h, at: optim.learning_rate("wsd", h, at))
+    for steps in (1, 2, 7, 10, 99, 1000, 12_345):
+        for cooldown in (0.0, 0.1, 0.2, 0.3, 1 / 3, 0.7, 1.0):
+            config = run(steps, schedule="wsd", warmup_steps=0, cooldown_fraction=cooldown)
+            rates = np.asarray(rate(h(config), jnp.arange(steps)))
+            below = rates < np.float32(config.optim.peak_lr)
+            assert constant_steps(config) == (below.argmax() if below.any() else steps - 1)
+    assert constant_steps(run(100, schedule="cosine")) == 0
+
+
+def test_a_trajectory_is_a_run_without_its_end():
+    config = run(100, schedule="wsd", cooldown_fraction=0.2)
+    same = {"steps": 200, "eval.examples": 3, "optim.cooldown_fraction": 0.5}
+    same |= {"optim.final_lr_fraction": 0.0, "mesh.accumulate": 2, "data.path": "elsewhere"}
+    for name, value in same.items():
+        assert trajectory_id(set_path(config, name, value)) == trajectory_id(config)
+    other = {"seed": 1, "batch_size": 16, "optim.peak_lr": 1e-2, "optim.warmup_steps": 7}
+    other |= {"optim.ema": 0.9, "model.width": 32, "data.fingerprint": "f", "initial_weights": "w"}
+    for name, value in other.items():
+        assert trajectory_id(set_path(config, name, value)) != trajectory_id(config)
+
+
 def test_runs_that_differ_in_horizon_share_a_program():
     one = run(10, warmup_steps=2, peak_lr=1e-3)
     other = run(99, warmup_steps=7, peak_lr=3e-3, final_lr_fraction=0.0, cooldown_fraction=0.5)
@@ -108,7 +134,7 @@ def is_vector(path, x) -> bool:
 
 def test_a_step_without_gradient_shrinks_matrices_and_leaves_vectors(params):
     config, lr = OptimConfig(weight_decay=0.25), 0.5
-    tx = optim.optimizer(config)
+    tx = optim.optimizer(RunConfig(optim=config))
 
     @jax.jit
     def still(params):
@@ -130,7 +156,7 @@ def test_a_step_without_gradient_shrinks_matrices_and_leaves_vectors(params):
 def test_steps_are_those_of_adamw_written_out(clip):
     """Five steps in float64: clipping first, then both moments, then decay of the matrix."""
     config = OptimConfig(weight_decay=0.1, clip=clip, b1=0.8, b2=0.9, eps=1e-3)
-    rng, tx = np.random.default_rng(0), optim.optimizer(config)
+    rng, tx = np.random.default_rng(0), optim.optimizer(RunConfig(optim=config))
     with jax.enable_x64(True):
         want = {"table": rng.normal(size=(3, 4)), "norm": rng.normal(size=4)}
         got = jax.tree.map(jnp.asarray, want)

@@ -65,6 +65,7 @@ def group(url: str, processes: int, *options: str) -> list[subprocess.Popen]:
     return process_groups.start(words, processes, devices=4, **KEEP)
 
 
+@pytest.mark.slow
 def test_a_gang_trains_its_slice_in_a_bucket_and_another_finishes(markov_data, tmp_path):
     """Two processes do the run of their slice on `gs://`, checkpoints included; one does the rest."""
     with fake_store.bucket("gs") as made:

@@ -60,6 +60,16 @@ def test_noise_of_runs_is_covered_and_draws_are_repeatable():
     np.testing.assert_array_equal(envelope.a_R, approach1.fit(Curves(made, "nelbo"), 100, 0).a_R)
 
 
+def test_curves_of_one_trajectory_are_drawn_together():
+    """Twice the same runs, as the first steps of a longer one are, say no more than once."""
+    made = [curve(n, noise=0.0015, seed=k) for k, n in enumerate(SIZES)]
+    twice = [replace(c, run=f"{c.run} {k}", trajectory=c.run) for c in made for k in range(2)]
+    apart = [replace(c, trajectory=c.run) for c in twice]
+    one, both, other = (approach1.fit(Curves(tuple(c), ""), 100, 0).a_R for c in (made, twice, apart))  # fmt: skip
+    np.testing.assert_allclose(both, one, rtol=1e-9)
+    assert np.nanstd(other) < 0.9 * np.nanstd(one)
+
+
 def test_winners_without_competitors_on_both_sides_do_not_count():
     envelope = approach1.fit(curves(SIZES[:9]), 100, 0)  # the best sizes of most budgets are larger
     assert "winner_at_edge" in codes(envelope)

@@ -28,7 +28,7 @@ def test_the_page_on_scaling_has_every_code_with_its_cure():
 
 def test_the_fields_of_the_files_are_those_of_the_code():
     page = PAGE.read_text()
-    assert with_fields(page) == page, "run: python -m prime_jax.cli.reference"
+    assert with_fields(page) == page, "run: make docs"
     for name in ("families.F.approach3.params", "families.F.approach2.debiased.a", "excluded"):
         assert f"| `{name}` |" in page
 

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scaling_cases import LAW, csv_rows, points, published, surface
+from scaling_cases import LAW, csv_rows, points, published, surface, write_fit
 
 from prime_jax.errors import UserError
+from prime_jax.scaling import record
 from prime_jax.scaling.fits import fit_family, fit_runs
 from prime_jax.scaling.laws import Compute, PowerLaw, exponent, optimum
 from prime_jax.scaling.points import select
@@ -157,6 +158,24 @@ def test_checkpoints_of_runs_are_resampled_together():
     assert np.std(wide.replicates.alpha) != np.std(narrow.replicates.alpha)
     (low, high), (lower, higher) = wide.profile["a"], narrow.profile["a"]
     assert high - low > 1.4 * (higher - lower)
+
+
+def test_runs_of_one_trajectory_are_resampled_together_also_from_what_is_stored(tmp_path):
+    part = csv_rows(surface(noise=0.004))
+    rows = [row | {"run": f"r{k}", "trajectory": f"t{k % 5}"} for k, row in enumerate(part)]
+    ladders = select_rows(rows).families["known"]
+    assert np.bincount(ladders.run).tolist() == [4] * 5
+    assert {"runs_of_one_trajectory"} == {f.code for f in ladders.diagnostics if "run" in f.code}
+    checkpoints = [row | {"run": row["trajectory"], "trajectory": "", "step": k} for k, row in enumerate(rows)]  # fmt: skip
+    found = fit_family(ladders, QUICK).approach3
+    as_checkpoints = fit_family(select_rows(checkpoints).families["known"], QUICK).approach3
+    np.testing.assert_array_equal(found.replicates.alpha, as_checkpoints.replicates.alpha)
+    assert found.profile == as_checkpoints.profile
+    write_fit(tmp_path / "fit", rows, QUICK)
+    again = record.load(tmp_path / "fit").families["known"].approach3
+    np.testing.assert_array_equal(again.replicates.alpha, found.replicates.alpha)
+    unknown = [row | {"trajectory": ""} for row in rows]
+    assert select_rows(unknown).families["known"].run is None
 
 
 def test_another_objective_is_used_and_recorded():

@@ -147,8 +147,10 @@ def test_below_the_data_of_one_family_the_others_are_predicted(exact, directory,
     assert "below the data" in why.message
     assert "begin at 1e18" in why.message
     assert not found.in_range
-    words = ["scaling", "predict", str(directory), "--flops", "1e17", "--json"]
+    words = ["scaling", "predict", str(directory), "--flops", "1e17", "--data-limit", "1e9"]
     assert cli.main(words) == 3  # for no family
+    assert "below the data" in capsys.readouterr().out
+    assert cli.main([*words, "--json"]) == 3
     said = json.loads(capsys.readouterr().out)
     assert {row["approach3"] for row in said["predictions"]} == {None}
 

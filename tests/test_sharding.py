@@ -1,6 +1,7 @@
 """Meshes change where numbers are computed, not the numbers."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def of_family(family: str, **mesh) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def alone():
-    """20 steps on one device."""
-    return {f: trained(of_family(f, replica=1, data=1, model=1)) for f in ("arm", "mdm", "prime")}
+    """20 steps of a family on one device."""
+    return functools.cache(lambda f: trained(of_family(f, replica=1, data=1, model=1)))
 
 
 def agree(one: tuple[np.ndarray, Rows], many: tuple[np.ndarray, Rows]) -> None:
@@ -69,8 +70,8 @@ def agree(one: tuple[np.ndarray, Rows], many: tuple[np.ndarray, Rows]) -> None:
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("arm", "tensor parallel"),
-        ("mdm", "tensor parallel"),
+        pytest.param("arm", "tensor parallel", marks=pytest.mark.slow),
+        pytest.param("mdm", "tensor parallel", marks=pytest.mark.slow),
         ("prime", "tensor parallel"),
         ("prime", "fully sharded"),
         pytest.param("arm", "fully sharded", marks=pytest.mark.slow),
@@ -79,7 +80,7 @@ def agree(one: tuple[np.ndarray, Rows], many: tuple[np.ndarray, Rows]) -> None:
 )
 def test_any_mesh_gives_the_same_losses(alone, family, name):
     replica, data, model = MESHES[name]
-    agree(alone[family], trained(of_family(family, replica=replica, data=data, model=model)))
+    agree(alone(family), trained(of_family(family, replica=replica, data=data, model=model)))
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_any_mesh_and_option_gives_the_same_losses(alone, family, name, options)
     if 8 // options.get("accumulate", 1) < replica * data:
         replica = replica // 2
     many = trained(of_family(family, replica=replica, data=data, model=model, **options))
-    agree(alone[family], many)
+    agree(alone(family), many)
 
 
 def in_two_processes(function: str, configs: list[RunConfig], folder: Path) -> list[list]:
@@ -113,7 +114,7 @@ def test_two_processes_of_four_devices_give_the_numbers_of_one_device(
     first, second = (found[0] for found in in_two_processes("trained", [config], tmp_path))
     assert not first[1].keys() & second[1].keys()  # each has half of every batch
     for numbers, _ in (first, second):
-        agree(alone[family], (np.array(numbers), first[1] | second[1]))
+        agree(alone(family), (np.array(numbers), first[1] | second[1]))
 
 
 def test_processes_and_meshes_hide_the_same_to_the_bit(tmp_path):

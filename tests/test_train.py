@@ -42,9 +42,14 @@ from prime_jax.train import Preempted, Stopped, fill_fingerprint, starting_from,
 SILENT = lambda _: None  # noqa: E731
 
 
-def losses(run_dir) -> list[float]:
+def column(run_dir, name: str) -> list[float]:
+    """A number of every training row of a run's log."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row[name] for row in rows if "loss" in row]
+
+
+def losses(run_dir) -> list[float]:
+    return column(run_dir, "loss")
 
 
 def values(result) -> list[float]:
@@ -111,6 +116,30 @@ def test_the_record_is_complete(whole, tiny):
     origin = read_json(run_dir / "checkpoints" / "000000012.json")["origin"]
     assert origin["config"] == read_json(run_dir / "config.json")
     assert origin["tokenizer"] == manifest.load(tiny.data.path).tokenizer_hash
+
+
+@pytest.mark.usefixtures("every_step")
+def test_clipped_steps_are_counted_through_an_interruption(whole, quick, tmp_path):
+    """Saved at step 5, between the rows of steps 3 and 6."""
+    config = set_path(quick, "optim.clip", float(np.median(column(whole[1], "grad_norm"))))
+    result = train(config, tmp_path / "whole", log=SILENT)
+    beyond = np.array(column(tmp_path / "whole", "grad_norm")) > config.optim.clip
+    expected = np.cumsum(beyond) / np.arange(1, 13)
+    assert column(tmp_path / "whole", "clipped") == expected.tolist()
+    assert result["clipped"] == expected[-1] not in (0, 1)
+
+    sparse, first = set_path(config, "log.every", 3), tmp_path / "1"
+    with pytest.raises(Stopped):
+        train(sparse, first, heartbeat=stop_at(5), log=SILENT)
+    older = shutil.copytree(first, tmp_path / "older")
+    again = train(sparse, tmp_path / "2", earlier=[first], log=SILENT)
+    assert column(tmp_path / "2", "clipped") == expected[[5, 8, 11]].tolist()
+    assert again["clipped"] == expected[-1]
+    seal = older / "checkpoints" / "000000005.json"
+    values = read_json(seal)
+    del values["tally"]
+    seal.write_text(json.dumps(values))
+    assert train(sparse, older, log=SILENT)["clipped"] is None  # as saved by an older version
 
 
 @pytest.mark.usefixtures("every_step")

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,31 +19,31 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor:doctor", "what this machine has, what is missing and how to get it"),
     "data prepare": ("data:prepare", "tokenise a source into blocks, in parallel, resumable"),
     "data inspect": ("data:inspect", "what a prepared dataset holds"),
-    "data entropy": ("data:entropy", "how evenly sub-tokens of each length are used"),
-    "data codes": ("data:codes", "give tokens codes, e.g. the same leading digits to like words"),
+    "data entropy": ("data:entropy", "how evenly sub-tokens are used, for each length"),
+    "data codes": ("data:codes", "give tokens codes, e.g. similar words the same leading digits"),
     "train": ("train:train", "train and evaluate one run"),
     "sweep plan": (
         "sweep:plan",
         "list the runs of an experiment; with ROOT, create or extend a sweep",
     ),
-    "sweep run": ("sweep:run", "train here until nothing is open"),
-    "sweep work": ("sweep:work", "one worker, as every engine starts it"),
-    "sweep status": ("sweep:status", "where every run stands, and why some failed"),
-    "sweep logs": ("sweep:logs", "what the attempts at a run have said, host by host"),
+    "sweep run": ("sweep:run", "train the open runs on this machine"),
+    "sweep work": ("sweep:work", "run one worker; engines start this command"),
+    "sweep status": ("sweep:status", "state of every run, and why some failed"),
+    "sweep logs": ("sweep:logs", "logs of all attempts at a run, host by host"),
     "sweep retry": ("sweep:retry", "open failed, killed or stuck runs again"),
-    "sweep kill": ("sweep:kill", "stop runs for good"),
+    "sweep kill": ("sweep:kill", "stop runs permanently"),
     "sweep collect": ("sweep:collect", "write runs.csv, one row per run"),
-    "sweep report": ("fit:report", "the fit's report, also while runs are still training"),
+    "sweep report": ("fit:report", "fit and report, also while runs are still training"),
     "sweep up": ("launch:up", "start workers on other machines"),
     "sweep down": ("launch:down", "remove what `up` made for this sweep, and nothing else"),
-    "sweep render": ("launch:render", "print what would be sent to other machines"),
+    "sweep render": ("launch:render", "print the files that would be submitted"),
     "fit": (
         "fit:fit",
         "fit scaling laws to a sweep or a CSV: table, fit.json, figures, report.html",
     ),
     "scaling compare": (
         "compare:compare",
-        "families against a baseline: compute multiplier, tests",
+        "compare families with a baseline: compute multiplier, tests",
     ),
     "scaling predict": ("design:predict", "N*, D* and the loss at a budget, with intervals"),
     "scaling validate": ("compare:validate", "predict the larger budgets from the smaller ones"),
@@ -51,21 +52,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "evaluate:evaluate",
         "likelihood of text with standard errors; samples; lm-eval tasks",
     ),
-    "sample": ("sample:sample", "draw text from a trained model"),
+    "sample": ("sample:sample", "generate text with a trained model"),
     "infill": ("sample:infill", "fill holes in a text"),
     "analyse spectra": ("analyse:spectra", "singular values of weights, ranks, tail exponents"),
     "analyse attention": (
         "analyse:attention",
-        "mean maps, sinks, band, entropy, by hidden fraction",
+        "attention maps, sinks, band, entropy, by hidden fraction",
     ),
-    "analyse noise": ("analyse:noise", "where between noise and text the bound is paid"),
+    "analyse noise": ("analyse:noise", "contribution of each noise level to the bound"),
     "analyse bits": ("analyse:bits", "cost and error of each sub-token of a token"),
     "export": ("interchange:export", "write a finished run as safetensors, settings and tokenizer"),
     "import": (
         "interchange:import_",
         "read published or exported weights into a folder that is a RUN",
     ),
-    "kernels tune": ("kernels:tune", "measure every implementation here, and keep the choice"),
+    "kernels tune": ("kernels:tune", "time every kernel implementation here, and store the choice"),
     "kernels check": ("kernels:check", "compile the TPU kernels without a TPU"),
 }
 GROUPS = {
@@ -73,15 +74,17 @@ GROUPS = {
     "sweep": "plan and run many trainings, collect their results",
     "scaling": "compare families, validate, predict, design the next runs",
     "analyse": "look inside finished runs",
-    "kernels": "measure the kernels here, or compile those of TPUs without one",
+    "kernels": "time the kernels here, or compile those for TPUs without a TPU",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (`boundary`)."""
     code = boundary.guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
-    if argv is None and code in (boundary.INTERRUPTED, boundary.SAVED):
-        boundary.leave(code)  # this is the whole process
+    if argv is None:  # this is the whole process
+        if code in (boundary.INTERRUPTED, boundary.SAVED):
+            boundary.leave(code)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     return code
 
 

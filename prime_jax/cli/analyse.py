@@ -32,9 +32,11 @@ class OfRuns(Arguments):
     NOTES = WRITES
 
     runs: tuple[str, ...] = setting(REQUIRED, RUN, positional=True, metavar="RUN")
-    out: Path | None = setting(None, "default: RUN/analysis of the first run", metavar="DIR")
+    out: Path | None = setting(
+        None, "folder for the results (default: RUN/analysis of the first run)", metavar="DIR"
+    )
     force: bool = setting(
-        False, "replace files there that prime-jax did not make, or that were changed since"
+        False, "also replace files there that prime-jax did not make or that were changed since"
     )
 
 
@@ -43,12 +45,12 @@ class OnText(OfRuns):
     """An analysis of what runs make of a text."""
 
     examples: int = setting(64, "blocks of the validation split", at_least=1)
-    data: Path | None = setting(None, "another dataset that was prepared", metavar="DIR")
+    data: Path | None = setting(None, "prepared dataset (default: the run's own)", metavar="DIR")
 
 
 @dataclass(frozen=True)
 class Spectra(OfRuns):
-    """Singular values of the weight matrices, ranks, tail exponents."""
+    """Singular values of the weight matrices, their ranks and tail exponents."""
 
     EXAMPLES = ("prime-jax analyse spectra quickstart:3f9a quickstart:77c1",)
 
@@ -71,12 +73,12 @@ class Attention(OnText):
 
 @dataclass(frozen=True)
 class Noise(OnText):
-    """Where between noise and text the bound is paid, and how much the training loss scatters with
-    each law of training times (objective.times, objective.weight)."""
+    """How much of the bound each noise level contributes, and the variance of the training loss with
+    each distribution of training times (objective.times, objective.weight)."""
 
     EXAMPLES = ("prime-jax analyse noise quickstart:3f9a --levels 32",)
 
-    levels: int = setting(16, "noise levels, and steps", at_least=1)
+    levels: int = setting(16, "number of noise levels, and of steps", at_least=1)
     replicates: int = setting(2, "independent masks of every block", at_least=1)
 
 

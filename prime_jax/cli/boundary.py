@@ -157,7 +157,7 @@ def _interruptible(swallowed: threading.Event) -> Iterator[None]:
     ignored, printed = sys.unraisablehook, sys.excepthook
 
     def again(unraisable: Any) -> None:
-        if unraisable.exc_type is KeyboardInterrupt:  # lost in a callback of the garbage collector
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):  # lost in a callback
             lost.set()
         else:
             ignored(unraisable)
@@ -166,12 +166,12 @@ def _interruptible(swallowed: threading.Event) -> Iterator[None]:
         if issubclass(kind, KeyboardInterrupt):
             swallowed.set()
             lost.set()
-        else:
+        elif not struck.is_set():  # else an event loop complains that it was closed
             printed(kind, *rest)
 
     sys.unraisablehook, sys.excepthook = again, silent
-    over, lost = threading.Event(), threading.Event()
-    arguments = (reading, threading.get_ident(), over, lost)
+    over, lost, struck = threading.Event(), threading.Event(), threading.Event()
+    arguments = (reading, threading.get_ident(), over, lost, struck)
     threading.Thread(target=_watch, args=arguments, daemon=True).start()
     try:
         yield
@@ -185,11 +185,18 @@ def _interruptible(swallowed: threading.Event) -> Iterator[None]:
         os.close(writing)
 
 
-def _watch(reading: int, main: int, over: threading.Event, lost: threading.Event) -> None:
+def _watch(
+    reading: int,
+    main: int,
+    over: threading.Event,
+    lost: threading.Event,
+    struck: threading.Event,
+) -> None:
     with open(reading, "rb", buffering=0) as signals:
         while numbers := signals.read(64):
             if signal.SIGINT not in numbers:
                 continue
+            struck.set()
             plain = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, interrupt)
             if _stays_compiling(main):
                 _say("interrupted while compiling")

@@ -10,22 +10,21 @@ from prime_jax.settings import REQUIRED, setting
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(OfRuns):
-    """Compares families with a baseline, all of them resampled together on the sizes and budgets
-    that they share: the compute multiplier m (how many times the compute of the baseline a family
-    needs for the same loss) as a curve with a band, from the fitted laws and between the optima of
-    the budgets; how probable it is at each budget that a family is the lower one; and whether
-    exponents or E differ. An m that uses a frontier beyond its data is an extrapolation and says
-    so.
+    """Compare families with a baseline. Results: the compute multiplier m (how many times the compute
+    of the baseline a family needs for the same loss) as a curve with an interval, from the fitted laws
+    and between the optima of the budgets; the probability at each budget that a family has the lower
+    loss; and tests whether exponents or E differ. All families are resampled together on the sizes
+    and budgets that they share. An m beyond the data of a family is marked as an extrapolation.
 
-    Families measured with different kinds of number (nll, nelbo / train_loss), tokenizers or
-    evaluation sets are refused unless --allow-mixed-kinds; then every result says what is mixed.
+    Families with different kinds of number (nll, nelbo / train_loss), tokenizers or evaluation sets
+    are refused. With --allow-mixed-kinds they are compared, and every result says what is mixed.
 
     Exit code: 0 compared, 3 something was refused (compare.json says what and why), 2 bad input."""
 
     EXAMPLES = ("prime-jax scaling compare quickstart --baseline arm --against mdm prime",)
 
-    baseline: str = setting(REQUIRED, "a family", metavar="F")
-    against: tuple[str, ...] = setting((), "families (default: the others)", metavar="F")
+    baseline: str = setting(REQUIRED, "family to compare with", metavar="F")
+    against: tuple[str, ...] = setting((), "families to compare (default: all others)", metavar="F")
 
 
 def compare(args: Compare) -> int:
@@ -55,10 +54,10 @@ def compare(args: Compare) -> int:
 
 @dataclass(frozen=True)
 class Validate(OfRuns):
-    """Fits on the smallest budgets, predicts the rest, adds a budget, and so on: the signed error
-    of predictions of larger budgets, which no bootstrap sees.
+    """Fit the smallest budgets, predict the others, add a budget, and so on. The result is the signed
+    error of predictions of larger budgets, which a bootstrap does not show.
 
-    Exit code: 0 validated, 3 for no family are there enough budgets, 2 bad input."""
+    Exit code: 0 validated, 3 no family has enough budgets, 2 bad input."""
 
     EXAMPLES = ("prime-jax scaling validate quickstart",)
 

@@ -17,18 +17,32 @@ from prime_jax.table import Table
 
 PREPARED = "made by `prime-jax data prepare`"
 SPECS = """
-SOURCE:  pysource | text:GLOB | stream:GLOB | jsonl:GLOB | parquet:GLOB | tfds:NAME |
-         markov:V=16,order=1,... | A*0.7+B*0.3 (fractions of the tokens)
-         GLOB may be gs://...; .gz, .zst, .bz2 and .xz are read as they are
-SPEC:    bpe:N | unigram:N (trained here) | bytes | sentencepiece:PATH | hf:PATH |
-         tiktoken:PATH | tiktoken:cl100k_base:PATH | chars:27 | synthetic:V
+SOURCE, where GLOB may be gs://... and .gz, .zst, .bz2 and .xz files are decompressed:
+  pysource             the sources of Python's standard library, one document per file
+  text:GLOB            one document per file
+  stream:GLOB          uncompressed files joined to one text, split by position (text8)
+  jsonl:GLOB           one document per line, under the key "text" (jsonl.KEY:GLOB: under KEY)
+  parquet:GLOB         one document per row, in the column "text" (parquet.KEY:GLOB: in KEY)
+  tfds:NAME            a prepared TensorFlow dataset (tfds.KEY:NAME: the feature KEY)
+  markov:V=16,order=1  synthetic sequences with known entropy
+  A*0.7+B*0.3          a mixture of sources, as fractions of the tokens
+
+SPEC:
+  bytes                256 byte values and an end-of-text id
+  bpe:N, unigram:N     a sentencepiece tokenizer with N ids, trained on this source
+  sentencepiece:PATH   a sentencepiece model
+  hf:PATH              a Hugging Face tokenizer.json
+  tiktoken:PATH        a rank file that splits text as GPT-2 does, or GPT-2's encoder.json; others
+                       as tiktoken:cl100k_base:PATH (GPT-4, Llama 3), tiktoken:o200k_base:PATH
+  chars:27             a to z and space (text8); chars:27+eos adds an end-of-text id
+  synthetic:V          ids written as numbers, for markov sources; synthetic:V+eos adds one more
 """
 
 
 @dataclass(frozen=True)
 class Prepare(Arguments):
-    """Tokenise a source into blocks of tokens, once; everything else reads the prepared data.
-    Run it again to go on after an interruption."""
+    """Tokenise a source into blocks of tokens. All other commands read the prepared data. After an
+    interruption the same command continues."""
 
     NOTES = SPECS
     EXAMPLES = (
@@ -38,7 +52,7 @@ class Prepare(Arguments):
 
     request: Request = setting(REQUIRED, "what is made")
     out: Path = setting(REQUIRED, "local folder to make", metavar="DIR")
-    workers: int = setting(0, "processes; 0: one per core", at_least=0)
+    workers: int = setting(0, "number of processes; 0: one per core", at_least=0)
 
 
 def prepare(args: Prepare) -> None:
@@ -56,13 +70,13 @@ def prepare(args: Prepare) -> None:
 
 @dataclass(frozen=True)
 class Inspect(Arguments):
-    """What a prepared dataset was made of, its sizes split by split, statistics of its tokens and
+    """Show what a prepared dataset was made from, the size of each split, statistics of its tokens and
     the first block as text."""
 
     EXAMPLES = ("prime-jax data inspect data/quickstart --verify",)
 
     dir: Path = setting(REQUIRED, PREPARED, positional=True)
-    verify: bool = setting(False, "also read and hash every record")
+    verify: bool = setting(False, "also read every record and check its hash")
     json: bool = setting(False, "print one JSON object")
 
 
@@ -117,9 +131,9 @@ def _show_summary(manifest: Any) -> None:
 
 @dataclass(frozen=True)
 class Entropy(Arguments):
-    """How evenly sub-tokens of each length are used, by shuffling: mean sub-token entropy, total
-    correlation and mutual information, in bits. Costs nothing, and guides the choice of
-    --subtokens.length before any training."""
+    """Show how evenly sub-tokens are used for each length and shuffling: mean sub-token entropy, total
+    correlation and mutual information, in bits. It needs no training and helps to choose
+    --subtokens.length."""
 
     EXAMPLES = ("prime-jax data entropy data/quickstart -l 1 2 4 8",)
 
@@ -127,7 +141,7 @@ class Entropy(Arguments):
     length: tuple[int, ...] = setting(
         (1, 2, 4, 8), "sub-tokens per token", at_least=1, at_most=32, alias="-l", metavar="L"
     )
-    seed: int = setting(0, "of the permutation", at_least=0)
+    seed: int = setting(0, "seed of the permutation", at_least=0)
     json: bool = setting(False, "print one JSON object")
 
 
@@ -160,9 +174,9 @@ def _show_entropies(rows: list, title: str, name: str, *, limit: bool = False) -
 
 @dataclass(frozen=True)
 class Codes(Arguments):
-    """Give every token a code, whose l digits are its sub-tokens, and say what that makes of the
-    corpus. A run takes them with --subtokens.codes-file; the file that says for which tokenizer
-    they are lies beside it (codes.json).
+    """Give every token a code, whose l digits are its sub-tokens, and show statistics of the corpus
+    under these codes. A run takes them with --subtokens.codes-file. The file codes.json beside FILE
+    names their tokenizer.
 
     METHOD: identity (an id is its code), shuffle (drawn from --seed), frequency (the rank of the
     id), cluster (words that occur in the same contexts share leading digits)."""
@@ -179,9 +193,9 @@ class Codes(Arguments):
         REQUIRED, "sub-tokens per token", at_least=1, at_most=32, alias="-l", metavar="L"
     )
     out: Path = setting(REQUIRED, "file to write (.npy)", metavar="FILE")
-    seed: int = setting(0, "of shuffle", at_least=0)
-    words: int = setting(8, "shown of each branch", at_least=1)
-    branches: int = setting(16, "leading digits shown", at_least=1)
+    seed: int = setting(0, "seed of the method shuffle", at_least=0)
+    words: int = setting(8, "example tokens shown for each leading digit", at_least=1)
+    branches: int = setting(16, "number of leading digits shown", at_least=1)
     json: bool = setting(False, "print one JSON object")
 
 

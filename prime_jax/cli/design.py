@@ -32,14 +32,14 @@ class OfFit(Arguments):
     SETTINGS = RunConfig
     NOTES = """
         Any setting of a run may follow, as with `prime-jax train` (--model.vocab-size 50304,
-        --data.seq-len 1024). What is left out is that of the sweep which was fitted, or of
-        --sweep ROOT, or the default.
+        --data.seq-len 1024). Other settings are those of the fitted sweep, else of --sweep ROOT,
+        else the defaults.
         """
 
     fit: Path = setting(REQUIRED, "written by `prime-jax fit`", positional=True, metavar="DIR")
-    sweep: Path | None = setting(None, "take a run's settings from it", metavar="ROOT")
+    sweep: Path | None = setting(None, "sweep whose settings a new run takes", metavar="ROOT")
     kind: Literal["arm", "mdm", "prime"] | None = setting(
-        None, "what a run of the family is, where its name does not say", flag="as"
+        None, "kind of the family's runs, if its name is not one of these", flag="as"
     )
     json: bool = setting(False, "print JSON, for programs")
     overrides: tuple[str, ...] = setting((), "dotted settings", flag=False)
@@ -65,21 +65,21 @@ class OfFit(Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(OfFit):
-    """Reads DIR of `prime-jax fit` and gives, for a compute budget C in the fit's FLOPs: the best
-    size N*, its tokens D* and the loss there, each with its interval (approach 3 from the
-    bootstrap, approach 2 from the power law through its optima), whether C lies within the data,
-    and the nearest run that can be launched. The rollout, how wrong losses of larger budgets were
-    when predicted from smaller ones, widens the interval of the loss.
+    """Read DIR of `prime-jax fit` and predict for a compute budget C: the best size N*, its tokens D*
+    and the loss there, each with its interval (approach 3 from the bootstrap, approach 2 from the
+    power law through its optima), whether C lies within the data, and the nearest run that can be
+    launched. The interval of the loss is also widened by the rollout error: how wrong predictions of
+    larger budgets from smaller ones were.
 
-    Exit code: 0 predicted, 3 for no family is there an answer (the output says why), 2 bad input."""
+    Exit code: 0 predicted, 3 no family has an answer (the output says why), 2 bad input."""
 
     EXAMPLES = ("prime-jax scaling predict quickstart/fit --flops 1e21 --family arm prime",)
 
-    flops: float = setting(REQUIRED, f"the budget: {BUDGET}", above=0, metavar="C")
-    family: tuple[str, ...] = setting((), "only these (default: all of them)", metavar="F")
+    flops: float = setting(REQUIRED, f"compute budget: {BUDGET}", above=0, metavar="C")
+    family: tuple[str, ...] = setting((), "families to predict (default: all)", metavar="F")
     data_limit: float | None = setting(
         None,
-        "unique tokens of the training data (default: what the runs say)",
+        "unique tokens of the training data (default: as recorded by the runs)",
         above=0,
         metavar="TOKENS",
     )
@@ -124,10 +124,9 @@ def _origin(fitted: "Fit") -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Design(OfFit):
-    """Reads DIR of `prime-jax fit` and chooses the runs that make N* at the target budget best
-    known for the FLOPs they cost, every cell at least twice. With --emit, writes them as rows for
-    `prime-jax sweep plan`; where the fit is not of a sweep directory, --sweep ROOT or --data.path
-    is then required.
+    """Read DIR of `prime-jax fit` and choose the runs that reduce the uncertainty of N* at the target
+    budget most per FLOP, every cell at least twice. --emit writes them as rows for `prime-jax sweep
+    plan`. If the fit is not of a sweep directory, --emit also needs --sweep ROOT or --data.path.
 
     Exit code: 0 runs were chosen, 3 none is worth it (the output says why), 2 bad input."""
 
@@ -137,16 +136,18 @@ class Design(OfFit):
     )
 
     target: float = setting(
-        REQUIRED, f"the budget at which N* is to be known: {BUDGET}", above=0, metavar="C"
+        REQUIRED, f"compute budget at which N* should be known: {BUDGET}", above=0, metavar="C"
     )
     budget: float = setting(
-        REQUIRED, "FLOPs that all new runs together may cost", above=0, metavar="C"
+        REQUIRED, "FLOPs that all new runs together may use", above=0, metavar="C"
     )
-    family: str | None = setting(None, "required where the fit has several", metavar="F")
-    emit: Path | None = setting(None, "write the rows there, as JSON", metavar="FILE")
+    family: str | None = setting(
+        None, "family to design for; required if the fit has several", metavar="F"
+    )
+    emit: Path | None = setting(None, "file for the rows, as JSON", metavar="FILE")
     least_gain: float = setting(
         0.05,
-        "stop where all FLOPs, at the next runs' rate, would lower the sd by less",
+        "stop when the next runs, repeated for the whole budget, would lower the standard deviation by a smaller fraction",
         above=0,
         metavar="FRACTION",
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tyro")
 OPTIONAL = {  # package -> (what it is for, how to get it)
-    "torch": ("the peer of benchmarks/train_step.py", "pip install torch"),
+    "torch": ("the baseline of benchmarks/train_step.py", "pip install torch"),
     "tokenizers": ("hf: tokenizers", "pip install 'prime_jax[tokenizers]'"),
     "tiktoken": ("tiktoken: tokenizers", "pip install 'prime_jax[tokenizers]'"),
     "gcsfs": ("gs:// paths", "pip install 'prime_jax[gcp]'"),
@@ -43,7 +43,7 @@ Row = tuple[str, str | Cell, str]  # what, what was found, a note
 
 @dataclass(frozen=True)
 class Doctor(Arguments):
-    """What this machine has, what is missing and how to get it: versions, devices, memory,
+    """Show what this machine has, what is missing and how to get it: versions, devices, memory,
     compilers and optional packages. Exit code 1 if a device or a required package is missing."""
 
     EXAMPLES = ("prime-jax doctor",)

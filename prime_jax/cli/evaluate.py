@@ -1,12 +1,15 @@
 """`prime-jax eval`: likelihood on text, zero-shot sets, scored samples, tasks."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prime_jax.cli.console import Progress, error, say, show
+from rich.console import Console
+
+from prime_jax.cli.console import Progress, console, error, say, show, write
 from prime_jax.cli.parse import Arguments
 from prime_jax.cli.runs import RUN
 from prime_jax.errors import UserError
@@ -19,9 +22,9 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Eval(Arguments):
-    """Likelihood of text under RUN, by every estimator that applies, each marked as valid (a
-    likelihood or a bound on one) or not. Results are added to RUN/eval.json. An interrupted
-    evaluation continues when the same command is given again.
+    """Compute the likelihood of text under RUN. Every number is marked as valid (a likelihood or a
+    bound on one) or not. Results are added to RUN/eval.json. After an interruption the same command
+    continues.
 
     With --samples: generative perplexity. With --tasks: lm-eval tasks (needs prime_jax[eval])."""
 
@@ -36,52 +39,61 @@ class Eval(Arguments):
     run: str = setting(REQUIRED, RUN, positional=True)
     data: tuple[str, ...] = setting(
         (),
-        "prepared dataset, text:GLOB (each file one text), jsonl:GLOB, a zero-shot set as NAME:PATH "
-        "(lambada, wikitext2, ptb, lm1b, ag_news, pubmed, arxiv) or zero-shot:DIR for all of them "
-        "(default: the run's own data)",
+        "what to score: a prepared dataset, text:GLOB (each file one text), jsonl:GLOB, a zero-shot set "
+        "as NAME:PATH (lambada, wikitext2, ptb, lm1b, ag_news, pubmed, arxiv), or zero-shot:DIR for "
+        "all sets in DIR (default: the run's own data)",
         repeat=True,
         metavar="WHAT",
     )
     estimators: str = setting(
         "",
-        "subtoken, token, finite:T, chain:ORDER with ORDER l2r, confidence, margin, entropy, random "
-        "or subtokens; exact:subtoken and exact:token for blocks of at most 12 units, bracket:K for "
-        "larger ones (K orders in each half); subtoken:independent and token:independent mask without fixed counts "
-        "(default: those of the run's config; ar for an autoregressive run)",
+        "estimators, with commas: subtoken, token, finite:T; chain:ORDER with ORDER l2r, confidence, "
+        "margin, entropy, random or subtokens; exact:subtoken and exact:token for blocks of at most 12 "
+        "units, bracket:K for larger ones (K orders in each half); subtoken:independent and "
+        "token:independent, masks without fixed counts. docs/evaluation.md explains them (default: "
+        "those of the run's config; ar for an autoregressive run)",
         metavar="LIST",
     )
     replicates: int = setting(
-        8, "Monte-Carlo passes; the standard error is their spread", at_least=2, metavar="R"
+        8, "Monte-Carlo passes; the standard error se (MC) comes from them", at_least=2, metavar="R"
     )
     stride: int = setting(
-        0, "tokens scored per window; 0: the model's length less the context", at_least=0
+        0, "tokens scored per window; 0: the length of the model less the context", at_least=0
     )
-    context: int = setting(0, "tokens before them that are given, visible and free", at_least=0)
-    split: Literal["train", "valid", "test"] = setting("valid", "of a prepared dataset")
+    context: int = setting(0, "visible tokens before them, which are not scored", at_least=0)
+    split: Literal["train", "valid", "test"] = setting("valid", "split of a prepared dataset")
     examples: int | None = setting(
         None,
-        "blocks of a prepared dataset, 0 for all (default: as the run's config says)",
+        "blocks of a prepared dataset, 0 for all (default: that of the run's config)",
         at_least=0,
     )
     batch_size: int = setting(
-        0, "windows per call, 0: the run's own; changes no number", at_least=0
+        0, "windows per call, 0: that of the run; does not change results", at_least=0
     )
-    devices: int = setting(0, "how many to use; 0: all", at_least=0)
-    out: Path | None = setting(None, "write here instead of RUN/eval.json", metavar="FILE")
-    samples: Path | None = setting(None, "samples of RUN, JSON lines", metavar="FILE")
-    scorer: str | None = setting(None, "the run that scores them (default: RUN)", metavar="OTHER")
-    tasks: str = setting("", "names of lm-eval tasks", metavar="LIST")
+    devices: int = setting(0, "number of devices to use; 0: all", at_least=0)
+    out: Path | None = setting(
+        None, "result file (default: RUN/eval.json); -: standard output", metavar="FILE"
+    )
+    samples: Path | None = setting(
+        None, "score these samples of RUN (JSON lines): generative perplexity", metavar="FILE"
+    )
+    scorer: str | None = setting(
+        None, "run that scores the samples (default: RUN)", metavar="OTHER"
+    )
+    tasks: str = setting("", "lm-eval tasks, with commas", metavar="LIST")
     task_data: Path | None = setting(
-        None, "local TASK.jsonl files; no network is used", metavar="DIR"
+        None, "folder of local TASK.jsonl files; no network is used", metavar="DIR"
     )
-    include_path: Path | None = setting(None, "more task definitions (YAML)", metavar="DIR")
+    include_path: Path | None = setting(
+        None, "folder of further task definitions (YAML)", metavar="DIR"
+    )
     model_args: str = setting(
         "",
-        "mc_num, cfg, steps, gen_length, block_length, nll_type; one preset serves all tasks",
+        "changes to the preset of all tasks: mc_num, cfg, steps, gen_length, block_length, nll_type",
         metavar="K=V,...",
     )
-    limit: int | None = setting(None, "the first N documents of each task", at_least=1)
-    sensitivity: bool = setting(False, "repeat the tasks with each setting changed")
+    limit: int | None = setting(None, "only the first N documents of each task", at_least=1)
+    sensitivity: bool = setting(False, "repeat the tasks with each setting changed in turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +107,20 @@ class Eval(Arguments):
 
 
 def evaluate(args: Eval) -> int:
+    from prime_jax.evaluate import report
+    from prime_jax.runtime import outputs
+
+    if not args.out or not outputs.is_stdout(args.out):
+        return _evaluate(args, console())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / report.FILE
+        code = _evaluate(dataclasses.replace(args, out=file), console(stderr=True))
+        if file.exists():
+            write(file.read_text())
+    return code
+
+
+def _evaluate(args: Eval, screen: Console) -> int:
     from prime_jax.cli import runs
     from prime_jax.evaluate import report
     from prime_jax.runtime import distributed, outputs
@@ -106,10 +132,10 @@ def evaluate(args: Eval) -> int:
     if args.out:
         outputs.refuse_overwrite(_inputs(args), [args.out])
         outputs.check_file(args.out)
-    found = runs.load(args.run, say)
+    found = runs.load(args.run, lambda line: say(line, screen))
     out = args.out or found.path / report.FILE
     records: list[dict[str, Any]] = []
-    with distributed.PreemptionGuard() as guard, Progress() as progress:
+    with distributed.PreemptionGuard() as guard, Progress(screen) as progress:
 
         def tick(what: str, total: int, more: float) -> None:
             progress.tick(what, total, more)
@@ -122,7 +148,7 @@ def evaluate(args: Eval) -> int:
                     args=args, found=found, out=out, tick=tick, log=progress.log, records=records
                 )
             if args.tasks:
-                _tasks(args, found, out, tick)
+                show(tasks_table(_tasks(args, found, out, tick)), screen)
             if not (args.samples or args.tasks) or args.data:
                 _texts(
                     args=args, found=found, out=out, tick=tick, log=progress.log, records=records
@@ -131,8 +157,9 @@ def evaluate(args: Eval) -> int:
             progress.log("stopped; what is done is kept, and the same command continues")
             return 85
     for record in records:
-        show(_losses_table(record))
-    say(f"record: {out}")
+        show(_losses_table(record), screen)
+    if not screen.stderr:  # else the record is printed
+        say(f"record: {out}", screen)
     return 0
 
 
@@ -176,7 +203,7 @@ def _texts(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: lis
     examples = found.config.eval.examples if args.examples is None else args.examples
     if args.examples is None and (args.stride or args.context):
         if examples and not args.data:
-            say(f"--stride, --context: the whole {args.split} split, not {examples} blocks of it")
+            log(f"--stride, --context: the whole {args.split} split, not {examples} blocks of it")
         examples = 0
     cutting = texts.Cutting(args.stride, args.context, examples, args.split)
     names = report.names_of(found, args.estimators)
@@ -221,7 +248,7 @@ def _samples(args: Eval, found: Any, out: Path, tick: Tick, log: Log, records: l
         report.store(found, out, "samples", record, ("data", "hash", "scorer"))
 
 
-def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> None:
+def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> list[dict[str, Any]]:
     from prime_jax.evaluate import report, tasks
     from prime_jax.runtime import distributed
 
@@ -245,7 +272,7 @@ def _tasks(args: Eval, found: Any, out: Path, tick: Tick) -> None:
             report.store(
                 found, out, "tasks", results[-1], ("tasks", "settings", "limit", "data_hash")
             )
-    show(tasks_table(results))
+    return results
 
 
 def _losses_table(record: dict[str, Any]) -> Table:

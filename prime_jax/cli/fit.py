@@ -28,12 +28,18 @@ class OfRuns(Arguments):
         positional=True,
         metavar="RUNS_OR_CSV",
     )
-    out: Path | None = setting(None, "default: RUNS/fit, or CSV's name + -fit", metavar="DIR")
+    out: Path | None = setting(
+        None,
+        "folder for the results (default: RUNS/fit, or the CSV's name with -fit)",
+        metavar="DIR",
+    )
     formats: str = setting(
-        "svg", "of the figures: svg (the report needs it) and, besides, png or pdf", metavar="F,F"
+        "svg",
+        "formats of the figures: svg, which the report needs, and also png or pdf",
+        metavar="F,F",
     )
     force: bool = setting(
-        False, "replace files there that prime-jax did not make, or that were changed since"
+        False, "also replace files there that prime-jax did not make or that were changed since"
     )
     choice: Choice = setting(Choice(), "what to fit")
     settings: Settings = setting(Settings(), "how to fit")
@@ -67,11 +73,11 @@ class Fit(OfRuns):
     intervals, figures and a report.
 
     RUNS_OR_CSV is a sweep directory, or any CSV with the columns family, loss and two of flops,
-    params, tokens (the third is then C = 6 N D), and optionally kind (nll, nelbo, train_loss),
-    loss_se, budget, run, seed, status, reason, step, epochs, unique_tokens, given, tokenizer,
-    eval_set. Other names are recognised where they leave no doubt (val_loss, n_params), which is
-    said, or given by --columns and --name-pattern; 354M and 20B are numbers. Of event files and
-    histories the last values count, and the losses on the way are curves.
+    params, tokens (the third follows from C = 6 N D). Optional columns: kind (nll, nelbo,
+    train_loss), loss_se, budget, run, seed, status, reason, step, epochs, unique_tokens, given,
+    tokenizer, eval_set. Common other names (val_loss, n_params) are recognised and reported;
+    --columns and --name-pattern give the rest. 354M and 20B are numbers. Of TensorBoard's event
+    files and W&B's histories the last values are used, and the losses before them are curves.
 
     Exit code: 0 fitted, 3 fitted but something was refused (fit.json and the report say what and
     why), 2 bad input."""
@@ -86,8 +92,8 @@ class Fit(OfRuns):
     curves: Path | None = setting(
         None,
         "training curves for approach 1 (a sweep has its own): a CSV with the columns run, step or "
-        "tokens, loss, a chart as W&B exports it, event files or histories; RUNS_OR_CSV has a row "
-        "for each run",
+        "tokens, loss, a chart exported from W&B, event files or histories; RUNS_OR_CSV must have a "
+        "row for each run",
         metavar="FILE",
     )
 
@@ -98,16 +104,16 @@ def fit(args: Fit) -> int:
 
 @dataclass(frozen=True)
 class Report(OfRuns):
-    """Fits and writes the report as `prime-jax fit ROOT` does. With --live it uses what has
-    finished so far, and says of how many runs. Exit code: as `fit`."""
+    """Fit and write the report as `prime-jax fit ROOT` does. With --live it uses the runs that have
+    finished so far and reports how many these are. Exit codes are those of `fit`."""
 
     EXAMPLES = ("prime-jax sweep report quickstart --live",)
 
     runs: str = setting(
         REQUIRED, "the directory of a sweep, here or in a bucket", positional=True, metavar="ROOT"
     )
-    out: Path | None = setting(None, "default: ROOT/fit", metavar="DIR")
-    live: bool = setting(False, "do not wait for the last run")
+    out: Path | None = setting(None, "folder for the results (default: ROOT/fit)", metavar="DIR")
+    live: bool = setting(False, "use the runs that have finished; do not require all")
 
 
 def report(args: Report) -> int:

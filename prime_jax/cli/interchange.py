@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Export(Arguments):
     """Write the weights of RUN as safetensors (linear weights [out, in], vocabulary rows by token
-    id), its settings and permutation, and its tokenizer. The folder is a RUN."""
+    id), its settings and permutation, and its tokenizer. Every command takes the new folder as RUN."""
 
     EXAMPLES = ("prime-jax export quickstart:3f9a exported",)
 
     run: str = setting(REQUIRED, RUN, positional=True)
     out: Path = setting(REQUIRED, "new folder", positional=True)
-    format: Literal["safetensors"] = setting("safetensors", "the only one so far")
+    format: Literal["safetensors"] = setting("safetensors", "file format")
 
 
 def export(args: Export) -> None:
@@ -45,10 +45,10 @@ def export(args: Export) -> None:
 
 @dataclass(frozen=True)
 class Import(Arguments):
-    """Read weights from another system into the folder OUT, which every command takes as RUN. FILE
-    is .safetensors, or what torch.save wrote (.pth, .pt, .bin), of which only tensors are read.
-    Sizes come from the shapes of the tensors; unknown, missing or misshapen ones are listed. What
-    lit_gpt and megatron files cannot say is given by options."""
+    """Read weights of another system into the folder OUT, which every command takes as RUN. FILE is
+    .safetensors, or a file of torch.save (.pth, .pt, .bin), from which only tensors are read. Sizes
+    are inferred from the shapes of the tensors; unknown, missing or misshapen tensors are listed.
+    Options give what lit_gpt and megatron files do not contain."""
 
     NOTES = """
 LAYOUT:  lit_gpt       SMDM and MDM-Prime-v2 on SlimPajama: transformer.h.0.attn.attn.weight, ...
@@ -63,37 +63,44 @@ How each layout is read: docs/interchange.md.
     )
 
     layout: Literal["lit_gpt", "megatron", "safetensors"] = setting(
-        REQUIRED, "how FILE names its tensors, see below", positional=True
+        REQUIRED, "naming of the tensors in FILE, see below", positional=True
     )
     file: Path = setting(REQUIRED, "the weights, see above", positional=True)
     out: Path = setting(REQUIRED, "new folder", positional=True)
-    family: Family | None = setting(None, "of the model (default: by the shapes)")
+    family: Family | None = setting(None, "family of the model (default: from the shapes)")
     vocab_size: int | None = setting(
-        None, "ids; more rows are padding (default: the tokenizer's)", at_least=2, metavar="V"
+        None,
+        "number of token ids; further rows are padding (default: that of the tokenizer)",
+        at_least=2,
+        metavar="V",
     )
-    heads: int | None = setting(None, "query heads (without qk-norm)", at_least=1, metavar="H")
+    heads: int | None = setting(
+        None, "query heads; needed if there is no qk-norm", at_least=1, metavar="H"
+    )
     length: int | None = setting(None, "sub-tokens per token", at_least=1, at_most=32, metavar="l")
     embedding: hints(ModelConfig)["embedding"] | None = setting(
-        None, "of the sub-tokens of a token (default: by the shapes)"
+        None, "kind of sub-token embedding (default: from the shapes)"
     )
     permutation: Path | None = setting(
         None,
-        "Prime: .npy or .pt, the code of each id; identity: ids are their own codes",
+        "for Prime: file (.npy or .pt) with the code of each id, or identity if ids are their own codes",
         metavar="FILE",
     )
     bos: int | None = setting(
         None,
-        "ARM: id that opens a sequence (default: 1, Llama's; megatron: the last id, GPT-2's)",
+        "for ARM: id that begins a sequence (default: 1 as in Llama; megatron: the last id as in GPT-2)",
         at_least=0,
         metavar="ID",
     )
-    seq_len: int | None = setting(None, "tokens of a block (default: 2048)", at_least=1)
+    seq_len: int | None = setting(None, "tokens per sequence (default: 2048)", at_least=1)
     rope_tables: Literal["float32", "bfloat16"] | None = setting(
         None,
-        "precision of RoPE's cosines and sines (default: float32); lit_gpt trained with bfloat16",
+        "precision of RoPE's cosines and sines (default: float32); the lit_gpt runs used bfloat16",
     )
     tokenizer: str | None = setting(
-        None, "sentencepiece:PATH, hf:PATH, tiktoken:PATH, ...", metavar="SPEC"
+        None,
+        "tokenizer of the model: sentencepiece:PATH, hf:PATH, tiktoken:PATH, ...",
+        metavar="SPEC",
     )
 
 

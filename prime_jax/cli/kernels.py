@@ -17,10 +17,10 @@ CHIPS = tuple(tpus())
 
 @dataclass(frozen=True)
 class Tune(Arguments):
-    """Measure every implementation on this machine's device, and keep the choice. Values and
-    gradients of each are compared with the reference twin, those that agree are timed in turns.
-    What is clearly quicker than the default is what `auto` means from then on: for this user's
-    runs, or with --root for that sweep's. A run that has begun keeps its kernels."""
+    """Time every kernel implementation on this machine's device, and store the choice. Values and
+    gradients of each are compared with a plain reference; those that agree are timed in turns. An
+    implementation that is clearly faster than the default is what `auto` then selects: for this
+    user's runs, or with --root for the runs of that sweep. A run that has begun keeps its kernels."""
 
     EXAMPLES = ("prime-jax kernels tune --shapes experiments/quickstart.py",)
 
@@ -30,8 +30,10 @@ class Tune(Arguments):
         "default run)",
         metavar="EXPERIMENT",
     )
-    root: str | None = setting(None, "keep the table in ROOT/kernels", metavar="ROOT")
-    rounds: int = setting(5, "turns of each side", at_least=1, metavar="N")
+    root: str | None = setting(
+        None, "store the table in ROOT/kernels, for this sweep", metavar="ROOT"
+    )
+    rounds: int = setting(5, "timed turns of each implementation", at_least=1, metavar="N")
 
 
 def tune(args: Tune) -> None:
@@ -62,19 +64,21 @@ def _runs(experiment: Path | None, root: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Check(Arguments):
-    """Compile forward and backward of each Pallas kernel for TPU chips that need not be there:
-    memory, compile time, and the static schedule of each kernel (bundles are about cycles; shuffles
-    and spills in the hot block cost time). Needs libtpu; minutes for all chips.
+    """Compile forward and backward of each Pallas kernel for absent TPU chips. Prints memory, compile
+    time and the static schedule of each kernel (a bundle is about a cycle; shuffles and spills in
+    the hot block cost time). Needs libtpu, and takes minutes for all chips.
 
     Exit code 1 if a kernel does not compile."""
 
     EXAMPLES = ("prime-jax kernels check --chips v5e --kernels head --no-schedule",)
 
-    chips: tuple[Literal[CHIPS], ...] = setting(("v5e", "v5p", "v6e"), "to compile for")
-    kernels: tuple[Kernel, ...] = setting(KERNELS, "which of them")
+    chips: tuple[Literal[CHIPS], ...] = setting(("v5e", "v5p", "v6e"), "chips to compile for")
+    kernels: tuple[Kernel, ...] = setting(KERNELS, "kernels to compile")
     widths: tuple[int, ...] = setting((1024,), "model widths D", at_least=1, metavar="D")
-    vocab_size: int = setting(51200, "tokens V", at_least=1, metavar="V")
-    no_schedule: bool = setting(False, "quicker: memory and time only")
+    vocab_size: int = setting(51200, "vocabulary size V", at_least=1, metavar="V")
+    no_schedule: bool = setting(
+        False, "skip the schedule: faster, gives memory and compile time only"
+    )
 
 
 def check(args: Check) -> int:

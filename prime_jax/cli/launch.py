@@ -52,7 +52,7 @@ class _Elsewhere(Arguments):
     root: str = setting(REQUIRED, ROOT, positional=True)
     on: Literal[tuple(ENGINES)] = setting(
         REQUIRED,
-        "what runs the workers",
+        "system that runs the workers",
         takes=f"one of {', '.join(ENGINES)}; here: prime-jax sweep run ROOT --workers N",
     )
     engine: EngineOptions = setting(EngineOptions(), "options of engines")
@@ -60,10 +60,10 @@ class _Elsewhere(Arguments):
 
 @dataclass(frozen=True)
 class _Start(_Elsewhere):
-    workers: int = setting(1, "at most so many per slice", at_least=1)
+    workers: int = setting(1, "largest number of workers per slice", at_least=1)
     slice: str = setting(
         "",
-        "only the runs of this slice, and those planned for none (default: all slices)",
+        "only runs of this slice, and runs planned for no slice (default: all slices)",
         metavar="NAME",
     )
 
@@ -71,7 +71,7 @@ class _Start(_Elsewhere):
 @dataclass(frozen=True)
 class Up(_Start):
     """Start workers on other machines. Prints what it will make and what that costs per hour, and
-    asks. Safe to repeat: what is there is not made twice. Workers leave when nothing is open."""
+    asks. Safe to repeat: nothing is made twice. Workers end when no run is open."""
 
     EXAMPLES = (
         "prime-jax sweep up ROOT --on slurm --partition gpu --workers 8",
@@ -79,7 +79,9 @@ class Up(_Start):
     )
 
     yes: bool = setting(False, "do not ask")
-    prices: Path | None = setting(None, "your price list (docs/prices.toml)", metavar="FILE")
+    prices: Path | None = setting(
+        None, "your price list, in the format of docs/prices.toml", metavar="FILE"
+    )
 
 
 def up(args: Up) -> int:
@@ -94,8 +96,8 @@ def up(args: Up) -> int:
 
 @dataclass(frozen=True)
 class Down(_Elsewhere):
-    """Remove what `up` made for this sweep, and nothing else: lists the jobs or machines that carry
-    its name. Runs are saved where that is possible, and stay open."""
+    """Remove what `up` made for this sweep, and nothing else. It lists the jobs or machines that carry
+    the sweep's name, and asks. Runs are saved where possible, and stay open."""
 
     EXAMPLES = ("prime-jax sweep down ROOT --on slurm",)
 
@@ -111,13 +113,15 @@ def down(args: Down) -> int:
 
 @dataclass(frozen=True)
 class Render(_Start):
-    """Print the files that would be sent, or write them into DIR. Nothing is started."""
+    """Print the files that would be submitted, or write them into DIR. Nothing is started."""
 
     EXAMPLES = ("prime-jax sweep render gs://BUCKET/c4 --on k8s --slice v5e-16 --image IMAGE",)
 
-    out: Path | None = setting(None, "write the files there", alias="-o", metavar="DIR")
+    out: Path | None = setting(
+        None, "folder for the files (default: print them)", alias="-o", metavar="DIR"
+    )
     force: bool = setting(
-        False, "replace files there that prime-jax did not make, or that were changed since"
+        False, "also replace files there that prime-jax did not make or that were changed since"
     )
 
 

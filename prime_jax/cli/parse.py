@@ -369,7 +369,8 @@ def _explain(cls: type, words: list[str]) -> str:
 
 def _missing(owner: type, field: Field) -> str:
     name = "" if _positional(field) else f"{_flag(field)} "
-    return f"{name}{_metavar(owner, field)} is missing: {field.metadata['help']}"
+    about = field.metadata["help"].partition(", see ")[0]  # "see below" is for the page of help
+    return f"{name}{_metavar(owner, field)} is missing: {about}"
 
 
 def _judge(owner: type, field: Field, name: str, values: list[str]) -> tuple[str, list[str]]:

@@ -14,15 +14,17 @@ from prime_jax.sample.options import Options, validate
 from prime_jax.settings import REQUIRED, setting
 
 ORDERS = """orders (masked diffusion):
-  ancestral      the model's own reverse process in --steps steps (default); idle steps are free
-  random         as many sub-tokens at every step, in random order
+  ancestral      the reverse process of the model in --steps steps (default); idle steps are free
+  random         equally many sub-tokens at every step, in random order
   first-hitting  one sub-token per network call: exact, slow
-  left-to-right  in reading order
+  left-to-right  equally many sub-tokens at every step, in reading order
   confidence, margin, entropy
-                 the most confident tokens first, as many at every step, or all beyond --threshold
-                 (at one token a step and temperature 1, chain:ORDER is its exact likelihood)
+                 the most confident tokens first, equally many at every step, or all beyond
+                 --threshold (at one token a step and temperature 1, the exact likelihood is
+                 chain:ORDER)
   confidence-drawn
-                 the same by the probability of what was drawn: the published rule, no likelihood
+                 the same, ranked by the probability of the token that was drawn: the published
+                 rule, which has no known likelihood
 """
 HOLES = r"""holes in TEXT:
   [[MASK]]            one hidden token; [[MASK*8]] eight
@@ -37,31 +39,31 @@ class Drawing(Arguments):
     """What both commands take."""
 
     run: str = setting(REQUIRED, RUN, positional=True)
-    num: int = setting(1, "samples", at_least=1)
+    num: int = setting(1, "number of samples", at_least=1)
     out: Path | None = setting(
         None,
-        'write {"tokens": .., "text": .., "drawn": ..} per line; - is stdout',
+        'file for the samples, {"tokens": .., "text": .., "drawn": ..} per line; - is stdout',
         alias="-o",
         metavar="FILE",
     )
     grid: Literal["uniform", "cosine", "measured"] = setting(
         "uniform",
-        "how much each step reveals; measured: the grid of least loss, from the validation data",
+        "how much each step reveals; measured: the grid of least loss, estimated on validation data",
     )
     within: float | None = setting(
         None,
-        "with --grid measured, in place of --steps: the fewest steps that lose at most so many nats "
-        "per token against infinitely many",
+        "with --grid measured, in place of --steps: use the fewest steps whose loss is at most this "
+        "many nats per token above that of infinitely many steps",
         at_least=0,
         metavar="NATS",
     )
-    watch: bool = setting(False, "show sub-tokens resolving on the terminal")
+    watch: bool = setting(False, "show on the terminal how sub-tokens are revealed")
     options: Options = setting(Options(), "how to sample")
 
 
 @dataclass(frozen=True)
 class Sample(Drawing):
-    """Draw text from a finished run."""
+    """Generate text with a finished run."""
 
     NOTES = ORDERS
     EXAMPLES = (
@@ -70,8 +72,10 @@ class Sample(Drawing):
     )
 
     prompt: str | None = setting(None, "text to continue (default: none)")
-    gen_length: int = setting(0, "tokens to write; 0 fills the context", at_least=0)
-    stop_at_eos: bool = setting(False, "end a text at its first EOS")
+    gen_length: int = setting(
+        0, "number of tokens to generate; 0: up to the model's length", at_least=0
+    )
+    stop_at_eos: bool = setting(False, "end each text at its first end-of-text id")
 
 
 def sample(args: Sample) -> int:
@@ -99,7 +103,7 @@ class Infill(Drawing):
     NOTES = f"{HOLES}\n{ORDERS}"
     EXAMPLES = ("prime-jax infill quickstart:3f9a 'def add(a, b):[[MASK*8]] + b'",)
 
-    text: str = setting(REQUIRED, "with holes, see below", positional=True)
+    text: str = setting(REQUIRED, "text with holes, see below", positional=True)
 
 
 def infill(args: Infill) -> int:

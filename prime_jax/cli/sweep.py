@@ -38,8 +38,8 @@ class OfSweep(Arguments):
 
 @dataclass(frozen=True)
 class Plan(Arguments):
-    """List every candidate run as OK or DROP with the reason. With ROOT, write the OK ones there;
-    planning again adds what is new and changes nothing else."""
+    """List every candidate run as OK, or as DROP with the reason. With ROOT, store the OK runs there;
+    planning again adds new runs and changes nothing else."""
 
     NOTES = """
         docs/experiments.md describes both forms of EXPERIMENT: the fields of a Sweep, its rules,
@@ -49,28 +49,36 @@ class Plan(Arguments):
         "prime-jax sweep plan experiments/quickstart.py",
         "prime-jax sweep plan experiments/quickstart.py quickstart",
         "prime-jax sweep plan experiments/c4_grid.py --slice v5e-16 --check",
+        "prime-jax sweep plan ladder.py ladder --share-prefixes",
     )
 
     experiment: Path = setting(
         REQUIRED,
-        "a Python file with a function sweep() -> Sweep, or a .json file, a list of rows",
+        "a Python file with a function sweep() -> Sweep, or a .json file with a list of rows",
         positional=True,
     )
-    root: str | None = setting(None, f"{ROOT}; left out: only print", positional=True)
+    root: str | None = setting(
+        None, f"{ROOT}; without it the plan is only printed", positional=True
+    )
     flops_per_second: float | None = setting(
-        None, "speed to estimate hours with, e.g. 5e10", above=0, metavar="F"
+        None, "speed in FLOP/s for estimated hours, e.g. 5e10", above=0, metavar="F"
     )
     check: Literal["largest", "all"] | None = setting(
         None,
-        "compile the largest shape of each family for the slice, and smaller ones until one fits "
-        "(--check alone); --check=all compiles every shape. What does not fit is dropped",
+        "compile for the slice and drop runs that do not fit; --check: the largest shape of each "
+        "family, then smaller ones until one fits; --check=all: every shape",
         bare="largest",
+    )
+    share_prefixes: bool = setting(
+        False,
+        "runs that differ only in their length and end train their common steps once: needs the "
+        "schedule wsd, and rules for batch, rate and warm-up that ignore budget and steps",
     )
     dry_run: DryRun = setting(DryRun(), "predictions")
 
 
 def plan(args: Plan) -> None:
-    from prime_jax.sweep import grid
+    from prime_jax.sweep import grid, prefixes, state
     from prime_jax.sweep import plan as planning
 
     experiment = grid.load_experiment(args.experiment)
@@ -79,15 +87,23 @@ def plan(args: Plan) -> None:
     slice_, prices = args.dry_run.understood(check=bool(args.check))
     if args.check:
         listed = _checked(args, listed, slice_)
+    shared = prefixes.plan(listed) if args.share_prefixes else None
+    listed = shared.listed if shared else listed
     show(plan_table(experiment, listed, args.flops_per_second))
+    for text in shared.summary(args.flops_per_second) if shared else ():
+        say(text)
     if slice_:
         from prime_jax.cli import forecast
 
         good = [candidate.config for candidate in listed if not candidate.drop]
-        say(forecast.cost_estimate(good, slice_, prices))
+        trained = [shared.own(config) for config in good] if shared else good
+        say(forecast.cost_estimate(trained, slice_, prices))
     if args.root is not None:
-        root = storage.path(args.root)
-        added = planning.write(root, experiment, listed, slice_.name if slice_ else "")
+        root, name = storage.path(args.root), slice_.name if slice_ else ""
+        share = args.share_prefixes
+        added = planning.write(root, experiment, listed, name, share_prefixes=share)
+        if shared and (alone := shared.planned_alone(state.list_runs(root))):
+            say(f"{alone} runs were planned before without --share-prefixes, and train alone")
         say(f"{root}: {added} runs added; next: prime-jax sweep run {root}")
 
 
@@ -161,14 +177,17 @@ def _plan_row(candidate: "Candidate", flops_per_second: float | None) -> list[st
 
 @dataclass(frozen=True)
 class Run(OfSweep):
-    """Train the open runs here, largest first. Ctrl-C saves and stops; the same command continues.
+    """Train the open runs on this machine, largest first. Ctrl-C saves and stops; the same command
+    continues.
 
-    Exit code: 0 all done, 1 runs failed, 2 nothing can train here (the data is not there; runs stay
+    Exit code: 0 all done, 1 runs failed, 2 no run can train here (the data is missing; runs stay
     open), 85 interrupted."""
 
     EXAMPLES = ("prime-jax sweep run quickstart --workers 2",)
 
-    workers: int = setting(1, "processes that share this machine's cores", at_least=1)
+    workers: int = setting(
+        1, "number of worker processes, which share this machine's cores", at_least=1
+    )
 
 
 def run(args: Run) -> int:
@@ -188,27 +207,27 @@ def run(args: Run) -> int:
 
 @dataclass(frozen=True)
 class Work(OfSweep):
-    """One worker, as every engine starts it: claims the largest open run, trains it, publishes its
-    result, and so on. Any number of workers may share ROOT.
+    """Run one worker; engines (Slurm, TPU, k8s, sky) start this command. It claims the largest open
+    run, trains it, publishes its result, and takes the next. Any number of workers may share ROOT.
 
-    Exit code: 0 nothing left, 1 runs failed, 85 interrupted."""
+    Exit code: 0 no run is left, 1 runs failed, 85 interrupted."""
 
     EXAMPLES = ("prime-jax sweep work gs://BUCKET/c4 --slice v5e-16 --time-limit 240",)
 
     slice: str = setting(
         "",
-        "what this worker runs on, e.g. v5e-16: it leaves runs planned for others alone (default: "
+        "accelerators of this worker, e.g. v5e-16: it skips runs planned for other slices (default: "
         "it takes any run)",
         metavar="NAME",
     )
     time_limit: float | None = setting(
         None,
-        "when this machine is taken away: the worker saves and leaves (exit code 85) before",
+        "time until this machine is taken away: the worker saves and leaves before (exit code 85)",
         above=0,
         metavar="MINUTES",
     )
     tune: bool = setting(
-        False, "measure the kernels first, if ROOT has no table of this kind of chip"
+        False, "time the kernels first, if ROOT has no table for this kind of chip"
     )
 
 
@@ -233,18 +252,18 @@ def work(args: Work) -> int:
 
 @dataclass(frozen=True)
 class Status(OfSweep):
-    """Where every run stands, and why some failed: counts, then one line per run with id, budget C,
-    size N, family, seed, state, progress."""
+    """Show the state of every run, and why some failed: counts, then one line per run with id, budget
+    C, size N, family, seed, state, progress."""
 
     EXAMPLES = ("prime-jax sweep status quickstart --watch",)
 
     json: bool = setting(False, "print JSON, for programs")
     watch: bool = setting(
-        False, "a table that renews itself until nothing is left to run; Ctrl-C leaves it"
+        False, "show a table that is updated until no run is left; Ctrl-C ends it"
     )
     prices: Path | None = setting(
         None,
-        "your price list, like docs/prices.toml: says what the sweep has cost so far",
+        "your price list, in the format of docs/prices.toml: show the cost of the sweep so far",
         metavar="FILE",
     )
 
@@ -272,7 +291,7 @@ def status(args: Status) -> None:
 
 @dataclass(frozen=True)
 class Logs(OfSweep):
-    """What the attempts at a run have said, host by host, tracebacks included."""
+    """Print the logs of all attempts at a run, host by host, with tracebacks."""
 
     EXAMPLES = ("prime-jax sweep logs quickstart 3f9a",)
 
@@ -295,13 +314,16 @@ def logs(args: Logs) -> None:
 
 @dataclass(frozen=True)
 class Collect(OfSweep):
-    """Write the table that `prime-jax fit` reads, one row per run. Runs without a result are rows
-    with a status and a reason."""
+    """Write a CSV for `prime-jax fit`, one row per run. Runs without a result have a row with a status
+    and a reason."""
 
     EXAMPLES = ("prime-jax sweep collect quickstart -o quickstart/runs.csv",)
 
     out: str = setting(
-        "runs.csv", "a file, also gs://... or s3://...; - is stdout", alias="-o", metavar="FILE"
+        "runs.csv",
+        "file to write, also gs://... or s3://...; - is stdout",
+        alias="-o",
+        metavar="FILE",
     )
 
 
@@ -319,15 +341,15 @@ def collect(args: Collect) -> None:
 
 @dataclass(frozen=True)
 class Retry(OfSweep):
-    """Open runs again that failed three times, or for a reason that only a person can mend, were
-    killed, or are stuck. A retried run continues from its newest checkpoint."""
+    """Open runs again that failed three times, failed for a reason that does not go away by itself,
+    were killed, or are stuck. A retried run continues from its newest checkpoint."""
 
     EXAMPLES = ("prime-jax sweep retry ROOT 3f9a", "prime-jax sweep retry ROOT --all-failed")
 
     ids: tuple[str, ...] = setting(
         (), "ids of runs, or their beginnings", positional=True, metavar="ID"
     )
-    all_failed: bool = setting(False, "every run that has failed")
+    all_failed: bool = setting(False, "reopen every run that has failed")
 
 
 def retry(args: Retry) -> None:
@@ -345,8 +367,8 @@ def retry(args: Retry) -> None:
 
 @dataclass(frozen=True)
 class Kill(OfSweep):
-    """Stop runs for good. A running worker leaves the run at its next heartbeat (within 30 seconds)
-    and takes the next one. `retry` opens the run again."""
+    """Stop runs permanently. A worker leaves the run at its next heartbeat (within 30 seconds) and
+    takes another. `retry` opens the run again."""
 
     EXAMPLES = ("prime-jax sweep kill ROOT 3f9a",)
 

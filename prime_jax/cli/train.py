@@ -21,9 +21,11 @@ class DryRun(Flags):
         "", "accelerators to predict for, e.g. v5e-16, v5p-128, 2xv6e-256, h100-8", metavar="NAME"
     )
     autofit: bool = setting(
-        False, "with --check: compile up to six mesh settings for the fastest that fits"
+        False, "with --check: try up to six mesh settings and take the fastest that fits"
     )
-    prices: Path | None = setting(None, "your price list, like docs/prices.toml", metavar="FILE")
+    prices: Path | None = setting(
+        None, "your price list, in the format of docs/prices.toml", metavar="FILE"
+    )
 
     def understood(self, *, check: bool) -> tuple[Any, Any]:
         """The slice and the price list that were asked for, None where not.
@@ -45,8 +47,8 @@ class DryRun(Flags):
 @dataclass(frozen=True)
 class Train(Arguments):
     """Train and evaluate one run. EXPERIMENT is a Python file with a function config() ->
-    RunConfig. Any setting of the run can be given by its dotted name; --settings lists them all. A
-    run that was interrupted continues when the same command is given again."""
+    RunConfig. Any setting of the run can be given by its dotted name; --settings lists them all.
+    After an interruption the same command continues the run."""
 
     SETTINGS = RunConfig
     EXAMPLES = (
@@ -59,14 +61,14 @@ class Train(Arguments):
     out: Path | None = setting(None, "run directory (default: runs/<run id>)", metavar="DIR")
     init_from: str | None = setting(
         None,
-        "start from the weights of this finished or imported run (exported folder), not from the "
-        "seed; steps, warm-up and data are those of this run",
+        "start from the weights of this finished run or exported folder instead of random weights; "
+        "steps, warm-up and data are those of the new run",
         metavar="RUN",
     )
-    settings: bool = setting(False, "list all settings, their values and what they take, and stop")
-    profile: int = setting(0, "trace so many steps for xprof", at_least=0, metavar="STEPS")
+    settings: bool = setting(False, "list all settings with their values and ranges, then stop")
+    profile: int = setting(0, "number of steps to trace for xprof", at_least=0, metavar="STEPS")
     check: bool = setting(
-        False, "do not train: compile the training step for --slice and say whether it fits"
+        False, "do not train: compile the training step for --slice and report whether it fits"
     )
     dry_run: DryRun = setting(DryRun(), "predictions")
     overrides: tuple[str, ...] = setting((), "dotted settings", flag=False)

@@ -44,7 +44,7 @@ def read(path: storage.Path, manifest: Manifest, length: int) -> Codebook:
         raise UserError(f"{path}: holds no array (.npy): {error}") from error
     vocab, b = manifest.vocab_size, base(manifest.vocab_size, length)
     if not (isinstance(codes, np.ndarray) and codes.ndim == 1 and codes.dtype.kind in "iu"):
-        raise UserError(f"{path}: must hold integers [V], the code of each id")
+        raise UserError(f"{path}: must hold integers: an array [V] with the code of each id")
     if len(codes) != vocab:
         raise UserError(
             f"{path}: holds {len(codes)} codes, but {manifest.directory} has {vocab} token ids"
@@ -63,8 +63,8 @@ def read(path: storage.Path, manifest: Manifest, length: int) -> Codebook:
     about = about_file(path)
     if not storage.exists(about):
         raise UserError(
-            f'{about} is missing: it says which tokenizer the codes are for, e.g. {{"tokenizer": '
-            f'"{manifest.tokenizer_hash}"}} for that of {manifest.directory}'
+            f'{about} is missing: it names the tokenizer of the codes, e.g. {{"tokenizer": '
+            f'"{manifest.tokenizer_hash}"}} for the tokenizer of {manifest.directory}'
         )
     found = read_json(about)
     tokenizer = found.get("tokenizer") if isinstance(found, dict) else None

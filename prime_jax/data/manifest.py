@@ -33,13 +33,21 @@ class Request(Flags):
     """What `data prepare` was asked for."""
 
     source: str = setting(REQUIRED, "what text to read, see below", positional=True)
-    tokenizer: str = setting(REQUIRED, "what makes ids of it, see below", metavar="SPEC")
-    seq_len: int = setting(128, "tokens of a block", at_least=2)
-    valid_fraction: float = setting(0.05, "of the documents", at_least=0, below=1)
-    test_fraction: float = setting(0.05, "of the documents", at_least=0, below=1)
-    max_documents: int = setting(0, "the first so many of each source; 0: all", at_least=0)
-    max_bytes: int = setting(0, "of text, of each source; 0: all", at_least=0)
-    seed: int = setting(0, "of the split", at_least=0)
+    tokenizer: str = setting(REQUIRED, "how text becomes token ids, see below", metavar="SPEC")
+    seq_len: int = setting(128, "tokens per block", at_least=2)
+    valid_fraction: float = setting(
+        0.05, "fraction of the documents for validation", at_least=0, below=1
+    )
+    test_fraction: float = setting(
+        0.05, "fraction of the documents for the test split", at_least=0, below=1
+    )
+    max_documents: int = setting(
+        0, "read only the first N documents of each source; 0: all", at_least=0
+    )
+    max_bytes: int = setting(
+        0, "read only the first N bytes of text of each source; 0: all", at_least=0
+    )
+    seed: int = setting(0, "seed of the split into train, valid and test", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,7 +190,9 @@ def load(path: str | Path, *, verify: bool = False) -> Manifest:
             the file and the command that rebuilds it.
     """
     if "://" in str(path):
-        raise UserError(f"{path}: prepared data is read from a local folder; copy it to one")
+        raise UserError(
+            f"{path}: prepared data is read from a local folder; copy it to this machine"
+        )
     directory = Path(path)
     file = directory / FILE
     again = f"prime-jax data prepare SOURCE --tokenizer SPEC --out {directory}"

@@ -123,8 +123,8 @@ def _prepare(request: Request, directory: Path, workers: int, tick: Tick) -> Man
     endless = corpus[0].endless
     if not endless and tokenizer.eos_id == tokenizers.NO_EOS:
         raise UserError(
-            f"source {request.source} has documents and tokenizer {request.tokenizer} no EOS to "
-            f"end them; use {request.tokenizer}+eos"
+            f"source {request.source} has documents, but tokenizer {request.tokenizer} has no EOS "
+            f"to end them; use {request.tokenizer}+eos"
         )
     started = time.monotonic()
     parts, encoded = _encode_all(request, directory, corpus, tokenizer.hash, workers, tick)
@@ -211,7 +211,7 @@ def _check_plan(
         (directory / "tokenizer.json").unlink(missing_ok=True)
     elif changed:
         raise UserError(
-            f"{directory} holds an unfinished preparation of something else, or its input files "
+            f"{directory} holds an unfinished dataset of other arguments, or its input files "
             "changed; remove it or choose another --out"
         )
     write_json_atomic(path, plan)

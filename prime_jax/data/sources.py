@@ -93,7 +93,9 @@ def parse(spec: str) -> list[Source]:
     if any(source.weight <= 0 for source in sources):
         raise UserError(f"source {spec}: weights must be above 0")
     if len({source.endless for source in sources}) > 1:
-        raise UserError(f"source {spec}: an endless stream cannot be mixed with documents")
+        raise UserError(
+            f"source {spec}: an endless source (stream, markov) cannot be mixed with documents"
+        )
     return sources
 
 
@@ -193,7 +195,9 @@ def _pysource_parts() -> list[Part]:
 def _stream_parts(files: list[tuple[str, int]]) -> list[Part]:
     compressed = [p for p, _ in files if p.endswith(COMPRESSED)]
     if compressed:
-        raise UserError(f"stream: {compressed[0]} is compressed; positions need it unpacked")
+        raise UserError(
+            f"stream: {compressed[0]} is compressed; to split it by position, unpack it"
+        )
     total = sum(size for _, size in files)
     chunk = max(-(-total // readers.STREAM_CHUNKS), 1)
     parts, start = [], 0

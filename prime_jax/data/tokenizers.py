@@ -488,8 +488,8 @@ def read_ranks(spec: str) -> bytes:
     if not split and (foreign := _foreign(ranks)) is not None:
         others = ", ".join(f"tiktoken:{name}:{path}" for name in SPLITS if name != "gpt2")
         raise UserError(
-            f"tokenizer {spec}: text is not split as in GPT-2, which never makes the token "
-            f"{foreign!r}; name the split: {others} (cl100k_base is Llama 3's too)"
+            f"tokenizer {spec}: not made with the split of GPT-2, which never makes the token "
+            f"{foreign!r}; name its split: {others} (cl100k_base is Llama 3's too)"
         )
     split = split or "gpt2"
     usual = max(ranks.values()) + SPLITS[split].end

@@ -31,7 +31,7 @@ class Settings(Checked):
     nll_type: str = setting(
         "subtoken",
         "estimator of a continuation's likelihood; `mc` is subtoken, `chain_rule` is chain:l2r; "
-        "an autoregressive run has its own, ar",
+        "an autoregressive run always uses ar",
     )
     mc_num: int = setting(
         128,
@@ -40,13 +40,17 @@ class Settings(Checked):
     )
     cfg: float = setting(0.0, "scale of classifier-free guidance by the context", at_least=0)
     gen_length: int = setting(
-        0, "tokens to write; 0: half of the model's length, at most 256", at_least=0
+        0, "tokens to generate; 0: half of the model's length, at most 256", at_least=0
     )
     steps: int = setting(0, "network calls of a generation; 0: one per token", at_least=0)
-    block_length: int = setting(32, "generation goes block by block of so many tokens", at_least=1)
-    replicates: int = setting(8, "of rolling likelihoods, as `prime-jax eval` has it", at_least=1)
-    stride: int = setting(0, "of rolling likelihoods", at_least=0)
-    context: int = setting(0, "of rolling likelihoods", at_least=0)
+    block_length: int = setting(
+        32, "tokens per block of a generation, blocks left to right", at_least=1
+    )
+    replicates: int = setting(
+        8, "replicates of rolling likelihoods, as of `prime-jax eval`", at_least=1
+    )
+    stride: int = setting(0, "stride of rolling likelihoods", at_least=0)
+    context: int = setting(0, "context of rolling likelihoods", at_least=0)
 
     @property
     def estimator(self) -> str:

@@ -111,9 +111,14 @@ def kind(name: str) -> Kind:
     return "nll" if head == "ar" or (head == "chain" and not random) else "nelbo"
 
 
+def is_determined(name: str) -> bool:
+    """Whether nothing is drawn for a number."""
+    return kind(name) == "nll" or name.startswith("exact:")
+
+
 def passes(name: str, replicates: int) -> int:
     """How often an estimator is drawn: once where nothing is random, or where it repeats itself."""
-    return 1 if kind(name) == "nll" or exact.requested(name) else replicates
+    return 1 if is_determined(name) or exact.requested(name) else replicates
 
 
 def note(config: RunConfig, name: str) -> str:
@@ -246,8 +251,7 @@ def summarise(
     replicates, total = len(nats_RxE), int(n_tokens_E.sum())
     mean_R = nats_RxE.sum(axis=1) / total
     value = float(mean_R.mean())
-    random = name.startswith("bracket:") or (kind(name) != "nll" and name[:6] != "exact:")
-    se_mc = None if random else 0.0
+    se_mc = 0.0 if is_determined(name) else None
     if replicates > 1:
         se_mc = float(mean_R.std(ddof=1) / replicates**0.5)
     residual_E = nats_RxE.mean(axis=0) - value * n_tokens_E

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as LocalPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from prime_jax.config import CheckpointConfig
 from prime_jax.errors import UserError
@@ -42,6 +42,20 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(stem) for stem, dot, rest in seals if stem.isdigit() and dot and not rest)
 
 
+def is_sealed(directory: Path, step: int) -> bool:
+    """Whether a step of a checkpoint directory is finished."""
+    return storage.exists(_seal(directory, step))
+
+
+def prune(directory: Path, config: CheckpointConfig) -> None:
+    """Leave of the checkpoints of a run that has ended what `keep` says, pinned or not.
+
+    Raises:
+        UserError, Unreachable: they cannot be read or removed.
+    """
+    Writer(directory, {}, config)._prune()
+
+
 def _is_uploaded(directory: Path) -> bool:
     return str(directory).startswith("s3://")
 
@@ -55,6 +69,10 @@ class Writer:
     Attributes:
         about: identities that a restore compares.
         origin: the config and tokenizer, for a reader who has only the checkpoint.
+        pinned: a step that stays, whatever `keep` says: other runs continue from it.
+        lineage: what seals say of the steps before them (lineage.py).
+        tally: what a run has counted until the step that is saved next; it lies in the seal, so
+            that whoever continues there counts on.
         seconds: duration of the last save, from the call to its seal.
     """
 
@@ -65,6 +83,7 @@ class Writer:
         config: CheckpointConfig,
         log: Callable[[str], None] = print,
         origin: dict[str, Any] | None = None,
+        pinned: int = 0,
     ):
         if not storage.is_remote(directory):
             directory = LocalPath(directory).absolute()  # required by orbax
@@ -74,6 +93,8 @@ class Writer:
             )
         self.directory = directory
         self.about, self.config, self.log, self.origin = about, config, log, origin or {}
+        self.pinned, self.lineage = pinned, {}
+        self.tally: dict[str, Any] = {}
         self.seconds = 0.0
         self._whole: dict[
             int, bool
@@ -117,7 +138,8 @@ class Writer:
                 response = ocp.save_async(target, state, overwrite=True)
         except Exception as error:  # orbax and tensorstore raise many types for a failed write
             raise self._failed(step, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, response, target, began))
+        args = (step, response, target, began, dict(self.tally))
+        self._thread = threading.Thread(target=self._finish, args=args)
         self._thread.start()
 
     def try_save(self, step: int, state: Any) -> None:
@@ -170,12 +192,14 @@ class Writer:
             error, self._error = self._error, None
             raise error
 
-    def _finish(self, step: int, response: Any, target: Path, began: float) -> None:
+    def _finish(
+        self, step: int, response: Any, target: Path, began: float, tally: dict[str, Any]
+    ) -> None:
         try:
             with _quiet_orbax():
                 response.result()
             if distributed.is_writer():
-                storage.retry(lambda: self._publish(step, target), lambda _: None, PATIENCE)
+                storage.retry(lambda: self._publish(step, target, tally), lambda _: None, PATIENCE)
         except Exception as error:
             self._error = self._failed(step, error)
         if target != self._data(step):
@@ -185,13 +209,14 @@ class Writer:
             with contextlib.suppress(UserError):  # what cannot be looked at now stays for now
                 self._prune()
 
-    def _publish(self, step: int, target: Path) -> None:
+    def _publish(self, step: int, target: Path, tally: dict[str, Any]) -> None:
         if target != self._data(step):
             storage.remove(self._data(step))
             storage.upload(target, self._data(step))
         files = storage.checksums(self._data(step))
         what = {"layout": LAYOUT, "step": step, "about": self.about, "origin": self.origin}
-        write_json_atomic(_seal(self.directory, step), {**what, "files": files})
+        what |= {"lineage": self.lineage, "tally": tally, "files": files}
+        write_json_atomic(_seal(self.directory, step), what)
         self._whole[step] = True
 
     def _data(self, step: int) -> Path:
@@ -214,33 +239,33 @@ class Writer:
         A damaged step counts for none, wherever it is: its seal may well be later than all that
         this run has made. One that is later stays until the run comes by and replaces it.
         """
-        kept = 0
+        kept, every = 0, self.config.keep_every
         for step in reversed(steps(self.directory)):
             if kept < self.config.keep:
                 if step not in self._whole:
                     self._whole[step] = _damage(self.directory, step) is None
                 kept += self._whole[step]
-            elif not self.config.keep_every or step % self.config.keep_every:
+            elif step != self.pinned and (not every or step % every):
                 # The seal goes first: a step without one is no step.
                 storage.remove(_seal(self.directory, step))
                 storage.remove(self._data(step))
 
 
 class Schedule:
-    """Which steps are saved: every `every` steps, and every `minutes` minutes.
+    """Which steps are saved: every `every` steps, every `minutes` minutes, and a given one.
 
     All processes of a group must save at the same steps, but their clocks differ: process 0 reads
     its clock and broadcasts, at steps that all processes know in advance. Between two saves it
     checks about log2(steps) times, each time after half of the estimated remaining steps.
     """
 
-    def __init__(self, config: CheckpointConfig, first_step: int):
-        self.every, self.seconds = config.every, 60 * config.minutes
+    def __init__(self, config: CheckpointConfig, first_step: int, also: int = 0):
+        self.every, self.seconds, self.also = config.every, 60 * config.minutes, also
         self.restart(first_step)
 
     def should_save(self, step: int) -> bool:
         """Whether to save after `step` steps; every process must call this after every step."""
-        if self.every and step % self.every == 0:
+        if step == self.also or (self.every and step % self.every == 0):
             return True
         if not self.seconds or step < self._next:
             return False
@@ -264,6 +289,20 @@ class Schedule:
         return max(1, int(left / max(pace, 1e-9) / 2))
 
 
+class Found(NamedTuple):
+    """A checkpoint to continue from.
+
+    Attributes:
+        place: its directory among those that were looked at.
+        seal: the content of its seal.
+    """
+
+    directory: Path
+    place: int
+    step: int
+    seal: dict[str, Any]
+
+
 def restore(
     directories: Sequence[Path],
     abstract: Any,
@@ -273,33 +312,67 @@ def restore(
 ) -> Any | None:
     """The newest undamaged state in any of several checkpoint directories, or None.
 
-    Process 0 verifies the checksums and broadcasts which one, so that all processes agree.
-
     Args:
         abstract: shapes, dtypes and shardings of the state.
-        log: receives one line for each damaged checkpoint that is skipped.
-        note: receives for each checkpoint that was examined its index in `directories`, its step
-            and whether it is undamaged.
+        log, note: as in `newest`.
     Raises:
         UserError: an undamaged checkpoint belongs to another run.
     """
-    found = distributed.broadcast(
-        _newest(directories, log, note) if distributed.is_writer() else None
-    )
-    if found is None:
+    found = newest(directories, log, note)
+    return found and load(found, abstract, about)
+
+
+def newest(
+    directories: Sequence[Path],
+    log: Callable[[str], None],
+    note: Callable[[int, int, bool], None] = lambda *_: None,
+    *,
+    donors: Sequence[Path] = (),
+    donates: Callable[[dict[str, Any]], bool] = lambda seal: True,
+) -> Found | None:
+    """The newest undamaged checkpoint in any of several directories, or None.
+
+    Process 0 verifies the checksums and broadcasts which one, so that all processes agree.
+
+    Args:
+        directories: of one run.
+        log: receives one line for each damaged checkpoint that is skipped.
+        note: receives for each checkpoint that was examined the place of its directory, its step
+            and whether it is undamaged.
+        donors: directories of other runs, whose places come behind those of `directories`.
+        donates: whether one may continue from a donor's checkpoint, given its seal.
+    """
+    places = [*directories, *donors]
+    known = None
+    if distributed.is_writer():
+        found = [(step, place) for place, d in enumerate(places) for step in steps(d)]
+        own = len(directories)
+        found = [(step, i) for step, i in found if i < own or _donates(places[i], step, donates)]
+        known = _newest(places, sorted(found, key=lambda pair: (-pair[0], pair[1])), log, note)
+    known = distributed.broadcast(known)
+    if known is None:
         return None
-    step, place = found
-    return _load(directories[place], step, abstract, about)
+    step, place = known
+    seal = json.loads(storage.read(_seal(places[place], step)))
+    return Found(places[place], place, step, seal)
+
+
+def _donates(directory: Path, step: int, donates: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return donates(json.loads(storage.read(_seal(directory, step))))
+    except storage.Unreachable:
+        raise
+    except (UserError, ValueError):  # damaged, or removed since
+        return False
 
 
 def _newest(
     directories: Sequence[Path],
+    found: Sequence[tuple[int, int]],
     log: Callable[[str], None],
     note: Callable[[int, int, bool], None],
 ) -> tuple[int, int] | None:
-    """(step, place in `directories`) of the newest undamaged checkpoint."""
-    found = [(step, place) for place, d in enumerate(directories) for step in steps(d)]
-    found.sort(key=lambda pair: (-pair[0], pair[1]))
+    """The first (step, place in `directories`) of `found` that is undamaged."""
     for step, place in found:
         damage = _damage(directories[place], step)
         note(place, step, damage is None)
@@ -325,10 +398,18 @@ def _damage(directory: Path, step: int) -> str | None:
     return None
 
 
-def _load(directory: Path, step: int, abstract: Any, about: dict[str, Any]) -> Any:
+def load(found: Found, abstract: Any, about: dict[str, Any]) -> Any:
+    """The state of a checkpoint; all processes of a group must call this.
+
+    Args:
+        abstract: shapes, dtypes and shardings of the state.
+        about: identities that the seal must have.
+    Raises:
+        UserError: it belongs to another run, or is of another layout.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    seal = json.loads(storage.read(_seal(directory, step)))
+    directory, step, seal = found.directory, found.step, found.seal
     if seal.get("layout") != LAYOUT:
         raise UserError(
             f"{_data(directory, step)}: the parameters have layout {seal.get('layout')}, this "

@@ -21,6 +21,7 @@ class Log:
                 self._stream = place.open("a")
             return
         self._lines, self._changed, self._over = [text], bool(text), threading.Event()
+        self._copying = threading.Lock()
         self._thread = threading.Thread(target=self._mirror, args=(seconds,), daemon=True)
         self._thread.start()
 
@@ -32,6 +33,12 @@ class Log:
             return
         self._lines.append(text)
         self._changed = True
+
+    def flush(self) -> None:
+        """Bring what was written to a bucket now, if it can be reached; a folder has it already."""
+        if self._remote:
+            with contextlib.suppress(UserError):
+                self._copy()
 
     def close(self) -> None:
         if not self._remote:
@@ -48,10 +55,11 @@ class Log:
                 self._copy()
 
     def _copy(self) -> None:
-        if self._changed:
-            self._changed = False
-            try:
-                write(self.place, "".join(self._lines).encode())
-            except UserError:
-                self._changed = True
-                raise
+        with self._copying:  # an older text is never written over a newer one
+            if self._changed:
+                self._changed = False
+                try:
+                    write(self.place, "".join(self._lines).encode())
+                except UserError:
+                    self._changed = True
+                    raise

@@ -177,6 +177,10 @@ class MetricsLog:
             writer.write(numbers)
         self._kinds = kinds
 
+    def flush(self) -> None:
+        """Let others read what was written."""
+        self._log.flush()
+
     def close(self) -> None:
         self._log.close()
         for writer in self._writers:
@@ -189,15 +193,37 @@ class NoLog:
     def write(self, row: dict[str, Any]) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
 def evaluated(run_dir: Path, step: int) -> bool:
     """Whether the log of a run holds the evaluation at a step."""
+    return any(row["step"] == step and "eval" in row for row in _rows(run_dir))
+
+
+def rows_through(attempts: Iterable[Path], step: int, run: str) -> list[dict[str, Any]]:
+    """The rows of a run's logs up to a step, in order, for the log of a run that continues there.
+
+    Args:
+        attempts: its directories, oldest first; what was done again counts as it was at last.
+        run: its id, by which rows are marked that no other run has marked.
+    """
+    found: dict[tuple[int, bool], dict[str, Any]] = {}
+    for directory in attempts:
+        for row in _rows(directory):
+            if row["step"] <= step:
+                found[row["step"], "eval" in row] = {**row, "run": row.get("run", run)}
+    return [found[key] for key in sorted(found)]
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     rows = storage.read(path).decode(errors="replace").splitlines() if storage.exists(path) else []
-    return any(_step(row) == step and "eval" in json.loads(row) for row in rows)
+    return [json.loads(row) for row in rows if _step(row) < float("inf")]
 
 
 def _step(line: str) -> float:

@@ -18,34 +18,43 @@ INNER = {"flag": False}  # for callers, not for the command line
 class Options(Flags):
     """How to sample."""
 
-    gen_length: int = setting(0, "tokens to write; 0 fills the context", at_least=0, **INNER)
-    steps: int = setting(
-        64, "reveal steps, over all blocks; what changes nothing is skipped", at_least=1
+    gen_length: int = setting(
+        0, "tokens to generate; 0: up to the model's length", at_least=0, **INNER
     )
-    order: Literal[Fixed, Adaptive] = setting("ancestral", "what is revealed when, see below")
+    steps: int = setting(
+        64, "reveal steps over all blocks; steps that reveal nothing are skipped", at_least=1
+    )
+    order: Literal[Fixed, Adaptive] = setting(
+        "ancestral", "order in which sub-tokens are revealed, see below"
+    )
     grid: Grid = setting("uniform", "fraction of hidden sub-tokens over the steps", **INNER)
     time_grid: tuple[float, ...] = setting(
         (), "those fractions, from 1 down to 0, in place of steps and grid (`grids`)", **INNER
     )
     block_length: int = setting(
-        0, "write blocks of so many tokens, left to right; 0: one block", at_least=0
+        0, "generate blocks of this many tokens, left to right; 0: one block", at_least=0
     )
     threshold: float | None = setting(
         None,
-        "in place of steps, reveal all tokens whose confidence or margin is at least this "
-        "(entropy in nats: at most this), and at least one",
+        "in place of --steps: at each call reveal all tokens whose confidence or margin is at least "
+        "this (entropy in nats: at most this), and at least one",
     )
-    temperature: float = setting(1.0, "0 takes the likeliest token", at_least=0)
-    top_k: int = setting(0, "draw among so many likeliest tokens; 0: all", at_least=0)
+    temperature: float = setting(
+        1.0, "temperature of the draws; 0 takes the likeliest token", at_least=0
+    )
+    top_k: int = setting(0, "draw only among the N likeliest tokens; 0: all", at_least=0)
     top_p: float = setting(
-        1.0, "draw among the likeliest tokens of this mass (nucleus)", above=0, at_most=1
+        1.0,
+        "draw only among the likeliest tokens with this total probability (nucleus)",
+        above=0,
+        at_most=1,
     )
     cfg_scale: float = setting(
-        0.0, "guidance away from what the model says without the prompt; 0: none", at_least=0
+        0.0, "scale of classifier-free guidance by the prompt; 0: none", at_least=0
     )
     remasking: float = setting(
         0.0,
-        "fraction of the largest rate at which revealed sub-tokens may be hidden again (ReMDM, "
+        "hide revealed sub-tokens again, at this fraction of the largest possible rate (ReMDM, "
         'arXiv 2503.00307, "rescale")',
         at_least=0,
         at_most=1,
@@ -56,9 +65,12 @@ class Options(Flags):
     )
     stop: int = setting(-1, "token at which a text ends; -1: none", **INNER)
     seed: int = setting(
-        0, "with the sample's number it determines the sample", at_least=0, at_most=2**32 - 1
+        0,
+        "seed; it determines a sample together with the sample's number",
+        at_least=0,
+        at_most=2**32 - 1,
     )
-    batch_size: int = setting(32, "samples at a time; changes no sample", at_least=1)
+    batch_size: int = setting(32, "samples at a time; does not change samples", at_least=1)
 
 
 # Options without a meaning for an autoregressive model.

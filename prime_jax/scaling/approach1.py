@@ -43,6 +43,7 @@ class Curve:
         tokens_n, flops_n, loss_n: increasing D, the C spent on it, and the loss there.
         schedule: of the learning rate: "constant" (then the points are of its constant part),
             "decays", or "" (not known).
+        trajectory: of the run, which others may share; its name where none is known.
     """
 
     run: str
@@ -51,6 +52,7 @@ class Curve:
     flops_n: Array
     loss_n: Array
     schedule: str = ""
+    trajectory: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def _curve(name: str, log: Log, row: dict[str, Any], columns: Columns, logs: Log
         flops_n=flops * d / tokens,
         loss_n=loss,
         schedule=schedule,
+        trajectory=text(row, "trajectory", name),
     )
 
 
@@ -202,17 +205,19 @@ class Approach1:
     a: float | None = key("exponent of N\\*; null if refused", default=None)
     b: float | None = key("exponent of D\\*", default=None)
     intervals: dict[str, list[float] | None] = key(
-        "of a and b, by resampled runs", default_factory=lambda: {"a": None, "b": None}
+        "intervals of a and b, from resampled runs", default_factory=lambda: {"a": None, "b": None}
     )
-    kind: str = key("of the losses along the curves", default="")
+    kind: str = key("kind of the losses along the curves", default="")
     optima: tuple[Optimum, ...] = key(
-        "one for each size that wins, in the middle of the budgets it wins", default=()
+        "one for each size that has the lowest loss somewhere, at the middle of these budgets",
+        default=(),
     )
     envelope: Envelope = key(
-        "the lowest loss by `flops`", default_factory=lambda: Envelope(np.empty(0), np.empty(0))
+        "the lowest loss at each of `flops`",
+        default_factory=lambda: Envelope(np.empty(0), np.empty(0)),
     )
     warnings: tuple[Diagnostic, ...] = key(
-        "of this approach; if nobody asked for it (--curves), they are only here", default=()
+        "warnings of this approach; without --curves they stand only here", default=()
     )
     line: Line | None = hidden(default=None)
     a_R: Array | None = hidden(default=None)  # of resampled runs; NaN where too few sizes win
@@ -288,9 +293,10 @@ def fit(curves: Curves | None, replicates: int, seed: int, level: float = 0.95) 
         return _refused(curves, *diagnostics)
     a_R, b_R = np.full((2, replicates), np.nan)
     rng = np.random.default_rng(seed)
+    place: dict[str, int] = {}
+    unit_n = np.array([place.setdefault(c.trajectory or c.run, len(place)) for c in usable])
     for r in range(replicates):
-        present = np.zeros(len(usable), dtype=bool)
-        present[rng.integers(len(usable), size=len(usable))] = True
+        present = np.isin(unit_n, rng.integers(len(place), size=len(place)))
         redrawn, between = race.run(present)
         found = _line(flops_g, race, redrawn, between)
         if found:

@@ -243,11 +243,11 @@ class Debiased:
     """The optima of the K budgets that have theirs inside the sampled sizes."""
 
     a: float = key(
-        "exponent through them, weighted by their errors; budgets with a bound enter as bounds"
+        "exponent of N\\* through these optima, weighted by their errors; budgets with a bound enter as bounds"
     )
-    intervals: dict[str, list[float] | None] = key("of a")
+    intervals: dict[str, list[float] | None] = key("interval of a")
     optima: tuple[Unshifted, ...] = key(
-        "as above, with the `shift` that was removed, relative to N\\*"
+        "optima as above, with the `shift` that was removed, relative to N\\*"
     )
     shift_K: Array = hidden()  # log N of each minimum above that of its optimum
     log_params_RxK: Array | None = hidden()  # redrawn from the errors; None without any freedom
@@ -353,15 +353,17 @@ class Approach2:
 
     method: Method = key("`parabola` or `akima`")
     a: float | None = key("exponent of N\\*; null if refused", default=None)
-    intervals: dict[str, list[float] | None] = key("of a", default_factory=lambda: {"a": None})
+    intervals: dict[str, list[float] | None] = key(
+        "interval of a", default_factory=lambda: {"a": None}
+    )
     optima: tuple[CurveOptimum, ...] = key(
-        "`flops, params, tokens, loss, interval`; `censored` (above, below) where only a bound",
+        "at each budget: `flops, params, tokens, loss, interval`; `censored` (above, below) where N\\* is only a bound",
         default=(),
     )
     debiased: Debiased | None = key(
-        "the same without the parabola's bias; null if not known", default=None
+        "the same without the bias of a parabola; null if not known", default=None
     )
-    warnings: tuple[Diagnostic, ...] = key("of this approach", default=())
+    warnings: tuple[Diagnostic, ...] = key("warnings of this approach", default=())
     curves: tuple[IsoflopCurve, ...] = hidden(default=())
     draws: Draws | None = hidden(default=None)
 

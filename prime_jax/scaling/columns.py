@@ -321,14 +321,14 @@ def _likeliest(wanted: str, columns: list[str]) -> str:
 
     known = MEANT.get(wanted, ())
 
-    def distance(name: str) -> tuple[bool, int, int]:
+    def distance(name: str) -> tuple[bool, bool, int, int]:
         words = re.findall("[a-z]+", name.lower())
         said = words if len(words) == 1 else [word for word in words if len(word) > 1]
         first = min((known.index(word) for word in said if word in known), default=len(known))
-        return "train" in words, first, len(words)
+        return first == len(known), "train" in words, first, len(words)
 
     best = min(columns, key=distance, default="")
-    return best if best and distance(best)[1] < len(known) else ""
+    return best if best and not distance(best)[0] else ""
 
 
 def _has(table: Table) -> str:

@@ -97,13 +97,15 @@ class AtBudget:
     """m at one budget; a value or an end that is None is beyond all numbers."""
 
     flops: float = key("C")
-    other_flops: float | None = key("what the other one needs for the same loss; null: never")
-    value: float | None = key("m by the laws")
-    median: float | None = key("of the replicates")
-    interval: list[float | None] = key("of m")
+    other_flops: float | None = key(
+        "C that the other one needs for the same loss; null: it never reaches it"
+    )
+    value: float | None = key("m from the fitted laws")
+    median: float | None = key("median of m over the replicates")
+    interval: list[float | None] = key("`[low, high]` of m")
     never: float = key("fraction of the replicates in which the loss is never reached")
     in_range: bool = key("both frontiers are used within their data; else an extrapolation")
-    interpolated: Between | None = key("`value, interval` between the optima of approach 2")
+    interpolated: Between | None = key("m between the optima of approach 2: `value, interval`")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Sides:
         "C is what the family spends, m = C / other_flops; null where the baseline never reaches that loss (m is 0)"
     )
     at_baseline: Multipliers = key(
-        "C is what the baseline spends, m = other_flops / C; null where the family never does (m is infinite)"
+        "the same fields where C is what the baseline spends, m = other_flops / C; null where the family never reaches that loss (m is infinite)"
     )
 
 
@@ -175,7 +177,7 @@ class Test:
 class Contrast:
     """A family against the baseline; where it is refused, only its warnings."""
 
-    kind: str = key("of the family's losses")
+    kind: str = key("kind of the family's losses")
     mixed: str | None = key("what differs between the two kinds of number, or null")
     multiplier: Sides | None = key(
         "how many times the compute of the baseline the family needs for one loss", default=None
@@ -185,13 +187,16 @@ class Contrast:
         default=(),
     )
     exponents: Differences | None = key(
-        "of a: `difference, interval, significant` by approach", default=None
-    )
-    tests: dict[str, Test] | None = key(
-        "`exponents` and `E`, each `{shared, p, statistic, simulations, gradient, params}`",
+        "the exponent a less that of the baseline, by approach: `difference, interval, significant`",
         default=None,
     )
-    warnings: tuple[Diagnostic, ...] = key("`{code, message, hint, refusal}`", default=())
+    tests: dict[str, Test] | None = key(
+        "whether both may share `exponents`, or `E`: each `{shared, p, statistic, simulations, gradient, params}`",
+        default=None,
+    )
+    warnings: tuple[Diagnostic, ...] = key(
+        "warnings of the comparison: `{code, message, hint, refusal}`", default=()
+    )
 
 
 @dataclass(frozen=True)
@@ -367,8 +372,8 @@ def _prepare(fits: dict[str, _Fitted], settings: Settings) -> dict[str, _Prepare
 def _replicates(fits: list[_Fitted], settings: Settings) -> list[PowerLaw]:
     """Laws of all families under runs drawn together.
 
-    A family with checkpoints of one run cannot be drawn by cells: it gets the wild cluster
-    bootstrap, independent of the others.
+    A family with checkpoints of one run, or runs of one trajectory, cannot be drawn by cells: it
+    gets the wild cluster bootstrap, independent of the others.
     """
     alone = [family.points for family in fits if family.points.run is None]
     drawn = iter(grid_weights(alone, settings.replicates, settings.seed) if alone else ())
@@ -385,7 +390,7 @@ def _replicates(fits: list[_Fitted], settings: Settings) -> list[PowerLaw]:
 
 
 def _cells(parts: list[Points]) -> list[NDArray[np.intp]]:
-    """Those of the grid; the checkpoints of one run make a cell."""
+    """Those of the grid; checkpoints of one run, or runs of one trajectory, make a cell."""
     where, budget = grid_cells(parts)
     first, out = len(budget), []
     for part, cell_n in zip(parts, where, strict=True):

@@ -2,12 +2,12 @@
 
 Resampling. Runs are drawn with replacement within each budget, as multinomial weights rather than
 copies, so thousands of replicates share one set of arrays and go through the same Newton solver
-together. Checkpoints of one run share its luck: where they enter, the errors of each run are kept
-together and multiplied by one random factor (the wild cluster bootstrap; Cameron, Gelbach and
-Miller 2008, Review of Economics and Statistics 90, with the six factors of Webb 2014). An error is
-a residual for least squares; for a robust objective it is psi(residual) / mean(psi'), by least
-squares of which the fit moves as it does by its own objective, and which has no kink for residuals
-to stay at.
+together. Checkpoints of one run share its luck, and runs of one trajectory are one run until the
+first of them cools down: where such enter, the errors of each run or trajectory are kept together
+and multiplied by one random factor (the wild cluster bootstrap; Cameron, Gelbach and Miller 2008,
+Review of Economics and Statistics 90, with the six factors of Webb 2014). An error is a residual
+for least squares; for a robust objective it is psi(residual) / mean(psi'), by least squares of
+which the fit moves as it does by its own objective, and which has no kink for residuals to stay at.
 
 Profiles: how far a quantity can be pushed before the runs object. The objective is minimised over
 everything else with the quantity held at c. Twice its rise above the minimum, over kappa, is
@@ -18,8 +18,8 @@ compared with F(1, n - 5), where
 makes the rise of a robust objective what the likelihood ratio is for normal noise (Schrader and
 Hettmansperger 1980, Biometrika 67; it is the residual variance for least squares). mean(psi') is
 taken over a kernel density of the residuals: of 60 runs too few lie within Huber's delta to be
-counted. Runs of several checkpoints count once. An end is None where the objective never rises
-enough: the runs do not bound the quantity on that side.
+counted. Runs of several checkpoints count once, and so do trajectories. An end is None where the
+objective never rises enough: the runs do not bound the quantity on that side.
 
 A quantity (`laws.Quantity`) is held by taking the place of an unknown: with g = c and the other
 unknowns given, that one is known, in closed form, and the objective is refitted over the others.
@@ -41,6 +41,7 @@ Array = NDArray[np.float64]
 
 BLOCK = 20_000  # runs x replicates per numpy call: arrays of this size stay in the cache
 WEBB = np.sqrt([0.5, 1.0, 1.5]).repeat(2) * np.tile([-1.0, 1.0], 3)  # mean 0, variance 1
+NEAR = 1e-9  # the minimum that is a point of a profile is found to this fraction of the limit
 CLOSE = 1e-7  # an end is found when the root of the rise is within this fraction of its limit
 ROUNDS = 40
 STEPS = 100  # of Newton's method for one point of a profile
@@ -240,7 +241,8 @@ class _Profiles:
         """The root of the rise over its limit, of the profiles `which` at the values."""
         start = self.near[which] + (value_P - self.at[which])[:, None] * self.along[which]
         with np.errstate(over="ignore", invalid="ignore"):  # beyond what a law can be
-            theta, objective = _refit_others(self.p, self.held.at(which), value_P, start)
+            floor = max(self.p.floor, NEAR * self.limit)
+            theta, objective = _refit_others(self.p, self.held.at(which), value_P, start, floor)
         root = np.fmin(np.sqrt(np.maximum(objective - self.lowest, 0) / self.limit), STEEP)
         self.last[which] = theta
         below = which[root < 1]
@@ -255,9 +257,9 @@ class _Profiles:
 
 
 def _refit_others(
-    p: Problem, held: Replaced, value_P: Array, start_PxK: Array
+    p: Problem, held: Replaced, value_P: Array, start_PxK: Array, floor: float
 ) -> tuple[Array, Array]:
-    """Minima over the unknowns that are not replaced: theta_PxK and the objective_P."""
+    """Minima over the unknowns that are not replaced: theta_PxK and the objective_P, to `floor`."""
     weight = np.broadcast_to(p.weight_n, (len(start_PxK), p.runs))
 
     def derivatives(theta: Array, which: NDArray[np.intp]) -> tuple[Array, Array, Array]:
@@ -274,7 +276,7 @@ def _refit_others(
         value[lost], gradient[lost], hessian[lost] = np.inf, 0.0, 0.0
         return value, gradient, hessian
 
-    theta, value = newton.minimise(derivatives, start_PxK, *p.box(), p.floor, steps=STEPS)
+    theta, value = newton.minimise(derivatives, start_PxK, *p.box(), floor, steps=STEPS)
     return held.fill(value_P, theta)[0], value
 
 

@@ -53,12 +53,14 @@ class Held:
 class ErrorBudget:
     """A source is None where nothing is known about it; all are relative to the loss."""
 
-    seed: Source = key("another seed: `relative_sd, basis, runs`")
-    tuning: Source | None = key("a learning rate beside the best one")
-    evaluation: Source | None = key("standard errors of the losses")
-    model: Held | None = key("`bias, rms` of the rollout", default=None)
-    scatter: float | None = key("of the runs about the law", default=None)
-    weights: list[float] | None = key("of the runs: `[smallest, largest]`", default=None)
+    seed: Source = key("error from another seed: `relative_sd, basis, runs`")
+    tuning: Source | None = key("error from a learning rate beside the best one")
+    evaluation: Source | None = key("error from the evaluation: standard errors of the losses")
+    model: Held | None = key("error of the law: `bias, rms` of the rollout", default=None)
+    scatter: float | None = key("scatter of the runs about the law", default=None)
+    weights: list[float] | None = key(
+        "weights of the runs in the fit: `[smallest, largest]`", default=None
+    )
     sd_n: Array = hidden(default=None)  # of each run, all sources together
 
     def run_weights(self, scatter: float) -> Array:

@@ -160,7 +160,7 @@ class Points:
     loss_se: Array  # NaN where not known; errors that are all 0 are not known
     budget: Array
     diagnostics: tuple[Diagnostic, ...] = ()
-    run: NDArray[np.intp] | None = None  # the run of each point, where some are of one run
+    run: NDArray[np.intp] | None = None  # of each point, where some are of one run or trajectory
     lr: Array | None = None  # peak learning rate, NaN where not known
     batch: Array | None = None  # batch size, alike
     stated: bool = False  # the budgets are those that the table states
@@ -344,8 +344,8 @@ def _family(
 ) -> Points:
     measure, diagnostics = _measure(table, columns, choice)
     budget = assign_budgets(arrays["flops"], arrays.get("budget"))
-    run_n = _shared_runs(table, columns)
-    diagnostics += _data_findings(arrays, lost, run_n)
+    run_n, shared = _shared_runs(table, columns)
+    diagnostics += [*_data_findings(arrays, lost), *shared]
     counts = (arrays[name] for name in ("flops", "params", "tokens"))
     diagnostics += mixed_conventions(*counts, table.names)
     columns_n = (arrays[name] for name in ("flops", "params", "tokens", "loss"))
@@ -371,8 +371,10 @@ def _known(values: Array) -> Array | None:
     return None if np.isnan(known).all() else known
 
 
-def _shared_runs(table: Table, columns: Columns) -> NDArray[np.intp] | None:
-    """The run of each row, if some rows are checkpoints of one.
+def _shared_runs(
+    table: Table, columns: Columns
+) -> tuple[NDArray[np.intp] | None, list[Diagnostic]]:
+    """The run of each row, if some rows are checkpoints of one; runs of one trajectory count as one.
 
     A name that comes twice at one step is no name of one run: what was chosen tells those apart.
     """
@@ -384,8 +386,18 @@ def _shared_runs(table: Table, columns: Columns) -> NDArray[np.intp] | None:
         (name, *(text(row, c) for c in (*CHOSEN, columns.params))) if name in several else (name,)
         for name, row in zip(names, table.rows, strict=True)
     ]
-    index = {run: k for k, run in enumerate(sorted(set(runs)))}
-    return np.array([index[run] for run in runs]) if len(index) < len(runs) else None
+    ways = [text(row, "trajectory") for row in table.rows]
+    units = [("", way) if way else run for way, run in zip(ways, runs, strict=True)]
+    index = {unit: k for k, unit in enumerate(sorted(set(units)))}
+    if len(index) == len(units):
+        return None, []
+    count = len(set(runs))
+    if len(index) < count:
+        code, what = "runs_of_one_trajectory", f"{count} runs are of {len(index)} trajectories"
+    else:
+        code, what = "checkpoints_of_one_run", f"{len(units)} points come from {count} runs"
+    found = warn(code, f"{what}, which intervals take as the units")
+    return np.array([index[unit] for unit in units]), [found]
 
 
 def _measure(table: Table, columns: Columns, choice: Choice) -> tuple[Measure, list[Diagnostic]]:
@@ -415,9 +427,7 @@ def _values(table: Table, column: str) -> set[str]:
     return {text(row, column) for row in table.rows}
 
 
-def _data_findings(
-    arrays: dict[str, Array], lost: list[Excluded], run_n: NDArray[np.intp] | None
-) -> list[Diagnostic]:
+def _data_findings(arrays: dict[str, Array], lost: list[Excluded]) -> list[Diagnostic]:
     diagnostics = []
     if lost:
         states = ", ".join(
@@ -441,13 +451,6 @@ def _data_findings(
             warn(
                 "no_seed_repeats",
                 f"no run is repeated with another seed: a noise floor of {SEED:.2%} of the loss is assumed",
-            )
-        )
-    if run_n is not None:
-        diagnostics.append(
-            warn(
-                "checkpoints_of_one_run",
-                f"{len(run_n)} points come from {run_n.max() + 1} runs, which intervals take as the units",
             )
         )
     return diagnostics

@@ -27,7 +27,7 @@ from prime_jax.settings import from_dict
 FIT, POINTS = "fit.json", "points.csv"
 MEASURE = ("given", "tokenizer", "eval_set")
 NUMBERS = ("flops", "params", "tokens", "budget", "loss", "loss_se")
-KEPT = ("run", "seed", "step", "lr", "batch_size", "epochs", "unique_tokens", "data")
+KEPT = ("run", "seed", "trajectory", "step", "lr", "batch_size", "epochs", "unique_tokens", "data")
 
 
 def write(fit: ScalingFit, path: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Approach3:
 
     params: Law | None = key("the law's parameters, `{E, A, B, alpha, beta}`; null if refused")
     a: float | None = key("exponent of N\\*", default=None)
-    objective: float | None = key("at the fit, summed over the runs", default=None)
+    objective: float | None = key("the objective at the fit, summed over the runs", default=None)
     certificate: Certificate | None = key(
         "`converged`, scaled `gradient`, `smallest_eigenvalue` of the Hessian, `starts` and the fraction `agreeing`, `bounds` hit",
         default=None,
@@ -84,13 +84,15 @@ class Approach3:
     intervals: dict[str, list[float]] | None = key(
         "`[low, high]` of each parameter and of a, by bootstrap", default=None
     )
-    profile: dict[str, Ends] | None = key("the same by profile (null: open)", default=None)
+    profile: dict[str, Ends] | None = key(
+        "the same by profile likelihood (null: open on that side)", default=None
+    )
     optima: tuple[Best, ...] = key(
         "at each budget: `flops, params, tokens, loss, intervals, profile, intervals_with_model`",
         default=(),
     )
-    frontier: Frontier | None = key("the same along a curve", default=None)
-    warnings: tuple[Diagnostic, ...] = key("of this approach", default=())
+    frontier: Frontier | None = key("the same along a curve over C", default=None)
+    warnings: tuple[Diagnostic, ...] = key("warnings of this approach", default=())
     problem: Problem | None = hidden(default=None)
     fit: Fit | None = hidden(default=None)
     replicates: Law | None = hidden(default=None)  # one law for each of the bootstrap
@@ -163,19 +165,20 @@ class FamilyFit:
     given: str = key("what the model is given besides the text, if anything")
     runs: int = key("how many runs were fitted")
     budgets: Array = key(
-        "their compute budgets, FLOPs; of runs without gaps between them the smallest, the middle, the largest"
+        "their compute budgets, FLOPs; for runs whose C has no gaps the smallest, the middle and the largest"
     )
-    compute: Compute = key("C = k N^q D of the runs")
+    compute: Compute = key("fit of C = k N^q D to the runs")
     approach3: Approach3
     approach2: Approach2
     approach1: Approach1
     error_budget: ErrorBudget | None
     rollout: Rollout | None
     warnings: tuple[Diagnostic, ...] = key(
-        "all of the family: `{code, message, hint, refusal}`", default=()
+        "all warnings of the family: `{code, message, hint, refusal}`", default=()
     )
     template: dict[str, Any] | None = key(
-        "what runs of a sweep share, for `predict` and `design`; null for a table", default=None
+        "settings that the runs of a sweep share, for `predict` and `design`; null for a table",
+        default=None,
     )
     points: Points = hidden(default=None)
 
@@ -222,12 +225,12 @@ class Origin:
     source: Source = key(
         "name and SHA-256 of the data; `columns` that were read under another name; SHA-256 of `points.csv`, the runs in plain columns"
     )
-    metric: str = key("which loss")
+    metric: str = key("which loss was fitted")
     conventions: Conventions = key("how `flops` and `params` are counted")
     method: Method = key(
         "`objective`, `delta`, `bootstrap` replicates, `seed`, `level`, and `settings`, which repeat the fit to the last bit"
     )
-    versions: dict[str, str] = key("of prime_jax, Python, numpy, scipy")
+    versions: dict[str, str] = key("versions of prime_jax, Python, numpy, scipy")
 
 
 @dataclass(frozen=True)
@@ -239,9 +242,9 @@ class ScalingFit(Origin):
     )
     families: dict[str, FamilyFit]
     excluded: tuple[Excluded, ...] = key(
-        "runs that are no points of the fit: `run, family, status, reason`"
+        "runs that were left out of the fit: `run, family, status, reason`"
     )
-    warnings: tuple[Diagnostic, ...] = key("of the data as a whole")
+    warnings: tuple[Diagnostic, ...] = key("warnings about the data as a whole")
     data: Runs = hidden()
     settings: Settings = hidden()
     table: Table | None = hidden(default=None)  # as it was read

@@ -113,8 +113,8 @@ class ModelError:
     """How wrong predicted losses are, as a fraction of the loss."""
 
     bias: float = key("mean error of held-out runs, predicted over measured less 1")
-    rms: float = key("of those errors")
-    inside: float = key("rms residual of the fitted runs")
+    rms: float = key("root mean square of those errors")
+    inside: float = key("rms residual of the fitted runs themselves")
     per_decade: float = key("what a decade of extrapolation adds, in quadrature to `inside`")
 
     def at(self, decades: ArrayLike) -> Array:
@@ -134,8 +134,8 @@ class Rollout:
     """All steps; numbers are None without one. Every held-out run of every step counts the same."""
 
     bias: float | None = key("mean error of held-out runs: predicted over measured, less 1")
-    rms: float | None = key("of those errors")
-    inside: float | None = key("rms residual of the fitted runs")
+    rms: float | None = key("root mean square of those errors")
+    inside: float | None = key("rms residual of the fitted runs themselves")
     per_decade: float | None = key("what a decade of extrapolation adds in quadrature to `inside`")
     by_distance: tuple[Distance, ...] = key(
         "`from, to` (decades; null: no end), `runs`, `mean`, `rms`"
@@ -265,7 +265,7 @@ class Validation(Rollout):
     kind: str = ""
     runs: tuple[HeldOutRuns, ...] = ()
     # The same field, written here: in fit.json they are among those of the family.
-    warnings: tuple[Diagnostic, ...] = key("of the family", default=())
+    warnings: tuple[Diagnostic, ...] = key("warnings of the family", default=())
 
 
 def validate_family(points: Points, settings: Settings) -> Validation:

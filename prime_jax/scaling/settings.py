@@ -19,20 +19,21 @@ class Choice(Checked):
 
     metric: str = setting(
         DEFAULT_METRIC,
-        "best-valid (exact NLL of arm, sub-token NELBO otherwise) or an estimator of the runs",
+        "loss to fit: best-valid (exact NLL of arm, sub-token NELBO otherwise) or an estimator of the runs",
         metavar="NAME",
     )
-    flops: Literal["matmul", "reference", "network"] | None = setting(None, "how FLOPs are counted")
+    flops: Literal["matmul", "reference", "network"] | None = setting(
+        None, "how FLOPs are counted, see docs/theory.md"
+    )
     params: Literal["total", "nonembedding", "nonembedding_plus_head", "reference"] | None = (
-        setting(None, "which parameters N counts")
+        setting(None, "which parameters N counts, see docs/theory.md")
     )
     allow_mixed_kinds: bool = setting(
-        False, "fit and draw losses of different kinds together; every figure says so"
+        False, "also use losses of different kinds together; every figure is marked"
     )
     columns: str = setting(
         "",
-        "how a table of others calls its columns, with units where these are not one, as in "
-        "loss=val_loss,params=N [M]",
+        "names of columns in the CSV, if they differ, with their units: loss=val_loss,params=N [M]",
         metavar="OURS=THEIRS,...",
     )
     name_pattern: str = setting(
@@ -65,18 +66,22 @@ class Settings(Checked):
 
     replicates: int = setting(
         1000,
-        "bootstrap replicates; intervals of 95 % need some in their tails",
+        "number of bootstrap replicates",
         at_least=100,
         flag="bootstrap",
     )
-    seed: int = setting(0, "of the bootstrap", at_least=0)
-    level: float = setting(0.95, "of every interval", above=0, below=1, flag=False)
-    delta: float = setting(DELTA, "log residual from which Huber is linear", above=0, infinite=True)
-    objective: Objective = setting(
-        "huber", "of approach 3, on log residuals: Huber or least squares"
+    seed: int = setting(0, "seed of the bootstrap", at_least=0)
+    level: float = setting(0.95, "level of every interval", above=0, below=1, flag=False)
+    delta: float = setting(
+        DELTA, "log residual beyond which the Huber loss is linear", above=0, infinite=True
     )
-    approach2: Method = setting("parabola", "the curve through the losses of one budget")
-    law: str = setting(POWERS, "of `laws.LAWS`", flag=False)
+    objective: Objective = setting(
+        "huber", "objective of approach 3 on log residuals: Huber or least squares"
+    )
+    approach2: Method = setting(
+        "parabola", "curve through the losses of one budget, for approach 2"
+    )
+    law: str = setting(POWERS, "name in `laws.LAWS`", flag=False)
 
 
 DEFAULTS = Settings()

@@ -461,6 +461,8 @@ def _prediction(one: Record, unit: str) -> dict[str, str]:
     three, two, debiased = (one[name] for name in ("approach3", "approach2", "debiased"))
     inside = "within the data" if one["in_range"] else "within the budgets, N* outside the sizes"
     where = f"{one['decades']:.2g} decades beyond" if one["decades"] else inside
+    if any(found["code"] == "below_the_data" for found in one["findings"]):
+        where = "below the data"
     error, unique = one["rollout"], one["unique_tokens"]
     return {
         "kind of loss": labels.kind(one["kind"]),
@@ -477,7 +479,9 @@ def _prediction(one: Record, unit: str) -> dict[str, str]:
             f"{error['bias']:+.2%} on average, {error['rms']:.2%} rms" if error else "not known"
         ),
         "D* / unique tokens": (
-            f"{one['epochs']:.3g} ({labels.count(unique)})" if unique else "not known"
+            "not known"
+            if one["epochs"] is None
+            else f"{one['epochs']:.3g} ({labels.count(unique)})"
         ),
     } | _launch(one["launch"])
 

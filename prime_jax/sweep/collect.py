@@ -12,7 +12,8 @@ from prime_jax.sweep.state import Run
 from prime_jax.sweep.status import status_of
 
 # `loss` is best-valid, `loss_se` its Monte-Carlo part (all runs share the evaluation set, so
-# `loss_se_data` does not enter differences), `flops` matmul, `params` nonembedding_plus_head.
+# `loss_se_data` does not enter differences), `flops` matmul, `params` nonembedding_plus_head;
+# `trajectory` names runs whose steps are the same until one of them cools down.
 COLUMNS = [
     "run",
     "family",
@@ -35,6 +36,7 @@ COLUMNS = [
     "given",
     "reason",
     "rules",
+    "trajectory",
     "loss_se_data",
     "flops_matmul",
     "flops_reference",
@@ -115,6 +117,7 @@ def _planned(run: Run) -> dict[str, Any]:
     row |= {"flops": spec["flops"]["matmul"], "params": spec["params"]["nonembedding_plus_head"]}
     row |= {"lr": config["optim"]["peak_lr"], "data": config["data"]["fingerprint"]}
     row |= {"rules": ";".join(f"{kind}={name}" for kind, name in spec["rules"].items())}
+    row |= {"trajectory": spec.get("trajectory", "")}  # not there in older sweeps
     return row | {"epochs": "" if spec["epochs"] is None else spec["epochs"]}
 
 

@@ -40,8 +40,8 @@ class Around(Checked, path="Around"):
     """Sizes in equal ratios from N*/span to N* span around an expected optimum N*."""
 
     span: float = setting(4.0, "ratio of the largest size to the optimum", at_least=1)
-    count: int = setting(5, "sizes", at_least=1)
-    optimum: Rule = setting("chinchilla", "rule that expects the optimum", takes=RULE)
+    count: int = setting(5, "number of sizes", at_least=1)
+    optimum: Rule = setting("chinchilla", "rule for the expected optimum", takes=RULE)
 
     def __call__(self, config: RunConfig, budget: float) -> list[float]:
         center = rules.resolve("optimum", self.optimum)[1](config.family, budget)
@@ -86,7 +86,9 @@ class Sweep(Checked, path="sweep"):
     )
     shape: Rule = setting("aspect", "layers, width and heads of a size", takes=RULE)
     batch: Rule = setting("deepseek", "sequences of a step", takes=RULE)
-    lr: Rule = setting("step-law", "peak learning rate", takes=RULE)
+    lr: Rule = setting(
+        "step-law", "peak learning rate; with optim.transfer of the base shape", takes=RULE
+    )
     warmup: Rule = setting("capped", "steps of warm-up", takes=RULE)
     epochs_limit: float = setting(
         4.0, "runs that repeat the data more often are flagged", above=0, infinite=True
@@ -105,7 +107,9 @@ class Row(Checked):
     heads: int = setting(REQUIRED, "of the model")
     steps: int = setting(REQUIRED, "of the optimizer")
     batch_size: int = setting(REQUIRED, "sequences of a step")
-    peak_lr: float = setting(REQUIRED, "learning rate after warm-up")
+    peak_lr: float = setting(
+        REQUIRED, "learning rate after warm-up; with optim.transfer of the base shape"
+    )
     overrides: dict = setting(dict, "dotted setting -> value")
     rules: dict = setting(dict, "kind -> name of the rule that chose")
     flops: Convention = setting("matmul", "how FLOPs are counted")
@@ -282,7 +286,7 @@ def _row(
         )
     cell = replace(cell, steps=round(cell.tokens / (batch * cell.seq_len)))
     config = set_path(config, "optim.warmup_steps", named["warmup"][1](cell))
-    peak_lr = float(named["lr"][1](cell))
+    peak_lr = float(named["lr"][1](_whose_rate(cell, config)))
     overrides = {k: v for k, v in _changes(config).items() if k not in OWN and k != "family"}
     if label != config.family:
         overrides["family"] = config.family
@@ -310,6 +314,16 @@ def _cell(config: RunConfig, budget: float, convention: Convention) -> rules.Cel
         seq_len=config.data.seq_len,
         warmup_steps=config.optim.warmup_steps,
     )
+
+
+def _whose_rate(cell: rules.Cell, config: RunConfig) -> rules.Cell:
+    """The cell for which a learning rate is asked: of the base shape where rates are transferred."""
+    if config.optim.transfer == "none":
+        return cell
+    base = config.optim.base
+    shape = (base.layers, base.width, base.heads)
+    params = flops.param_counts(rules.with_shape(config, shape))["nonembedding"]
+    return replace(cell, shape=shape, params=params)
 
 
 def _changes(config: RunConfig) -> dict[str, Any]:

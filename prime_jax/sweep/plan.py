@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import flops
-from prime_jax.config import RunConfig, remark, run_id, validate
+from prime_jax.config import RunConfig, constant_steps, remark, run_id, trajectory_id, validate
 from prime_jax.data import codes, manifest
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
@@ -89,9 +89,17 @@ def load_datasets(experiment: Experiment, *, required: bool) -> dict[str, Any]:
 
 
 def write(
-    root: storage.Path, experiment: Experiment, listed: Sequence[Candidate], slice: str = ""
+    root: storage.Path,
+    experiment: Experiment,
+    listed: Sequence[Candidate],
+    slice: str = "",
+    *,
+    share_prefixes: bool = False,
 ) -> int:
     """Create or extend the sweep directory `root`, with runs for `slice` (empty: any machine).
+
+    Args:
+        share_prefixes: the new runs may continue from each other's checkpoints (prefixes.py).
 
     Returns:
         The number of new runs.
@@ -108,20 +116,26 @@ def write(
     folder = root / "state"
     existing = set(storage.names(folder))
     new = [candidate for candidate in good if f"{candidate.id}.spec" not in existing]
+
+    def add(candidate: Candidate) -> bool:
+        what = spec(candidate, slice, share_prefixes=share_prefixes)
+        return state.create(folder / f"{candidate.id}.spec", what)
+
     with ThreadPoolExecutor(WRITERS) as pool:
-        added = sum(pool.map(lambda c: state.create(folder / f"{c.id}.spec", spec(c, slice)), new))
+        added = sum(pool.map(add, new))
     if entry not in plans:
         write_json_atomic(root / "sweep.json", {"schema": state.SCHEMA, "plans": [*plans, entry]})
     return added
 
 
-def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
+def spec(candidate: Candidate, slice: str = "", *, share_prefixes: bool = False) -> dict[str, Any]:
     """The content of `ROOT/state/<id>.spec`: the whole run and its expected FLOPs."""
     row, config = candidate.row, candidate.config
     # A worker may start in another directory.
     config = set_path(config, "data.path", str(Path(config.data.path).absolute()))
     if file := config.subtokens.codes_file:
         config = set_path(config, "subtokens.codes_file", str(Path(file).absolute()))
+    constant = constant_steps(config)
     return {
         "schema": state.SCHEMA,
         "id": candidate.id,
@@ -134,6 +148,8 @@ def spec(candidate: Candidate, slice: str = "") -> dict[str, Any]:
         "flops": {name: flops.train_flops(config, name) for name in flops.CONVENTIONS},
         "params": flops.param_counts(config),
         "rules": dict(row.rules),
+        "trajectory": trajectory_id(config) if constant else "",
+        "branch_point": constant if share_prefixes else 0,
         "config": to_dict(config),
     }
 
@@ -150,7 +166,9 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
             config = _with_fingerprint(config, prepared)
         validate(config)
         if config.initial_weights:
-            raise UserError("initial_weights: a sweep starts from seeds; use train --init-from")
+            raise UserError(
+                "initial_weights: the runs of a sweep start from seeds; use prime-jax train --init-from"
+            )
     except UserError as error:
         return Candidate(row, None, str(error))
     epochs = config.tokens / prepared.train.tokens if prepared is not None else None

@@ -45,6 +45,8 @@ ASPECT = 66.0  # width / layers, the geometric mean over PUBLISHED
 class Cell:
     """What is known about a run when the rules are applied.
 
+    With `optim.transfer` the learning-rate rule gets `shape` and `params` of the base shape.
+
     Attributes:
         family: `arm`, `mdm` or `prime`.
         budget: training FLOPs C, in the sweep's convention.
@@ -78,18 +80,20 @@ def shape_aspect(params: float, config: RunConfig) -> Shape:
     """The shape closest to N and to the aspect ratio of the published grid.
 
     Widths are multiples of 64 (of 16 below 128, for models that train in minutes on a CPU; of 128
-    from 1280 on), with at least two layers. An error of 1 % in N weighs as much as one of 10 % in
-    the aspect ratio.
+    from 1280 on), with at least two layers; heads as in `heads_of`, or of the base shape's size
+    with `optim.transfer`. An error of 1 % in N weighs as much as one of 10 % in the aspect ratio.
 
     Raises:
         UserError: no shape is within 25 % of the target.
     """
     widths = [*range(32, 128, 16), *range(128, 1280, 64), *range(1280, 16384, 128)]
-    shapes = {}
-    for width in widths:
-        layer = flops.layer_params(replace(config.model, width=width, heads=heads_of(width)))
+    base, shapes = config.optim.base, {}
+    size = base.width // base.heads if config.optim.transfer != "none" and base.given else None
+    for width in (width for width in widths if not size or width % size == 0):
+        heads = width // size if size else heads_of(width)
+        layer = flops.layer_params(replace(config.model, width=width, heads=heads))
         layers = max(2, round((params - width) / layer))
-        shapes[layers, width, heads_of(width)] = layers * layer + width
+        shapes[layers, width, heads] = layers * layer + width
 
     def distance(shape: Shape) -> float:
         layers, width, _ = shape

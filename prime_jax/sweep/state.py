@@ -83,6 +83,12 @@ class Run:
         """The slice it was planned for; empty: any."""
         return self.spec.get("slice", "")
 
+    @property
+    def branch_point(self) -> int:
+        """The step at which others may continue from it (prefixes.py); 0: it does not share, as
+        those that an older version planned."""
+        return self.spec.get("branch_point", 0)
+
     def fits(self, slice: str) -> bool:
         """Whether a worker on `slice` may take it; a worker without a slice takes any run."""
         return not slice or self.slice in ("", slice)
@@ -222,7 +228,7 @@ def _understood(file: Path, kind: str, data: bytes) -> Any:
     try:
         value = parse_json(data, file)
         if kind in FORMS and not _has_form(value, FORMS[kind]):
-            raise UserError(f"{file} is not of this version")
+            raise UserError(f"{file} was written by another version")
     except UserError as error:
         if kind == "spec":
             again = "remove it and plan the experiment again, which writes it anew"

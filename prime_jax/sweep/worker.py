@@ -29,6 +29,7 @@ from prime_jax.runtime.records import write_json_atomic
 from prime_jax.runtime.storage import Path
 from prime_jax.settings import from_dict
 from prime_jax.sweep import state, status
+from prime_jax.sweep.prefixes import Ladders
 from prime_jax.sweep.state import Run
 from prime_jax.sweep.status import SILENT, WorkerProgress
 
@@ -55,6 +56,8 @@ class Trainer(Protocol):
         run_dir: Path,
         *,
         earlier: Sequence[Path],
+        donors: Sequence[Sequence[Path]],
+        pinned: int,
         heartbeat: Callable[[dict[str, Any]], bool],
         log: Callable[[str], None],
     ) -> dict[str, Any]: ...
@@ -142,8 +145,11 @@ class GroupOutOfSync(Exception):
     """The processes of a group no longer run the same attempt: all must be restarted."""
 
 
-def run_attempt(worker: Worker, run: Run, k: int, earlier: Sequence[int]) -> dict[str, Any] | None:
-    """Train attempt k of a run, which this worker has claimed.
+def run_attempt(worker: Worker, run: Run, order: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Train an attempt at a run, which this worker has claimed.
+
+    Args:
+        order: of `Leader.order`.
 
     Returns:
         The result, or None if the attempt ended without one; its end is then recorded.
@@ -152,11 +158,15 @@ def run_attempt(worker: Worker, run: Run, k: int, earlier: Sequence[int]) -> dic
         GroupOutOfSync: after a failure not every process of the group arrived in time.
         NoData: the data of the run is not on this machine; the run stays open.
     """
-    folder = worker.root / "runs" / run.id
-    storage.make_folder(folder / str(k))
-    log_file = Log(folder / str(k) / f"log.{worker.process}.txt")
+    runs, k = worker.root / "runs", order["k"]
+    storage.make_folder(runs / run.id / str(k))
+    log_file = Log(runs / run.id / str(k) / f"log.{worker.process}.txt")
     try:
-        return _Attempt(worker, run, k, log_file).train([folder / str(j) for j in earlier])
+        return _Attempt(worker, run, k, log_file).train(
+            earlier=[runs / run.id / str(j) for j in order["earlier"]],
+            donors=[[runs / other / str(j) for j in ks] for other, ks in order["donors"]],
+            pinned=order["pinned"],
+        )
     finally:
         with contextlib.suppress(UserError):
             log_file.close()
@@ -172,16 +182,16 @@ class _Attempt:
         self.heartbeat = Heartbeat(worker.root, run.id, k, worker.heartbeat_seconds, before)
         self.saves = 0.0
 
-    def train(self, earlier: Sequence[Path]) -> dict[str, Any] | None:
+    def train(self, **others: Any) -> dict[str, Any] | None:
+        """Args: others: what the trainer is told of other attempts and runs."""
         worker, trainer, fenced = self.worker, self.worker.trainer, self.heartbeat.fenced
         self.log(f"attempt {self.k} of run {self.run.id} on {state.identity()['host']}")
         worker.progress.run(self.mine, {})
         try:
             with self.heartbeat if worker.is_leader else contextlib.nullcontext():
                 config = from_dict(RunConfig, self.run.spec["config"])
-                result = trainer.train(
-                    config, self.folder, earlier=earlier, heartbeat=self.on_heartbeat, log=self.log
-                )
+                told = {"heartbeat": self.on_heartbeat, "log": self.log}
+                result = trainer.train(config, self.folder, **others, **told)
         except (trainer.Preempted, trainer.Stopped, KeyboardInterrupt) as error:
             worker.spent.append(getattr(error, "seconds", {}))
             if fenced.is_set():
@@ -332,7 +342,7 @@ def work(
                     stopping.wait(POLL_REMOTE if storage.is_remote(root) else POLL)
                     continue
                 run = leader.chosen if is_leader else state.read_run(root, order["run"])
-                leader.note(run_attempt(worker, run, order["k"], order["earlier"]))
+                leader.note(run_attempt(worker, run, order))
             if is_leader:
                 leader.log_step_fraction()
             return order["leave"]
@@ -378,6 +388,7 @@ class Leader:
     began: float = field(default_factory=time.monotonic)
     results: list[dict[str, Any]] = field(default_factory=list)
     last: str = ""  # compiled shape of the last run
+    waiting: set[str] = field(default_factory=set)  # runs that are known to wait
 
     def order(self) -> dict[str, Any]:
         """What every process does next: run an attempt, wait ({}), or end with an exit code."""
@@ -397,11 +408,14 @@ class Leader:
             self.worker.progress.log("the time limit is near: no other run is started", "yellow")
             return {"leave": PREEMPTED}
         ready = with_data(ready, getattr(self.worker.trainer, "check_data", None))
-        for run in sorted(ready, key=self._rank, reverse=True):
+        ladders = Ladders(root, runs)
+        for run in sorted(self._due(ready, ladders), key=self._rank, reverse=True):
             k = run.k + 1
             if state.claim(root, run.id, k, log=self.worker.progress.log):
                 self.chosen, self.last = run, _compiled_shape(run)
-                return {"run": run.id, "k": k, "earlier": [a.k for a in reversed(run.attempts)]}
+                earlier = [a.k for a in reversed(run.attempts)]
+                shared = {"donors": ladders.donors(run), "pinned": ladders.pinned(run)}
+                return {"run": run.id, "k": k, "earlier": earlier, **shared}
         if ready or worth_waiting(runs, self.backoff):
             return {}
         return {"leave": FAILED if any(run.state == "failed" for run in runs) else DONE}
@@ -411,8 +425,26 @@ class Leader:
         fits = bool(self.last) and _compiled_shape(run) == self.last
         return fits, run.spec["flops"]["matmul"]
 
+    def _due(self, ready: Sequence[Run], ladders: Ladders) -> list[Run]:
+        """Those that need not wait for a run of their ladder; if all wait, says so once."""
+        ids, log = {run.id for run in ready}, self.worker.progress.log
+        look = lambda: [ladders.waits_for(run, ids, self.backoff) for run in ready]  # noqa: E731
+        lower = storage.retry(look, log)
+        due = [run for run, first in zip(ready, lower, strict=True) if first is None]
+        for run, first in zip(ready, lower, strict=True) if not due else ():
+            if run.id not in self.waiting:
+                self.waiting.add(run.id)
+                log(f"{run.id} waits for step {first.branch_point} of run {first.id}")
+        return due
+
     def note(self, result: dict[str, Any] | None) -> None:
-        self.results += [result] if result else []
+        if result is None:
+            return
+        self.results.append(result)
+        if self.chosen and self.chosen.branch_point:
+            with contextlib.suppress(UserError):  # checkpoints that stay cost space only
+                runs = state.list_runs(self.worker.root, self.watch)
+                Ladders(self.worker.root, runs).release(self.chosen)
 
     def log_step_fraction(self) -> None:
         self.worker.progress.log(step_fraction(self.worker.spent, time.monotonic() - self.began))
