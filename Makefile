@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Data, 48 trainings, fit and report; resumes where it was interrupted.
 quickstart: install
 	$(BIN)/prime-jax data prepare pysource --tokenizer bytes --seq-len 64 --out data/quickstart
-	$(BIN)/prime-jax sweep plan experiments/quickstart.py $(RUN)
+	$(BIN)/prime-jax sweep plan preset:quickstart $(RUN)
 	$(BIN)/prime-jax sweep run $(RUN) --workers 2
 	$(BIN)/prime-jax sweep collect $(RUN) -o $(RUN)/runs.csv
 	$(BIN)/prime-jax fit $(RUN) || test $$? -eq 3  # 3: fitted, and some answers refused with a reason

@@ -10,7 +10,7 @@ What differs from the published points:
   middle of a schedule made for another length. Here every cell trains to its own budget with its
   own cosine; warm-up is 1000 steps, but at most a tenth of the run.
 * Prime trains on the marginal loss with carry-over and reports a bound. The published recipe (joint
-  loss, dropout 0.1, tied ARM head) is experiments/reference.py.
+  loss, dropout 0.1, tied ARM head) is preset:reference.
 * The shuffle is ours (by seed), not the published permutation.
 
 Data (C4 `en` in its json.gz files; the longest run, 252M at 3e20, reads 2.0e11 tokens, which may
@@ -67,7 +67,7 @@ verified):
 Our converged fits of the published points (tests/oracles/mdm_prime_v2_isoflop.json) give N*(C) the
 exponents ARM .524, MDM .496, Prime .501 (of its train_loss), each about +-.08.
 
-    prime-jax sweep plan experiments/c4_grid.py
+    prime-jax sweep plan preset:c4_grid
 """
 
 from prime_jax.config import (

@@ -2,7 +2,7 @@
 
 Source: MDLM (arXiv 2406.07524, suppl. D.2 and D.4): 12 layers, width 768, 12 heads, blocks of 128,
 batch 512, 1M steps, AdamW 3e-4 constant after 2500 warm-up steps, betas .9/.999, no weight decay,
-clip 1, EMA .9999, dropout 0.1 (here 0). SwiGLU at 3 x width, as in experiments/owt_92m.py.
+clip 1, EMA .9999, dropout 0.1 (here 0). SwiGLU at 3 x width, as in preset:owt_92m.
 
 Tokens: 1M steps x 512 x 128 = 6.55e10. MDLM counts only the masked half and calls it 33B; its ARM
 had 0.5M steps. Here every family sees the same D.
@@ -37,7 +37,7 @@ On the concatenated stream, as here, they are higher; BD3-LM (arXiv 2503.09573, 
     MDLM, 65B tokens   perplexity 31.78 = 3.459 nats   nelbo
 No MDM-Prime number on LM1B is known to us.
 
-    prime-jax sweep plan experiments/lm1b.py
+    prime-jax sweep plan preset:lm1b
 """
 
 from prime_jax import flops

@@ -47,10 +47,10 @@ errors; chen-hao-chao/mdm-prime, text/README.md):
     l = 8    perplexity 48.85 = 3.889 nats   nelbo
     l = 16   perplexity 51.22 = 3.936 nats   nelbo
 Those networks were trained on the joint loss. Whether training on the marginal loss closes the gap
-to MDLM is the question of this sweep; `as_published` of experiments/reference.py restores the joint
+to MDLM is the question of this sweep; `as_published` of preset:reference restores the joint
 loss.
 
-    prime-jax sweep plan experiments/owt_92m.py
+    prime-jax sweep plan preset:owt_92m
 """
 
 from prime_jax import flops

@@ -13,10 +13,10 @@ never call it a likelihood, a perplexity or bits. The evaluation of the same run
 valid bounds (`subtoken` and `token`, kind `nelbo`); compare those with other families. The
 published perplexities of Prime rest on the joint loss and were retracted by the authors.
 
-Still different from the published points: one schedule per cell (experiments/c4_grid.py), our own
+Still different from the published points: one schedule per cell (preset:c4_grid), our own
 shuffle, and times stratified over the global batch instead of each micro-batch.
 
-Arithmetic, cost and data: experiments/c4_grid.py; N, D and C `reference` are the same. C matmul is
+Arithmetic, cost and data: preset:c4_grid; N, D and C `reference` are the same. C matmul is
 less by the marginal columns of Prime, which the joint loss does not need:
     | cells | runs |       D | C reference | C matmul | v5e hours | H100 hours |
     | all   |  195 | 5.05e12 |     1.27e22 |  2.13e22 |    74,917 |     14,923 |
@@ -26,10 +26,10 @@ less by the marginal columns of Prime, which the joint loss does not need:
 
 Published result: 2.076 nats per token at 3e20 and 571M is a train_loss.
 
-    prime-jax sweep plan experiments/reference.py
+    prime-jax sweep plan preset:reference
 
 In an experiment of your own:
-    as_published = runpy.run_path("experiments/reference.py")["as_published"]
+    as_published = runpy.run_path(experiment.located("preset:reference"))["as_published"]
 """
 
 from dataclasses import replace

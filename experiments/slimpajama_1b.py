@@ -36,8 +36,8 @@ Published results that stand: zero-shot accuracy, mean of eight tasks (cfg, temp
 tuned per task): MDM-Prime-v2 49.42, SMDM 44.88, TinyLLaMA 45.07. No likelihood of these weights is
 published: their loss is joint, a train_loss.
 
-    prime-jax sweep plan experiments/slimpajama_1b.py
-    prime-jax train experiments/slimpajama_1b.py           # the Prime run alone
+    prime-jax sweep plan preset:slimpajama_1b
+    prime-jax train preset:slimpajama_1b           # the Prime run alone
 """
 
 from dataclasses import replace

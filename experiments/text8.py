@@ -4,7 +4,7 @@ Source: the recipe of MD4 (arXiv 2406.04329) and its configuration for text8: 12
 12 heads, blocks of 256, batch 512, 1M steps, AdamW 5e-4 cosine after 2000 warm-up steps, b2 .999,
 weight decay .03, no clipping, EMA .9999, dropout .05. We decay to a tenth and clip at 1, and
 leave dropout at 0.05 because these runs repeat the text 1456 times. 27 = 3^3, so that l = 3 uses
-every code; l = 5 leaves 5 of 32 unused. SwiGLU at 3 x width, as in experiments/owt_92m.py.
+every code; l = 5 leaves 5 of 32 unused. SwiGLU at 3 x width, as in preset:owt_92m.
 
 Bits per character: a token is one character and one byte, so bits = nats / ln 2, and the
 `bits_per_byte` of a result is the usual number. The source has no documents: no EOS, `chars:27`.
@@ -30,7 +30,7 @@ Published results that stand (test split; a run here reports the validation spli
     MD4             1.37 bits = 0.950 nats   nelbo
 No MDM-Prime number on text8 is known to us.
 
-    prime-jax sweep plan experiments/text8.py
+    prime-jax sweep plan preset:text8
 """
 
 from prime_jax import flops

@@ -1,4 +1,7 @@
-"""Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many."""
+"""Experiments are Python files: `config() -> RunConfig` for one run, `sweep() -> Sweep` for many.
+
+Those that travel with the package have names of their own: `preset:c4_grid`.
+"""
 
 import dataclasses
 import re
@@ -9,11 +12,34 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prime_jax import config as configs
+from prime_jax import shipped
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
 from prime_jax.settings import nearest
 
 T = TypeVar("T")
+EXPERIMENT = re.compile(r"^def (config|sweep)\(", re.MULTILINE)
+
+
+def presets() -> dict[str, Path]:
+    """The experiments that travel with the package, by name."""
+    files = sorted(shipped.folder("experiments").glob("*.py"))
+    return {path.stem: path for path in files if EXPERIMENT.search(path.read_text())}
+
+
+def located(path: str | Path) -> Path:
+    """The file of an EXPERIMENT, which `preset:NAME` names, too.
+
+    Raises:
+        UserError: no such preset; says the nearest.
+    """
+    kind, colon, name = str(path).partition(":")
+    if kind != "preset" or not colon:
+        return Path(path)
+    known = presets()
+    if name not in known:
+        raise UserError(f"{path}: no such preset{nearest(name, known)}")
+    return known[name]
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -28,7 +54,7 @@ def call(path: str | Path, function: str, returns: type[T]) -> T:
         UserError: no such file, a syntax error or an exception (each with its line), no such
             function, or a result of another type.
     """
-    path = Path(path)
+    path = located(path)
     if not path.exists():
         raise UserError(f"{path}: no such experiment file")
     if path.is_dir() or path.suffix.lower() != ".py":

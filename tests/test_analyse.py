@@ -166,6 +166,20 @@ def test_an_analysis_writes_numbers_and_figures_of_several_runs(name, tiny_run, 
     assert len({row["run"] for row in rows}) == len(record["runs"]) == 2
 
 
+@pytest.mark.parametrize("file", ["spectra.csv", "spectra-by-layer.svg"])
+def test_an_analysis_replaces_its_own_files_only(file, tiny_run, tmp_path, monkeypatch, capsys):
+    words = ["analyse", "spectra", str(tiny_run), "--out", str(tmp_path)]
+    (tmp_path / file).write_text("of the user")
+    with monkeypatch.context() as patch:
+        patch.delattr(spectra, "measure")  # refused before the work
+        assert cli.main(words) == 2
+    assert f"{file} was not made by prime-jax" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert cli.main([*words, "--force"]) == 0
+    assert (tmp_path / file).read_text() != "of the user"
+    assert cli.main(words) == 0
+
+
 def test_a_dataset_that_is_none_is_one_line(tiny_run, tmp_path, capsys):
     assert cli.main(["analyse", "noise", str(tiny_run), "--data", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

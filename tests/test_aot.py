@@ -373,7 +373,7 @@ def test_without_the_compiler_the_way_to_get_it_is_named(monkeypatch):
 def test_a_plan_for_a_slice_says_hours_and_price(capsys):
     from prime_jax import cli
 
-    asked = ["sweep", "plan", "experiments/text8.py", "--slice", "v5litepod-8"]
+    asked = ["sweep", "plan", "preset:text8", "--slice", "v5litepod-8"]
     assert cli.main([*asked, "--prices", "docs/prices.toml"]) == 0
     said = capsys.readouterr().out
     assert "chip-hours" in said
@@ -393,5 +393,5 @@ def test_a_plan_for_a_slice_says_hours_and_price(capsys):
 def test_options_that_do_not_go_together(capsys, options, message):
     from prime_jax import cli
 
-    assert cli.main(["train", "experiments/quickstart.py", *options]) == 2
+    assert cli.main(["train", "preset:quickstart", *options]) == 2
     assert message in capsys.readouterr().err

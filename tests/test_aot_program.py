@@ -119,7 +119,7 @@ LOWERED = [
 
 def largest_run(preset: str, family: str) -> RunConfig:
     """Of a preset, its parameters shared by 256 devices with a sequence or more each."""
-    sweep = call(f"experiments/{preset}.py", "sweep", Sweep)
+    sweep = call(f"preset:{preset}", "sweep", Sweep)
     runs = [grid.to_config(r) for r in grid.rows(sweep) if r.family.startswith(family)]
     run = max(runs, key=lambda c: c.model.layers * c.model.width**2)
     mesh = dataclasses.replace(run.mesh, accumulate=1, data=256)
@@ -149,7 +149,7 @@ def test_the_real_step_lowers_for_256_devices(preset, family):
     assert head not in summed
 
 
-SMALL = RunConfig(  # the size of experiments/quickstart.py
+SMALL = RunConfig(  # the size of preset:quickstart
     family="prime",
     batch_size=32,
     model=ModelConfig(vocab_size=256, layers=4, width=128, heads=2, dtype="bfloat16"),

@@ -359,5 +359,5 @@ def test_the_reference_is_that_of_the_declarations(monkeypatch):
 
 
 def test_the_nearest_of_a_mistyped_option_may_be_a_setting(capsys):
-    assert cli.main(["train", "experiments/quickstart.py", "--stepz", "3"]) == 2
+    assert cli.main(["train", "preset:quickstart", "--stepz", "3"]) == 2
     assert "no such option --stepz; did you mean --steps?" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import io
 import json
 
 import fake_trainer
@@ -187,14 +188,28 @@ def test_a_damaged_record_is_named_and_the_rest_goes_on(kind, text, tmp_path, ca
         assert str(tmp_path / "state" / name) in rows[bad]["reason"]
 
 
-def test_a_damaged_spec_says_how_the_sweep_goes_on(tmp_path, capsys):
-    bad, *_ = fake_trainer.planned(tmp_path)
+@pytest.mark.parametrize("text", ['{"conf', "{}", '{"config": {"seed": "0"}}', "[" * 9999])
+def test_a_damaged_spec_is_named_and_the_other_runs_go_on(text, tmp_path, capsys):
+    bad, *rest = fake_trainer.planned(tmp_path)
     spec = tmp_path / "state" / f"{bad}.spec"
-    spec.write_text('{"conf')
-    assert cli.main(["sweep", "status", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(spec) in line
-    assert "remove it and plan the experiment again" in line
+    spec.write_text(text)
+
+    def told(*words):
+        assert cli.main(["sweep", words[0], str(tmp_path), *words[1:]]) == 0
+        out, err = capsys.readouterr()
+        (line,) = (line for line in err.splitlines() if str(spec) in line)
+        assert "remove it and plan the experiment again" in line
+        return out
+
+    assert told("status").startswith("7 runs: ")
+    assert {run["run"] for run in json.loads(told("status", "--json"))} == set(rest)
+    told("kill", rest[0])
+    told("retry", rest[0])
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(told("collect", "-o", "-")))}
+    assert rows.keys() == {bad, *rest}
+    assert rows[bad]["status"] == "damaged"
+    assert str(spec) in rows[bad]["reason"]
     spec.unlink()
     assert fake_trainer.planned(tmp_path)[0] == bad
     assert cli.main(["sweep", "status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("8 runs: ")

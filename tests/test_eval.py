@@ -316,7 +316,7 @@ BAD = [
     (["--estimators", "chain:up"], "ORDER"),
     (["--estimators", "chain:l2r:4"], "chain:ORDER (one token per network call)"),
     (["--data", "text:nowhere/*"], "no file matches"),
-    (["--data", "nowhere"], "no dataset"),
+    (["--data", "nowhere"], "no such file, and no dataset"),
     (["--stride", "12", "--context", "8"], "at most 16"),
     (["--devices", "99"], "devices 99"),
     (["--replicates", "1"], "at least 2"),

@@ -15,6 +15,7 @@ import pytest
 from prime_jax import cli, experiment, flops
 from prime_jax.cli.sweep import plan_table
 from prime_jax.config import FAMILIES, OptimConfig, RunConfig, SubtokenConfig, run_id, validate
+from prime_jax.errors import UserError
 from prime_jax.hardware import chips
 from prime_jax.runtime import meshes
 from prime_jax.sweep import grid, plan
@@ -22,7 +23,7 @@ from prime_jax.sweep.grid import Sweep
 
 ROOT = Path(__file__).parents[1]
 FILES = {
-    name: ROOT / "experiments" / f"{name}.py"
+    name: experiment.located(f"preset:{name}")
     for name in ("c4_grid", "reference", "owt_92m", "text8", "lm1b", "slimpajama_1b")
 }
 LABELS = (14, 25, 36, 49, 64, 79, 106, 154, 201, 252, 315, 354, 413, 571, 771, 1107, 1529)
@@ -30,6 +31,12 @@ LABELS = (*LABELS, 2359, 3426)  # theory.md, "The published grid"
 RETRACTED = re.compile(r"\b(?:7\.77|15\.36|13\.41|21\.8x)")
 
 all_presets = pytest.mark.parametrize("name", FILES)
+
+
+def test_the_package_names_its_presets():
+    assert set(FILES) < set(experiment.presets())
+    with pytest.raises(UserError, match=r"preset:c4grid: no such preset; did you mean c4_grid"):
+        experiment.load_config("preset:c4grid")
 
 
 @cache
@@ -178,7 +185,7 @@ def test_the_preparation_of_the_docstring_fits_the_runs(name):
     text = docstring(name).replace("\\\n", " ")
     commands = [line.strip() for line in text.splitlines() if "data prepare" in line]
     if name == "reference":
-        assert "experiments/c4_grid.py" in text
+        assert "preset:c4_grid" in text
         return
     (command,) = commands
     _, args = cli.parsed(shlex.split(command)[1:])

@@ -4,7 +4,10 @@ import dataclasses
 import json
 import os
 import re
+import sys
+import tomllib
 import types
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ pytest.importorskip("lm_eval")
 
 import jax
 
-from prime_jax import cli
+from prime_jax import cli, lm_eval
 from prime_jax.cli.evaluate import tasks_table
 from prime_jax.config import DataConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.data import manifest
@@ -323,8 +326,9 @@ def test_bad_input_is_one_line(tiny_run, records, tmp_path, words, said, capsys)
     assert len(error.splitlines()) == 1
 
 
-def test_include_path_adds_tasks(scorer, records, tmp_path, monkeypatch):
-    """Beside the local ones, without an index of the harness's thousands."""
+@pytest.fixture
+def own_task(records, tmp_path, monkeypatch):
+    """The folder of a task `own`; the harness makes no index of its thousands."""
     import lm_eval.tasks
 
     (tmp_path / "own.yaml").write_text(
@@ -337,12 +341,93 @@ def test_include_path_adds_tasks(scorer, records, tmp_path, monkeypatch):
     monkeypatch.setattr(
         lm_eval.tasks, "TaskManager", lambda **kw: manager(**kw | {"include_defaults": False})
     )
+    return tmp_path
+
+
+def test_include_path_adds_tasks(scorer, records, own_task, tmp_path):
     call = tasks.Call("own,boolq", records, tmp_path, limit=1)
     assert tasks.output_types(call) == {"loglikelihood", "multiple_choice"}
     record = tasks.evaluate(scorer, call, Settings(mc_num=2), lambda *a: None)
     assert record["results"]["own"]["acc"][0] == 0.0
     with pytest.raises(UserError, match="no such task; did you mean own"):
         tasks.load(dataclasses.replace(call, names="owm"))
+
+
+# --- the harness's own command
+
+
+def their_command(monkeypatch, *words):
+    """The exit code of `python -m prime_jax.lm_eval WORDS`, in this process."""
+    monkeypatch.setattr("sys.argv", ["lm-eval", *map(str, words)])
+    return lm_eval.main()
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    """The harness's registry as its own process finds it: nobody has imported our adapter."""
+    import lm_eval.models  # noqa: F401
+    from lm_eval.api.registry import model_registry
+
+    known = {name: what for name, what in model_registry.items() if name != "prime_jax"}
+    monkeypatch.setattr(model_registry, "_objs", known)
+    return model_registry
+
+
+def test_their_command_gives_our_number(
+    run, scorer, own_task, unregistered, tmp_path, monkeypatch, capsys
+):
+    """Their main, their arguments, their report, torch absent: the log-likelihood is the adapter's."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(trained, "load", lambda path: {"RUN": run}[path])
+    out = tmp_path / "out"
+    words = ["run", "--model", "prime_jax", "--model_args", "run=RUN,nll_type=chain_rule"]
+    words += ["--tasks", "own", "--include_path", own_task, "--limit", 1, "--batch_size", "auto"]
+    assert their_command(monkeypatch, *words, "--log_samples", "--output_path", out) == 0
+    assert "|own" in capsys.readouterr().out
+    (samples,) = out.rglob("samples_own*.jsonl")
+    ((found, greedy),) = json.loads(samples.read_text().splitlines()[0])["filtered_resps"]
+    ours = PrimeJax(scorer=scorer, nll_type="chain_rule")
+    ((want, _),) = ours.loglikelihood(requests(("is ice cold?", " yes")))
+    assert float(found) == pytest.approx(want, rel=1e-5)
+    assert greedy in ("False", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("run=nowhere", "nowhere"),
+        ("mc_num=4", "run=RUN"),
+        ("run=RUN,mcnum=4", "did you mean mc_num"),
+        ("run=RUN,mc_num=x", "an integer"),
+        ("run=RUN,nll_type=q", "unknown"),
+    ],
+)
+def test_wrong_model_args_of_their_command_are_one_line(
+    given, said, own_task, unregistered, monkeypatch, capsys
+):
+    words = ["--model", "prime_jax", "--tasks", "own", "--include_path", own_task]
+    assert their_command(monkeypatch, "run", *words, "--model_args", given) == 2
+    ours = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prime-jax:")]
+    assert len(ours) == 1
+    assert said in ours[0]
+
+
+def test_the_entry_point_is_the_model(unregistered):
+    """As declared, and as a harness that discovers plugins would register and load it."""
+    declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    (item,) = declared["project"]["entry-points"]["lm_eval.models"].items()
+    point = metadata.EntryPoint(*item, "lm_eval.models")
+    assert point.load() is PrimeJax
+    unregistered.register(point.name, target=point)
+    assert unregistered.get("prime_jax") is PrimeJax
+
+
+def test_the_installed_package_has_the_entry_point():
+    found = metadata.entry_points(group="lm_eval.models", name="prime_jax")
+    if not found:
+        pytest.skip("prime_jax was installed before it had the entry point; make install renews it")
+    (point,) = found
+    assert point.load() is PrimeJax
 
 
 @pytest.mark.slow

@@ -69,12 +69,6 @@ def test_a_missing_library_is_one_line_with_the_command(root, capsys, monkeypatc
     assert "pip install 'prime_jax[slurm]'" in refused(capsys, "render", root, "--on", "slurm")
 
 
-def test_a_wheel_says_that_it_needs_a_checkout(root, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "REPO", tmp_path)
-    with pytest.raises(engine.UserError, match="need a checkout"):
-        engine.template("jobset.yaml")
-
-
 def test_render_prints_or_writes(root, capsys, tmp_path):
     pytest.importorskip("submitit", reason="pip install 'prime_jax[slurm]'")
     words = ["sweep", "render", root, "--on", "slurm", "--slice", "h100-8"]

@@ -283,11 +283,13 @@ def test_words_of_users_stay_the_same_words(text, sweep, tmp_path):
 
 
 def test_slurm_flags_without_a_value_and_lines_of_shell(sweep, tmp_path):
-    options = slurm.Options(sbatch=("requeue", "mail-type=END"), setup=("export A=$HOME",))
+    flags = ("requeue", "mail-type=END", "--exclusive")
+    options = slurm.Options(sbatch=flags, setup=("export A=$HOME",))
     here = replace(sweep, root=str(tmp_path / "a sweep"), only=slices.parse("h100-8"))
     (text,) = slurm.render(here, options).values()
     assert "\n#SBATCH --requeue\n" in text
     assert "\n#SBATCH --mail-type=END\n" in text
+    assert "\n#SBATCH --exclusive\n" in text
     assert "\nexport A=$HOME\n" in text
     assert "'" + str(tmp_path / "a sweep") + "'" in text
     with pytest.raises(UserError, match="pattern"):

@@ -184,7 +184,7 @@ def vm(tmp_path):
 
 def test_scripts_pass_shellcheck(vm):
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent) or "shellcheck"
-    scripts = [*LAUNCH.glob("*.sh"), vm.path / "startup.sh"]
+    scripts = [*engine.TEMPLATES.glob("*.sh"), vm.path / "startup.sh"]
     done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

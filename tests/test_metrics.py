@@ -152,6 +152,17 @@ def test_a_service_that_fails_takes_no_run_with_it(tmp_path, monkeypatch, where)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
 
+def test_a_service_without_axes_and_words_gets_the_numbers(tmp_path, monkeypatch):
+    rows = []
+    plain = types.SimpleNamespace(log=rows.append, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: plain))
+    log = MetricsLog(RunConfig(log=LogConfig(wandb="p")), tmp_path, "run", 0)
+    loss = {"estimator": "subtoken", "kind": "nelbo", "value": 2.0, "se_mc": None, "se_data": None}
+    log.write({"step": 5, "eval": [loss]})
+    log.close()
+    assert rows == [{"step": 5, "eval/subtoken": 2.0}]
+
+
 @pytest.mark.parametrize(
     ("module", "config"),
     [("tensorboardX", LogConfig(tensorboard=True)), ("wandb", LogConfig(wandb="p"))],

@@ -164,8 +164,7 @@ def test_run_ids():
 @pytest.mark.parametrize("name", cases.PRESETS)
 def test_plans_of_the_experiments(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no data is prepared here
-    path = Path(__file__).parents[1] / "experiments" / f"{name}.py"
-    check(f"plan {name}", reading.plan(prime_jax("sweep", "plan", path)))
+    check(f"plan {name}", reading.plan(prime_jax("sweep", "plan", f"preset:{name}")))
 
 
 # --- scaling laws

@@ -31,7 +31,6 @@ def home(tmp_path_factory) -> Path:
     """Where `make quickstart` has run, with the environment of the tests."""
     home = tmp_path_factory.mktemp("newcomer")
     shutil.copy(ROOT / "Makefile", home)
-    shutil.copytree(ROOT / "experiments", home / "experiments")
     said = run("make", "-o", "install", "quickstart", f"BIN={BIN}", cwd=home)
     assert "report.html" in said
     return home

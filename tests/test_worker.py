@@ -215,6 +215,16 @@ def test_a_diverged_run_is_a_result(root):
     assert [r.result["status"] for r in state.list_runs(root) if r.result] == ["diverged"]
 
 
+def test_a_damaged_spec_stops_no_other_run(root, progress):
+    bad = root / "state" / f"{keep_one(root)}.spec"
+    state.retry(root, state.list_runs(root)[-1])
+    bad.write_text("{")
+    assert work(root, Trainer(), progress=progress) == 1
+    (done,) = (run for run in state.list_runs(root) if run.result)
+    assert done.state == "done"
+    assert len([line for line in progress.lines if str(bad) in line]) == 1
+
+
 def test_other_versions_and_unwritable_places_are_refused(root, monkeypatch):
     def read_only(*_):
         raise OSError(30, "Read-only file system")

@@ -16,6 +16,7 @@ HELP = ("-h", "--help")
 ABOUT = "Scale masked diffusion language models over sub-tokens, with valid numbers."
 # Name -> the function that runs it, in the order of work, and its line in the list.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("init:init", "write a small starter, and list the presets"),
     "doctor": ("doctor:doctor", "what this machine has, what is missing and how to get it"),
     "data prepare": ("data:prepare", "tokenise a source into blocks, in parallel, resumable"),
     "data inspect": ("data:inspect", "what a prepared dataset holds"),
@@ -158,5 +159,5 @@ def _overview(about: str, commands: Mapping[str, tuple[str, str]]) -> str:
     width = max(map(len, commands))
     lines = [f"  {name:{width}}  {line}" for name, (_, line) in commands.items()]
     head = [f"usage: {PROG} COMMAND [arguments]", "", about, "", "commands:"]
-    tail = ["", f"{PROG} COMMAND --help says more. Start with: make quickstart", ""]
+    tail = ["", f"{PROG} COMMAND --help says more. Start with: {PROG} init DIR", ""]
     return "\n".join([*head, *lines, *tail])

@@ -1,7 +1,7 @@
 """`prime-jax analyse`: spectra, attention, noise, bits."""
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +94,7 @@ class Bits(OnText):
 def spectra(args: Spectra) -> None:
     from prime_jax.analyse import figures, spectra
 
-    found, out = _open(args, "spectra")
+    found, out = _open(args, "spectra", "spectra", "spectra-by-layer")
     with _progress(0) as tick:
         rows, values = spectra.measure(found, tick)
     names = [subject.name for subject in found]
@@ -117,7 +117,8 @@ def attention(args: Attention) -> None:
 
     from prime_jax.analyse import attention, figures
 
-    found, out = _open(args, "attention")
+    maps_of = [f"attention-maps-{k}" for k in range(len(args.runs))]
+    found, out = _open(args, "attention", "attention", *maps_of, arrays=True)
     rows, maps, abouts = [], {}, []
     with _progress(len(found) * len(args.ratios) * args.examples) as tick:
         for subject in found:
@@ -126,12 +127,12 @@ def attention(args: Attention) -> None:
     drawn = {}
     with figures.styled():
         drawn["attention"] = figures.attention(rows, abouts)
-        for k, subject in enumerate(found):
+        for figure, subject in zip(maps_of, found, strict=True):
             ratios = sorted({row["hidden"] for row in rows if row["run"] == subject.name})
             ratio = ratios[len(ratios) // 2]
             length = subject.run.config.data.seq_len
             shown = maps[f"{subject.name}/{ratio:g}"]
-            drawn[f"attention-maps-{k}"] = figures.maps(subject.name, ratio, shown, length)
+            drawn[figure] = figures.maps(subject.name, ratio, shown, length)
     about = {"method": attention.__doc__, "band": attention.BAND, "measured": abouts}
     _write(args, out, name="attention", found=found, rows=rows, about=about, drawn=drawn, maps=maps)
     _show(rows, ["run", "hidden"], list(attention.STATISTICS), "medians over layers and heads")
@@ -140,7 +141,7 @@ def attention(args: Attention) -> None:
 def noise(args: Noise) -> None:
     from prime_jax.analyse import figures, noise, subjects
 
-    found, out = _open(args, "noise")
+    found, out = _open(args, "noise", "noise")
     subjects.diffusion_only(found, "analyse noise")
     rows, abouts = [], []
     sizes = (args.levels, args.examples, args.replicates)
@@ -171,7 +172,7 @@ def noise(args: Noise) -> None:
 def bits(args: Bits) -> None:
     from prime_jax.analyse import bits, figures, subjects
 
-    found, out = _open(args, "bits")
+    found, out = _open(args, "bits", "bits")
     subjects.diffusion_only(found, "analyse bits")
     rows, abouts = [], []
     calls = [
@@ -197,13 +198,27 @@ def bits(args: Bits) -> None:
     _show_losses(abouts)
 
 
-def _open(args: OfRuns, name: str) -> "tuple[list[Subject], Path]":
+def _open(
+    args: OfRuns, name: str, *figures: str, arrays: bool = False
+) -> "tuple[list[Subject], Path]":
+    """The runs, and the folder for the results.
+
+    Raises:
+        UserError: the folder holds a file of somebody else by the name of one that will be written.
+    """
     from prime_jax.analyse import subjects
 
     found = subjects.load([runs.attempts(name) for name in args.runs], getattr(args, "data", None))
     out = args.out or found[0].run.path / "analysis"
-    outputs.check_folder(out, [f"{name}.json", f"{name}.csv"], force=args.force)
+    outputs.check_folder(out, _files(name, figures, arrays=arrays), force=args.force)
     return found, out
+
+
+def _files(name: str, figures: Iterable[str], *, arrays: bool) -> list[str]:
+    from prime_jax.scaling import drawing
+
+    files = [f"{name}.{suffix}" for suffix in ("json", "csv", *(["npz"] if arrays else []))]
+    return files + [f"{figure}.{suffix}" for figure in figures for suffix in drawing.FORMATS]
 
 
 @contextmanager
@@ -235,9 +250,7 @@ def _write(
     from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import drawing
 
-    files = [f"{name}.{suffix}" for suffix in ("json", "csv", *(["npz"] if maps else []))]
-    files += [f"{figure}.{suffix}" for figure in drawn for suffix in drawing.FORMATS]
-    with outputs.folder(out, files, force=args.force):
+    with outputs.folder(out, _files(name, drawn, arrays=bool(maps)), force=args.force):
         with (out / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,7 @@ def design(args: Design) -> int:
     for note in template.notes if args.emit or template.known else ():
         say(f"note {note}", style="dim")
     if args.emit and found.picks:
-        say(f"{args.emit}: written; next: prime-jax sweep plan {args.emit} ROOT")
+        say(f"{args.emit}: written; next: prime-jax sweep plan {shlex.quote(str(args.emit))} ROOT")
     return 0 if found.picks else 3
 
 

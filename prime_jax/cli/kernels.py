@@ -22,7 +22,7 @@ class Tune(Arguments):
     implementation that is clearly faster than the default is what `auto` then selects: for this
     user's runs, or with --root for the runs of that sweep. A run that has begun keeps its kernels."""
 
-    EXAMPLES = ("prime-jax kernels tune --shapes experiments/quickstart.py",)
+    EXAMPLES = ("prime-jax kernels tune --shapes preset:quickstart",)
 
     shapes: Path | None = setting(
         None,

@@ -1,5 +1,6 @@
 """RUN, wherever a command takes one: a run directory, an exported folder, or ROOT:ID of a sweep."""
 
+import shlex
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,7 +35,7 @@ def attempts(run: str) -> list[storage.Path]:
     place, listed = sweep(root)
     (found,) = state.select(place, listed, [name])
     if not found.attempts:
-        raise UserError(f"{run}: has not been started yet; prime-jax sweep run {root}")
+        raise UserError(f"{run}: has not been started yet; prime-jax sweep run {shlex.quote(root)}")
     runs = place / "runs" / found.id
     return [runs / str(attempt.k) for attempt in reversed(found.attempts)]
 

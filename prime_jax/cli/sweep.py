@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,9 @@ class Plan(Arguments):
         and the schema of a JSON row.
         """
     EXAMPLES = (
-        "prime-jax sweep plan experiments/quickstart.py",
-        "prime-jax sweep plan experiments/quickstart.py quickstart",
-        "prime-jax sweep plan experiments/c4_grid.py --slice v5e-16 --check",
+        "prime-jax sweep plan preset:quickstart",
+        "prime-jax sweep plan preset:quickstart quickstart",
+        "prime-jax sweep plan preset:c4_grid --slice v5e-16 --check",
         "prime-jax sweep plan ladder.py ladder --share-prefixes",
     )
 
@@ -104,7 +105,7 @@ def plan(args: Plan) -> None:
         added = planning.write(root, experiment, listed, name, share_prefixes=share)
         if shared and (alone := shared.planned_alone(state.list_runs(root))):
             say(f"{alone} runs were planned before without --share-prefixes, and train alone")
-        say(f"{root}: {added} runs added; next: prime-jax sweep run {root}")
+        say(f"{root}: {added} runs added; next: prime-jax sweep run {shlex.quote(str(root))}")
 
 
 def _checked(args: Plan, listed: "list[Candidate]", slice_: Any) -> "list[Candidate]":
@@ -195,12 +196,11 @@ def run(args: Run) -> int:
         return work(Work(args.root))
     from prime_jax.cli.workers import WorkerBars
     from prime_jax.data import manifest
-    from prime_jax.sweep import state
     from prime_jax.sweep.pool import supervise
     from prime_jax.sweep.worker import with_data
 
-    root, _ = runs.sweep(args.root)
-    with_data(state.open_runs(root), manifest.of_run)
+    root, listed = runs.sweep(args.root)
+    with_data([run for run in listed if run.opens_in() is not None], manifest.of_run)
     with Progress() as progress:
         return supervise(root, args.workers, progress=WorkerBars(progress))
 
@@ -332,7 +332,7 @@ def collect(args: Collect) -> None:
 
     finished = collecting.write(args.place, storage.path(args.out))
     to_stdout = args.out == outputs.STDOUT
-    then = "" if to_stdout else f"; next: prime-jax fit {args.out}"
+    then = "" if to_stdout else f"; next: prime-jax fit {shlex.quote(args.out)}"
     say(f"{args.out}: {finished} runs with a result{then}", console(stderr=to_stdout))
 
 
@@ -359,7 +359,7 @@ def retry(args: Retry) -> None:
         raise UserError("retry: give ids of runs, or --all-failed")
     place, listed = runs.sweep(args.root)
     if args.all_failed:
-        say(f"retry: {len(state.retry_failed(place))} failed runs are open again")
+        say(f"retry: {len(state.retry_failed(place, listed))} failed runs are open again")
     for run in state.select(place, listed, args.ids):
         state.retry(place, run)
         say(f"retry {run.id}")

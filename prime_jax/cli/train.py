@@ -52,9 +52,9 @@ class Train(Arguments):
 
     SETTINGS = RunConfig
     EXAMPLES = (
-        "prime-jax train experiments/quickstart.py --steps 200 --out runs/first",
-        "prime-jax train experiments/quickstart.py --model.width 256 --optim.peak-lr 3e-4",
-        "prime-jax train experiments/owt_92m.py --slice v5e-16 --check",
+        "prime-jax train preset:quickstart --steps 200 --out runs/first",
+        "prime-jax train preset:quickstart --model.width 256 --optim.peak-lr 3e-4",
+        "prime-jax train preset:owt_92m --slice v5e-16 --check",
     )
 
     experiment: Path = setting(REQUIRED, "Python file with config() -> RunConfig", positional=True)

@@ -195,7 +195,7 @@ def load(path: str | Path, *, verify: bool = False) -> Manifest:
         )
     directory = Path(path)
     file = directory / FILE
-    again = f"prime-jax data prepare SOURCE --tokenizer SPEC --out {directory}"
+    again = f"prime-jax data prepare SOURCE --tokenizer SPEC --out {shlex.quote(str(directory))}"
     if not file.exists():
         state = "an unfinished dataset" if (directory / "parts").exists() else "no dataset"
         raise UserError(f"{directory} holds {state} (no {FILE}); run: {again}")

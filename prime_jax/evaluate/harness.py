@@ -1,7 +1,8 @@
 """The adapter to EleutherAI's lm-evaluation-harness (0.4.13, without torch): `prime_jax`.
 
-Importing this module registers the model; `prime-jax eval RUN --tasks ...` does so and calls the
-harness. Requests are scored in batches across tasks and documents. The result of a request depends
+Importing this module registers the model. `prime-jax eval RUN --tasks ...` does so and calls the
+harness; the harness's own command finds the model by `prime_jax/lm_eval.py` or, in versions that
+discover plugins, by the entry point group `lm_eval.models` (pyproject.toml). Requests are scored in batches across tasks and documents. The result of a request depends
 only on its own tokens and the settings.
 """
 
@@ -18,7 +19,7 @@ from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood, trained
 from prime_jax.evaluate.likelihood import Row
 from prime_jax.evaluate.score import Scorer, Windows, cut, replicated
-from prime_jax.settings import Checked, allowed, hints, nearest, read, setting
+from prime_jax.settings import Checked, allowed, from_dict, hints, nearest, read, setting
 
 Tick = Callable[[str, int, int], None]
 NAMES = {"mc": "subtoken", "chain_rule": "chain:l2r"}  # names of other adapters
@@ -86,9 +87,14 @@ class PrimeJax(LM):
     """A finished run as a model of the harness.
 
     Args:
-        run: as on the command line, if no scorer is given.
+        run: a run directory or an exported folder, if no scorer is given.
         scorer: an already loaded run; must have the guidance of the settings.
+        batch_size: as of `Scorer`; `auto`: that of the run's config.
+        max_batch_size, device: the harness hands them over; JAX knows its devices.
         settings: fields of `Settings`.
+
+    Raises:
+        UserError: no run, or one that cannot be loaded; a setting that is unknown or wrong.
     """
 
     def __init__(
@@ -102,14 +108,17 @@ class PrimeJax(LM):
         **settings: Any,
     ):
         super().__init__()
-        self.settings = Settings(**settings)
+        self.settings = from_dict(Settings, settings, "--model_args")
+        estimator = self.settings.estimator
         if scorer is None:
-            size = int(batch_size or 0)
+            if not run:
+                raise UserError("--model_args: names no run; give run=RUN, a folder")
+            size = 0 if batch_size == "auto" else int(batch_size or 0)
             scorer = Scorer(trained.load(run), batch_size=size, guidance=self.settings.cfg)
         self.scorer, self.run, self.tick = scorer, scorer.run, tick
         self.contexts_cut = 0  # requests whose context did not fit
         arm = self.run.config.family == "arm"
-        self.estimator = "ar" if arm else self.settings.estimator
+        self.estimator = "ar" if arm else estimator
 
     @property
     def tokenizer_name(self) -> str:

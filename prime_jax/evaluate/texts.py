@@ -87,6 +87,8 @@ def load(spec: str, run: Trained, cutting: Cutting) -> list[TextSet]:
     if Path(spec).is_file():
         kind = _reader(spec) or "text"
         raise UserError(f"--data {spec}: is a file; write {kind}:{spec}, or PRESET:{spec}")
+    if not colon and not Path(spec).exists():
+        raise UserError(f"--data {spec}: no such file, and no dataset")
     if not colon or Path(spec).exists():
         return [_prepared(spec, run, cutting)]
     if near := difflib.get_close_matches(kind, PRESETS, n=1, cutoff=0.75):

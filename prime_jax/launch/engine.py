@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from prime_jax import shipped
 from prime_jax.errors import UserError
 from prime_jax.hardware.slices import Slice
 
@@ -192,21 +193,12 @@ def needs(extra: str, package: str) -> UserError:
 
 
 def template(name: str) -> str:
-    """A file of the repository's launch/.
-
-    Raises:
-        UserError: this is an installed wheel, which does not include them.
-    """
-    path = REPO / "launch" / name
-    if not path.is_file():
-        raise UserError(
-            f"no {path}: `up` and `render` need a checkout of prime_jax (pip install -e .)"
-        )
-    return path.read_text()
+    """A file of launch/."""
+    return (shipped.folder("launch") / name).read_text()
 
 
 def fill(file: str, **values: Any) -> str:
-    """A template of launch/ with its $names replaced.
+    """A file of launch/ with its $names replaced.
 
     A list replaces a line that contains only its $name, one line per element with the same
     indentation; an empty list removes the line.

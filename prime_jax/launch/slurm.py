@@ -134,7 +134,7 @@ def _executor(pool: Pool, options: Options) -> Any:
         def affinity(cls) -> int:
             return 2
 
-    given_flags = (pair.partition("=") for pair in options.sbatch)
+    given_flags = (pair.removeprefix("--").partition("=") for pair in options.sbatch)
     extra = {name: value if equals else True for name, equals, value in given_flags}
     executor = Executor(_logs(pool))
     chip = pool.slice_.chip if pool.slice_ else None

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path as LocalPath
 from typing import Any
 
@@ -281,8 +281,8 @@ class _WandB:
         self._log = log
         named = {"project": project, "id": about["run"], "config": dict(about)}
         self.run = self._try(lambda: wandb.init(resume="allow", **named))
-        if self.run:
-            self._try(lambda: self.run.define_metric("*", step_metric="step"))
+        with suppress(Exception):  # the axis; numbers arrive without it
+            self.run.define_metric("*", step_metric="step")
 
     def _try(self, call: Callable[[], Any]) -> Any:
         try:
@@ -296,8 +296,8 @@ class _WandB:
             return None
 
     def name_kinds(self, kinds: Mapping[str, str]) -> None:
-        if self.run:
-            self._try(lambda: self.run.config.update({"kinds": kinds}, allow_val_change=True))
+        with suppress(Exception):  # a word beside the numbers, which arrive without it
+            self.run.config.update({"kinds": kinds}, allow_val_change=True)
 
     def write(self, row: Mapping[str, float]) -> None:
         if self.run:

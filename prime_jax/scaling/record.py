@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,9 @@ def _result(path: Path) -> dict[str, Any]:
     if path.is_file():
         raise UserError(f"{path}: is a file; give the folder that `prime-jax fit` wrote")
     if not (path / FIT).is_file():
-        raise UserError(f"{path}: no fit.json there; make it with: prime-jax fit RUNS --out {path}")
+        raise UserError(
+            f"{path}: no fit.json there; make it with: prime-jax fit RUNS --out {shlex.quote(str(path))}"
+        )
     result = read_json(path / FIT)
     schema = result.get("schema") if isinstance(result, dict) else None
     if schema != SCHEMA:

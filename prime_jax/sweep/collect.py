@@ -55,14 +55,20 @@ def rows(root: Path) -> list[dict[str, Any]]:
     Besides `COLUMNS` there are `loss_e`, `se_e` and `kind_e` for every estimator e in any result,
     then the hashes of data, tokenizer and evaluation set.
 
+    A run whose spec is damaged has a row that names the file.
+
     Raises:
-        UserError: `root` is not a sweep of this version, or a file in it is damaged.
+        UserError: `root` is not a sweep of this version.
     """
     state.check_root(root)
-    runs = state.list_runs(root)
+    watch = state.Watch()
+    runs = state.list_runs(root, watch)
+    left_out = [
+        {"run": run, "status": "damaged", "reason": why} for run, why in watch.left_out.items()
+    ]
     seen = sorted({loss["estimator"] for run in runs for loss in _losses(run)})
     columns = [*COLUMNS, *(f"{what}_{e}" for e in seen for what in ("loss", "se", "kind")), *HASHES]
-    return [dict.fromkeys(columns, "") | _row(run) for run in runs]
+    return [dict.fromkeys(columns, "") | row for row in [*map(_row, runs), *left_out]]
 
 
 def write(root: Path, out: Path) -> int:

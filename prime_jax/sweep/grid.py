@@ -143,7 +143,7 @@ def load_experiment(path: str | Path) -> Experiment:
     Raises:
         UserError: as `experiment.call` and `from_json`.
     """
-    path = Path(path)
+    path = experiment.located(path)
     if path.suffix.lower() not in (".py", ".json"):
         raise UserError(f"{path}: an experiment is a Python file (.py) or a list of rows (.json)")
     if path.suffix.lower() == ".json":

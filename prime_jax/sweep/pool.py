@@ -71,9 +71,9 @@ def supervise(
         UserError: `root` is not a sweep of this version, or cannot be written to.
     """
     state.check_root(root)
-    began, watch = time.monotonic(), state.Watch()
+    began, watch = time.monotonic(), state.Watch(log=progress.log)
     command = command or (*COMMAND, "sweep", "work", str(root))
-    reported = {_event(run) for run in state.list_runs(root)}
+    reported = {_event(run) for run in state.list_runs(root, watch)}
     results, next_listing = [], 0.0
     with signals() as stopping:
         team = _start(root, workers, command)
@@ -98,7 +98,7 @@ def supervise(
         if not stopping.is_set():  # what was interrupted is told in the workers' own logs
             life = (time.monotonic() - began) * workers
             progress.log(step_fraction([run.result["seconds"] for run in results], life))
-        return _exit_code(root, team, stopping.is_set(), progress)
+        return _exit_code(root, watch, team, progress=progress, stopped=stopping.is_set())
 
 
 def _start(root: storage.Path, workers: int, command: Sequence[str]) -> list[Member]:
@@ -158,15 +158,21 @@ def _report_changes(
 
 
 def _exit_code(
-    root: storage.Path, team: Sequence[Member], stopped: bool, progress: WorkerProgress
+    root: storage.Path,
+    watch: state.Watch,
+    team: Sequence[Member],
+    *,
+    progress: WorkerProgress,
+    stopped: bool,
 ) -> int:
     if stopped:
         return PREEMPTED
-    runs = state.list_runs(root)
+    runs = state.list_runs(root, watch)
     left = [run for run in runs if run.opens_in() is not None]
     if left:
         progress.log(f"{len(left)} runs are still open, but every worker has ended", "red")
         for member in team:
             tail = member.log.read_text(errors="replace").splitlines()[-status.TAIL :]
             progress.log("\n".join([f"{member.log}:", *tail]), "red")
-    return FAILED if left or any(run.state == "failed" for run in runs) else DONE
+    failed = watch.left_out or any(run.state == "failed" for run in runs)
+    return FAILED if left or failed else DONE

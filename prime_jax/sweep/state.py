@@ -8,7 +8,9 @@ attempt k detects at its next heartbeat. Only heartbeats are rewritten, by their
 import functools
 import os
 import re
+import shlex
 import socket
+import sys
 import time
 import uuid
 from collections import ChainMap
@@ -28,7 +30,9 @@ BACKOFF = 30.0  # seconds after the first failure, doubled with each further one
 GONE = ("preempted", "lost", "stalled")  # another worker may continue these immediately
 NUMBER, LOSS = (int, float), {"estimator": str, "kind": str, "value": (int, float)}
 FORMS = {  # what readers rely on
-    "spec": {"config": dict, "family": str, "flops": {"matmul": NUMBER}, "params": dict},
+    "spec": {"config": {"seed": int, "steps": int, "model": dict, "optim": dict, "data": dict}}
+    | {"family": str, "flops": {"matmul": NUMBER}, "params": dict}
+    | {"budget": NUMBER, "tokens": int, "convention": str},
     "result": {"status": str, "losses": [LOSS], "seconds": dict},
     "end": {"state": str, "reason": str, "retry": bool},
     "claim": {"host": str, "pid": int},
@@ -131,6 +135,10 @@ class Run:
         return max(0.0, backoff * 2 ** (self.failures - 1) - self.ended_for)
 
 
+def _warn(text: str) -> None:
+    print(f"prime-jax: {text}", file=sys.stderr)
+
+
 @dataclass
 class Watch:
     """State of one reader: how long each heartbeat has been unchanged, by its own clock.
@@ -138,16 +146,29 @@ class Watch:
     Attributes:
         timeout: seconds after which an unchanged heartbeat means that the owner is lost.
         stall: seconds without a training step after which a live owner counts as stalled.
+        log: told once about each run that is left out.
         cache: contents of the files that never change, by name.
+        left_out: runs whose spec cannot be read, with the reason.
     """
 
     timeout: float = 300.0
     stall: float = 1800.0
     clock: Callable[[], float] = time.monotonic
+    log: Callable[[str], None] = _warn
     cache: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
     _seen: dict[tuple[str, int], tuple[Any, float]] = field(default_factory=dict)
     _moved: set[tuple[str, int]] = field(default_factory=set)
     _ended: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def leave_out(self, runs: Mapping[str, str]) -> None:
+        """Note the runs of one listing that cannot be understood, and why."""
+        self.left_out = dict(runs)
+        for why in self.left_out.values():
+            if why not in self._told:
+                self._told.add(why)
+                self.log(why)
 
     def ended_for(self, run: str, attempt: Attempt) -> float:
         now = self.clock()
@@ -185,7 +206,8 @@ def check_root(root: Path) -> None:
         raise UserError(f"{root}: is a file; a sweep is a folder")
     if not storage.exists(root / "sweep.json"):
         raise UserError(
-            f"{root}: no sweep here; make one with: prime-jax sweep plan EXPERIMENT {root}"
+            f"{root}: no sweep here; make one with: prime-jax sweep plan EXPERIMENT "
+            f"{shlex.quote(str(root))}"
         )
     header = read_json(root / "sweep.json")
     version = header.get("schema") if isinstance(header, dict) else None
@@ -197,6 +219,8 @@ def check_root(root: Path) -> None:
 
 def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
     """Every run of a sweep, from one listing of its state directory, in order of planned FLOPs.
+
+    A run whose spec is damaged, or of another version, is left out (`Watch.left_out`).
 
     Args:
         root: the sweep.
@@ -211,11 +235,18 @@ def list_runs(root: Path, watch: Watch | None = None) -> list[Run]:
             found.setdefault(run, {})[int(k or 0), kind] = name
     found = {run: files for run, files in found.items() if (0, "spec") in files}
     wanted = [name for files in found.values() for name in _wanted(files, watch.cache)]
-    values = {}
+    values, left_out = {}, {}
     for name, data in zip(wanted, storage.read_all(folder, wanted), strict=True):
-        value = _understood(folder / name, name.rpartition(".")[2], data)
-        (values if name.endswith(".beat") else watch.cache)[name] = value
-    runs = [_run(i, files, ChainMap(values, watch.cache), watch) for i, files in found.items()]
+        run, kind = name.partition(".")[0], name.rpartition(".")[2]
+        try:
+            value = _understood(folder / name, kind, data)
+        except UserError as error:
+            left_out[run] = str(error)
+        else:
+            (values if kind == "beat" else watch.cache)[name] = value
+    watch.leave_out(left_out)
+    known = {run: files for run, files in found.items() if run not in left_out}
+    runs = [_run(i, files, ChainMap(values, watch.cache), watch) for i, files in known.items()]
     return sorted(runs, key=lambda run: (run.spec["flops"]["matmul"], run.id))
 
 
@@ -232,7 +263,7 @@ def _understood(file: Path, kind: str, data: bytes) -> Any:
     except UserError as error:
         if kind == "spec":
             again = "remove it and plan the experiment again, which writes it anew"
-            raise UserError(f"{error}; {again}") from None
+            raise UserError(f"{error}; its run is left out: {again}") from None
         return DAMAGED[kind] | ({"reason": f"{error}"} if kind in ("result", "end") else {})
     return value
 
@@ -337,9 +368,9 @@ def retry(root: Path, run: Run) -> None:
     _close_next(root, run, "reset", "by hand")
 
 
-def retry_failed(root: Path) -> list[Run]:
-    """Reopen every failed run; returns those runs."""
-    failed = [run for run in list_runs(root) if run.state == "failed"]
+def retry_failed(root: Path, runs: Iterable[Run]) -> list[Run]:
+    """Reopen every failed one of the runs; returns those."""
+    failed = [run for run in runs if run.state == "failed"]
     for run in failed:
         retry(root, run)
     return failed
@@ -356,7 +387,7 @@ def select(root: Path, runs: Iterable[Run], wanted: Iterable[str]) -> list[Run]:
         matching = [run for run in runs if run.id.startswith(prefix)]
         if len(matching) != 1:
             several = f"several match: {', '.join(run.id for run in matching)}"
-            none = f"no such run in {root}; prime-jax sweep status {root} lists them"
+            none = f"no such run; prime-jax sweep status {shlex.quote(str(root))} lists them"
             raise UserError(f"run {prefix}: {several if matching else none}")
         out += matching
     return out

@@ -221,7 +221,7 @@ def follow(root: Path, log: Callable[[str], None]) -> Iterator[list[Run]]:
     Args:
         log: told about a store that cannot be reached.
     """
-    history = state.Watch()
+    history = state.Watch(log=log)
     while True:
         runs = storage.retry(lambda: state.list_runs(root, history), log)
         yield runs

@@ -326,7 +326,7 @@ def work(
             out_of_time=limit.out_of_time,
             heartbeat_seconds=heartbeat_seconds,
         )
-        watch = state.Watch(timeout)
+        watch = state.Watch(timeout, log=progress.log)
         leader = Leader(worker, slice, limit, watch, backoff)
         with contextlib.suppress(GroupOutOfSync):
             while True:
@@ -418,7 +418,8 @@ class Leader:
                 return {"run": run.id, "k": k, "earlier": earlier, **shared}
         if ready or worth_waiting(runs, self.backoff):
             return {}
-        return {"leave": FAILED if any(run.state == "failed" for run in runs) else DONE}
+        failed = self.watch.left_out or any(run.state == "failed" for run in runs)
+        return {"leave": FAILED if failed else DONE}
 
     def _rank(self, run: Run) -> tuple[bool, float]:
         """Largest run first, but runs with the compiled shape of the last one before all others."""
