@@ -25,6 +25,7 @@ def test_columns_of_others_are_named(tmp_path):
         ("loss=val", r"no column 'val'; did you mean val_loss\?"),
         ("loss=C,flops=C", "one column stands for two"),
         ("params=N [parsecs]", "a unit is k, M, B, T"),
+        ("params=N [0]", "a unit is k, M, B, T"),
     ):
         with pytest.raises(UserError, match=message):
             columns.renamed(found, Choice(columns=names).names)

@@ -1,4 +1,5 @@
 import gzip
+import math
 
 import pytest
 from scaling_cases import csv_rows, surface, write_csv
@@ -87,6 +88,11 @@ def test_other_ways_to_write_the_same_table(tmp_path, content):
     found = read(tmp_path, content)
     assert found.columns == ["family", "flops", "params", "loss"]
     assert [number(found.rows[0], name) for name in found.columns[1:]] == [1e18, 1e8, 3.2]
+
+
+def test_an_integer_beyond_all_floats_is_no_number(tmp_path):
+    found = read(tmp_path, f'[{{"loss": 1{"0" * 400}}}]')
+    assert math.isnan(number(found.rows[0], "loss"))
 
 
 def test_a_missing_file(tmp_path):

@@ -73,11 +73,11 @@ class Fit(OfRuns):
     intervals, figures and a report.
 
     RUNS_OR_CSV is a sweep directory, or any CSV with the columns family, loss and two of flops,
-    params, tokens (the third is then C = 6 N D), and optionally kind (nll, nelbo, train_loss),
-    loss_se, budget, run, seed, status, reason, step, epochs, unique_tokens, given, tokenizer,
-    eval_set. Other names are recognised where they leave no doubt (val_loss, n_params), which is
-    said, or given by --columns and --name-pattern; 354M and 20B are numbers. Of event files and
-    histories the last values count, and the losses on the way are curves.
+    params, tokens (the third follows from C = 6 N D). Optional columns: kind (nll, nelbo,
+    train_loss), loss_se, budget, run, seed, status, reason, step, epochs, unique_tokens, given,
+    tokenizer, eval_set. Common other names (val_loss, n_params) are recognised and reported;
+    --columns and --name-pattern give the rest. 354M and 20B are numbers. Of TensorBoard's event
+    files and W&B's histories the last values are used, and the losses before them are curves.
 
     Exit code: 0 fitted, 3 fitted but something was refused (fit.json and the report say what and
     why), 2 bad input."""
@@ -92,8 +92,8 @@ class Fit(OfRuns):
     curves: Path | None = setting(
         None,
         "training curves for approach 1 (a sweep has its own): a CSV with the columns run, step or "
-        "tokens, loss, a chart exported from W&B, event files or histories; RUNS_OR_CSV must have "
-        "a row for each run",
+        "tokens, loss, a chart exported from W&B, event files or histories; RUNS_OR_CSV must have a "
+        "row for each run",
         metavar="FILE",
     )
 

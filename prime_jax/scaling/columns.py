@@ -135,9 +135,10 @@ def _unit(name: str, columns: list[str]) -> tuple[str, float]:
 def _factor(unit: str) -> float:
     """What a unit stands for; NaN for none."""
     try:
-        return UNITS.get(unit.strip().lower()) or float(unit)
+        factor = UNITS.get(unit.strip().lower()) or float(unit)
     except ValueError:
         return math.nan
+    return factor if 0 < factor < math.inf else math.nan
 
 
 def _times(row: Row, column: str, unit: float) -> float | str:

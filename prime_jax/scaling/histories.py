@@ -164,5 +164,5 @@ def _measured(value: Any, step: float) -> tuple[float | None, Any]:
     """A number with its step; a text is a setting."""
     try:
         return step, float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None, value

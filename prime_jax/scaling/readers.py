@@ -1,4 +1,4 @@
-"""Reading what a fit starts from: CSV and JSON of anybody's, and the directory of a sweep."""
+"""Reading what a fit starts from: CSV and JSON of anybody's, a sweep, event files, histories."""
 
 import csv
 import hashlib

@@ -81,7 +81,7 @@ def number(row: Row, column: str) -> float:
     value = row.get(column)
     try:
         return float(value) if value not in (None, "") else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
