@@ -426,7 +426,7 @@ def test_a_plan_shows_who_continues_whom_and_what_that_saves(tmp_path, capsys):
         ('{"warmup": lambda cell: cell.steps // 9}', "wsd", ["optim.warmup_steps differs"]),
         ("{}", "cosine", ["optim.schedule = cosine has no constant phase"]),
         ('{"sizes": {1e9: [(1, 16, 1)], 1e10: [(1, 32, 1)], 1e11: [(1, 48, 1)]}}', "wsd",
-         ["each shape has one budget only", "(rule sizes = given)"]),
+         ["a shape has one budget only", "(rule sizes = given)"]),
     ],
 )  # fmt: skip
 def test_where_nothing_can_be_shared_one_line_says_which_rule_prevents_it(

@@ -119,7 +119,7 @@ def _why_not(alone: Sequence[Candidate], good: Sequence[Candidate]) -> dict[str,
             ] += 1
         if len(cells[key(one)]) == 1:
             rule = f" (rule sizes = {rules['sizes']})" if "sizes" in rules else ""
-            found[f"each shape has one budget only{rule}"] += 1
+            found[f"a shape has one budget only{rule}"] += 1
         settings = [trajectory_settings(other.config) for other in cells[key(one)]]
         for name in sorted(set().union(*settings)):
             if any(other.get(name) != settings[0].get(name) for other in settings):
