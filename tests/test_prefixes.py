@@ -250,6 +250,26 @@ def test_evaluations_on_the_way_are_copied_from_runs_that_evaluate_alike(
     assert [row["step"] for row in found if "loss" in row] == list(range(1, 21))
 
 
+def test_who_finds_a_branch_point_in_a_bucket_finds_the_log_of_its_steps(markov_data, monkeypatch):
+    """A log there is copied seldom, and the run may train on for long."""
+    monkeypatch.setattr(training, "HEARTBEAT_SECONDS", 0.0)
+    logged = []
+    with fake_store.bucket("gs") as made:
+        out = storage.path(made.url) / "1"
+
+        def heartbeat(now):
+            if now["step"] <= ENDS[0]:
+                return True
+            while not checkpoint.is_sealed(out / "checkpoints", ENDS[0]):
+                time.sleep(0.01)
+            logged.extend(row["step"] for row in rows_of(out) if "loss" in row)
+            return False
+
+        with pytest.raises(Stopped):
+            train(config(markov_data), out, pinned=ENDS[0], heartbeat=heartbeat, log=SILENT)
+    assert logged == list(range(1, ENDS[0] + 1))
+
+
 # --- a sweep whose lower run has not left what it should
 
 
@@ -426,7 +446,7 @@ def test_a_plan_shows_who_continues_whom_and_what_that_saves(tmp_path, capsys):
         ('{"warmup": lambda cell: cell.steps // 9}', "wsd", ["optim.warmup_steps differs"]),
         ("{}", "cosine", ["optim.schedule = cosine has no constant phase"]),
         ('{"sizes": {1e9: [(1, 16, 1)], 1e10: [(1, 32, 1)], 1e11: [(1, 48, 1)]}}', "wsd",
-         ["each shape has one budget only", "(rule sizes = given)"]),
+         ["a shape has one budget only", "(rule sizes = given)"]),
     ],
 )  # fmt: skip
 def test_where_nothing_can_be_shared_one_line_says_which_rule_prevents_it(

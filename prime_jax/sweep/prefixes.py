@@ -52,13 +52,15 @@ class Shared:
 
     def summary(self, flops_per_second: float | None = None) -> list[str]:
         """How much is saved, and why others share nothing."""
+        if not self.branches:
+            return []
         runs = [one.config for one in self.listed if not one.drop]
         total, left = (
             sum(flops.train_flops(config, "matmul") for config in those)
             for those in (runs, map(self.own, runs))
         )
         text = f"shared prefixes: {len(self.branches)} runs continue from another, which saves "
-        text += f"{1 - left / max(total, 1):.0%} of the FLOPs: {left:.3g} are left"
+        text += f"{1 - left / total:.0%} of the FLOPs: {left:.3g} are left"
         if flops_per_second:
             text += f", {left / flops_per_second / 3600:.3g} h"
         alone = (f"{n} share nothing: {reason}" for reason, n in self.why_not.items())
@@ -111,15 +113,14 @@ def _why_not(alone: Sequence[Candidate], good: Sequence[Candidate]) -> dict[str,
     found: Counter[str] = Counter()
     for one in alone:
         optim, rules = one.config.optim, one.row.rules
+        cooldown = f"optim.cooldown_fraction = {optim.cooldown_fraction}"
         if optim.schedule != "wsd":
             found[f"optim.schedule = {optim.schedule} has no constant phase (wsd has)"] += 1
         elif not constant_steps(one.config):
-            found[
-                f"optim.cooldown_fraction = {optim.cooldown_fraction} leaves no constant phase"
-            ] += 1
+            found[f"{cooldown} leaves no constant phase"] += 1
         if len(cells[key(one)]) == 1:
             rule = f" (rule sizes = {rules['sizes']})" if "sizes" in rules else ""
-            found[f"each shape has one budget only{rule}"] += 1
+            found[f"a shape has one budget only{rule}"] += 1
         settings = [trajectory_settings(other.config) for other in cells[key(one)]]
         for name in sorted(set().union(*settings)):
             if any(other.get(name) != settings[0].get(name) for other in settings):
