@@ -334,6 +334,16 @@ def test_bad_input_is_one_line(tiny_run, words, said, capsys):
     assert len(error.splitlines()) == 1
 
 
+def test_the_record_of_another_run_is_refused_before_the_work(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delattr(report, "evaluate")
+    record = tmp_path / "eval.json"
+    record.write_text('{"schema": 1, "run": "0123456789", "step": 1, "sets": []}')
+    assert cli.main(["eval", str(tiny_run), "--out", str(record)]) == 2
+    assert "is not of run" in capsys.readouterr().err
+
+
 def test_a_run_without_its_dataset_keeps_its_tokenizer(tiny_run, tmp_path, numbers, capsys):
     """The run was copied to a machine without its dataset; once without its tokenizer, too."""
     alone = tmp_path / "alone"

@@ -134,6 +134,8 @@ def _evaluate(args: Eval, screen: Console) -> int:
         outputs.check_file(args.out)
     found = runs.load(args.run, lambda line: say(line, screen))
     out = args.out or found.path / report.FILE
+    if distributed.is_writer():
+        report.stored(found, out)  # refused before the work
     records: list[dict[str, Any]] = []
     with distributed.PreemptionGuard() as guard, Progress(screen) as progress:
 

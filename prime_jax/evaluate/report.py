@@ -126,6 +126,19 @@ def as_record(texts: TextSet, losses: list[Loss]) -> dict[str, Any]:
     }
 
 
+def stored(run: Trained, path: Path) -> dict[str, Any]:
+    """The results in `path`, none where it is not there.
+
+    Raises:
+        UserError: the file belongs to another run, or is damaged.
+    """
+    about = {"schema": SCHEMA, "run": run.id, "step": run.step, "family": run.config.family}
+    found = read_json(path) if path.exists() else about
+    if not isinstance(found, dict) or any(found.get(k) != v for k, v in about.items()):
+        raise UserError(f"{path} is not of run {run.id} at step {run.step}; move it away")
+    return found
+
+
 def store(run: Trained, path: Path, key: str, entry: dict[str, Any], same: tuple[str, ...]) -> None:
     """Add an entry to a list of eval.json, replacing one that agrees in the fields `same`.
 
@@ -134,10 +147,7 @@ def store(run: Trained, path: Path, key: str, entry: dict[str, Any], same: tuple
     Raises:
         UserError: the file belongs to another run, is damaged or cannot be written.
     """
-    about = {"schema": SCHEMA, "run": run.id, "step": run.step, "family": run.config.family}
-    found = read_json(path) if path.exists() else about
-    if not isinstance(found, dict) or any(found.get(k) != v for k, v in about.items()):
-        raise UserError(f"{path} is not of run {run.id} at step {run.step}; move it away")
+    found = stored(run, path)
     entries = found.setdefault(key, [])
     for i, old in enumerate(entries):
         if all(old.get(field) == entry.get(field) for field in same):
