@@ -447,7 +447,7 @@ def test_workers_killed_at_random_change_no_bit(markov_data, tmp_path):
     steps, widths, rng = (60, 120, 240), (16, 32), random.Random(7)
     root, told = tmp_path / "sweep", tmp_path / "workers.txt"
     ids = planned(root, markov_data, steps, widths)
-    command = [sys.executable, "-m", "prime_jax.cli", "sweep", "work", str(root)]
+    command = [sys.executable, "-m", "prime_jax", "sweep", "work", str(root)]
     kills = 0
     with told.open("a") as log:
         start = lambda: subprocess.Popen(command, env=os.environ, stdout=log, stderr=log)  # noqa: E731
@@ -481,7 +481,7 @@ def test_a_process_group_branches_off_together(markov_data, tmp_path):
     for share in (True, False):
         root = tmp_path / f"share {share}"
         _, upper = planned(root, markov_data, STEPS[:2], share=share, mesh=MeshConfig(replica=1))
-        words = ["-m", "prime_jax.cli", "sweep", "work", str(root)]
+        words = ["-m", "prime_jax", "sweep", "work", str(root)]
         codes, texts = process_groups.ended(process_groups.start(words, 2, devices=4))
         assert codes == [0, 0], texts
         result = find(root, upper).result
