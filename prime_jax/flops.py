@@ -101,8 +101,15 @@ def evaluation_flops(config: RunConfig, convention: Convention) -> float:
 
 
 def _passes(config: RunConfig, name: str) -> int:
-    """Forward passes of an estimator: one a replicate; a chain's one a unit, once if it is exact."""
+    """Forward passes of an estimator: one a replicate; a chain's one a unit, once if it is exact;
+    one a subset of a block's units, or one a unit of every order (`evaluate.exact`)."""
     head, _, order = name.partition(":")
+    tokens = config.objective.block_length or config.data.seq_len
+    units = tokens * (1 if name == "exact:token" else config.subtokens.length)
+    if head == "exact":
+        return 2 ** min(units, 64) - 1  # a run refuses far fewer
+    if head == "bracket" and order.isdecimal():
+        return 1 + 2 * int(order) * (units - 1)
     if head != "chain":
         return config.eval.replicates
     units = config.data.seq_len * (config.subtokens.length if order == "subtokens" else 1)

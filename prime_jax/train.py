@@ -462,11 +462,16 @@ class Run:
             if branched:
                 donor = about["run"] = found.seal["about"]["run"]
                 lineage = dataclasses.replace(mine, donor=donor, branch=found.step)
-                self.shared_rows = self._rows_of(found) if distributed.is_writer() else []
-            self._descend(lineage or dataclasses.replace(mine, made=None))
-            state = checkpoint.load(found, self.program.abstract, about)
-            tally = found.seal.get("tally", {})  # older versions have none
-            self._count_clipped(tally.get("clipped_steps"), found.step)
+            load = checkpoint.load_from_donor if branched else checkpoint.load
+            state = load(found, self.program.abstract, about)
+            if state is not None:
+                if branched and distributed.is_writer():
+                    self.shared_rows = self._rows_of(found)
+                self._descend(lineage or dataclasses.replace(mine, made=None))
+                tally = found.seal.get("tally", {})  # older versions have none
+                self._count_clipped(tally.get("clipped_steps"), found.step)
+        if state is None:  # pruned while it was read: another may be left
+            return self._restore()
         source = f", from run {lineage.donor}" if branched else ""
         self.log(f"run {self.id} continues at step {found.step} of {self.config.steps}{source}")
         return state

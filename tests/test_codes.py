@@ -150,9 +150,10 @@ def test_missing_and_damaged_files_are_one_line(markov_data, tmp_path):
     (tmp_path / "codes.json").unlink()
     with pytest.raises(UserError, match=r"codes.json is missing: .* tokenizer"):
         codes.read(file, data, 4)
-    file.write_bytes(b"\x93NUMPY but no more")
-    with pytest.raises(UserError, match="holds no array"):
-        codes.read(file, data, 4)
+    for damaged in (b"\x93NUMPY but no more", b"PK\x03\x04 but no archive", b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="holds no array"):
+            codes.read(file, data, 4)
     with pytest.raises(UserError, match=r"none\.npy"):
         codes.read(tmp_path / "none.npy", data, 4)
 

@@ -398,6 +398,7 @@ def test_the_end_of_training_has_it(quick, tmp_path, monkeypatch):
         ("mdm", 0, 1, "exact:token", "16 tokens has 16 units.*at most 12"),
         ("arm", 0, 1, "exact:subtoken", "of family arm; its only estimator is ar"),
         ("prime", 4, 4, "bracket:3", "at least 4"),
+        ("prime", 4, 4, "bracket:5000", "at most 4096"),
         ("prime", 4, 4, "bracket:x", "unknown; use .*bracket:K"),
         ("prime", 4, 4, "exact:digits", "unknown; use .*exact:subtoken"),
     ],

@@ -19,6 +19,7 @@ from prime_jax.config import (
     SubtokenConfig,
 )
 from prime_jax.errors import UserError
+from prime_jax.evaluate import exact
 from prime_jax.kernels.attention import by_blocks
 from prime_jax.kernels.subtoken_head import subtoken_loss
 from prime_jax.objectives import make_head
@@ -229,3 +230,15 @@ def test_a_chain_is_one_pass_a_unit():
     assert passes("chain:l2r") == pytest.approx(1)  # exact: one replicate
     assert passes("chain:random") == pytest.approx(8)
     assert passes("chain:subtokens", "chain:confidence") == pytest.approx(5 * 8 + 1)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("name", ["exact:subtoken", "exact:token", "bracket:16"])
+def test_exact_likelihoods_are_as_many_passes_as_they_make_calls(name, block):
+    evaluation = EvalConfig(examples=10, replicates=8, estimators=(name,))
+    config = run("prime", 5, eval=evaluation, objective=ObjectiveConfig(block_length=block))
+    tokens, length = block or config.data.seq_len, 5
+    units = tokens if name == "exact:token" else tokens * length
+    forward = flops.flops_per_token(config, "matmul") / 3
+    passes = flops.evaluation_flops(config, "matmul") / (forward * 10 * config.data.seq_len)
+    assert passes == pytest.approx(exact.requested(name).calls(units))

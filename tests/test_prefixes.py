@@ -207,6 +207,26 @@ def test_a_run_continues_at_the_branch_point_and_where_that_is_refused_starts_an
     assert any("on another device" in line for line in said)
 
 
+@pytest.mark.parametrize("when", ["before its seal is read", "while it is read"])
+def test_a_checkpoint_that_its_run_prunes_meanwhile_is_not_used(
+    markov_data, lower, tmp_path, monkeypatch, when
+):
+    """Neither what is left of it, nor is the run given up: another one is looked for."""
+    donor = shutil.copytree(lower, tmp_path / "lower" / "1")
+    inside = when == "while it is read"
+    name = "load" if inside else "_newest"
+    usual = getattr(checkpoint, name)
+
+    def interrupted(*args):
+        found = usual(*args)  # as if it had just been read, in whatever state it was
+        seal = donor / "checkpoints" / f"{ENDS[0]:09d}.json"
+        seal.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(checkpoint, name, interrupted)
+    assert first_step(markov_data, tmp_path / "upper", donor, monkeypatch) == 0
+
+
 def test_steps_of_two_kinds_of_machine_are_for_nobody_else(markov_data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "HEARTBEAT_SECONDS", 0.0)
     first, second = tmp_path / "1", tmp_path / "2"
@@ -467,7 +487,7 @@ def test_workers_killed_at_random_change_no_bit(markov_data, tmp_path):
     steps, widths, rng = (60, 120, 240), (16, 32), random.Random(7)
     root, told = tmp_path / "sweep", tmp_path / "workers.txt"
     ids = planned(root, markov_data, steps, widths)
-    command = [sys.executable, "-m", "prime_jax.cli", "sweep", "work", str(root)]
+    command = [sys.executable, "-m", "prime_jax", "sweep", "work", str(root)]
     kills = 0
     with told.open("a") as log:
         start = lambda: subprocess.Popen(command, env=os.environ, stdout=log, stderr=log)  # noqa: E731
@@ -501,7 +521,7 @@ def test_a_process_group_branches_off_together(markov_data, tmp_path):
     for share in (True, False):
         root = tmp_path / f"share {share}"
         _, upper = planned(root, markov_data, STEPS[:2], share=share, mesh=MeshConfig(replica=1))
-        words = ["-m", "prime_jax.cli", "sweep", "work", str(root)]
+        words = ["-m", "prime_jax", "sweep", "work", str(root)]
         codes, texts = process_groups.ended(process_groups.start(words, 2, devices=4))
         assert codes == [0, 0], texts
         result = find(root, upper).result

@@ -5,6 +5,7 @@ are read without this package, and may be written by hand.
 """
 
 import io
+import zipfile
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +41,7 @@ def read(path: storage.Path, manifest: Manifest, length: int) -> Codebook:
     """
     try:
         codes = np.load(io.BytesIO(storage.read(path)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: holds no array (.npy): {error}") from error
     vocab, b = manifest.vocab_size, base(manifest.vocab_size, length)
     if not (isinstance(codes, np.ndarray) and codes.ndim == 1 and codes.dtype.kind in "iu"):

@@ -31,6 +31,7 @@ from prime_jax.subtokens import Codebook
 
 MAX_UNITS = 12  # of a block: 2**12 - 1 network calls
 MIN_ORDERS = 4  # K of a bracket, whose ends at K/4 and K/2 are shown as well
+MAX_ORDERS = 4096  # all orders of a batch are drawn at once
 MAX_TAIL, MAX_ERROR = 0.7, 0.1  # Pareto index of the weights; nats per token of the lower end
 AHEAD = 2  # calls queued on the device while earlier ones are read
 
@@ -72,15 +73,16 @@ def requested(name: str) -> Request | None:
     """What `exact:subtoken`, `exact:token` or `bracket:K` ask for; None for other names.
 
     Raises:
-        UserError: a bracket of too few orders.
+        UserError: a bracket of too few or too many orders.
     """
     head, _, rest = name.partition(":")
     if name in ("exact:subtoken", "exact:token"):
         return Request("token" if rest == "token" else "subtoken")
     if head == "bracket" and rest.isdecimal():
-        if int(rest) < MIN_ORDERS:
+        if not MIN_ORDERS <= int(rest) <= MAX_ORDERS:
             raise UserError(
-                f"estimator {name!r}: K must be at least {MIN_ORDERS} orders, in each of two halves"
+                f"estimator {name!r}: K must be at least {MIN_ORDERS} and at most {MAX_ORDERS} "
+                "orders, in each of two halves"
             )
         return Request("subtoken", int(rest))
     return None

@@ -353,17 +353,25 @@ def newest(
     if known is None:
         return None
     step, place = known
-    seal = json.loads(storage.read(_seal(places[place], step)))
+    seal = _read_seal(places[place], step)
+    if distributed.broadcast(seal is None):  # its run has pruned it since
+        return newest(directories, log, note, donors=donors, donates=donates)
     return Found(places[place], place, step, seal)
 
 
-def _donates(directory: Path, step: int, donates: Callable[[dict[str, Any]], bool]) -> bool:
+def _read_seal(directory: Path, step: int) -> dict[str, Any] | None:
+    """None where it is damaged, or was removed since it was listed."""
     try:
-        return donates(json.loads(storage.read(_seal(directory, step))))
+        return json.loads(storage.read(_seal(directory, step)))
     except storage.Unreachable:
         raise
-    except (UserError, ValueError):  # damaged, or removed since
-        return False
+    except (UserError, ValueError):
+        return None
+
+
+def _donates(directory: Path, step: int, donates: Callable[[dict[str, Any]], bool]) -> bool:
+    seal = _read_seal(directory, step)
+    return seal is not None and donates(seal)
 
 
 def _newest(
@@ -430,6 +438,21 @@ def load(found: Found, abstract: Any, about: dict[str, Any]) -> Any:
         elif not storage.is_remote(directory):
             source = source.absolute()
         return ocp.load(source, abstract)
+
+
+def load_from_donor(found: Found, abstract: Any, about: dict[str, Any]) -> Any | None:
+    """`load` from the checkpoint of another run; None, on all processes, if that run has pruned it
+    meanwhile. Its seal goes first, so what was read while that is still there is whole."""
+    state, error = None, None
+    try:
+        state = load(found, abstract, about)
+    except Exception as caught:  # orbax raises many types for files that are gone
+        error = caught
+    if distributed.broadcast(not is_sealed(found.directory, found.step)):
+        return None
+    if error is not None:
+        raise error
+    return state
 
 
 @contextlib.contextmanager
