@@ -147,7 +147,7 @@ def test_a_bad_time_is_refused_before_anybody_waits(name, value):
 def test_the_command_that_the_manual_shows_for_several_hosts_has_a_run():
     text = (ROOT / "BUILD.md").read_text()
     (name,) = re.findall(r"^prime-jax train (\S+) --out /shared/run$", text, re.MULTILINE)
-    load_config(ROOT / name)
+    load_config(name)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pathlib import Path
 import fake_trainer
 import pytest
 
+from prime_jax import shipped
 from prime_jax.hardware import slices
 from prime_jax.launch import archive, engine, tpu_request
 from prime_jax.sweep import state
@@ -184,7 +185,7 @@ def vm(tmp_path):
 
 def test_scripts_pass_shellcheck(vm):
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent) or "shellcheck"
-    scripts = [*engine.TEMPLATES.glob("*.sh"), vm.path / "startup.sh"]
+    scripts = [*shipped.folder("launch").glob("*.sh"), vm.path / "startup.sh"]
     done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

@@ -31,6 +31,7 @@ def test_a_run_of_a_sweep_is_found_by_the_beginning_of_its_id(tiny_run, tmp_path
     write_json_atomic(tmp_path / "sweep.json", {"schema": state.SCHEMA, "plans": []})
     (tmp_path / "state").mkdir()
     spec = {"flops": {"matmul": 1.0}, "config": config, "family": "prime", "params": {}}
+    spec |= {"budget": 1.0, "tokens": 1, "convention": "matmul"}
     state.create(tmp_path / "state" / f"{run}.spec", spec)
     for k in (1, 2):  # the second attempt saved nothing: the first one's step is the newest
         state.claim(tmp_path, run, k)
