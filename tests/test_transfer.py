@@ -80,8 +80,9 @@ def named(tree) -> dict[str, np.ndarray]:
 
 N, D = 2, 3  # width and layers over the base's
 SMALL = BaseShape(layers=1, width=16, heads=1)
-# Table 1 of arXiv 2505.01618 at alpha = 1, where branches are multiplied by 1 / D and logits by
-# 1 / N: standard deviation of matrices (over the base's), rate, decay, eps.
+# arXiv 2505.01618 at alpha = 1 (EleutherAI/nanoGPT-mup, branch completep), where branches are
+# multiplied by 1 / D and logits by 1 / N: standard deviation of matrices (over the base's), rate,
+# decay, eps.
 PAPER = {
     "embedding": (1, 1, 1, 1 / N),
     "norms of blocks": (None, 1, 0, 1 / (N * D)),
@@ -125,6 +126,7 @@ def test_steps_are_those_of_the_paper_with_its_multipliers_in_the_forward_pass()
             np.testing.assert_allclose(x, seen[k] * theirs[k], rtol=1e-3, atol=1e-6, err_msg=k)
 
 
+@pytest.mark.slow
 def test_a_program_begins_and_steps_by_the_table():
     """Initial spreads; and Adam's first step, which is the rate wherever there is a gradient."""
     config = run(D, 16 * N, SMALL, eps=1e-12, weight_decay=0.0)
@@ -263,36 +265,41 @@ def coordinates(config: RunConfig) -> dict[str, tuple[float, float]]:
     return {name: (float(a), float(b)) for name, (a, b) in check(jax.random.key(0)).items()}
 
 
-def growth(config: RunConfig) -> dict[str, tuple[float, float]]:
-    """Of each activation and of its change, over the base shape."""
-    base = coordinates(run(BASE.layers, BASE.width))
-    return {k: (a / base[k][0], b / base[k][1]) for k, (a, b) in coordinates(config).items()}
+def growth(large: RunConfig, small: RunConfig) -> dict[str, tuple[float, float]]:
+    """Of each activation and of its change, from one shape to another."""
+    before, after = coordinates(small), coordinates(large)
+    return {k: (after[k][0] / a, after[k][1] / b) for k, (a, b) in before.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layers", "width"),
+    ("small", "large"),
     [
-        (2, 256),
-        (8, 64),
-        pytest.param(8, 256, marks=pytest.mark.slow),
-        pytest.param(16, 1024, marks=pytest.mark.slow),
+        ((2, 64), (8, 64)),
+        ((2, 64), (2, 256)),
+        ((2, 64), (8, 256)),
+        ((8, 256), (16, 1024)),
     ],
 )
-def test_activations_and_their_first_updates_neither_grow_nor_shrink(layers, width):
-    """Branches begin with 1 / sqrt(depth), logits with 1 / sqrt(width): only their updates last."""
-    found = growth(run(layers, width))
+def test_activations_and_their_first_updates_neither_grow_nor_shrink(small, large):
+    """Branches begin with 1 / sqrt(depth), logits with 1 / sqrt(width): only their updates last.
+
+    Rates are always those of BASE. Two layers are few: the first quadrupling of them takes a quarter
+    of the branches' change, and what follows nearly nothing (docs/theory.md has a table).
+    """
+    found = growth(run(*large), run(*small))
     for name, (start, change) in found.items():
         assert 0.7 < change < 1.4, (name, change)
         if name not in ("branches", "logits"):
             assert 0.8 < start < 1.25, (name, start)
 
 
-@pytest.mark.parametrize(
-    ("layers", "width"), [(2, 256), pytest.param(8, 64, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "width"), [(2, 256), (8, 64)])
 def test_without_transfer_updates_grow(layers, width):
     """So the check would notice."""
-    assert growth(run(layers, width, transfer="none"))["branches"][1] > 2
+    plain = [run(*shape, transfer="none") for shape in ((layers, width), (2, 64))]
+    assert growth(*plain)["branches"][1] > 2
 
 
 # --- what it is for
@@ -313,7 +320,11 @@ def chain(rng: np.random.Generator) -> np.ndarray:
 
 
 def best_rate(width: int, transfer: str) -> float:
-    """Of RATES, by the loss over the last fifth of a short training on a chain."""
+    """The middle of the RATES within .01 nats of the best.
+
+    By the loss over the last fifth of a short training on a chain: its minimum is flat, and the
+    smallest of nine values moves by a step of the grid for nothing.
+    """
     config = run(2, width, BaseShape(layers=2, width=16, heads=1), transfer=transfer)
     net, loss, digits = network(config)
     tx, tokens = optim.optimizer(config), jnp.asarray(chain(np.random.default_rng(0)))
@@ -330,12 +341,14 @@ def best_rate(width: int, transfer: str) -> float:
         data = (tokens, jnp.arange(STEPS))
         return jax.lax.scan(train_step, (params, tx.init(params)), data)[1][-STEPS // 5 :].mean()
 
-    return RATES[np.argmin(jax.jit(jax.vmap(last_losses))(jnp.asarray(RATES)))]
+    losses = np.asarray(jax.jit(jax.vmap(last_losses))(jnp.asarray(RATES)))
+    good = RATES[losses < losses.min() + 0.01]
+    assert not {RATES[0], RATES[-1]} & set(good)
+    return float(np.exp(np.log(good).mean()))
 
 
 @pytest.mark.slow
 def test_the_best_rate_stays_over_an_eightfold_width_and_moves_without_transfer():
     base = best_rate(16, "completep")
-    assert RATES[0] < base < RATES[-1]
     assert 0.5 <= best_rate(128, "completep") / base <= 2
     assert best_rate(128, "none") / base < 0.5
