@@ -96,22 +96,31 @@ def _variances(
             law = ObjectiveConfig(
                 times=times, weight=weight, time_eps=o.time_eps, times_sd=o.times_sd
             )
-            found = relative_variance(law, nats_NxRxE, masked, sizes)
-            rows.append({"times": times, "weight": weight, "relative_variance": found})
+            value, se = relative_variance(law, nats_NxRxE, masked, sizes)
+            rows.append(
+                {
+                    "times": times,
+                    "weight": weight,
+                    "relative_variance": value,
+                    "relative_variance_se": se,
+                }
+            )
     return rows
 
 
 def relative_variance(
     law: ObjectiveConfig, nats: np.ndarray, masked: np.ndarray, sizes: np.ndarray
-) -> float | None:
-    """Var / mean^2 of the training loss of a sequence under a law of times, linear schedule.
+) -> tuple[float | None, float | None]:
+    """Var / mean^2 of the training loss of a sequence under a law of times, linear schedule; its
+    standard error over the examples (linearised).
 
     Args:
         law: `times`, `times_sd`, `weight` and `time_eps` count.
-        nats: draws of the bound: n / k times the cost of k hidden of n, with k uniform on 1 .. n.
+        nats: draws of the bound [.., E]: n / k times the cost of k hidden of n, with k uniform on
+            1 .. n; the last axis is the examples.
         masked, sizes: k and n of each draw.
     Returns:
-        None where no draw has a cost.
+        (None, None) where no draw has a cost; no error for one example.
     """
     u = np.geomspace(law.time_eps, 1, 4001)
     q = np.asarray(schedule.density(law, jnp.asarray(u)), np.float64)
@@ -123,9 +132,16 @@ def relative_variance(
         first[i], second[i] = (
             n * np.trapezoid(drawn * weight**power, np.log(u)) for power in (1, 2)
         )
-    at, cost = at.reshape(-1), (nats * masked / np.maximum(sizes, 1)).reshape(-1)
-    mean = float((first[at] * cost).mean())
-    return float((second[at] * cost**2).mean()) / mean**2 - 1 if mean else None
+    at, cost = at.reshape(nats.shape), nats * masked / np.maximum(sizes, 1)
+    one_E, two_E = (
+        x.reshape(-1, nats.shape[-1]).mean(0) for x in (first[at] * cost, second[at] * cost**2)
+    )
+    mean, square = one_E.mean(), two_E.mean()
+    if not mean:
+        return None, None
+    slope_E = (two_E - square) / mean**2 - 2 * square * (one_E - mean) / mean**3
+    se = slope_E.std(ddof=1) / len(slope_E) ** 0.5 if len(slope_E) > 1 else None
+    return float(square / mean**2 - 1), None if se is None else float(se)
 
 
 def _columns(name: str, loss: Loss) -> dict[str, float | None]:

@@ -164,8 +164,12 @@ def noise(args: Noise) -> None:
     variances = [{"run": about["run"], **row} for about in abouts for row in about["variances"]]
     if variances:
         title = "training loss of a sequence: variance over the square of the mean"
-        columns = ("run", "times", "weight", "relative_variance")
-        cells = [[str(row[c]) for c in columns[:3]] + [error(row[columns[3]])] for row in variances]
+        columns = ("run", "times", "weight", "relative_variance", "se")
+        cells = [
+            [row["run"], row["times"], row["weight"]]
+            + [error(row[c]) for c in ("relative_variance", "relative_variance_se")]
+            for row in variances
+        ]
         show(Table(columns, cells, title=title))
 
 
