@@ -389,10 +389,12 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """The settings that make a run what it is."""
-    if config.optim.transfer == "none":  # nothing is transferred from the base shape
-        config = dataclasses.replace(
-            config, optim=dataclasses.replace(config.optim, base=BaseShape())
-        )
+    optim, objective = config.optim, config.objective
+    if optim.transfer == "none":  # nothing is transferred from the base shape
+        optim = dataclasses.replace(optim, base=BaseShape())
+    if objective.times == "uniform":  # without a spread
+        objective = dataclasses.replace(objective, times_sd=ObjectiveConfig.times_sd)
+    config = dataclasses.replace(config, optim=optim, objective=objective)
     return to_dict(config, _identifies)
 
 

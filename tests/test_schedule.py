@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from prime_jax import schedule
-from prime_jax.config import ObjectiveConfig, RunConfig, validate
+from prime_jax.config import ObjectiveConfig, RunConfig, run_id, validate
 from prime_jax.errors import UserError
 
 CONFIG = ObjectiveConfig()
@@ -166,3 +166,11 @@ def test_bell_with_another_schedule_or_outside_its_range_is_refused(changes, oth
         validate(RunConfig(objective=dataclasses.replace(bell, **changes), steps=2000))
     with pytest.raises(UserError, match=r"times_sd = 0.14: must be at least 0.15"):
         dataclasses.replace(bell, times_sd=0.14)
+
+
+def test_a_spread_is_part_of_a_run_only_with_bell_times():
+    def named(times: str, sd: float) -> str:
+        return run_id(RunConfig(objective=ObjectiveConfig(times=times, times_sd=sd)))
+
+    assert named("uniform", 0.3) == named("uniform", 0.2) == run_id(RunConfig())
+    assert len({named("uniform", 0.3), named("bell", 0.2), named("bell", 0.3)}) == 3
