@@ -221,7 +221,7 @@ class Run:
         book = known or codebook_of(config, (self.run_dir, *earlier))
         self.program: Program = program(self._with_kernels(choices), self.data.eos_id, book)
         # Validates the names before training.
-        likelihood.estimators_of(self.config, self.program.codebook)
+        likelihood.estimators_of(self.config)
         origin = {"config": to_dict(self.config), "tokenizer": self.data.tokenizer_hash}
         self.checkpoints = checkpoint.Writer(
             directory=self.run_dir / "checkpoints",
@@ -621,9 +621,7 @@ class Run:
         devices = self.program.mesh.devices.reshape(-1)
         kind, slices = devices[0].device_kind, meshes.count_slices(devices)
         donor, branch = self.lineage.donor, self.lineage.branch
-        own = (
-            (self.last_step - branch) * c.batch_size * c.data.seq_len
-        )  # tokens; others made the rest
+        own_tokens = (self.last_step - branch) * c.batch_size * c.data.seq_len
         return {
             "schema": SCHEMA,
             "run": self.id,
@@ -641,7 +639,7 @@ class Run:
             "params": flops.param_counts(c),
             "flops": {name: flops.train_flops(c, name) for name in flops.CONVENTIONS},
             "flops_spent": {
-                name: own * flops.flops_per_token(c, name) for name in flops.CONVENTIONS
+                name: own_tokens * flops.flops_per_token(c, name) for name in flops.CONVENTIONS
             },
             "shared_prefix": {"run": donor, "steps": branch} if donor else None,
             "losses": [as_dict(loss) for loss in losses],

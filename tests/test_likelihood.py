@@ -119,7 +119,7 @@ def from_windows(family: str, window_XxL: np.ndarray, p_X: np.ndarray):
     return network
 
 
-@pytest.mark.parametrize("family", ["arm", "mdm"])
+@pytest.mark.parametrize("family", [pytest.param("arm", marks=pytest.mark.slow), "mdm"])
 def test_the_law_of_the_stream_costs_its_entropy_and_another_law_more(family):
     """i.i.d. tokens in documents of random length: all windows of three, each with its chance."""
     source = markov.parse("V=3,order=0,seed=0,doc_mean=2.5")
@@ -216,4 +216,4 @@ def test_a_number_that_is_not_what_its_name_says_has_a_note(name):
 def test_unknown_estimators_are_refused():
     config = run_on("nowhere", "prime", eval=EvalConfig(estimators=("subtokens",)))
     with pytest.raises(UserError, match="finite:T"):
-        likelihood.estimators_of(config, Codebook.create(16, SubtokenConfig(length=4)))
+        likelihood.estimators_of(config)

@@ -70,7 +70,7 @@ def make(p: Parts, guidance: float = 0.0) -> Draw:
             return compiled(f"exact:{asked.level}")(clock, params, *given, hidden)
 
         blocks = tokens_BxL.shape[1] // (p.config.objective.block_length or tokens_BxL.shape[1])
-        units = asked.units(p.config, p.codebook)
+        units = asked.units(p.config)
         return exact.evaluate(name, ask, row.example, blocks, units, watch)
 
     return draw

@@ -27,7 +27,6 @@ from prime_jax.evaluate.estimators import Task, Text, hidden
 from prime_jax.kernels.subtoken_head import subtoken_log_probs
 from prime_jax.objectives import Network
 from prime_jax.runtime.records import Loss
-from prime_jax.subtokens import Codebook
 
 MAX_UNITS = 12  # of a block: 2**12 - 1 network calls
 MIN_ORDERS = 4  # K of a bracket, whose ends at K/4 and K/2 are shown as well
@@ -45,14 +44,14 @@ class Request(NamedTuple):
     level: Literal["subtoken", "token"]
     orders: int = 0  # K; 0 for all subsets
 
-    def units(self, config: RunConfig, book: Codebook) -> int:
+    def units(self, config: RunConfig) -> int:
         """Units of a block (of a sequence without blocks).
 
         Raises:
             UserError: too many to sum over all subsets.
         """
         tokens = config.objective.block_length or config.data.seq_len
-        units = tokens * (book.length if self.level == "subtoken" else 1)
+        units = tokens * (config.subtokens.length if self.level == "subtoken" else 1)
         if units > MAX_UNITS and not self.orders:
             coarser = ""
             if units > tokens <= MAX_UNITS:

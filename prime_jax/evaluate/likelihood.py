@@ -73,7 +73,7 @@ def estimator(name: str) -> Callable[..., Values] | None:
     )
 
 
-def estimators_of(config: RunConfig, book: Codebook) -> list[str]:
+def estimators_of(config: RunConfig) -> list[str]:
     """The estimators that apply: `ar` alone for ARM; `token` equals `subtoken` where l = 1."""
     for name in config.eval.estimators:
         estimator(name)  # unknown names are refused for every family
@@ -81,18 +81,18 @@ def estimators_of(config: RunConfig, book: Codebook) -> list[str]:
         return ["ar"]
     names = [name for name in config.eval.estimators if name != "ar"]
     for name in names:
-        feasible(config, book, name)
+        feasible(config, name)
     for level in ("", "exact:"):  # of one sub-token, two names of one number
-        if book.length == 1 and f"{level}subtoken" in names:
+        if config.subtokens.length == 1 and f"{level}subtoken" in names:
             names = [name for name in names if name != f"{level}token"]
     return names
 
 
-def feasible(config: RunConfig, book: Codebook, name: str) -> None:
+def feasible(config: RunConfig, name: str) -> None:
     """Raises: UserError: an unknown estimator, or more units than it can sum over."""
     estimator(name)
     if asked := exact.requested(name):
-        asked.units(config, book)
+        asked.units(config)
 
 
 def kind(name: str) -> Kind:
@@ -331,7 +331,7 @@ def evaluate(
     size = batch_size(config, devices)
     losses, nats, partials = [], {}, []
     n_tokens_E = np.asarray(targets(config, jnp.asarray(token_ExL), eos_id)).sum(axis=1)
-    for name in estimators_of(config, codebook):
+    for name in estimators_of(config):
         replicates = passes(name, config.eval.replicates)
         rows = grid(len(token_ExL), replicates)
         partial = partial_of(name, len(rows.example))

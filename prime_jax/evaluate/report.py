@@ -41,7 +41,7 @@ def names_of(run: Trained, asked: str) -> list[str]:
     """
     arm = run.config.family == "arm"
     if not asked:
-        return likelihood.estimators_of(run.config, run.codebook)
+        return likelihood.estimators_of(run.config)
     names = list(dict.fromkeys(name.strip() for name in asked.split(",") if name.strip()))
     for name in names:
         likelihood.estimator(name)
@@ -52,7 +52,7 @@ def names_of(run: Trained, asked: str) -> list[str]:
             raise UserError(
                 f"estimator {name!r}: {run.path} is of family {run.config.family}; {right}"
             )
-        likelihood.feasible(run.config, run.codebook, name)
+        likelihood.feasible(run.config, name)
     return names
 
 

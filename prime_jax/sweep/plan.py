@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax import flops
-from prime_jax.config import RunConfig, constant_steps, remark, run_id, trajectory_id, validate
+from prime_jax.config import (
+    EvalConfig,
+    RunConfig,
+    constant_steps,
+    remark,
+    run_id,
+    trajectory_id,
+    validate,
+)
 from prime_jax.data import codes, manifest
 from prime_jax.errors import UserError
 from prime_jax.runtime import storage
@@ -169,6 +177,10 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
             raise UserError(
                 "initial_weights: the runs of a sweep start from seeds; use prime-jax train --init-from"
             )
+        if config.eval.estimators != EvalConfig().estimators:
+            from prime_jax.evaluate import likelihood  # JAX, which most plans do without
+
+            likelihood.estimators_of(config)
     except UserError as error:
         return Candidate(row, None, str(error))
     epochs = config.tokens / prepared.train.tokens if prepared is not None else None
