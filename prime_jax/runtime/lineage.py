@@ -76,7 +76,7 @@ def made_on(mesh: list[int], kernels: Made, versions: Made, **settings: Any) -> 
         "mesh": [*mesh, jax.process_count()],
         "device": kind,
         "kernels": kernels,
-        "versions": versions | {"jax": jax.__version__},
+        "versions": versions | {"jax": jax.__version__, "runtime": device.client.platform_version},
         **settings,
     }
 
