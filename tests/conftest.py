@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+from pathlib import Path
 
 # Tests compile far more than they compute: unoptimised code, made in one piece by the older
 # emitters, takes an eighth of the time to make.
@@ -13,11 +13,6 @@ os.environ.setdefault(
     " --xla_cpu_parallel_codegen_split_count=1",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Many files make the same small programs: what one process has compiled, all load.
-if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/prime-{run}")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["PRIME_JAX_CACHE"] = "/nonexistent"  # what a developer has measured counts for nothing
 
 import pytest
@@ -28,6 +23,15 @@ with contextlib.suppress(ImportError):  # its import resets logging: later, absl
 
 settings.register_profile("prime_jax", deadline=None)  # speed is not what tests are for
 settings.load_profile("prime_jax")
+
+
+def pytest_configure(config):
+    """Many files make the same small programs: what one worker has compiled, all load."""
+    if hasattr(config, "workerinput"):
+        shared = Path(config.option.basetemp).parent / "compiled"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(shared))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 @pytest.fixture(scope="session")

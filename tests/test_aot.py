@@ -200,6 +200,7 @@ def judged(monkeypatch):
     return shown
 
 
+@pytest.mark.slow
 def test_verdicts_are_remembered_by_the_program_that_is_compiled(tmp_path, judged):
     def ask(slice_=V5E, **changes):
         config = dataclasses.replace(TINY, **changes)

@@ -56,6 +56,7 @@ def until(step: int):
     return lambda values: values["step"] < step
 
 
+@pytest.mark.slow
 def test_a_run_continues_in_a_bucket_after_a_damaged_save(config, whole, bucket, monkeypatch):
     every_step(monkeypatch)
     root, said = storage.path(bucket.url), []

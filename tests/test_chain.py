@@ -100,7 +100,10 @@ def test_ties_go_to_the_first_position_however_a_network_rounds(order):
     assert (np.asarray(chosen) == ((np.arange(9) > 0) & (np.arange(9) < 4))).all()
 
 
-@pytest.mark.parametrize(("order", "bound"), [("subtokens", "subtoken"), ("random", "token")])
+@pytest.mark.parametrize(
+    ("order", "bound"),
+    [("random", "token"), pytest.param("subtokens", "subtoken", marks=pytest.mark.slow)],
+)
 def test_random_orders_average_to_their_bound(order, bound):
     """The chain rule in uniformly random order has the NELBO as its mean: three standard errors."""
     network, pair = wrong(BOOK, 4), jnp.asarray([[3, 11]])
@@ -185,6 +188,7 @@ def test_one_digit_per_token_makes_both_bounds_one():
     np.testing.assert_allclose(*draws, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_standard_errors_cover():
     """Eight replicates and Student's t give 95 % intervals that contain the bound 95 % of the time."""
     evaluations, network = 120, bayes(BOOK)

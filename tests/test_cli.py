@@ -12,7 +12,14 @@ import pytest
 from prime_jax import cli, settings
 from prime_jax.cli import parse, reference
 from prime_jax.cli.parse import override
-from prime_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig
+from prime_jax.config import (
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
 from prime_jax.errors import UserError
 from prime_jax.settings import to_dict
 
@@ -175,6 +182,7 @@ def experiment(tmp_path, markov_data):
         data=DataConfig(path=str(markov_data), seq_len=16),
         optim=OptimConfig(warmup_steps=1),
         eval=EvalConfig(examples=8, batch_size=64),
+        mesh=MeshConfig(replica=1, data=1),
     )
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps(to_dict(config)))

@@ -218,7 +218,8 @@ def wait_for_step(out: Path, step: int) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-@pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [1, 2])
 def test_a_signal_to_one_stops_both_at_one_step(config, whole, tmp_path, then):
     long = dataclasses.replace(config, checkpoint=CheckpointConfig(keep=10))
     out = tmp_path / "run"

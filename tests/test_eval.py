@@ -281,6 +281,7 @@ def test_what_was_given_is_not_scored_and_bytes_are_those_of_tokens(tmp_path):
 # --- the command
 
 
+@pytest.mark.slow
 def test_the_command_records_what_it_shows(tiny_run, numbers, tmp_path, capsys):
     out = tmp_path / "out" / "eval.json"
     out.parent.mkdir()

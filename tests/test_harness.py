@@ -176,6 +176,7 @@ def test_greedy_is_asked_where_a_document_has_one_request(run, scorer):
     assert [g for _, g in model.loglikelihood(requests(("", "0"), ("", "1")))] == [True, False]
 
 
+@pytest.mark.slow
 def test_rolling_gives_the_bits_per_byte_of_eval(run, scorer, tmp_path):
     (tmp_path / "a.txt").write_text("A text that is longer than one window of the model. " * 4)
     for name, cut in (("subtoken", {}), ("chain:l2r", {"stride": 24, "context": 40})):

@@ -59,6 +59,7 @@ def plain(brief, tmp_path_factory):
     return losses(config, tmp_path_factory.mktemp("plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernels",
     [

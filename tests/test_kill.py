@@ -38,7 +38,7 @@ log(f"compiled from the cache: {len(hits)}")
 """
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[1, 20])
 def kills(request) -> int:
     return request.param
 
@@ -106,6 +106,7 @@ def newest(out: Path) -> int:
     return max(checkpoint.steps(out / "checkpoints"), default=0)
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_change_nothing(run, config, whole, tmp_path, kills):
     rng, out, ends, saved = random.Random(kills), tmp_path / "run", [], [0]
     for _ in range(kills):

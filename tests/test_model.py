@@ -40,6 +40,7 @@ def random_digits(book: Codebook, shape, seed=0) -> jax.Array:
     )
 
 
+@pytest.mark.slow
 def test_packed_documents_do_not_see_each_other():
     apply, params, book = network(TINY)
     digits = random_digits(book, (1, 8))
@@ -84,7 +85,7 @@ def test_counts_are_exact(family, length, changes):
     assert counts["reference"] == 12 * 24**2 * 2
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_nothing(remat):
     digits = random_digits(Codebook.create(37, TINY.subtokens), (2, 8))
 

@@ -125,7 +125,7 @@ def trained(tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     "name",
     [  # mdm is prime with one sub-token, by the same code
-        pytest.param(name, marks=pytest.mark.slow if name == "mdm" else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("mdm", "blocks") else ())
         for name in cases.VARIANTS
     ],
 )

@@ -121,7 +121,9 @@ def alone(markov_data, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(("where", "rungs"), [("folder", 3), ("gs", 2)])
+@pytest.mark.parametrize(
+    ("where", "rungs"), [("folder", 3), pytest.param("gs", 2, marks=pytest.mark.slow)]
+)
 def test_the_runs_of_a_ladder_end_as_if_each_had_run_alone(
     markov_data, alone, tmp_path, where, rungs
 ):

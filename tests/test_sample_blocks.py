@@ -56,6 +56,7 @@ def test_examples_do_not_depend_on_their_batch_or_on_what_is_cut_off(order):
     assert (whole[0] != whole[2]).any()
 
 
+@pytest.mark.slow
 def test_the_cache_changes_no_sample():
     """The whole text so far through the same network, all of a block at once."""
     config = tiny_run(4)

@@ -139,6 +139,7 @@ def test_skipping_idle_steps_changes_nothing_but_the_calls():
     assert np.mean(cached.idle) == pytest.approx(1 - 4 / 200, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "length"),
     [

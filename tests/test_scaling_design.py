@@ -189,6 +189,7 @@ def test_rows_are_what_sweep_plan_takes(of_sweep, tmp_path, capsys):
     assert f"{len(rows)} OK, 0 DROP" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_settings_are_asked_for_where_the_fit_does_not_say(tmp_path, capsys):
     data = scaling_cases.surface(noise=2e-3)
     rows = scaling_cases.csv_rows(data)

@@ -46,6 +46,7 @@ def test_every_field_of_a_fit_is_described():
             assert field.metadata.get("hidden") or inside or known in places, known
 
 
+@pytest.mark.slow
 def test_the_page_on_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(re.findall(r"```python\n(.*?)```", PYTHON.read_text(), flags=re.S))

@@ -67,30 +67,19 @@ def agree(one: tuple[np.ndarray, Rows], many: tuple[np.ndarray, Rows]) -> None:
     assert len(one[1]) == TINY.steps * TINY.batch_size
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [
-        pytest.param("arm", "tensor parallel", marks=pytest.mark.slow),
-        pytest.param("mdm", "tensor parallel", marks=pytest.mark.slow),
-        ("prime", "tensor parallel"),
-        ("prime", "fully sharded"),
-        pytest.param("arm", "fully sharded", marks=pytest.mark.slow),
-        pytest.param("mdm", "fully sharded", marks=pytest.mark.slow),
-    ],
-)
-def test_any_mesh_gives_the_same_losses(alone, family, name):
-    replica, data, model = MESHES[name]
-    agree(alone(family), trained(of_family(family, replica=replica, data=data, model=model)))
+def test_a_mesh_gives_the_same_losses(alone):
+    replica, data, model = MESHES["fully sharded"]
+    agree(alone("prime"), trained(of_family("prime", replica=replica, data=data, model=model)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["arm", "mdm", "prime"])
-@pytest.mark.parametrize("name", ["data parallel", "replicas"])
+@pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"remat": "full"}])
 def test_any_mesh_and_option_gives_the_same_losses(alone, family, name, options):
     replica, data, model = MESHES[name]
     if 8 // options.get("accumulate", 1) < replica * data:
-        replica = replica // 2
+        replica, data = (replica // 2, data) if replica > 1 else (replica, data // 2)
     many = trained(of_family(family, replica=replica, data=data, model=model, **options))
     agree(alone(family), many)
 

@@ -82,7 +82,7 @@ def gradient(config: RunConfig) -> tuple[dict, step.Metrics]:
     ("case", "mesh"),
     [
         ("segment ids", {"replica": 1, "accumulate": 4}),
-        ("random length", {"replica": 2, "accumulate": 2}),
+        pytest.param("random length", {"replica": 2, "accumulate": 2}, marks=pytest.mark.slow),
         pytest.param("segment ids", {"replica": 2, "accumulate": 2}, marks=pytest.mark.slow),
         pytest.param("random length", {"replica": 1, "accumulate": 4}, marks=pytest.mark.slow),
     ],

@@ -100,9 +100,9 @@ def outcome(runs: list[state.Run]) -> dict[str, tuple]:
     return {run.id: (run.result["losses"], run.result.get("state")) for run in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stubs", "real", "workers", "kills", "freezes"),
-    [(24, 1, 3, 2, 2), pytest.param(194, 6, 6, 20, 20, marks=pytest.mark.slow)],
+    ("stubs", "real", "workers", "kills", "freezes"), [(24, 1, 3, 2, 2), (194, 6, 6, 20, 20)]
 )
 def test_killed_and_frozen_workers_change_nothing(
     markov_data, tmp_path, stubs, real, workers, kills, freezes

@@ -118,6 +118,7 @@ def test_the_record_is_complete(whole, tiny):
     assert origin["tokenizer"] == manifest.load(tiny.data.path).tokenizer_hash
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_step")
 def test_clipped_steps_are_counted_through_an_interruption(whole, quick, tmp_path):
     """Saved at step 5, between the rows of steps 3 and 6."""
@@ -361,6 +362,7 @@ def test_a_profile_is_a_trace_of_some_steps(quick, tmp_path):
     assert all(row["input_seconds"] < row["step_seconds"] for row in rows[1:] if "loss" in row)
 
 
+@pytest.mark.slow
 def test_prime_with_one_subtoken_is_mdm_to_the_bit(quick, tmp_path):
     one = dataclasses.replace(quick, subtokens=SubtokenConfig(length=1), steps=5)
     results, said = {}, []
@@ -381,7 +383,8 @@ def test_another_run_in_the_directory_names_what_differs(whole, tiny):
     assert f"--init-from {directory}" in str(error.value)
 
 
-@pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("coded", [False, True])
 def test_a_run_starts_from_the_weights_of_another(whole, quick, tmp_path, coded):
     """Also where their codes came with them, and only where they fit."""
     given = trained.weights(trained.load(str(whole[1])))
@@ -423,14 +426,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "random length, mixture",
-        pytest.param("published recipe", marks=pytest.mark.slow),
-        pytest.param("flat weight, wsd, ema", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_options_train(quick, tmp_path, name):
     config = dataclasses.replace(quick, steps=4, **OPTIONS[name])
     result = train(config, tmp_path, log=SILENT)
@@ -438,6 +435,7 @@ def test_options_train(quick, tmp_path, name):
     assert all(np.isfinite(losses(tmp_path)))
 
 
+@pytest.mark.slow
 def test_segment_ids_are_labelled_and_leave_eos_out(tmp_path_factory, tmp_path):
     from prime_jax.data.prepare import prepare
 

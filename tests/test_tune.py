@@ -29,6 +29,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(tune, "TURN_SECONDS", 0.0)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compared_and_timed():
     """The interpreted kernels among them: right, and far too slow to be chosen."""
     told = []
