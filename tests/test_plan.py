@@ -114,6 +114,14 @@ def test_data_in_a_bucket_is_refused_before_anything_runs():
         plan.manifest.load("gs://bucket/data")
 
 
+def test_estimators_that_cannot_be_computed_are_dropped():
+    sixteen = set_path(fake_trainer.BASE, "eval.estimators", ("exact:subtoken",))
+    listed = plan.candidates(experiment(base=sixteen, families={"arm": {}, "mdm": {}}), {})
+    arm, mdm = listed[0], listed[-1]
+    assert not arm.drop  # has one estimator only
+    assert "16 tokens has 16 units" in mdm.drop
+
+
 def test_fingerprint_is_filled_in_and_mismatch_dropped():
     tried = experiment()
     listed = plan.candidates(tried, {DATA: dataset()})
