@@ -52,3 +52,18 @@ def test_each_problem_gets_its_own_derivatives():
 
     end, _ = newton.minimise(derivatives, np.zeros((10, 2)), np.full(2, -99.0), np.full(2, 99.0))
     np.testing.assert_allclose(end, np.stack([targets, targets], 1), atol=1e-9)
+
+
+def test_a_step_below_rounding_ends_a_problem():
+    """The minimum lies between two floats: neither better nor worse, and never nearer."""
+    calls = []
+
+    def derivatives(theta, which):
+        calls.append(len(which))
+        away = theta[:, 0] - 1e8 - 1e-9
+        return 1 + 5e3 * away**2, 1e4 * away[:, None], np.full((len(theta), 1, 1), 1e4)
+
+    start, bound = np.array([[1e8]]), np.array([1e9])
+    theta, _ = newton.minimise(derivatives, start, -bound, bound)
+    assert theta == start
+    assert len(calls) == 2

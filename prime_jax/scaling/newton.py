@@ -75,7 +75,7 @@ def minimise(
         gradient[done], hessian[done] = new_gradient[better], new_hessian[better]
         damping[active] *= np.where(gain >= GOOD * slope, SHRINK, np.where(better, 1.0, GROW))
         damping = np.maximum(damping, MIN_DAMPING)
-        stuck = ~better & (np.all(trial == here, axis=1) | (damping[active] > MAX_DAMPING))
+        stuck = np.all(trial == here, axis=1) | ~better & (damping[active] > MAX_DAMPING)
         active = active[~last & ~stuck]
     return theta, value
 
