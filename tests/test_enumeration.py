@@ -56,12 +56,13 @@ def rows_of(tokens) -> estimators.Text:
 
 
 def mask_weights(config, n: int) -> np.ndarray:
-    """int w(t) q(mask | t) dt for masks with k = 0..n hidden, by Gauss-Legendre quadrature."""
+    """int w(t) q(mask | t) dt for masks with k = 0..n hidden, by Gauss-Legendre quadrature in the
+    root of t, which is exact enough for a weight that is steep at 0."""
     node, fraction = np.polynomial.legendre.leggauss(400)
-    t = jnp.asarray((node + 1) / 2)
-    a, w = schedule.alpha(config, t), schedule.weight(config, t)
+    root = jnp.asarray((node + 1) / 2)
+    a, w = schedule.alpha(config, root**2), schedule.weight(config, root**2)
     k = np.arange(n + 1)[:, None]
-    return np.asarray((fraction / 2 * w * (1 - a) ** k * a ** (n - k)).sum(1))
+    return np.asarray((fraction * root * w * (1 - a) ** k * a ** (n - k)).sum(1))
 
 
 def enumerate_losses(name: str, **objective):

@@ -56,6 +56,14 @@ def test_each_epoch_shows_every_block_once_in_another_order(prepared):
     assert list(epochs[0]) != every
 
 
+def test_the_order_is_that_of_every_version(prepared):
+    """grain shuffles: under a version that does it otherwise, a resumed run would repeat data."""
+    blocks = [tuple(block) for block in loader.Blocks(prepared, "train").read(np.arange(101))[0]]
+    tokens, _ = batches(prepared, stop=1)[0]
+    order = [blocks.index(tuple(block)) for block in tokens]
+    assert order == [65, 46, 56, 73, 72, 23, 66, 2, 0, 97, 6, 33]
+
+
 def test_start_in_the_middle_equals_the_uninterrupted_run(prepared):
     whole = batches(prepared, stop=30)  # several epochs
     for start in (1, 8, 9, 29, 30):
