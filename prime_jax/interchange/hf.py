@@ -67,6 +67,9 @@ def write(
         tokenizer.save(out / tokenizers.OWN)
         write_json_atomic(out / tokenizers.FILE, made)
         write_json_atomic(out / "tokenizer_config.json", tokenizer_config(weights, made))
+    if weights.config.family == "arm":  # as it is without settings: samples of the model itself
+        rules = special_ids(weights) | {"do_sample": True, "top_k": 0}
+        write_json_atomic(out / "generation_config.json", rules)
     write_json_atomic(out / folder.CONFIG, config(weights, tokenizer))
     return missing
 
@@ -87,9 +90,7 @@ def config(weights: Weights, tokenizer: Tokenizer | None) -> dict[str, Any]:
     The vocabulary has V + 1 ids here, the mask or BOS being the last.
     """
     c, m = weights.config, weights.config.model
-    causal = c.family == "arm"
-    name = "CausalLM" if causal else "MaskedLM"
-    ends = {} if weights.eos_id == NO_EOS else {"eos_token_id": weights.eos_id}
+    name = "CausalLM" if c.family == "arm" else "MaskedLM"
     return folder.about(weights, tokenizer) | {
         "architectures": [f"PrimeJaxFor{name}"],
         "auto_map": {
@@ -97,9 +98,7 @@ def config(weights: Weights, tokenizer: Tokenizer | None) -> dict[str, Any]:
             f"AutoModelFor{name}": f"{CODE.stem}.PrimeJaxFor{name}",
         },
         "vocab_size": m.vocab_size + 1,
-        "bos_token_id" if causal else "mask_token_id": m.vocab_size,
-        "pad_token_id": _padding(weights),
-        **ends,
+        **special_ids(weights),
         "hidden_size": m.width,
         "intermediate_size": m.ffn,
         "num_hidden_layers": m.layers,
@@ -111,19 +110,23 @@ def config(weights: Weights, tokenizer: Tokenizer | None) -> dict[str, Any]:
     }
 
 
+def special_ids(weights: Weights) -> dict[str, int]:
+    """The special ids that there are, by the names of transformers."""
+    last = "bos_token_id" if weights.config.family == "arm" else "mask_token_id"
+    ids = {last: weights.config.model.vocab_size, "pad_token_id": _padding(weights)}
+    return ids if weights.eos_id == NO_EOS else ids | {"eos_token_id": weights.eos_id}
+
+
 def tokenizer_config(weights: Weights, made: Json) -> Json:
     """`tokenizer_config.json`: the special tokens of a `tokenizer.json`, and how it is used."""
     text = {token["id"]: token["content"] for token in made["added_tokens"]}
-    last = weights.config.model.vocab_size
-    ends = {"eos_token": text[weights.eos_id]} if weights.eos_id in text else {}
+    special = {name.removesuffix("_id"): text[i] for name, i in special_ids(weights).items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": weights.config.data.seq_len,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "bos_token" if weights.config.family == "arm" else "mask_token": text[last],
-        "pad_token": text[_padding(weights)],
-        **ends,
+        **special,
     }
 
 

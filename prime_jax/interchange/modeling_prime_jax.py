@@ -8,11 +8,14 @@ l digits in base b, its sub-tokens; the digit b means "masked". The names of sha
 tokens, S = l sub-tokens, V tokens of the vocabulary, D width, H heads, G key-value heads, K head size.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
 
 
 class PrimeJaxConfig(PretrainedConfig):
@@ -186,6 +189,16 @@ def with_last_id(logits_BxLxV):
     return F.pad(logits_BxLxV, (0, 1), value=torch.finfo(logits_BxLxV.dtype).min)
 
 
+@dataclass
+class CausalOutput(ModelOutput):
+    """Some versions of transformers call the cache `cache`, others `past_key_values`."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache: Any = None
+    past_key_values: Any = None
+
+
 class PrimeJaxForCausalLM(PrimeJaxModel, GenerationMixin):
     """Family arm. A text begins with BOS, id V, which the tokenizer puts there."""
 
@@ -193,19 +206,21 @@ class PrimeJaxForCausalLM(PrimeJaxModel, GenerationMixin):
         self,
         input_ids,
         attention_mask=None,
+        cache=None,
         past_key_values=None,
         labels=None,
         use_cache=False,
         **_,
     ):
         """Logits [B, L, V + 1] of the next token; `loss` is nats per token of `labels`, shifted here."""
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        h = self.hidden(self.digits_of(input_ids), attention_mask, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        h = self.hidden(self.digits_of(input_ids), attention_mask, cache)
         logits, loss = with_last_id(self.logits_of(h)), None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalOutput(loss=loss, logits=logits, cache=cache, past_key_values=cache)
 
 
 class PrimeJaxForMaskedLM(PrimeJaxModel):
