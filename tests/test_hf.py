@@ -293,7 +293,10 @@ def theirs(tmp_path_factory):
     """Load a folder as its users do."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
+    import torch
     import transformers
+
+    torch.set_num_threads(1)  # the programs are small, and other tests run beside these
 
     def load(weights: folder.Weights, tokenizer=None):
         out = tmp_path_factory.mktemp("folder") / "out"

@@ -8,14 +8,11 @@ l digits in base b, its sub-tokens; the digit b means "masked". The names of sha
 tokens, S = l sub-tokens, V tokens of the vocabulary, D width, H heads, G key-value heads, K head size.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 
 class PrimeJaxConfig(PretrainedConfig):
@@ -189,14 +186,8 @@ def with_last_id(logits_BxLxV):
     return F.pad(logits_BxLxV, (0, 1), value=torch.finfo(logits_BxLxV.dtype).min)
 
 
-@dataclass
-class CausalOutput(ModelOutput):
-    """Some versions of transformers call the cache `cache`, others `past_key_values`."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    cache: Any = None
-    past_key_values: Any = None
+# Versions of transformers differ in the name of the cache.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class PrimeJaxForCausalLM(PrimeJaxModel, GenerationMixin):
@@ -220,7 +211,7 @@ class PrimeJaxForCausalLM(PrimeJaxModel, GenerationMixin):
         logits, loss = with_last_id(self.logits_of(h)), None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalOutput(loss=loss, logits=logits, cache=cache, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
 
 class PrimeJaxForMaskedLM(PrimeJaxModel):
