@@ -111,10 +111,13 @@ def config(weights: Weights, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def special_ids(weights: Weights) -> dict[str, int]:
-    """The special ids that there are, by the names of transformers."""
+    """The special ids that there are, by the names of transformers.
+
+    Padding is EOS, which transformers never takes for padding in a prompt without an attention mask.
+    """
     last = "bos_token_id" if weights.config.family == "arm" else "mask_token_id"
-    ids = {last: weights.config.model.vocab_size, "pad_token_id": _padding(weights)}
-    return ids if weights.eos_id == NO_EOS else ids | {"eos_token_id": weights.eos_id}
+    ends = () if weights.eos_id == NO_EOS else ("eos_token_id", "pad_token_id")
+    return {last: weights.config.model.vocab_size} | dict.fromkeys(ends, weights.eos_id)
 
 
 def tokenizer_config(weights: Weights, made: Json) -> Json:
@@ -132,12 +135,6 @@ def tokenizer_config(weights: Weights, made: Json) -> Json:
 
 def _last(weights: Weights) -> str:
     return BOS if weights.config.family == "arm" else MASK
-
-
-def _padding(weights: Weights) -> int:
-    """The id of padding, which attention masks hide: EOS, or where there is none, the last."""
-    ends = weights.eos_id != NO_EOS
-    return weights.eos_id if ends else weights.config.model.vocab_size
 
 
 def card(
