@@ -171,7 +171,7 @@ def test_logs_in_a_bucket_are_to_be_copied(bucket, capsys):
     from prime_jax.cli import main
 
     storage.write(storage.path(bucket.url) / "run" / "events.out.tfevents.1", b"x")
-    for words in (["fit", bucket.url], ["scaling", "compare", bucket.url]):
+    for words in (["fit", bucket.url], ["scaling", "compare", bucket.url, "--baseline", "arm"]):
         assert main(words) == 2
         text = capsys.readouterr().err
         assert text.count("\n") == 1

@@ -432,7 +432,7 @@ def test_their_command_takes_a_run_of_a_sweep(tmp_path, monkeypatch):
 
 def test_the_installed_package_has_the_entry_point():
     found = metadata.entry_points(group="lm_eval.models", name="prime_jax")
-    if not found:
+    if not any(point.value == lm_eval.MODEL for point in found):
         pytest.skip("prime_jax was installed before it had the entry point; make install renews it")
     (point,) = found
     assert point.load() is command.PrimeJax

@@ -168,7 +168,7 @@ EXAMPLE_CAUSAL = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 text = tokenizer("The", return_tensors="pt")  # begins with BOS
 print(tokenizer.decode(model.generate(**text, max_new_tokens=20, do_sample=True)[0]))
@@ -180,7 +180,7 @@ EXAMPLE_MASKED = f"""\
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True)
 ids = tokenizer("The{MASK}{MASK}{MASK}", return_tensors="pt").input_ids
 print(tokenizer.batch_decode(model.generate(ids)))  # what is masked is drawn
