@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install quickstart test test-slow test-slurm test-tpu-compile test-gpu lint format docs bench bound-demo clean
+.PHONY: install quickstart test test-slow test-slurm test-tpu-compile test-gpu test-hf lint format docs bench bound-demo clean
 
 install: $(VENV)/.installed
 
@@ -55,6 +55,15 @@ test-gpu: .venv-gpu/.installed
 	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,cuda]'
 	@touch $@
 
+# Exported folders, loaded by transformers: PyTorch is large, so it has an environment of its own.
+test-hf: .venv-hf/.installed
+	.venv-hf/bin/python -m pytest tests/test_hf.py tests/test_tokenizer.py -rs
+
+.venv-hf/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-hf
+	.venv-hf/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,hf]'
+	@touch $@
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -77,4 +86,4 @@ bound-demo: install
 	$(BIN)/python experiments/bound_demo.py
 
 clean:
-	rm -rf $(VENV) .venv-tpu .venv-gpu build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tpu .venv-gpu .venv-hf build dist *.egg-info .pytest_cache .ruff_cache

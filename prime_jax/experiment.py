@@ -23,7 +23,7 @@ EXPERIMENT = re.compile(r"^def (config|sweep)\(", re.MULTILINE)
 
 def presets() -> dict[str, Path]:
     """The experiments that travel with the package, by name."""
-    files = sorted(shipped.folder("experiments").glob("*.py"))
+    files = sorted(shipped.place("experiments").glob("*.py"))
     return {path.stem: path for path in files if EXPERIMENT.search(path.read_text())}
 
 

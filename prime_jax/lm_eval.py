@@ -9,7 +9,7 @@ import sys
 from prime_jax.cli import boundary
 from prime_jax.errors import UserError
 
-MODEL = "prime_jax.evaluate.harness:PrimeJax"
+MODEL = "prime_jax.cli.harness:PrimeJax"
 
 
 def main() -> int:

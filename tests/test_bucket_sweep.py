@@ -167,6 +167,17 @@ def test_no_rights_and_no_sweep_are_one_line_each(bucket, capsys):
         assert bucket.url in text
 
 
+def test_logs_in_a_bucket_are_to_be_copied(bucket, capsys):
+    from prime_jax.cli import main
+
+    storage.write(storage.path(bucket.url) / "run" / "events.out.tfevents.1", b"x")
+    for words in (["fit", bucket.url], ["scaling", "compare", bucket.url, "--baseline", "arm"]):
+        assert main(words) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        assert "are read from a local folder, so copy them first" in text
+
+
 def test_json_of_a_bucket(bucket, capsys):
     from prime_jax.cli import main
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import tomllib
 import types
 from importlib import metadata
@@ -17,6 +18,8 @@ pytest.importorskip("lm_eval")
 import jax
 
 from prime_jax import cli, lm_eval
+from prime_jax.cli import harness as command
+from prime_jax.cli import runs
 from prime_jax.cli.evaluate import tasks_table
 from prime_jax.config import DataConfig, ModelConfig, RunConfig, SubtokenConfig
 from prime_jax.data import manifest
@@ -376,9 +379,8 @@ def unregistered(monkeypatch):
 def test_their_command_gives_our_number(
     run, scorer, own_task, unregistered, tmp_path, monkeypatch, capsys
 ):
-    """Their main, their arguments, their report, in an environment that has no torch: the
-    log-likelihood is the adapter's."""
-    monkeypatch.setattr(trained, "load", lambda path: {"RUN": run}[path])
+    """Their main, their arguments, their report: the log-likelihood is the adapter's."""
+    monkeypatch.setattr(runs, "load", lambda name: {"RUN": run}[name])
     out = tmp_path / "out"
     words = ["run", "--model", "prime_jax", "--model_args", "run=RUN,nll_type=chain_rule"]
     words += ["--tasks", "own", "--include_path", own_task, "--limit", 1, "--batch_size", "auto"]
@@ -417,17 +419,24 @@ def test_the_entry_point_is_the_model(unregistered):
     declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     (item,) = declared["project"]["entry-points"]["lm_eval.models"].items()
     point = metadata.EntryPoint(*item, "lm_eval.models")
-    assert point.load() is PrimeJax
+    assert point.load() is command.PrimeJax
     unregistered.register(point.name, target=point)
-    assert unregistered.get("prime_jax") is PrimeJax
+    assert unregistered.get("prime_jax") is command.PrimeJax
+
+
+def test_their_command_takes_a_run_of_a_sweep(tmp_path, monkeypatch):
+    root = shutil.copytree(Path(__file__).parent / "net" / "sweep", tmp_path / "sweep")
+    monkeypatch.setattr(trained, "load", lambda *directories, log: directories)
+    model = object.__new__(command.PrimeJax)
+    assert model.load(f"{root}:3340") == (root / "runs" / "3340f338bd" / "1",)
 
 
 def test_the_installed_package_has_the_entry_point():
     found = metadata.entry_points(group="lm_eval.models", name="prime_jax")
-    if not found:
+    if not any(point.value == lm_eval.MODEL for point in found):
         pytest.skip("prime_jax was installed before it had the entry point; make install renews it")
     (point,) = found
-    assert point.load() is PrimeJax
+    assert point.load() is command.PrimeJax
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import tarfile
 
 import pytest
 
+from prime_jax import shipped
 from prime_jax.errors import UserError
 from prime_jax.launch import archive, engine
 
@@ -58,6 +59,18 @@ def test_the_name_tells_the_content(checkout):
 def test_a_deleted_tracked_file_is_no_error(checkout):
     (checkout / "run.sh").unlink()
     assert "run.sh" not in members(archive.pack(checkout))
+
+
+def test_of_an_installed_wheel_its_files_go_in_as_a_checkout_has_them(tmp_path, monkeypatch):
+    share = tmp_path / "share"
+    (share / "launch").mkdir(parents=True)
+    for name in ("pyproject.toml", "launch/sky.yaml"):
+        (share / name).write_text("")
+    monkeypatch.setattr(shipped, "TOP", tmp_path / "site-packages")
+    monkeypatch.setattr(shipped, "share", lambda: share)
+    inside = set(members(archive.pack()))
+    assert {"pyproject.toml", "launch/sky.yaml", "prime_jax/shipped.py"} <= inside
+    assert not any("__pycache__" in name for name in inside)
 
 
 def test_it_is_written_once(checkout, tmp_path):

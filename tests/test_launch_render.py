@@ -10,6 +10,7 @@ import fake_trainer
 import pytest
 import yaml
 
+from prime_jax import shipped
 from prime_jax.errors import UserError
 from prime_jax.hardware import slices
 from prime_jax.launch import engine, k8s, sky, slurm
@@ -167,6 +168,12 @@ def test_a_sky_task(sweep, name, accelerators, nodes):
     assert task["resources"]["use_spot"] is True
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [85]
     assert task["file_mounts"] == {"/data/c4": "gs://bucket/data/c4"}
+
+
+def test_a_sky_task_needs_a_checkout(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "TOP", tmp_path)
+    with pytest.raises(UserError, match="render in a checkout, or use --on tpu or --on k8s"):
+        sky.render(sweep, SKY)
 
 
 def test_what_a_sky_task_runs_finds_its_gang(sweep, tmp_path):

@@ -185,7 +185,7 @@ def vm(tmp_path):
 
 def test_scripts_pass_shellcheck(vm):
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent) or "shellcheck"
-    scripts = [*shipped.folder("launch").glob("*.sh"), vm.path / "startup.sh"]
+    scripts = [*shipped.place("launch").glob("*.sh"), vm.path / "startup.sh"]
     done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from prime_jax.data import tokenizers
 from prime_jax.errors import UserError
+from prime_jax.interchange import hf_tokenizer
 
 CORPUS = Path(argparse.__file__).read_text()
 TEXTS = [
@@ -165,6 +166,69 @@ def assert_exact(tokenizer, text):
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert tokenizer.eos_id not in ids
     tokenizers.check_lossless(tokenizer, text, ids)
+
+
+@pytest.fixture(scope="module")
+def for_transformers(tokenizer):
+    """Hugging Face's form of it."""
+    library = pytest.importorskip("tokenizers")
+    made = hf_tokenizer.tokenizer_json(tokenizer, hf_tokenizer.MASK)
+    assert hf_tokenizer.differs(tokenizer, made) == ""
+    return library.Tokenizer.from_str(json.dumps(made))
+
+
+@pytest.mark.parametrize("text", [*TEXTS, CORPUS], ids=range(len(TEXTS) + 1))
+def test_hugging_faces_form_gives_the_same_ids_and_text(tokenizer, for_transformers, text):
+    special = ["\u2581", "</s>", "<|endoftext|>"]  # read as a space, and as special, there
+    special += ["<unk>", "<0x41>"] if tokenizer.spec.startswith("unigram") else []
+    for other in special:
+        text = text.replace(other, "")
+    ids = tokenizer.encode(text)
+    assert for_transformers.encode(text).ids == ids.tolist()
+    assert for_transformers.decode(ids.tolist()) == text
+
+
+def test_hugging_faces_form_knows_the_special_ids(tokenizer, for_transformers):
+    (mask,) = for_transformers.encode(hf_tokenizer.MASK).ids
+    assert mask == tokenizer.vocab_size
+    end = for_transformers.id_to_token(tokenizer.eos_id)
+    assert for_transformers.encode(f"a{end}").ids[-1] == tokenizer.eos_id
+    bos = hf_tokenizer.tokenizer_json(tokenizer, hf_tokenizer.BOS)
+    library = pytest.importorskip("tokenizers")
+    begins = library.Tokenizer.from_str(json.dumps(bos))
+    assert begins.encode("a").ids == [mask, *tokenizer.encode("a")]
+
+
+@pytest.mark.parametrize("spec", ["chars:27", "chars:27+eos", "synthetic:16", "synthetic:16+eos"])
+def test_hugging_faces_form_of_closed_alphabets(spec):
+    library = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.make(spec, sample)
+    made = hf_tokenizer.tokenizer_json(tokenizer, hf_tokenizer.MASK)
+    assert hf_tokenizer.differs(tokenizer, made) == ""
+    theirs = library.Tokenizer.from_str(json.dumps(made))
+    text = "a z" if "chars" in spec else "3 15 0"
+    assert theirs.decode(theirs.encode(text).ids) == text
+    with pytest.raises(Exception, match="UNK"):
+        theirs.encode("A")
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_hugging_faces_form_splits_as_the_rank_file(name, tmp_path):
+    library = pytest.importorskip("tokenizers")
+    plain = tiktoken_ranks(tmp_path).partition(":")[2]
+    tokenizer = tokenizers.make(f"tiktoken:{name}:{plain}", sample)
+    made = hf_tokenizer.tokenizer_json(tokenizer, hf_tokenizer.MASK)
+    assert hf_tokenizer.differs(tokenizer, made) == ""
+    theirs = library.Tokenizer.from_str(json.dumps(made))
+    for text in (CORPUS, "x=1;\ny=2;\n", "I'LL don't 12345 A.B/\r\n\n \t z"):
+        assert theirs.encode(text).ids == tokenizer.encode(text).tolist()
+
+
+def test_what_hugging_faces_form_does_otherwise_is_named(tokenizer):
+    made = hf_tokenizer.tokenizer_json(tokenizer, hf_tokenizer.MASK)
+    broken = {**made, "normalizer": {"type": "Lowercase"}}
+    assert hf_tokenizer.differs(tokenizer, broken).startswith("other ids around ")
+    assert "refuses it" in hf_tokenizer.differs(tokenizer, {**made, "model": {"type": "none"}})
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))

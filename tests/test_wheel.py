@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from importlib import metadata
@@ -16,6 +17,7 @@ import pytest
 from scaling_cases import csv_rows, surface, write_csv
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "docs/prices.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__")
 
 
@@ -47,21 +49,34 @@ def run(*command, codes=(0,), **kwargs) -> subprocess.CompletedProcess:
 def wheel(tmp_path_factory) -> Path:
     """Built without network, from a copy: building leaves folders in the tree."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    shutil.copytree(ROOT / "prime_jax", tree / "prime_jax", ignore=LEFT_OUT)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
+    for name in ("prime_jax", "experiments", "launch"):
+        shutil.copytree(ROOT / name, tree / name, ignore=LEFT_OUT)
+    for name in SHIPPED:
+        (tree / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    return build(tree, out)
+
+
+def build(tree: Path, out: Path) -> Path:
     offline = ("--no-deps", "--no-index", "--no-build-isolation")
     run(sys.executable, "-m", "pip", "wheel", *offline, "-w", out, tree)
     (made,) = out.glob("*.whl")
     return made
 
 
-def test_every_file_of_the_package_is_in_the_wheel(wheel):
+def names_in(wheel: Path) -> set[str]:
+    """Of its files, as a checkout calls them."""
     with zipfile.ZipFile(wheel) as packed:
-        inside = {name for name in packed.namelist() if ".dist-info/" not in name}
-    files = (path for path in (ROOT / "prime_jax").rglob("*") if path.is_file())
+        names = {name for name in packed.namelist() if ".dist-info/" not in name}
+    return {name.partition("/data/share/prime_jax/")[2] or name for name in names}
+
+
+def test_every_file_of_the_package_is_in_the_wheel(wheel):
+    folders = [ROOT / name for name in ("prime_jax", "launch")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files += (ROOT / "experiments").glob("*.py")
     ours = {str(path.relative_to(ROOT)) for path in files if path.parent.name != "__pycache__"}
-    assert inside == ours
+    assert names_in(wheel) == ours | set(SHIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +117,13 @@ def test_the_chain_of_the_starter_from_an_empty_folder(command, tmp_path):
     assert "195" in prime("sweep", "plan", "preset:c4_grid").stdout
     for name in ("jobset.yaml", "sky.yaml", "tpu_startup.sh"):
         run(python, "-c", f"from prime_jax.launch import engine; engine.template('{name}')")
+
+
+def test_machines_install_what_is_installed_here(command, wheel, tmp_path):
+    """The archive that `sweep up --on tpu` publishes is a tree that the same wheel is built from."""
+    pack = "from prime_jax.launch import archive; import sys; "
+    pack += "open(sys.argv[1], 'wb').write(archive.pack().data)"
+    run(command.with_name("python"), "-c", pack, tmp_path / "code.tar.gz", cwd=tmp_path)
+    with tarfile.open(tmp_path / "code.tar.gz") as tar:
+        tar.extractall(tmp_path / "tree", filter="data")
+    assert names_in(build(tmp_path / "tree", tmp_path / "dist")) == names_in(wheel)

@@ -1,5 +1,6 @@
 """`prime-jax export` and `prime-jax import`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,30 +17,62 @@ if TYPE_CHECKING:
 
     from prime_jax.data.tokenizers import Tokenizer
 
+LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+
 
 @dataclass(frozen=True)
 class Export(Arguments):
     """Write the weights of RUN as safetensors (linear weights [out, in], vocabulary rows by token
-    id), its settings and permutation, and its tokenizer. Every command takes the new folder as RUN."""
+    id), its settings and permutation, and its tokenizer. Every command takes the new folder as RUN.
 
-    EXAMPLES = ("prime-jax export quickstart:3f9a exported",)
+    With --format hf the folder is also one for Hugging Face's transformers: it holds the network in
+    PyTorch, which AutoModelForCausalLM (ARM) and AutoModelForMaskedLM (MDM, Prime) load with
+    trust_remote_code, Hugging Face's form of the tokenizer, and a model card. Needs
+    prime_jax[tokenizers]; PyTorch is not needed."""
+
+    EXAMPLES = (
+        "prime-jax export quickstart:3f9a exported",
+        "prime-jax export RUN for-the-hub --format hf --license apache-2.0",
+    )
 
     run: str = setting(REQUIRED, RUN, positional=True)
     out: Path = setting(REQUIRED, "new folder", positional=True)
-    format: Literal["safetensors"] = setting("safetensors", "file format")
+    format: Literal["safetensors", "hf"] = setting("safetensors", "kind of folder")
+    license: str = setting(
+        "",
+        "with --format hf: licence of the weights as the Hub names it, for the model card (default: "
+        "unknown)",
+        metavar="NAME",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.license and self.format != "hf":
+            raise UserError(f"--license {self.license}: only --format hf writes a model card")
+        if self.license and not LICENSE.fullmatch(self.license):
+            raise UserError(f"--license {self.license}: must be a name such as apache-2.0")
 
 
 def export(args: Export) -> None:
     from prime_jax.cli import runs
     from prime_jax.evaluate import trained
-    from prime_jax.interchange import folder
+    from prime_jax.interchange import folder, hf
+    from prime_jax.runtime import storage
+    from prime_jax.runtime.records import read_json
 
     run = runs.load(args.run)
     tokenizer = run.tokenizer if run.has_tokenizer else None
-    if tokenizer is None:
-        say(f"no tokenizer written: the run holds none, and {run.config.data.path} is not here")
+    missing = "" if tokenizer else f"the run holds none, and {run.config.data.path} is not here"
     weights = trained.weights(run)
-    folder.write(weights, args.out, tokenizer)
+    if args.format == "hf":
+        records = (directory / "result.json" for directory in runs.attempts(args.run))
+        record = next((read_json(file) for file in records if storage.exists(file)), None)
+        license = args.license or hf.UNKNOWN
+        missing = hf.write(weights, args.out, tokenizer, record, license) or missing
+    else:
+        folder.write(weights, args.out, tokenizer)
+    if missing:
+        say(f"no tokenizer written: {missing}")
     _show(weights, args.out)
 
 

@@ -7,18 +7,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from prime_jax import settings
+from prime_jax import settings, shipped
 from prime_jax.cli.console import console, say, write
 from prime_jax.cli.parse import Arguments
 from prime_jax.errors import UserError
 from prime_jax.launch import k8s, slurm, tpu
 from prime_jax.launch import sky as skypilot
-from prime_jax.launch.engine import REPO, Dialogue, Sweep, sweep_at
+from prime_jax.launch.engine import Dialogue, Sweep, sweep_at
 from prime_jax.runtime import outputs, storage
 from prime_jax.settings import REQUIRED, Flags, setting
 
 ENGINES = {"slurm": slurm, "tpu": tpu, "k8s": k8s, "sky": skypilot}
-PRICES = REPO / "docs" / "prices.toml"
+PRICES = shipped.place("docs/prices.toml")
 ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s3://BUCKET/..."
 
 

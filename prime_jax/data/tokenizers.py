@@ -35,6 +35,7 @@ from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
 
 FILE, MODEL = "tokenizer.json", "tokenizer.model"
+OWN = "prime_jax"  # the folder of these files where FILE is Hugging Face's
 LONGEST_LINE = 1 << 20  # bytes; sentencepiece leaves longer ones out, so they are cut
 DECODED = 1 << 20  # ids decoded at a time
 NO_EOS = -1
@@ -197,7 +198,12 @@ def read(path: str) -> bytes:
         raise UserError(f"cannot read tokenizer file {path}: {error.strerror}") from error
 
 
-def _optional(name: str) -> ModuleType:
+def optional(name: str) -> ModuleType:
+    """A library of the extra `tokenizers`.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         return __import__(name)
     except ImportError as error:
@@ -338,7 +344,7 @@ class HuggingFace(Tokenizer):
     kind = "hf"
 
     def __init__(self, spec: str, model: bytes):
-        library = _optional("tokenizers")
+        library = optional("tokenizers")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we run our own processes
         self.model = model
         try:
@@ -434,7 +440,7 @@ class Tiktoken(Tokenizer):
     kind = "tiktoken"
 
     def __init__(self, spec: str, model: bytes):
-        library = _optional("tiktoken")
+        library = optional("tiktoken")
         head = HEAD.match(model)
         ranks = _ranks(spec, model[head.end() :] if head else model)
         split = head[1].decode() if head else "gpt2"
@@ -473,7 +479,7 @@ def read_ranks(spec: str) -> bytes:
     Raises:
         UserError: no such file, or one of another format; ranks of a split that is not named.
     """
-    _optional("tiktoken")
+    optional("tiktoken")
     split, path = _split_of(spec)
     if path.endswith(".json"):
         try:
@@ -498,7 +504,7 @@ def read_ranks(spec: str) -> bytes:
 
 def _foreign(ranks: Iterable[bytes]) -> str | None:
     """A token that GPT-2's split cannot make; parts of characters and of contractions aside."""
-    pattern = _optional("regex").compile(GPT2_SPLIT)
+    pattern = optional("regex").compile(GPT2_SPLIT)
     for piece in ranks:
         try:
             text = piece.decode()
@@ -585,6 +591,8 @@ def load(directory: storage.Path) -> Tokenizer:
         UserError: a missing, damaged or altered file.
     """
     about = read_json(directory / FILE)
+    if isinstance(about, dict) and "model" in about:  # `export --format hf`
+        return load(directory / OWN)
     try:
         kind, spec, expected = about["kind"], about["spec"], about["hash"]
         if kind in ("bytes", "chars", "synthetic"):

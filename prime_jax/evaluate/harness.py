@@ -1,9 +1,8 @@
 """The adapter to EleutherAI's lm-evaluation-harness (0.4.13, without torch): `prime_jax`.
 
-Importing this module registers the model. `prime-jax eval RUN --tasks ...` does so and calls the
-harness; the harness's own command finds the model by `prime_jax/lm_eval.py` or, in versions that
-discover plugins, by the entry point group `lm_eval.models` (pyproject.toml). Requests are scored in batches across tasks and documents. The result of a request depends
-only on its own tokens and the settings.
+`prime-jax eval RUN --tasks ...` makes the model and calls the harness; the harness's own command
+makes that of `cli/harness.py`. Requests are scored in batches across tasks and documents. The result
+of a request depends only on its own tokens and the settings.
 """
 
 import dataclasses
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 
 from prime_jax.errors import UserError
 from prime_jax.evaluate import likelihood, trained
@@ -82,7 +80,6 @@ class Settings(Checked):
         return made
 
 
-@register_model("prime_jax")
 class PrimeJax(LM):
     """A finished run as a model of the harness.
 
@@ -114,11 +111,15 @@ class PrimeJax(LM):
             if not run:
                 raise UserError("--model_args: names no run; give run=RUN, a folder")
             size = 0 if batch_size == "auto" else int(batch_size or 0)
-            scorer = Scorer(trained.load(run), batch_size=size, guidance=self.settings.cfg)
+            scorer = Scorer(self.load(run), batch_size=size, guidance=self.settings.cfg)
         self.scorer, self.run, self.tick = scorer, scorer.run, tick
         self.contexts_cut = 0  # requests whose context did not fit
         arm = self.run.config.family == "arm"
         self.estimator = "ar" if arm else estimator
+
+    def load(self, run: str) -> trained.Trained:
+        """The run in a directory."""
+        return trained.load(run)
 
     @property
     def tokenizer_name(self) -> str:

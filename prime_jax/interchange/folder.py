@@ -127,24 +127,38 @@ def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
     Raises:
         UserError: `out` is not empty, or cannot be written.
     """
+    write_tensors(weights, out)
+    if tokenizer is not None:
+        tokenizer.save(out)
+    write_json_atomic(out / CONFIG, about(weights, tokenizer))
+
+
+def write_tensors(weights: Weights, out: Path) -> None:
+    """Make the folder, with `model.safetensors` in it.
+
+    Raises:
+        UserError: `out` is not empty, or cannot be written.
+    """
     from safetensors.numpy import save_file
 
-    c, book = weights.config, weights.codebook
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; give a new folder")
     tensors = {f"{name}.weight": np.ascontiguousarray(x) for name, x in weights.tensors.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        codes = {CODES: book.codes.astype(np.int64)}
+        codes = {CODES: weights.codebook.codes.astype(np.int64)}
         (out / WEIGHTS).touch()
         mode = (out / WEIGHTS).stat().st_mode  # the library writes for its user alone
-        save_file(tensors | codes, out / WEIGHTS, metadata={"format": "prime_jax"})
+        save_file(tensors | codes, out / WEIGHTS, metadata={"format": "pt"})  # PyTorch's, [out, in]
         (out / WEIGHTS).chmod(mode)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
-    if tokenizer is not None:
-        tokenizer.save(out)
-    about = {
+
+
+def about(weights: Weights, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The content of `config.json`."""
+    c, book = weights.config, weights.codebook
+    return {
         "model_type": "prime_jax",
         "schema": SCHEMA,
         "family": c.family,
@@ -160,7 +174,6 @@ def write(weights: Weights, out: Path, tokenizer: Tokenizer | None) -> None:
         "assumed": list(weights.assumed),
         "run": to_dict(replace(c, kernels=KernelConfig())),  # chosen by whoever reads it
     }
-    write_json_atomic(out / CONFIG, about)
 
 
 def read_config(directory: Path) -> RunConfig:
@@ -169,10 +182,10 @@ def read_config(directory: Path) -> RunConfig:
     Raises:
         UserError: no `config.json`, a damaged one, or another schema.
     """
-    return from_dict(RunConfig, _about(directory)["run"], str(directory / CONFIG))
+    return from_dict(RunConfig, _read_about(directory)["run"], str(directory / CONFIG))
 
 
-def _about(directory: Path) -> dict[str, Any]:
+def _read_about(directory: Path) -> dict[str, Any]:
     about = read_json(directory / CONFIG)
     wanted = ("run", "step", "eos_id", "permutation_hash")
     if not isinstance(about, dict) or about.get("schema") != SCHEMA:
@@ -213,7 +226,7 @@ def read_again(directory: Path) -> Weights:
 
 def _read(directory: Path) -> tuple[Weights, str]:
     """What an exported folder holds, and the hash that its weights had."""
-    about, config, file = _about(directory), read_config(directory), directory / WEIGHTS
+    about, config, file = _read_about(directory), read_config(directory), directory / WEIGHTS
     tensors = open_weights(file)
     check(str(file), tensors, shapes(config))
     codes = tensors[CODES].read().astype(np.int64)

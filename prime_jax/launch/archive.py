@@ -1,6 +1,7 @@
-"""The checkout as one archive in ROOT, which machines without a shared disk install.
+"""The code as one archive in ROOT, which machines without a shared disk install.
 
-Includes tracked files, and new files that git does not ignore, unless large or likely secrets.
+Of a checkout: tracked files, and new files that git does not ignore, unless large or likely secrets.
+Of an installed wheel: its files, laid out as in a checkout (`shipped`).
 """
 
 import gzip
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from prime_jax import shipped
 from prime_jax.errors import UserError
 from prime_jax.launch.engine import REPO, Sweep
 from prime_jax.runtime import storage
@@ -42,24 +44,23 @@ class Archive:
         return f"{text}; ignored files are never included"
 
 
-def pack(repo: Path = REPO) -> Archive:
-    """Archive a git checkout.
+def pack(repo: Path | None = None) -> Archive:
+    """Archive a git checkout; without one, the code that runs here.
 
     Raises:
-        UserError: `repo` is not a checkout, or git is missing.
+        UserError: the checkout is none, or git is missing.
     """
-    tracked = _git(repo, "ls-files", "-z", "--cached")
-    fresh = _git(repo, "ls-files", "-z", "--others", "--exclude-standard")
-    refused = {name: reason for name in fresh if (reason := _refuse(repo / name))}
-    included = sorted({*tracked, *fresh} - set(refused))
+    if repo is None and not shipped.is_checkout():
+        included, refused = shipped.installed(), {}
+    else:
+        included, refused = _of_checkout(repo or REPO)
     out, files = io.BytesIO(), 0
     # Times, owners and order are normalised: equal files give equal bytes.
     with (
         gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as squeezed,
         tarfile.open(fileobj=squeezed, mode="w") as tar,
     ):
-        for name in included:
-            path = repo / name
+        for name, path in sorted(included.items()):
             if not path.is_symlink() and not path.is_file():
                 continue  # tracked, but deleted here; or a submodule
             info = tar.gettarinfo(path, arcname=name)
@@ -71,6 +72,14 @@ def pack(repo: Path = REPO) -> Archive:
     data = out.getvalue()
     name = f"code-{hashlib.sha256(data).hexdigest()[:12]}.tar.gz"
     return Archive(data, name, files, tuple(f"{n} ({r})" for n, r in sorted(refused.items())))
+
+
+def _of_checkout(repo: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files to include, by name, and why others are not."""
+    tracked = _git(repo, "ls-files", "-z", "--cached")
+    fresh = _git(repo, "ls-files", "-z", "--others", "--exclude-standard")
+    refused = {name: reason for name in fresh if (reason := _refuse(repo / name))}
+    return {name: repo / name for name in {*tracked, *fresh} - set(refused)}, refused
 
 
 def publish(sweep: Sweep, archive: Archive) -> str:

@@ -194,7 +194,7 @@ def needs(extra: str, package: str) -> UserError:
 
 def template(name: str) -> str:
     """A file of launch/."""
-    return (shipped.folder("launch") / name).read_text()
+    return (shipped.place("launch") / name).read_text()
 
 
 def fill(file: str, **values: Any) -> str:

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import dataclass
 
+from prime_jax import shipped
 from prime_jax.errors import UserError
 from prime_jax.launch.engine import Pool, Sweep, fill, scalar
 from prime_jax.settings import Flags, setting
@@ -22,8 +23,13 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
     """One task per pool.
 
     Raises:
-        UserError: a ROOT that is not in a bucket, or runs without a slice.
+        UserError: a ROOT that is not in a bucket, runs without a slice, or no checkout.
     """
+    if not shipped.is_checkout():
+        raise UserError(
+            "--on sky: its tasks install the checkout that they are launched from, and this is an "
+            "installed package; render in a checkout, or use --on tpu or --on k8s"
+        )
     if not sweep.on_object_store():
         raise UserError(
             f"{sweep.root}: cloud machines cannot access it; ROOT must be gs://BUCKET/DIR"

@@ -56,10 +56,21 @@ def read(source: Path, progress: Progress = quiet, most: int = MAX_ROWS) -> Tabl
 
 
 def is_sweep(source: Any) -> bool:
-    """Whether a source is the directory of a sweep, or is to be one, being in a bucket."""
+    """Whether a source is the directory of a sweep.
+
+    Raises:
+        UserError: it is another directory, and in a bucket.
+    """
     if not hasattr(source, "is_dir") or not source.is_dir():
         return False
-    return storage.is_remote(source) or storage.exists(source / "sweep.json")
+    if storage.exists(source / "sweep.json"):
+        return True
+    if storage.is_remote(source):
+        raise UserError(
+            f"{source}: no sweep here; event files and histories are read from a local folder, so copy "
+            "them first"
+        )
+    return False
 
 
 def read_csv(path: Path, most: int = MAX_ROWS) -> Table:
