@@ -130,11 +130,11 @@ def _drive(args: argparse.Namespace) -> int:
     if not (args.data / "manifest.json").exists():
         raise UserError(f"{args.data}: no data; make it with `make quickstart`, or give --data DIR")
     options = _options(args, where)
-    module, root = ENGINES[args.on], storage.path(args.root)
-    sweep = engine.sweep_at(root, 1, where)
     print(_announced(args, where, prices))
     if os.environ.get(APPROVAL) != where.name:
         raise UserError(f"nothing was started: {APPROVAL}={where.name} approves the cost above")
+    module, root = ENGINES[args.on], storage.path(args.root)
+    sweep = engine.sweep_at(root, 1, where)
     if storage.names(root):
         raise UserError(f"{args.root}: not empty; give a new folder")
     pair = plan_runs(root, args.experiment, args.data, where, scale)

@@ -52,7 +52,8 @@ class _Elsewhere(Arguments):
     root: str = setting(REQUIRED, ROOT, positional=True)
     on: Literal[tuple(ENGINES)] = setting(
         REQUIRED,
-        "system that runs the workers",
+        f"system that runs the workers: {', '.join(ENGINES)}",
+        metavar="ENGINE",
         takes=f"one of {', '.join(ENGINES)}; here: prime-jax sweep run ROOT --workers N",
     )
     engine: EngineOptions = setting(EngineOptions(), "options of engines")

@@ -53,8 +53,8 @@ def detect(environment: Mapping[str, str]) -> ProcessGroup | None:
     """
     given = [name for name in EXPLICIT if name in environment]
     if given:
-        address, count, index = _all(environment, EXPLICIT, ", ".join(given))
-        return _process_group(address, count, index, "PRIME_* variables")
+        coordinator, count, index = _all(environment, EXPLICIT, ", ".join(given))
+        return _process_group(coordinator, count, index, "PRIME_* variables")
     if "JOBSET_NAME" in environment:
         return _of_jobset(environment)
     if _whole(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
