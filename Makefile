@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install quickstart test test-slow test-slurm test-tpu-compile test-gpu test-hf lint format docs bench bound-demo clean
+.PHONY: install quickstart test test-slow test-slurm test-tpu-compile test-gpu test-hf tpu-acceptance lint format docs bench bound-demo clean
 
 install: $(VENV)/.installed
 
@@ -81,6 +81,13 @@ docs: install
 # Tokens/s against an eager PyTorch model (install torch for the comparison).
 bench: install
 	$(BIN)/python benchmarks/train_step.py
+
+# On a TPU slice that you rent, e.g. ARGS="--slice v6e-16 --on gce --project P --zone Z --root gs://..."
+tpu-acceptance: install data/quickstart/manifest.json
+	$(BIN)/python benchmarks/tpu_acceptance.py $(ARGS)
+
+data/quickstart/manifest.json: | install
+	$(BIN)/prime-jax data prepare pysource --tokenizer bytes --seq-len 64 --out data/quickstart
 
 bound-demo: install
 	$(BIN)/python experiments/bound_demo.py

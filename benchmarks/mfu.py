@@ -1,13 +1,15 @@
 """Tokens/s, MFU and memory of the real training step for ARM, MDM and MDM-Prime, in bfloat16.
 
     python benchmarks/mfu.py [--sizes 92M 354M 1.1B] [--length 2048] [--tokens 32768] [--rounds 3]
+        [--families mdm arm prime] [--json FILE]
 
 Every (size, family) is a process of its own, run one after the other; families of one size are
 measured in turn `rounds` times and the median is printed, with the ratio of tokens/s to MDM in the
 same run: what sub-tokens cost. MFU is given in both FLOP conventions (prime_jax/flops.py) against
 the data sheet's dense bfloat16 peak; it is left out where the peak is not known (CPUs). Memory is
 the allocator's peak. Tokens are random; neither the data pipeline nor the command line is imported.
-The micro-batch is lowered by halves until a step fits.
+The micro-batch is lowered by halves until a step fits. On several hosts the same command on each
+measures all of them together (PRIME_COORDINATOR and so on); the first host prints.
 """
 
 import argparse
@@ -35,6 +37,10 @@ SIZES = {
 }
 FAMILIES = ("mdm", "arm", "prime")
 STEPS = 5
+
+
+class DoesNotRun(Exception):
+    """A size that does not fit, or fails; with the last line of its output."""
 
 
 def run_config(family: str, size: str, length: int, tokens: int, accumulate: int):
@@ -66,9 +72,10 @@ def measure(config) -> dict:
 
     from prime_jax import optim, step
     from prime_jax.hardware.chips import peak_flops
-    from prime_jax.runtime import sharding
+    from prime_jax.runtime import distributed, sharding
     from prime_jax.runtime.metrics import Clock, memory_high_water
 
+    distributed.start(lambda line: print(line, file=sys.stderr))
     program, clock = step.program(config, eos_id=0), Clock()
     state = program.init(clock, config.seed)
     shape = (config.batch_size, config.data.seq_len)
@@ -109,61 +116,95 @@ def in_a_process(family: str, size: str, length: int, tokens: int) -> tuple[dict
         if "RESOURCE_EXHAUSTED" not in done.stderr and "out of memory" not in done.stderr.lower():
             break
         accumulate *= 2
-    raise SystemExit(f"{size} {family}: {reason}")
+    raise DoesNotRun(reason)
 
 
 HEADER = (
     f"{'size':5}  {'family':6}  {'params':>7}  {'micro':>5}  {'ms/step':>8}  {'tokens/s':>9}  "
-    f"{'MFU matmul':>10}  {'MFU ref.':>8}  {'GiB':>6}  {'to mdm':>6}  {'compile s':>9}"
+    f"{'MFU matmul':>10}  {'MFU ref.':>8}  {'GiB':>6}  {'to first':>8}  {'compile s':>9}"
 )
 
 
-def main() -> None:
+def measured(size: str, args: argparse.Namespace) -> list[dict]:
+    """A row for each family of a size, or the one that says why there is none."""
+    turns: dict[str, list[dict]] = {family: [] for family in args.families}
+    settings = {}
+    for _ in range(args.rounds):
+        for family in args.families:
+            try:
+                found, config = in_a_process(family, size, args.length, args.tokens)
+            except DoesNotRun as error:
+                return [{"size": size, "family": family, "error": str(error)}]
+            settings[family] = config
+            turns[family].append(found)
+    rows = []
+    for family, found in turns.items():
+        config, peak = settings[family], found[0]["peak"]
+        tokens = config.batch_size * config.data.seq_len
+        seconds = statistics.median(turn["seconds"] for turn in found)
+        pairs = zip(turns[args.families[0]], found, strict=True)
+        speed = tokens / seconds
+        mfu = {n: flops_per_token(config, n) * speed / peak if peak else None for n in CONVENTIONS}
+        rows.append(
+            {
+                "size": size,
+                "family": family,
+                "device": found[0]["device"],
+                "length": config.data.seq_len,
+                "tokens": tokens,
+                "params": param_counts(config)["total"],
+                "micro_batch": config.batch_size // config.mesh.accumulate,
+                "step_seconds": seconds,
+                "tokens_per_second": speed,
+                "mfu": mfu,
+                "memory_bytes": found[0]["memory"],
+                "to_first": statistics.median(a["seconds"] / b["seconds"] for a, b in pairs),
+                "compile_seconds": found[0]["compile"],
+            }
+        )
+    return rows
+
+
+def shown(row: dict) -> str:
+    if "error" in row:
+        return f"{row['size']:5}  {row['family']:6}  {row['error']}"
+    mfu = [f"{x:.3f}" if x else "-" for x in row["mfu"].values()]
+    return (
+        f"{row['size']:5}  {row['family']:6}  {row['params'] / 1e6:6.0f}M  "
+        f"{row['micro_batch']:5}  {1e3 * row['step_seconds']:8.1f}  "
+        f"{row['tokens_per_second']:9.0f}  {mfu[0]:>10}  {mfu[1]:>8}  "
+        f"{row['memory_bytes'] / 2**30:6.1f}  {row['to_first']:8.3f}  {row['compile_seconds']:9.1f}"
+    )
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["92M", "354M", "1.1B"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=32768, help="of a step (default 32768)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each family (default 3)")
+    parser.add_argument("--json", type=Path, help="also write the rows into this file")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         config = configs.from_dict(configs.RunConfig, json.loads(args.serve))
         print(json.dumps(measure(config)))
-        return
-    shown = False
+        return 0
+    rows = []
     for size in args.sizes:
-        turns: dict[str, list[dict]] = {family: [] for family in FAMILIES}
-        settings = {}
-        for _ in range(args.rounds):
-            for family in FAMILIES:
-                found, config = in_a_process(family, size, args.length, args.tokens)
-                settings[family] = config
-                turns[family].append(found)
-                if not shown:
-                    print(f"{found['device']}, length {args.length}, {args.tokens} tokens a step")
-                    print(HEADER, flush=True)
-                    shown = True
-        for family, found in turns.items():
-            config = settings[family]
-            tokens = config.batch_size * config.data.seq_len
-            seconds = statistics.median(turn["seconds"] for turn in found)
-            pairs = zip(turns["mdm"], found, strict=True)
-            ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
-            peak = found[0]["peak"]
-            fractions = [
-                f"{flops_per_token(config, name) * tokens / seconds / peak:.3f}" if peak else "-"
-                for name in CONVENTIONS
-            ]
-            print(
-                f"{size:5}  {family:6}  {param_counts(config)['total'] / 1e6:6.0f}M  "
-                f"{config.batch_size // config.mesh.accumulate:5}  {1e3 * seconds:8.1f}  "
-                f"{tokens / seconds:9.0f}  {fractions[0]:>10}  {fractions[1]:>8}  "
-                f"{found[0]['memory'] / 2**30:6.1f}  {ratio:6.3f}  {found[0]['compile']:9.1f}",
-                flush=True,
-            )
+        found = measured(size, args)
+        if not rows:
+            device = found[0].get("device", "no device")
+            print(f"{device}, length {args.length}, {args.tokens} tokens a step\n{HEADER}")
+        rows += found
+        print("\n".join(map(shown, found)), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return any("error" in row for row in rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# Start-up script of a Cloud TPU VM: runs as root at every boot, on every host of the slice.
-# `prime-jax sweep up --on tpu` puts exports above it: PRIME_ROOT, PRIME_SLICE, PRIME_CODE,
-# PRIME_NAME, PRIME_PROJECT, PRIME_ZONE, PRIME_DATA (lines FROM TO), PRIME_MOUNT, PRIME_SETUP
-# (shell lines) and JAX_COORDINATOR_PORT. `prime-jax sweep render --on tpu` prints the whole.
+# Start-up script of a TPU VM: runs as root at every boot, on every host of the slice.
+# `prime-jax sweep up --on gce` or `tpu` puts exports above it: PRIME_ROOT, PRIME_SLICE, PRIME_SLICES
+# (their number), PRIME_HOSTS (of each), PRIME_CODE, PRIME_NAME, PRIME_GIVE_BACK (a command),
+# PRIME_DATA (lines FROM TO), PRIME_MOUNT, PRIME_SETUP (shell lines) and JAX_COORDINATOR_PORT.
+# `prime-jax sweep render` prints the whole.
 set -euo pipefail
 
 home=${PRIME_HOME:-/opt/prime}
@@ -22,8 +23,7 @@ mark() { echo "$2" | gcloud storage cp - "$PRIME_ROOT/launch/$PRIME_NAME.$1"; }
 give_back() {
   say "deleting $PRIME_NAME"
   ship
-  gcloud compute tpus queued-resources delete "$PRIME_NAME" --project "$PRIME_PROJECT" \
-    --zone "$PRIME_ZONE" --force --quiet --async || say "may not delete itself; \`sweep up\` will"
+  eval "$PRIME_GIVE_BACK" || say "may not delete itself; \`sweep up\` will"
 }
 
 stage=starting stopping='' finished='' worker='' process=unknown
@@ -48,18 +48,34 @@ stop() {
 trap at_exit EXIT
 trap stop TERM INT
 
-stage='reading the metadata'
-mapfile -t hosts < <(attribute worker-network-endpoints | tr , '\n' | cut -d: -f3)
-process=$(attribute agent-worker-number)
-count=${#hosts[@]} first=${hosts[0]}
-slices=$(megascale NUM_SLICES || true)
-if [[ ${slices:-1} -gt 1 ]]; then # the same job on several slices
-  first=$(megascale COORDINATOR_ADDRESS)
-  first=${first%:*}
-  process=$((process + count * $(megascale SLICE_ID)))
-  count=$((count * slices))
-fi
-if [[ $count -gt 1 ]]; then
+# The hosts of the slice, and the number of this one. The image writes the attributes after the
+# boot, and not all at once.
+members() {
+  local number slice=0
+  mapfile -t hosts < <(attribute worker-network-endpoints | tr , '\n' | cut -d: -f3-)
+  number=$(attribute agent-worker-number) || return 1
+  [[ ${#hosts[@]} -eq $PRIME_HOSTS && $number =~ ^[0-9]+$ && $number -lt $PRIME_HOSTS ]] || return 1
+  first=${hosts[0]}
+  [[ $first != *:* ]] || first="[$first]" # IPv6
+  if [[ $PRIME_SLICES -gt 1 ]]; then
+    slice=$(megascale SLICE_ID) first=$(megascale COORDINATOR_ADDRESS)
+    [[ $slice =~ ^[0-9]+$ && -n $first ]] || return 1
+    first=${first%:*}
+  fi
+  process=$((number + PRIME_HOSTS * slice))
+}
+
+stage='finding the hosts of the slice in the metadata'
+count=$((PRIME_HOSTS * PRIME_SLICES))
+if [[ $count -eq 1 ]]; then
+  process=0
+else
+  tries=${PRIME_METADATA_TRIES:-60}
+  until members; do
+    tries=$((tries - 1))
+    [[ $tries -gt 0 ]] || exit 1
+    sleep "${PRIME_PAUSE_SECONDS:-10}"
+  done
   export PRIME_COORDINATOR=$first:$JAX_COORDINATOR_PORT PRIME_PROCESSES=$count PRIME_PROCESS_ID=$process
 fi
 while sleep "${PRIME_SHIP_SECONDS:-60}"; do ship; done &
@@ -73,6 +89,7 @@ if [[ ! -e $home/installed || $(<"$home/installed") != "$PRIME_CODE" ]]; then
   gcloud storage cp "$PRIME_CODE" "$home/code.tar.gz"
   tar -xzf "$home/code.tar.gz" -C "$home/code"
   # The image's Python is too old: bring one. --target works on images whose pip is locked, too.
+  python3 -m pip --version || { apt-get -qq update && apt-get -qqy install python3-pip; }
   python3 -m pip install --quiet --upgrade --target "$home/uv" uv
   export UV_PYTHON_INSTALL_DIR=$home/python
   "$home/uv/bin/uv" venv --python 3.12 "$home/venv"

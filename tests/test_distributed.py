@@ -68,11 +68,24 @@ except UserError as error:
         ("node[03-04,7],other", "node03"),
         ("rack[0-1]_blade[0-1]", "rack0_blade0"),
         ("gpu[001-002]-ib0,x", "gpu001-ib0"),
+        ("r[1-2]s[03,5]t,x", "r1s03t"),
         ("alone", "alone"),
     ],
 )
-def test_the_first_host_of_a_list(nodes, first):
+def test_the_first_host_of_a_list(nodes, first, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Slurm that reads it
     assert distributed.first_host(nodes) == first
+
+
+def test_slurm_itself_reads_its_list_where_it_can(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    tool = tmp_path / "scontrol"
+    tool.write_text(
+        '#!/bin/sh\ntest "$1 $2 $3" = "show hostnames n[1-2]" && echo first && echo second'
+    )
+    tool.chmod(0o755)
+    assert distributed.first_host("n[1-2]") == "first"
+    assert distributed.first_host("m[1-2]") == "m1", "it knows better than a Slurm that fails"
 
 
 @pytest.mark.parametrize("nodes", ["", ",a", "a[", "[x]"])
@@ -90,6 +103,14 @@ def test_no_host_in_a_list(nodes):
             ("a:1", 2, 1),
         ),
         ({"PRIME_COORDINATOR": "a:1", "PRIME_PROCESSES": "1", "PRIME_PROCESS_ID": "0"}, None),
+        (
+            {"PRIME_COORDINATOR": "[::1]:8", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "1"},
+            ("[::1]:8", 2, 1),
+        ),
+        (
+            {"TPU_WORKER_HOSTNAMES": "fd00::1,fd00::2", "TPU_WORKER_ID": "1"},
+            ("[fd00::1]:8476", 2, 1),
+        ),
         (SLURM, ("node03:20077", 4, 2)),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "JAX_PLATFORMS": "cpu"}, None),
         (
@@ -122,6 +143,10 @@ def test_the_gang_is_read_from_the_environment(environment, expected):
         (
             {"PRIME_COORDINATOR": "a:b", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "0"},
             "has no port",
+        ),
+        (
+            {"PRIME_COORDINATOR": "fd00::1", "PRIME_PROCESSES": "2", "PRIME_PROCESS_ID": "0"},
+            r"write host:8476, or \[IPv6 address\]:8476",
         ),
         ({"JOBSET_NAME": "js"}, "not PRIME_HOSTS"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "not TPU_WORKER_ID"),
@@ -281,6 +306,34 @@ def test_every_wait_for_the_others_is_told():
         "process 0: the garden: not all came",
     ]
     assert told == both
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_group_stops_together_whatever_the_address_and_jaxs_settings(host):
+    """JAX's preemption service is off in its environment, as some images set it."""
+    if host == "[::1]" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    code = """
+        import os, signal
+        from prime_jax.runtime import distributed
+        os.environ["PRIME_COORDINATOR"] = os.environ["HOST"] + ":" + os.environ[
+            "PRIME_COORDINATOR"
+        ].partition(":")[2]
+        distributed.start(print)
+        with distributed.PreemptionGuard() as guard:
+            print("stops:", guard.should_stop())
+            distributed.barrier("the first look", print)
+            if distributed.is_writer():
+                guard.stop_all()
+            while not guard.should_stop():
+                pass
+            print("stops: True")
+    """
+    more = {"HOST": host, "JAX_ENABLE_PREEMPTION_SERVICE": "0"}
+    codes, texts = ended(process_groups.start(["-c", textwrap.dedent(code)], 2, devices=2, **more))
+    assert codes == [0, 0], texts
+    for text in texts:
+        assert re.findall("stops: (.*)", text) == ["False", "True"]
 
 
 def test_a_second_sigterm_ends_a_process_of_a_gang_at_once():

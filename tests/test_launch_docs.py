@@ -11,14 +11,22 @@ import fake_trainer
 import pytest
 
 from prime_jax.hardware import slices
-from prime_jax.launch import engine, k8s, sky, slurm, tpu
-from prime_jax.launch.tpu_request import Options
+from prime_jax.launch import engine, gce, k8s, sky, slurm, tpu
 
 DOCS = engine.REPO / "docs"
 MARK = "<!-- {} is rendered by `make docs` -->"
 BUCKET = "gs://my-project-sweeps"
-PAGES = {"tpu-vm.md": ("request", "startup"), "slurm.md": ("slurm",), "gke.md": ("k8s", "sky")}
-LANGUAGES = {"request": "json", "startup": "bash", "slurm": "bash", "k8s": "yaml", "sky": "yaml"}
+PAGES = {
+    "gce.md": ("resources",),
+    "tpu-vm.md": ("request", "startup"),
+    "slurm.md": ("slurm",),
+    "gke.md": ("nodes", "k8s", "sky"),
+}
+LANGUAGES = {
+    **dict.fromkeys(("resources", "request"), "json"),
+    **dict.fromkeys(("startup", "nodes", "slurm"), "bash"),
+    **dict.fromkeys(("k8s", "sky"), "yaml"),
+}
 
 
 def rendered(folder: Path) -> dict[str, str]:
@@ -29,20 +37,24 @@ def rendered(folder: Path) -> dict[str, str]:
     sweep = engine.Sweep(f"{BUCKET}/c4", folder / "sweep", 4, slices.parse("v5e-16"))
     shared = replace(sweep, root="/shared/c4", workers=8, only=slices.parse("h100-8"))
     worker, source = "prime-worker", f"{BUCKET}/data"
-    where = Options(
-        project="my-project",
-        zone="europe-west4-b",
-        spot=True,
-        service_account=f"{worker}@my-project.iam.gserviceaccount.com",
-        data=source,
-    )
+    machines = {
+        "project": "my-project",
+        "zone": "europe-west4-b",
+        "spot": True,
+        "service_account": f"{worker}@my-project.iam.gserviceaccount.com",
+        "data": source,
+    }
+    newer = replace(sweep, only=slices.parse("tpu7x-128"), workers=1)
     image = "europe-west4-docker.pkg.dev/my-project/prime/prime_jax:1"
     pods = k8s.Options(image, queue="tpus", spot=True, service_account=worker, data=source)
-    script, request = tpu.render(sweep, where).values()
+    script, request = tpu.render(sweep, tpu.Options(**machines)).values()
+    _, resources = gce.render(newer, gce.Options(**machines | {"zone": "us-central1-c"})).values()
     (batch,) = slurm.render(shared, slurm.Options(partition="gpu", time=480)).values()
-    (sets,) = k8s.render(replace(sweep, workers=1), pods).values()
+    _, sets = k8s.render(replace(sweep, workers=1), pods).values()
+    nodes, _ = k8s.render(newer, pods).values()
     (task,) = sky.render(sweep, sky.Options(spot=True, data=source)).values()
     texts = {"request": request, "slurm": batch, "k8s": sets, "sky": task}
+    texts |= {"resources": resources, "nodes": nodes}
     texts["startup"] = script.partition("# shellcheck")[0]
     code = re.compile(r"code-[0-9a-f]{12}")
     return {

@@ -35,7 +35,7 @@ def _with_data(path):
 
 
 def jobsets(sweep, options=K8S) -> list[dict]:
-    (text,) = k8s.render(sweep, options).values()
+    (text,) = (text for name, text in k8s.render(sweep, options).items() if name.endswith(".yaml"))
     return list(yaml.safe_load_all(text))
 
 
@@ -64,6 +64,38 @@ def test_a_jobset_per_worker(sweep):
     (mount,) = container["volumeMounts"]
     assert (mount["mountPath"], mount["subPath"]) == ("/data/c4", "data/c4")
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+
+
+@pytest.mark.parametrize(
+    ("name", "pools", "words"),
+    [
+        ("v5e-8", 1, "--machine-type=ct5lp-hightpu-8t --num-nodes=3 --spot"),
+        ("v5e-16", 3, "--machine-type=ct5lp-hightpu-4t --num-nodes=4 --spot --tpu-topology=4x4"),
+        ("2xv6e-256", 6, "--machine-type=ct6e-standard-4t --num-nodes=64 --spot --tpu-topology=16x16"),
+        ("tpu7x-8", 1, "--machine-type=tpu7x-standard-4t --num-nodes=3 --spot"),
+        ("tpu7x-128", 3, "--machine-type=tpu7x-standard-4t --num-nodes=16 --spot --placement-policy={}"),
+    ],
+)  # fmt: skip
+def test_the_commands_for_nodes(sweep, name, pools, words):
+    files = k8s.render(on(sweep, name), K8S)
+    text = files[f"{sweep.name}-{name}-nodes.sh"]
+    *policy, first = text.splitlines()[: 1 - pools or None]
+    assert first.endswith(words.format(f"{sweep.name}-{name}"))
+    created = re.findall("node-pools create (\\S+)", text)
+    assert len(set(created)) == pools
+    assert all(len(one) <= 40 for one in created)
+    if name != "tpu7x-128":
+        assert policy == []
+        return
+    assert "--tpu-topology" not in text, "TPU7x takes a workload policy in its place"
+    assert policy == [
+        f"gcloud compute resource-policies create workload-policy {sweep.name}-{name} "
+        "--type=HIGH_THROUGHPUT --accelerator-topology=4x4x4 --region=$REGION"
+    ]
+
+
+def test_gpus_have_nodes_of_their_own(sweep):
+    assert list(k8s.render(on(sweep, "h100-8"), K8S)) == [f"{sweep.name}-h100-8.yaml"]
 
 
 def test_which_exit_codes_restart_a_gang(sweep):

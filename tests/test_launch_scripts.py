@@ -1,170 +1,27 @@
 """launch/: shellcheck, and the start-up script run as a Cloud TPU VM would, with stand-ins for tools."""
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import tomllib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fake_trainer
 import pytest
+from tpu_hosts import REAL, Vm
 
 from prime_jax import shipped
 from prime_jax.hardware import slices
-from prime_jax.launch import archive, engine, tpu_request
+from prime_jax.launch import archive, engine
 from prime_jax.sweep import state
 
 LAUNCH = engine.REPO / "launch"
 ROOT = "gs://bucket/sweep"
-
-GCLOUD = """#!/usr/bin/env bash
-# gs:// is a folder; what else is asked of the cloud is written down.
-set -eu
-here() { echo "$BUCKETS/${1#gs://}"; }
-echo "$*" >>"$BUCKETS/calls"
-case "$1 $2" in
-"storage cp")
-  from=$3 to=$4
-  [[ $from == gs://* ]] && from=$(here "$from")
-  [[ $to == gs://* ]] && to=$(here "$to")
-  mkdir -p "$(dirname "$to")"
-  if [[ $from == - ]]; then cat >"$to"; else cp "$from" "$to"; fi ;;
-"storage rsync") cp -r "$(here "$4")/." "$5" ;;
-"compute tpus") exit "${REFUSE_DELETE:-0}" ;;
-esac
-"""
-PYTHON3 = """#!/usr/bin/env bash
-# `pip install --target DIR uv` brings the stand-in for uv.
-set -eu
-mkdir -p "$HERE/home/uv/bin"
-cp "$HERE/tools/uv-stand-in" "$HERE/home/uv/bin/uv"
-exit "${INSTALL_FAILS:-0}"
-"""
-UV = """#!/usr/bin/env bash
-set -eu
-echo "uv $*" >>"$BUCKETS/calls"
-if [[ $1 == venv ]]; then mkdir -p "$4/bin"; cp "$HERE/tools/worker" "$4/bin/prime-jax"; fi
-[[ $1 != pip ]] || test -f constraints.txt
-"""
-FUSE = """#!/usr/bin/env bash
-echo "gcsfuse $*" >>"$BUCKETS/calls"
-"""
-WORKER = """#!/usr/bin/env bash
-# Leaves with the next of $CODES; `wait` waits for SIGTERM and leaves with 85.
-echo "worker $* at ${PRIME_COORDINATOR:-alone} ${PRIME_PROCESS_ID:-0}/${PRIME_PROCESSES:-1}" >>"$BUCKETS/calls"
-test ! -e "$PRIME_LOCK" || echo "stale lock" >>"$BUCKETS/calls"
-echo locked >"$PRIME_LOCK"
-n=$(cat "$HERE/count" 2>/dev/null || echo 0)
-echo $((n + 1)) >"$HERE/count"
-codes=($CODES)
-if [[ ${codes[n]} == wait ]]; then
-  trap 'exit 85' TERM
-  touch "$HERE/waiting"
-  while :; do sleep 0.05; done
-fi
-exit "${codes[n]}"
-"""
-
-
-def metadata(index: int, hosts: int, tpu_env: str, network: str) -> ThreadingHTTPServer:
-    """The attributes of host `index`, served as the metadata server does."""
-    attributes = {
-        "agent-worker-number": str(index),
-        "worker-network-endpoints": ",".join(
-            f"unknown:{k}:{network.format(k)}" for k in range(hosts)
-        ),
-        "tpu-env": f"ACCELERATOR_TYPE: 'v5litepod-{4 * hosts}'\n{tpu_env}",
-    }
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            value = attributes.get(self.path.rpartition("/attributes/")[2], "").encode()
-            known = value and self.headers["Metadata-Flavor"] == "Google"
-            self.send_response(200 if known else 404)
-            self.send_header("Content-Length", str(len(value)))
-            self.end_headers()
-            self.wfile.write(value)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-class Vm:
-    """One host in a sandbox: its disk, the bucket, and stand-ins first on PATH."""
-
-    def __init__(self, path: Path, buckets: Path | None = None):
-        self.path, self.buckets = path, buckets or path / "buckets"
-        tools = path / "tools"
-        tools.mkdir(parents=True)
-        stand_ins = {"gcloud": GCLOUD, "python3": PYTHON3, "uv-stand-in": UV, "worker": WORKER}
-        stand_ins["gcsfuse"] = FUSE
-        for name, text in stand_ins.items():
-            (tools / name).write_text(text)
-            (tools / name).chmod(0o755)
-
-    def install(self, pool: engine.Pool, code: str) -> None:
-        """Write the start-up script."""
-        setup = (f"touch {self.path}/was-set-up",)
-        options = tpu_request.Options(project="p", zone="z", data="gs://bucket/data", setup=setup)
-        self.script = tpu_request.startup(pool, options, "prime-x-v5e-16-abcd", code)
-        (self.path / "startup.sh").write_text(self.script)
-
-    def boot(
-        self, codes: str, *, index=0, hosts=1, tpu_env="", network="10.0.0.{}", **environment: str
-    ):
-        self.server = metadata(index, hosts, tpu_env, network)
-        values = {
-            "PATH": f"{self.path}/tools:{os.environ['PATH']}",
-            "HERE": str(self.path),
-            "BUCKETS": str(self.buckets),
-            "CODES": codes,
-            "PRIME_HOME": str(self.path / "home"),
-            "PRIME_LOCK": str(self.path / "libtpu_lockfile"),
-            "PRIME_PAUSE_SECONDS": "0",
-            "PRIME_SHIP_SECONDS": "0.2",
-            "GCE_METADATA_HOST": f"127.0.0.1:{self.server.server_port}",
-        }
-        return subprocess.Popen(["bash", self.path / "startup.sh"], env=values | environment)
-
-    def run(self, codes: str, **how) -> int:
-        """Boot, and wait for the end."""
-        process = self.boot(codes, **how)
-        try:
-            return process.wait(timeout=60)
-        finally:
-            process.kill()
-            self.halt()
-
-    def halt(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    @property
-    def calls(self) -> list[str]:
-        return (self.buckets / "calls").read_text().splitlines()
-
-    def deletions(self) -> list[str]:
-        return [call for call in self.calls if call.startswith("compute tpus queued-resources del")]
-
-    def marks(self) -> dict[str, str]:
-        folder = self.buckets / "bucket/sweep/launch"
-        return {path.name: path.read_text().strip() for path in folder.glob("prime-*")}
-
-    def log(self, host: object = 0) -> str:
-        folder = self.buckets / "bucket/sweep/logs/prime-x-v5e-16-abcd"
-        return (folder / f"host-{host}.log").read_text()
 
 
 @pytest.fixture
@@ -178,7 +35,7 @@ def vm(tmp_path):
     with tarfile.open(made.buckets / code, "w:gz") as tar:
         tar.add(engine.REPO / "constraints.txt", "constraints.txt")
     data = (str(tmp_path / "disk/c4"),)
-    pool = engine.Pool(engine.Sweep(ROOT, None, 1), slices.parse("v5e-16"), 1, data)
+    pool = engine.Pool(engine.Sweep(ROOT, None, 1), slices.parse("v5e-8"), 1, data)
     made.install(pool, f"gs://{code}")
     return made
 
@@ -193,16 +50,16 @@ def test_scripts_pass_shellcheck(vm):
 def test_a_machine_installs_itself_works_and_gives_itself_back(vm):
     assert vm.run("0") == 0
     assert [call for call in vm.calls if call.startswith("worker")] == [
-        f"worker sweep work {ROOT} --slice v5e-16 at alone 0/1"
+        f"worker sweep work {ROOT} --slice v5e-8 at alone 0/1"
     ]
     assert any(call.startswith("uv venv --python 3.12") for call in vm.calls)
     assert any("-c constraints.txt -e .[tpu,gcp]" in call for call in vm.calls)
     assert (vm.path / "disk/c4/manifest.json").exists(), "data where the runs look for it"
     assert (vm.path / "was-set-up").exists()
-    assert vm.marks() == {"prime-x-v5e-16-abcd.idle": "exit code 0"}
+    assert vm.marks() == {"prime-x-abcd.idle": "exit code 0"}
     (deletion,) = vm.deletions()
     assert deletion.split()[4:] == (
-        ["prime-x-v5e-16-abcd", "--project", "p", "--zone", "z", "--force", "--quiet", "--async"]
+        ["prime-x-abcd", "--project", "p", "--zone", "a-b-c", "--force", "--quiet", "--async"]
     )
     assert "installing" in vm.log()
 
@@ -225,7 +82,7 @@ def test_the_second_boot_installs_nothing(vm):
 
 def test_a_machine_that_may_not_delete_itself_says_that_it_is_idle(vm):
     assert vm.run("0", REFUSE_DELETE="1") == 0
-    assert "prime-x-v5e-16-abcd.idle" in vm.marks()
+    assert "prime-x-abcd.idle" in vm.marks()
     assert "may not delete itself" in vm.log()
 
 
@@ -246,7 +103,7 @@ def test_a_worker_that_cannot_work_is_reported_and_not_paid_for(vm, codes, times
 
 def test_a_failed_installation_is_reported(vm):
     assert vm.run("0", INSTALL_FAILS="1") == 1
-    assert "installing failed" in vm.marks()["prime-x-v5e-16-abcd.failed"]
+    assert "installing failed" in vm.marks()["prime-x-abcd.failed"]
     assert len(vm.deletions()) == 1
     assert "installing failed" in vm.log()
 
@@ -264,18 +121,56 @@ def test_preemption_reaches_the_worker(vm):
     assert "exit code 85" in vm.log()
 
 
-def test_hosts_of_a_slice_find_each_other(vm):
+@pytest.mark.parametrize("where", ["v5e-16", "v6e-16"])
+def test_hosts_of_a_slice_find_each_other(vm, where):
+    vm.install_on(where)
     assert vm.run("0", index=3, hosts=4) == 0
     assert any("at 10.0.0.0:8476 3/4" in call for call in vm.calls)
     assert vm.marks() == {}, "the first host speaks for all"
     assert vm.log(3)
 
 
+def test_a_host_of_compute_engine_deletes_its_group(vm):
+    vm.install_on("v6e-8")
+    assert vm.run("0") == 0
+    (deletion,) = vm.deletions()
+    assert deletion == (
+        "compute instance-groups managed delete prime-x-abcd --project p --zone a-b-c --quiet"
+    )
+
+
+def test_hosts_on_ipv6_find_each_other(vm):
+    vm.install_on("v6e-16")
+    assert vm.run("0", index=1, hosts=4, network="2001:db8::{}") == 0
+    assert any("at [2001:db8::0]:8476 1/4" in call for call in vm.calls)
+
+
 def test_hosts_of_several_slices_find_each_other(vm):
+    vm.install_on("2xv5e-16")
     megascale = {"NUM_SLICES": "2", "SLICE_ID": "1", "COORDINATOR_ADDRESS": "10.9.9.9:8080"}
     env = "".join(f"MEGASCALE_{key}: '{value}'\n" for key, value in megascale.items())
-    assert vm.run("0", index=2, hosts=4, tpu_env=env) == 0
+    assert vm.run("0", index=2, hosts=4, tpu_env=env, late={"tpu-env": 2}) == 0
     assert any("at 10.9.9.9:8476 6/8" in call for call in vm.calls)
+
+
+def test_a_single_host_asks_for_no_metadata(vm):
+    assert vm.run("0", GCE_METADATA_HOST="127.0.0.1:1") == 0
+
+
+def test_attributes_that_come_late_are_waited_for(vm):
+    vm.install_on("v6e-16")
+    late = {"worker-network-endpoints": 3, "agent-worker-number": 2}
+    assert vm.run("0", index=1, hosts=4, late=late) == 0
+    assert any("at 10.0.0.0:8476 1/4" in call for call in vm.calls)
+
+
+@pytest.mark.parametrize("hosts", [0, 3])
+def test_a_slice_whose_hosts_never_all_come_is_reported(vm, hosts):
+    vm.install_on("v6e-16")
+    assert vm.run("0", index=1, hosts=hosts, PRIME_METADATA_TRIES="3") == 1
+    (mark,) = vm.marks().values()
+    assert "finding the hosts of the slice in the metadata failed" in mark
+    assert len(vm.deletions()) == 1
 
 
 def test_the_script_fits_into_an_instances_metadata(vm):
@@ -294,16 +189,11 @@ def test_the_image_copies_files_that_exist_and_installs_extras_that_exist():
     assert f"ENTRYPOINT {json.dumps(['prime-jax'])}" in lines
 
 
-REAL = """#!/usr/bin/env bash
-cd "$HERE/home/code"
-exec {python} -m prime_jax "$@"
-"""
-
-
 @pytest.mark.slow
-def test_two_hosts_install_the_archive_and_train_as_one(markov_data, tmp_path):
+@pytest.mark.parametrize("name", ["v4-16", "tpu7x-16"])  # by Cloud TPU, by Compute Engine
+def test_two_hosts_install_the_archive_and_train_as_one(name, markov_data, tmp_path):
     """All but the tools is real: code from the archive, data from the bucket, a process group of two."""
-    root, where = tmp_path / "sweep", slices.parse("v5e-16")
+    root, where = tmp_path / "sweep", slices.parse(name)
     data = tmp_path / "disk" / "markov"
     shutil.copytree(markov_data, data)
     fake_trainer.planned_on(root, data, where.name)
@@ -337,5 +227,5 @@ def test_two_hosts_install_the_archive_and_train_as_one(markov_data, tmp_path):
     (run,) = state.list_runs(root)
     assert (run.state, run.k) == ("done", 1), logs
     assert all("all 2 are here" in log for log in logs)
-    assert (root / "launch" / "prime-x-v5e-16-abcd.idle").exists()
-    assert "all 2 are here" in (root / "logs/prime-x-v5e-16-abcd/host-1.log").read_text()
+    assert (root / "launch" / "prime-x-abcd.idle").exists()
+    assert "all 2 are here" in (root / "logs/prime-x-abcd/host-1.log").read_text()

@@ -35,6 +35,7 @@ ESTIMATORS = ("subtoken", "token", "finite:4", "chain:l2r")
 RENDERS = {
     "slurm": ("--slice", "h100-8", "--time", "60", "--setup", "module load cuda"),
     "tpu": ("--slice", "v5e-16", "--project", "p", "--zone", "z", "--data", "gs://bucket/data"),
+    "gce": ("--slice", "tpu7x-16", "--project", "p", "--zone", "a-b-c", "--data", "gs://bucket/d"),
     "k8s": ("--slice", "v5e-16", "--image", "registry/i", "--data", "gs://bucket/data", "--spot"),
     "sky": ("--slice", "2xh100-8", "--data", "gs://bucket/data", "--spot"),
 }

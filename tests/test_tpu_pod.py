@@ -18,11 +18,14 @@ from prime_jax.runtime import distributed, tpu_metadata
 
 
 @contextlib.contextmanager
-def metadata(attributes: dict[str, str], busy: int = 0) -> Iterator[tuple[str, list[str]]]:
+def metadata(
+    attributes: dict[str, str], busy: int = 0, late: dict[str, int] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """A metadata server: its address, and the attributes that were asked for.
 
     Args:
         busy: how often it says first that it is in maintenance.
+        late: how often an attribute is asked for before it is there.
     """
     asked: list[str] = []
 
@@ -33,7 +36,8 @@ def metadata(attributes: dict[str, str], busy: int = 0) -> Iterator[tuple[str, l
         def do_GET(self):
             name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
             asked.append(name)
-            known = name in attributes and self.headers["Metadata-Flavor"] == "Google"
+            here = asked.count(name) > (late or {}).get(name, 0)
+            known = here and name in attributes and self.headers["Metadata-Flavor"] == "Google"
             text = attributes[name].encode() if known else b"<html>not found</html>"
             self.send_response(503 if len(asked) <= busy else 200 if known else 404)
             self.send_header("Content-Length", str(len(text)))
@@ -79,6 +83,8 @@ def patience(monkeypatch):
     [
         (host(1), ("10.0.0.0:8476", 2, 1)),
         ({**host(1), "worker-network-endpoints": "vm-0,vm-1,vm-2"}, ("vm-0:8476", 3, 1)),
+        (host(1, network="fd00::{}"), ("[fd00::0]:8476", 2, 1)),
+        ({k: v for k, v in host(1).items() if k != "tpu-env"}, ("10.0.0.0:8476", 2, 1)),
         (host(0, hosts=1), None),
         (host(1, hosts=2, **SLICES), ("10.9.9.9:8476", 4, 3)),
         (host(0, hosts=1, **SLICES), ("10.9.9.9:8476", 2, 1)),
@@ -98,12 +104,31 @@ def test_a_server_in_maintenance_is_asked_again():
     assert asked[:2] == ["agent-worker-number"] * 2
 
 
+@pytest.mark.parametrize("name", ["worker-network-endpoints", "tpu-env"])
+def test_attributes_that_come_late_are_waited_for(name):
+    with metadata(host(1, **SLICES), late={name: 3}) as (server, asked):
+        group = distributed.detect({"GCE_METADATA_HOST": server})
+    assert (group.coordinator, group.processes, group.process) == ("10.9.9.9:8476", 4, 3)
+    assert asked.count(name) == 4
+
+
+def test_an_ipv6_coordinator_of_several_slices():
+    for given in ("[fd00::9]:8080", "fd00::9"):
+        slices = {**SLICES, "MEGASCALE_COORDINATOR_ADDRESS": given}
+        with metadata(host(1, **slices)) as (server, _):
+            group = distributed.detect({"GCE_METADATA_HOST": server})
+        assert group.coordinator == "[fd00::9]:8476"
+
+
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"agent-worker-number": "1"}, "has no host"),
-        ({**host(1), "worker-network-endpoints": "a:b"}, "'a:b' has no host"),
-        (host(5), "process 5 of 2"),
+        (
+            {"agent-worker-number": "1"},
+            "this is host 1, but worker-network-endpoints names 0 after",
+        ),
+        ({**host(1), "worker-network-endpoints": "a,a:b"}, "'a:b' has no host"),
+        (host(5), "this is host 5, but worker-network-endpoints names 2 after"),
         (host(1, MEGASCALE_NUM_SLICES="2"), "slice None of '2'"),
         (host(1, MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="0"), "COORDINATOR_ADDRESS"),
     ],
@@ -121,7 +146,11 @@ def test_a_pod_that_is_half_described_is_refused(attributes, message):
         {"TPU_SKIP_MDS_QUERY": "1"},
         {"TPU_VISIBLE_CHIPS": "0"},  # one of several workers of a host
         {"TPU_VISIBLE_CHIPS": "0", "TPU_WORKER_HOSTNAMES": "a,b"},
+        {"TPU_VISIBLE_DEVICES": "0", "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"},
+        # One host whose variables look like those of a pod.
         {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "3", "MEGASCALE_NUM_SLICES": "1"},
     ],
 )
 def test_nobody_is_asked_where_the_answer_is_known(environment):

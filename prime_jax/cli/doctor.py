@@ -23,6 +23,7 @@ OPTIONAL = {  # package -> (what it is for, how to get it)
     "tokenizers": ("hf: tokenizers", "pip install 'prime_jax[tokenizers]'"),
     "tiktoken": ("tiktoken: tokenizers", "pip install 'prime_jax[tokenizers]'"),
     "gcsfs": ("gs:// paths", "pip install 'prime_jax[gcp]'"),
+    "google-cloud-compute": ("sweep up --on gce", "pip install 'prime_jax[gcp]'"),
     "google-cloud-tpu": ("sweep up --on tpu", "pip install 'prime_jax[gcp]'"),
     "submitit": ("sweep up --on slurm", "pip install 'prime_jax[slurm]'"),
     "s3fs": ("s3:// paths", "pip install 'prime_jax[s3]'"),

@@ -11,13 +11,13 @@ from prime_jax import settings, shipped
 from prime_jax.cli.console import console, say, write
 from prime_jax.cli.parse import Arguments
 from prime_jax.errors import UserError
-from prime_jax.launch import k8s, slurm, tpu
+from prime_jax.launch import gce, k8s, slurm, tpu
 from prime_jax.launch import sky as skypilot
 from prime_jax.launch.engine import Dialogue, Sweep, sweep_at
 from prime_jax.runtime import outputs, storage
 from prime_jax.settings import REQUIRED, Flags, setting
 
-ENGINES = {"slurm": slurm, "tpu": tpu, "k8s": k8s, "sky": skypilot}
+ENGINES = {"slurm": slurm, "gce": gce, "tpu": tpu, "k8s": k8s, "sky": skypilot}
 PRICES = shipped.place("docs/prices.toml")
 ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s3://BUCKET/..."
 
@@ -52,7 +52,8 @@ class _Elsewhere(Arguments):
     root: str = setting(REQUIRED, ROOT, positional=True)
     on: Literal[tuple(ENGINES)] = setting(
         REQUIRED,
-        "system that runs the workers",
+        f"system that runs the workers: {', '.join(ENGINES)}",
+        metavar="ENGINE",
         takes=f"one of {', '.join(ENGINES)}; here: prime-jax sweep run ROOT --workers N",
     )
     engine: EngineOptions = setting(EngineOptions(), "options of engines")
@@ -75,7 +76,7 @@ class Up(_Start):
 
     EXAMPLES = (
         "prime-jax sweep up ROOT --on slurm --partition gpu --workers 8",
-        "prime-jax sweep up gs://BUCKET/c4 --on tpu --project P --zone europe-west4-b --spot",
+        "prime-jax sweep up gs://BUCKET/c4 --on gce --project P --zone us-east5-a --spot",
     )
 
     yes: bool = setting(False, "do not ask")

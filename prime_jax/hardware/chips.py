@@ -53,20 +53,38 @@ class Chip:
         return self.kind
 
 
+@dataclass(frozen=True)
+class Machine:
+    """The virtual machines that hold TPUs, in the words of Compute Engine and GKE.
+
+    Attributes:
+        family: a type's name before the number of chips: `ct6e-standard` of `ct6e-standard-4t`.
+        image: family of Google's images, where Compute Engine itself rents the machine, else "".
+        disk: type of the boot disk, where the default one does not fit.
+        policy: GKE places several hosts by a workload policy, not by a topology of the node pool.
+    """
+
+    family: str
+    image: str = ""
+    disk: str = ""
+    policy: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tpu(Chip):
     """A TPU. VMEM, cores and matrix units are JAX's to tell (`pltpu.get_tpu_info`).
 
     Attributes:
         largest: chips of the largest slice.
-        cloud: accelerator type before the size, and default runtime version, where Cloud TPU rents
-            it as virtual machines.
+        cloud: accelerator type before the size, and default runtime version, where the Cloud TPU
+            API rents it as virtual machines.
         compiler: options of the compiler's topology, beside its name and shape.
     """
 
     platform = "tpu"
     largest: int
     cloud: tuple[str, str] | None
+    machine: Machine
     compiler: tuple[tuple[str, str], ...] = ()
 
 
@@ -102,8 +120,10 @@ class Gpu(Chip):
 # and NVIDIA's data sheets and CUDA programming guide. `memory` of TPUs: the limit in the compiler's
 # own out-of-memory message (libtpu 0.0.42). Network: the hosts' cards divided by their chips.
 # Matrix products: public dense trainings (MaxText reports 65 % on v5p and 44-50 % on v6e for 8B to
-# 70B parameters). `cloud`: Cloud TPU's page of each version. `summed_whole`: the programs that
-# the compiler makes (on v5e from 16 chips on).
+# 70B parameters). `cloud`: Cloud TPU's page of each version; `machine`: docs/gce.md names the pages.
+# `summed_whole`: the programs that the compiler makes (on v5e from 16 chips on).
+OF_V5P_V6E = "ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e"
+OF_TPU7X = "ubuntu-accel-2404-amd64-tpu-tpu7x"
 CHIPS: dict[str, Chip] = {
     "v4": Tpu(
         kind="TPU v4",
@@ -118,6 +138,7 @@ CHIPS: dict[str, Chip] = {
         summed_whole=True,
         largest=4096,
         cloud=("v4", "tpu-ubuntu2204-base"),
+        machine=Machine("ct4p-hightpu"),
         compiler=(("chip_config_name", "megacore"),),  # two cores are one device, as in the cloud
     ),
     "v5e": Tpu(
@@ -133,6 +154,7 @@ CHIPS: dict[str, Chip] = {
         aliases=("v5litepod", "v5lite"),
         largest=256,
         cloud=("v5litepod", "v2-alpha-tpuv5-lite"),
+        machine=Machine("ct5lp-hightpu"),
     ),
     "v5p": Tpu(
         kind="TPU v5",
@@ -147,6 +169,7 @@ CHIPS: dict[str, Chip] = {
         summed_whole=True,
         largest=8192,
         cloud=("v5p", "v2-alpha-tpuv5"),
+        machine=Machine("ct5p-hightpu", OF_V5P_V6E),
     ),
     "v6e": Tpu(
         kind="TPU v6 lite",
@@ -161,6 +184,7 @@ CHIPS: dict[str, Chip] = {
         aliases=("trillium",),
         largest=256,
         cloud=("v6e", "v2-alpha-tpuv6e"),
+        machine=Machine("ct6e-standard", OF_V5P_V6E, "hyperdisk-balanced"),
     ),
     "tpu7x": Tpu(
         kind="TPU7x",
@@ -176,6 +200,7 @@ CHIPS: dict[str, Chip] = {
         aliases=("v7x", "ironwood"),
         largest=8192,
         cloud=None,
+        machine=Machine("tpu7x-standard", OF_TPU7X, "hyperdisk-balanced", policy=True),
     ),
     "a100": Gpu(
         kind="NVIDIA A100",

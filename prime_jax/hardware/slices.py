@@ -52,6 +52,11 @@ class Slice:
         return chips if chips <= single_host else 4
 
     @property
+    def machine_type(self) -> str:
+        """Of the hosts of a TPU slice, e.g. `ct6e-standard-4t`."""
+        return f"{self.chip.machine.family}-{self.chips_per_host}t"
+
+    @property
     def sides(self) -> str:
         """Topology of one slice, e.g. `4x4`."""
         return "x".join(map(str, torus(self.chips // self.slices, self.chip.dimensions)))

@@ -113,7 +113,7 @@ def _git(repo: Path, *command: str) -> Sequence[str]:
         raise UserError("the code archive needs git") from error
     if done.returncode:
         raise UserError(
-            f"{repo}: no git checkout; `up` and `render` for tpu need one of prime_jax "
+            f"{repo}: no git checkout; `up` and `render` for TPUs need one of prime_jax "
             "(pip install -e .)"
         )
     return [name for name in done.stdout.split("\0") if name]

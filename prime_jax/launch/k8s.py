@@ -1,4 +1,4 @@
-"""Kubernetes: a rendered JobSet per worker, queued by Kueue; required for TPU7x on GKE.
+"""Kubernetes: a rendered JobSet per worker, queued by Kueue, and the commands for GKE's nodes.
 
 One JobSet per process group, so that a restart does not affect other groups. Exit codes 1 and 2 end
 it; 85, a crash or a lost node restart the whole group, which continues from its checkpoint.
@@ -35,7 +35,7 @@ class Options(Flags):
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:
-    """One file per pool, with a JobSet per worker.
+    """Two files per pool: the commands for its nodes (TPUs), and a JobSet per worker.
 
     Raises:
         UserError: no image, a ROOT that is not in a bucket, or runs without a slice.
@@ -44,14 +44,40 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
         raise UserError("--on k8s needs --image, e.g. REGION-docker.pkg.dev/PROJECT/REPO/prime_jax")
     if not sweep.on_object_store():
         raise UserError(f"{sweep.root}: pods cannot access it; ROOT must be gs://BUCKET/DIR")
-    return {
-        f"{pool.name}.yaml": "---\n".join(_jobsets(pool, options)) for pool in sweep.busy_pools()
-    }
+    files = {}
+    for pool in sweep.busy_pools():
+        if pool.slice_ is None:
+            raise UserError("runs without a slice: give --slice v5e-16 here or in `sweep plan`")
+        if pool.slice_.chip.platform == "tpu":
+            files[f"{pool.name}-nodes.sh"] = _nodes(pool, options)
+        files[f"{pool.name}.yaml"] = "---\n".join(_jobsets(pool, options))
+    return files
+
+
+def _nodes(pool: Pool, options: Options) -> str:
+    """Commands that create the node pools of all workers: one pool a slice of several hosts."""
+    slice_, machine = pool.slice_, pool.slice_.chip.machine
+    hosts, policy = slice_.hosts // slice_.slices, []
+    create = (
+        "gcloud container node-pools create {} --cluster=$CLUSTER --location=$REGION "
+        f"--node-locations=$ZONE --machine-type={slice_.machine_type} --num-nodes={{}}"
+    )
+    create += " --spot" * options.spot
+    if hosts == 1:
+        return create.format(pool.name, pool.want * slice_.slices) + "\n"
+    if machine.policy:
+        policy = [
+            f"gcloud compute resource-policies create workload-policy {pool.name} "
+            f"--type=HIGH_THROUGHPUT --accelerator-topology={slice_.sides} --region=$REGION"
+        ]
+        create += f" --placement-policy={pool.name}"
+    else:
+        create += f" --tpu-topology={slice_.sides}"
+    names = [f"{pool.name}-{index}" for index in range(pool.want * slice_.slices)]
+    return "\n".join([*policy, *(create.format(name, hosts) for name in names)]) + "\n"
 
 
 def _jobsets(pool: Pool, options: Options) -> Iterator[str]:
-    if pool.slice_ is None:
-        raise UserError("runs without a slice: give --slice v5e-16 here or in `sweep plan`")
     slice_, tpu = pool.slice_, pool.slice_.chip.platform == "tpu"
     jobs = slice_.slices if tpu else 1
     for index in range(pool.want):

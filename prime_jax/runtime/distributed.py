@@ -4,16 +4,19 @@ Every process runs the same command. Only process 0 writes records; all of them 
 together and stop at the same step.
 """
 
+import contextlib
 import itertools
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from prime_jax.errors import UserError
 from prime_jax.runtime import tpu_metadata, watchdog
@@ -50,8 +53,8 @@ def detect(environment: Mapping[str, str]) -> ProcessGroup | None:
     """
     given = [name for name in EXPLICIT if name in environment]
     if given:
-        address, count, index = _all(environment, EXPLICIT, ", ".join(given))
-        return _process_group(address, count, index, "PRIME_* variables")
+        coordinator, count, index = _all(environment, EXPLICIT, ", ".join(given))
+        return _process_group(coordinator, count, index, "PRIME_* variables")
     if "JOBSET_NAME" in environment:
         return _of_jobset(environment)
     if _whole(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -60,10 +63,11 @@ def detect(environment: Mapping[str, str]) -> ProcessGroup | None:
         # Two steps of one job on one node would share a port that depends on the job alone.
         step = _whole(environment, "SLURM_STEP_ID", 0, least=0)
         port = 20_000 + (_whole(environment, "SLURM_JOB_ID", 0, least=0) * 7 + step) % 20_000
-        return _process_group(f"{first_host(nodes)}:{port}", count, index, "Slurm")
+        return _process_group(address(first_host(nodes), port), count, index, "Slurm")
     if pod := tpu_metadata.find(environment):
         port = environment.get("JAX_COORDINATOR_PORT", PORT)
-        return _process_group(f"{pod.coordinator}:{port}", pod.processes, pod.process, pod.source)
+        coordinator = address(pod.coordinator, port)
+        return _process_group(coordinator, pod.processes, pod.process, pod.source)
     return None
 
 
@@ -107,14 +111,36 @@ def _process_group(
         ) from None
     if not 0 <= index < count:
         raise UserError(f"{source}: process {index} of {count}; the first one is number 0")
-    host, _, port = coordinator.rpartition(":")
-    if not (host and port.isdecimal()):
-        raise UserError(f"{source}: coordinator {coordinator!r} has no port; write host:{PORT}")
+    try:
+        parts = urlsplit(f"//{coordinator}")
+        complete = bool(parts.hostname and parts.port)
+    except ValueError:  # e.g. an IPv6 address without brackets
+        complete = False
+    if not complete:
+        written = f"host:{PORT}, or [IPv6 address]:{PORT}"
+        raise UserError(f"{source}: coordinator {coordinator!r} has no port; write {written}")
     return ProcessGroup(coordinator, count, index, source) if count > 1 else None
 
 
+def address(host: str, port: object) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm list: `a[03-05,7]-x,b` gives a03-x."""
+    """The first host of a Slurm list: `a[03-05,7]-x,b` gives a03-x.
+
+    Slurm itself reads the list where it can (containers lack its commands). JAX's detection reads
+    no text or brackets behind a bracket.
+
+    Raises:
+        UserError: there is no host in it.
+    """
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["scontrol", "show", "hostnames", nodes]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        if names := done.stdout.split():
+            return names[0]
     match = re.match(r"(?:[^,\[\]]|\[\d[^\[\]]*\])+(?=,|$)", nodes)
     if not match:
         raise UserError(f"SLURM_STEP_NODELIST = {nodes!r}: no host in it")
@@ -146,6 +172,7 @@ def start(
     others = f"{group.processes} processes ({group.source}), coordinator {group.coordinator}"
     advice = "check that every host runs the same command and can reach the coordinator's port"
     log(f"process {group.process}: waiting for {others}")
+    jax.config.update("jax_enable_preemption_service", True)  # `stop_requested` needs it
     if environment.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
 

@@ -1,0 +1,18 @@
+"""What the tests of the engines of Google Cloud have in common."""
+
+from prime_jax.hardware.prices import Prices
+from prime_jax.launch import engine
+from prime_jax.sweep import state
+
+
+def finish(sweep: engine.Sweep, leave: int) -> None:
+    """Finish all but so many runs."""
+    for run in state.open_runs(sweep.source)[leave:]:
+        state.publish(sweep.source, run.id, {"status": "done", "losses": []})
+
+
+def dialogue(yes: bool = True) -> tuple[engine.Dialogue, list[str]]:
+    """One that agrees or declines, and the lines that it was given."""
+    lines: list[str] = []
+    prices = Prices("2026-01-01", "USD", {"v5e": 1.5, "v6e": 2.5, "tpu7x": 12.0})
+    return engine.Dialogue(lines.append, lambda question: False, yes, prices), lines

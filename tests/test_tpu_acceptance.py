@@ -1,0 +1,255 @@
+"""The acceptance run: whole on a loopback cloud with CPUs for chips, and what it refuses."""
+
+import importlib.util
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import fake_store
+import process_groups
+import pytest
+from tpu_hosts import Vm
+
+from prime_jax.hardware import slices
+from prime_jax.launch import engine, gce
+from prime_jax.sweep import state
+
+pytest.importorskip("google.cloud.compute_v1", reason="pip install 'prime_jax[gcp]'")
+import fake_gce
+
+FILE = engine.REPO / "benchmarks" / "tpu_acceptance.py"
+SLICE = slices.parse("v5p-16")  # two hosts with four chips, each one device
+# As `gcloud`, with the bucket and Compute Engine of this machine.
+GCLOUD = """#!{python}
+import os, sys, urllib.request
+import gcsfs
+words, bucket = sys.argv[1:], gcsfs.GCSFileSystem()
+if words[:2] == ["storage", "cp"]:
+    source, target = words[2:4]
+    data = sys.stdin.buffer.read() if source == "-" else None
+    if data is None:
+        data = bucket.cat_file(source) if source.startswith("gs://") else open(source, "rb").read()
+    if target.startswith("gs://"):
+        bucket.pipe_file(target, data)
+    else:
+        open(target, "wb").write(data)
+elif words[:2] == ["storage", "rsync"]:
+    bucket.get(words[3] + "/", words[4] + "/", recursive=True)
+else:
+    assert words[:4] == ["compute", "instance-groups", "managed", "delete"], words
+    path = "/compute/v1/projects/p/zones/" + words[8] + "/instanceGroupManagers/" + words[4]
+    request = urllib.request.Request(os.environ["FAKE_GCE"] + path, method="DELETE")
+    urllib.request.urlopen(request).read()
+"""
+PROGRAM = """#!/usr/bin/env bash
+cd "$HERE/home/code"
+exec {python} {words} "$@"
+"""
+ROW = {
+    "family": "prime",
+    "budget": 1e7,
+    "seed": 0,
+    "layers": 1,
+    "width": 16,
+    "heads": 1,
+    "steps": 8,
+    "batch_size": 8,
+    "peak_lr": 1e-3,
+    "overrides": {
+        "model.vocab_size": 16,
+        "data.seq_len": 16,
+        "subtokens.length": 4,
+        "optim.warmup_steps": 2,
+        "eval.examples": 8,
+        "eval.replicates": 1,
+        "eval.batch_size": 8,
+        "eval.estimators": ["subtoken"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def acceptance():
+    spec = importlib.util.spec_from_file_location("tpu_acceptance", FILE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def words(tmp_path, markov_data):
+    """The command line but for the root."""
+    experiment = tmp_path / "rows.json"
+    experiment.write_text(json.dumps([ROW, ROW | {"seed": 1}]))
+    where = ["--slice", SLICE.name, "--project", "p", "--zone", fake_gce.ZONE]
+    what = ["--experiment", str(experiment), "--data", str(markov_data), "--scale", "rehearsal"]
+    return [*where, *what, "--hours", "0.5", "--poll", "0.2", "-o", str(tmp_path / "found.json")]
+
+
+class Hosts:
+    """The hosts of the groups of a loopback Compute Engine, as processes of this machine."""
+
+    def __init__(self, service, environment: dict[str, str], path: Path):
+        self.service, self.environment, self.path = service, environment, path
+        self.booted: dict[str, list[tuple[Vm, subprocess.Popen]]] = {}
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._follow)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+        for host, process in self.all:
+            process.kill()
+            process.wait()
+            host.halt()
+
+    @property
+    def all(self) -> list[tuple[Vm, subprocess.Popen]]:
+        return [one for group in self.booted.values() for one in group]
+
+    def _follow(self) -> None:
+        while not self.over.wait(0.1):
+            self.service.tick()
+            there = dict(self.service.hosts)
+            for name, hosts in there.items():
+                if name not in self.booted and all(h.get("instanceStatus") for h in hosts):
+                    self.booted[name] = self._boot(name, len(hosts))
+            for name in self.booted.keys() - there.keys():
+                for _, process in self.booted[name]:
+                    process.send_signal(signal.SIGTERM)  # a machine is shut down
+
+    def _boot(self, name: str, count: int) -> list[tuple[Vm, subprocess.Popen]]:
+        template = self.service._template(self.service._group(name))["properties"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        (item,) = template["metadata"]["items"]
+        hosts = []
+        for index in range(count):
+            host = Vm(self.path / f"{name}-{index}")
+            tools = {
+                "gcloud": GCLOUD.format(python=sys.executable),
+                "worker": PROGRAM.format(python=sys.executable, words="-m prime_jax"),
+                "venv-python": PROGRAM.format(python=sys.executable, words=""),
+            }
+            host.buckets.mkdir()
+            for tool, text in tools.items():
+                (host.path / "tools" / tool).write_text(text)
+                (host.path / "tools" / tool).chmod(0o755)
+            script = item["value"].replace("PORT=8476", f"PORT={port}")
+            (host.path / "startup.sh").write_text(script)
+            more = {"index": index, "hosts": count, "network": "127.0.0.1"}
+            hosts.append((host, host.boot("", **more, **self.environment)))
+        return hosts
+
+
+@pytest.mark.slow
+def test_the_whole_run_against_a_loopback_cloud(acceptance, words, monkeypatch, tmp_path, capsys):
+    """All but the chips, the image and the tools is real; hosts are taken away in the middle."""
+    service = fake_gce.FakeGce()
+    monkeypatch.setenv(acceptance.APPROVAL, SLICE.name)
+    with fake_store.bucket("gs") as bucket, fake_gce.serve(service) as clients:
+        monkeypatch.setattr(gce, "client", lambda: clients)
+        flags = f"--xla_force_host_platform_device_count={SLICE.devices // SLICE.hosts}"
+        environment = {
+            **bucket.environment,
+            "FAKE_GCE": clients.group.transport._host,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": "",
+            "HOME": str(tmp_path),
+            "XLA_FLAGS": f"{flags} {process_groups.FLAGS}",
+            "PRIME_SHIP_SECONDS": "20",
+        }
+        with Hosts(service, environment, tmp_path / "hosts") as hosts:
+            code = acceptance.main([*words, "--root", bucket.url])
+            logs = [(h.path / "home/startup.log") for h, _ in hosts.all]
+            told = "\n".join(log.read_text() for log in logs if log.exists())[-20_000:]
+    printed = capsys.readouterr()
+    assert code == 0, f"{printed.out}\n{printed.err}\n{told}"
+    assert service.everything() == []
+    assert len(hosts.booted) == 2, "one slice, and the one in place of it"
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [check["name"] for check in found["checks"] if not check["passed"]] == []
+    assert (found["slice"], found["hosts"], found["rehearsal"]) == ("v5p-16", 2, True)
+    assert found["devices"] == ["8 x cpu"]
+    assert found["sweep"] == {"runs": 2, "done": 2}
+    (row,) = found["mfu"]
+    assert (row["device"], row["mfu"]["matmul"]) == ("8 x cpu", None)
+    resume = found["resume"]
+    assert 0 < resume["at_step"] < resume["steps"] == resume["compared"] == 400
+    assert resume["attempts"] == 2
+    assert resume["different"] == []
+    assert "jax" in found["versions"]
+    assert list(found["kernels"]) == ["cpu.json"]
+
+
+def test_nothing_is_spent_without_approval(acceptance, words, monkeypatch, capsys):
+    monkeypatch.delenv(acceptance.APPROVAL, raising=False)
+    monkeypatch.setattr(gce, "client", lambda: pytest.fail("the cloud was asked"))
+    assert acceptance.main([*words, "--root", "gs://bucket/new"]) == 2
+    printed = capsys.readouterr()
+    assert "at most 0.5 hours of one v5p-16 (2 hosts, 8 chips)" in printed.out
+    assert "at most 16.80 USD on demand by prices.toml" in printed.out
+    assert printed.err.splitlines() == [
+        "prime-jax: nothing was started: PRIME_TPU_APPROVE=v5p-16 approves the cost above"
+    ]
+    monkeypatch.setenv(acceptance.APPROVAL, "v5p-32")  # the approval of another slice
+    assert acceptance.main([*words, "--root", "gs://bucket/new"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--slice", "v9-1"], "no such chip"),
+        (["--data", "nowhere"], "nowhere: no data"),
+        (["--on", "tpu", "--flex-start", "6h"], "an option of --on gce"),
+        (["--prices", "nowhere"], "cannot read nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(acceptance, words, more, message, capsys):
+    assert acceptance.main([*words, "--root", "gs://bucket/new", *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_an_old_file_is_not_replaced(acceptance, words, tmp_path, capsys):
+    (tmp_path / "found.json").write_text("kept")
+    assert acceptance.main([*words, "--root", "gs://bucket/new"]) == 2
+    assert "found.json exists" in capsys.readouterr().err
+    assert (tmp_path / "found.json").read_text() == "kept"
+
+
+def records_of(
+    root: Path, name: str, attempts: list[dict[int, float]], first_step: int
+) -> state.Run:
+    """A finished run with these losses by attempt and step."""
+    for k, losses in enumerate(attempts, 1):
+        folder = root / "runs" / name / str(k)
+        folder.mkdir(parents=True)
+        rows = [json.dumps({"step": step, "loss": loss}) for step, loss in losses.items()]
+        (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    made = tuple(state.Attempt(k, {}, None, None) for k in range(1, len(attempts) + 1))
+    result = {"steps": 4, "first_step": first_step}
+    return state.Run(name, {}, made, result, "done", True)
+
+
+@pytest.mark.parametrize(("last", "different"), [(0.4, []), (0.4000001, [4])])
+def test_a_resume_that_is_not_exact_is_seen(acceptance, tmp_path, last, different):
+    whole = {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}
+    cut = [{1: 0.1, 2: 0.2, 3: 9.0}, {3: 0.3, 4: last}]  # step 3 was done again
+    runs = {
+        "a": records_of(tmp_path, "a", cut, first_step=2),
+        "b": records_of(tmp_path, "b", [whole], first_step=0),
+    }
+    found = acceptance._resumed(tmp_path, runs, ("a", "b"), "a")
+    assert (found["different"], found["at_step"], found["attempts"]) == (different, 2, 2)
+    assert acceptance._resumed(tmp_path, runs, ("a", "b"), "") == {}
