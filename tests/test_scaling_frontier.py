@@ -1,5 +1,7 @@
 """The lowest loss as a law of compute alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scaling_cases import published, write_csv
@@ -8,8 +10,9 @@ from scipy.optimize import least_squares
 from prime_jax import scaling
 from prime_jax.cli import main
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach2, frontiers
+from prime_jax.scaling import approach2, approach3, frontiers
 from prime_jax.scaling.frontiers import FrontierForm, FrontierLaw
+from prime_jax.scaling.intervals import profiles
 from prime_jax.scaling.laws import fit_compute
 from prime_jax.scaling.settings import DEFAULTS
 
@@ -97,8 +100,14 @@ def covered(pinned, repeats):
     counts = np.zeros(2)
     for seed in range(repeats):
         noise = 0.002 * np.random.default_rng(seed).standard_normal(len(FLOPS))
-        found = frontiers.fit(FLOPS, LAW.loss(FLOPS) * np.exp(noise), pinned)
-        pairs = (found.profile["a"], LAW.a), (found.at(1e22).interval, LAW.loss(1e22))
+        p = frontiers.problem(FLOPS, LAW.loss(FLOPS) * np.exp(noise), pinned)
+        found = approach3.fit(p)
+        form, loss = p.form.loss_at(1e22)
+        there = replace(found, theta_K=form.theta(found.law))
+        pairs = (
+            (profiles(p, found, [p.form.quantities()["a"]])[0], LAW.a),
+            (profiles(replace(p, form=form), there, [loss])[0], LAW.loss(1e22)),
+        )
         counts += [
             (low is None or low <= truth) and (high is None or truth <= high)
             for (low, high), truth in pairs

@@ -37,9 +37,7 @@ def columns(noise=0.0, seed=0, direct=False, budgets=MANY, se=0.008):
 
 def fitted(data, at=(), **options):
     given = {"chance": {"quiz": CHANCE}, "ceiling": {"quiz": CEILING}, "replicates": 100}
-    return (
-        scaling.downstream(data, at=at, **(given | options)).families["known"].tasks["quiz"]
-    )
+    return scaling.downstream(data, at=at, **(given | options)).families["known"].tasks["quiz"]
 
 
 def test_without_noise_both_laws_come_back():

@@ -123,9 +123,9 @@ def predict(args: Predict) -> int:
         units = [row | {"loss_unit": tables.UNIT if row["kind"] else None} for row in rows]
         write(json.dumps(head | {"predictions": units}, indent=2))
         return code
-    at = f"C = {labels.flops(args.flops)} FLOPs" if args.flops else "one run; FLOPs"
+    at = f" at C = {labels.flops(args.flops)} FLOPs" if args.flops else ": one run; FLOPs"
     say(
-        f"{fitted.source.name} at {at} ({labels.convention(fitted.conventions.flops)}); "
+        f"{fitted.source.name}{at} ({labels.convention(fitted.conventions.flops)}); "
         f"N {labels.convention(fitted.conventions.params)}; {head['level']:.0%} intervals"
     )
     show(tables.predictions(rows) if args.flops else tables.run_predictions(rows))

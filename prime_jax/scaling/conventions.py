@@ -18,12 +18,15 @@ from prime_jax.scaling.fits import too_few, weighted_fit
 from prime_jax.scaling.intervals import Ends, profiles
 from prime_jax.scaling.laws import exponent, fit_compute, optimum
 from prime_jax.scaling.points import Points, select
+from prime_jax.scaling.readers import Progress, quiet
 from prime_jax.scaling.results import Counted
 from prime_jax.scaling.settings import Choice, Settings
 from prime_jax.scaling.table import Table, number, status
 
 
-def every(table: Table, choice: Choice, settings: Settings) -> dict[str, tuple[Counted, ...]]:
+def every(
+    table: Table, choice: Choice, settings: Settings, progress: Progress = quiet
+) -> dict[str, tuple[Counted, ...]]:
     """All counts by family; none where the table has but one.
 
     A count in which the runs cannot be read (FLOPs far from 6 N D) is left out.
@@ -34,6 +37,7 @@ def every(table: Table, choice: Choice, settings: Settings) -> dict[str, tuple[C
         return {}
     for c in flops:
         for n in params:
+            progress(f"counting N {n}, FLOPs {c}")
             with contextlib.suppress(UserError):
                 runs = select(table, replace(choice, flops=c, params=n))
                 for name, points in runs.families.items():

@@ -388,7 +388,7 @@ def read(table: Table, choice: Choice, settings: Settings) -> tuple[Runs, dict[s
     Raises:
         UserError: a missing column, or impossible values (with their rows).
     """
-    columns = choose_columns(table, choice, counts=1)
+    columns = replace(choose_columns(table, choice, counts=1), params_convention="not given")
     used = [k for k, row in enumerate(table.rows) if status(row) in ("", "done")]
     done = replace(table, rows=[table.rows[k] for k in used], names=[table.names[k] for k in used])
     arrays = []

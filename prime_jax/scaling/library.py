@@ -281,8 +281,7 @@ def fit(
     lines = join_curves(logs, table, runs, asked=curves is not None) if logs else None
     fitted = fit_runs(runs, found, lambda name: progress(f"fitting {name}"), lines)
     templates = _templates(source)
-    progress("counting N and C in every way")
-    counted = conventions.every(table, choice, found)
+    counted = conventions.every(table, choice, found, progress)
     families = {
         name: replace(family, template=templates.get(name), counted=counted.get(name, ()))
         for name, family in fitted.families.items()
