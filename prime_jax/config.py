@@ -148,9 +148,20 @@ class DataConfig(Checked, path="data"):
         "", "hash of the dataset; filled in automatically, a given value must match"
     )
     seq_len: int = setting(128, "tokens per sequence, L", at_least=1)
+    unique_tokens: int = setting(
+        0,
+        "train on the first so many tokens of the training split, in whole blocks, again and again; 0: on all",
+        at_least=0,
+        **ADDED,
+    )
     segment_ids: bool = setting(
         False, "attention stays inside documents; results are marked `given: lengths`"
     )
+
+    @property
+    def unique_blocks(self) -> int:
+        """Blocks of the training split that are used, the first ones; 0: all."""
+        return self.unique_tokens // self.seq_len
 
 
 @dataclass(frozen=True)
@@ -418,6 +429,9 @@ def validate(config: RunConfig) -> RunConfig:
     if "://" in config.data.path:
         right = "must be a local folder; `sweep up` and `render` copy prepared data there (--data)"
         raise _wrong("data.path", config.data.path, right)
+    if 0 < config.data.unique_tokens < length:
+        right = f"must be 0, or hold a block of data.seq_len {length} tokens"
+        raise _wrong("data.unique_tokens", config.data.unique_tokens, right)
     if m.width % (2 * m.heads):
         raise _wrong("model.heads", m.heads, f"the head size must be even: width {m.width}")
     if m.heads % (m.kv_heads or m.heads):

@@ -351,6 +351,7 @@ class Run:
             start=self.first_step,
             stop=steps,
             rows=sharding.local_rows(self.program.mesh, c.batch_size),
+            first=c.data.unique_blocks,
         )
         row = None
         saves = checkpoint.Schedule(c.checkpoint, self.first_step, self.pinned)
@@ -632,7 +633,8 @@ class Run:
             "steps": c.steps,
             "batch_size": c.batch_size,
             "tokens": c.tokens,
-            "epochs": c.tokens / (self.data.train.blocks * c.data.seq_len),
+            "epochs": c.tokens
+            / ((c.data.unique_blocks or self.data.train.blocks) * c.data.seq_len),
             "lr": c.optim.peak_lr,
             "clipped": self.clipped,
             "shape": {"layers": c.model.layers, "width": c.model.width, "heads": c.model.heads},

@@ -281,3 +281,15 @@ def test_unknown_family_and_setting():
     with pytest.raises(UserError, match="length"):
         grid.rows(fake_trainer.sweep(families={"prime": {"subtokens.lenght": 2}}))
     assert RunConfig().family == "prime"
+
+
+def test_a_grid_over_epochs_trains_on_parts_of_the_data():
+    rows = grid.rows(fake_trainer.sweep(epochs=(1, 4), budgets=(2e9,)))
+    assert {row.rules["epochs"] for row in rows} == {"1", "4"}
+    for row in rows:
+        config = grid.to_config(row)
+        passes = config.tokens / (config.data.unique_blocks * config.data.seq_len)
+        assert passes == pytest.approx(float(row.rules["epochs"]), rel=0.05)
+    assert len({run_id(grid.to_config(row)) for row in rows}) == len(rows)
+    plain = grid.rows(fake_trainer.sweep(budgets=(2e9,)))
+    assert not any("data.unique_tokens" in row.overrides for row in plain)

@@ -164,3 +164,11 @@ def test_an_empty_split_is_one_clear_line(tmp_path):
     )
     with pytest.raises(UserError, match="valid split"):
         loader.eval_blocks(made, "valid", 4)
+
+
+def test_a_part_of_the_data_is_its_first_blocks_again_and_again(prepared):
+    every = loader.Blocks(prepared, "train").read(np.arange(101))[0].tolist()
+    found = np.concatenate([t for t, _ in batches(prepared, stop=30, batch_size=1, first=10)])
+    for epoch in found.reshape(3, 10, 8).tolist():
+        assert sorted(epoch) == sorted(every[:10])
+    assert_equal(batches(prepared, first=101), batches(prepared))

@@ -8,7 +8,7 @@ from scaling_cases import LAW, csv_rows, surface
 
 from prime_jax import scaling
 from prime_jax.errors import UserError
-from prime_jax.scaling import laws
+from prime_jax.scaling import approach3
 from prime_jax.scaling.laws import Compute, Optimum, quantity
 
 BETA = LAW.beta
@@ -24,18 +24,19 @@ class Steady:
     B: float
 
     formula = "L = E + A / N^α + B / D^0.38, a toy."
+    knows_repetition = False
 
     @property
     def lowest(self):
         return self.E
 
-    def loss(self, params, tokens):
+    def loss(self, params, tokens, unique=np.inf):
         return self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -BETA)
 
     def exponent(self, compute):
         return np.asarray(BETA / (self.alpha + compute.q * BETA))
 
-    def optimum(self, compute, flops):
+    def optimum(self, compute, flops, unique=np.inf):
         log_ratio = np.log(self.alpha * self.A) - np.log(compute.q * BETA * self.B)
         work = np.log(flops) - np.log(compute.k)
         log_params = (log_ratio + BETA * work) / (self.alpha + compute.q * BETA)
@@ -55,7 +56,7 @@ class SteadyForm:
     logs = (0, 1, 3)
 
     @classmethod
-    def on(cls, params, tokens):
+    def on(cls, params, tokens, unique=np.inf):
         x, y = np.log(params), np.log(tokens)
         centre = x.mean(), y.mean()
         rows = np.zeros((3, len(x), 4))
@@ -132,7 +133,7 @@ class SteadyForm:
 
 @pytest.fixture(autouse=True)
 def steady(monkeypatch):
-    monkeypatch.setitem(laws.LAWS, "steady", (SteadyForm.on, Steady))
+    monkeypatch.setitem(approach3.LAWS, "steady", (SteadyForm.on, Steady))
 
 
 def columns(**how):
@@ -194,5 +195,5 @@ def test_without_noise_the_truth_comes_back():
 
 
 def test_a_law_that_is_not_there():
-    with pytest.raises(UserError, match="no law 'stedy'; there are powers, steady"):
+    with pytest.raises(UserError, match="no law 'stedy'; there are powers, repeated, steady"):
         scaling.fit(columns(), law="stedy")

@@ -11,7 +11,7 @@ from scaling_cases import BUDGETS, LAW
 from prime_jax import cli
 from prime_jax.scaling import fits, launchable, rollout
 from prime_jax.scaling.laws import Compute, optimum
-from prime_jax.scaling.prediction import predict_family
+from prime_jax.scaling.prediction import predict_family, predict_run
 from prime_jax.scaling.settings import Settings
 
 SETTINGS = Settings(replicates=100, seed=3)
@@ -169,3 +169,41 @@ def test_bad_input_is_one_line(directory, capsys, change, words):
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert all(word in said for word in words), said
+
+
+def test_the_loss_of_any_run(exact, noisy):
+    """Over-trained, within the data, and beyond it."""
+    for params, tokens in ((3e7, 3e11), (1e9, 2e10), (1e11, 1e13)):
+        told = predict_run(exact, SETTINGS, params, tokens)
+        assert told.loss.value == pytest.approx(float(LAW.loss(params, tokens)), rel=1e-7)
+        assert told.flops == pytest.approx(6 * params * tokens)
+    told = predict_run(noisy, SETTINGS, 1e9, 1e12)
+    low, high = told.loss.interval
+    assert low < LAW.loss(1e9, 1e12) < high
+    wider = told.loss_with_model_error.interval
+    assert wider[0] < low < high < wider[1]
+    spans = np.log10([noisy.points.flops.max(), noisy.points.tokens.max()])
+    beyond = max(np.log10(6e21) - spans[0], 12 - spans[1])
+    assert told.decades == pytest.approx(beyond)
+    said = [one.message for one in told.findings if one.code == "extrapolation"]
+    assert any(message.startswith("D = ") for message in said)
+    inside = predict_run(noisy, SETTINGS, 5e8, 5e9)
+    assert inside.decades == 0
+    again = predict_run(noisy, SETTINGS, 5e8, 5e9, unique_tokens=1e9)
+    assert again.epochs == pytest.approx(5)
+    assert "data_repeated" in {one.code for one in again.findings}
+
+
+def test_a_run_on_the_command_line(tmp_path, capsys):
+    rows = scaling_cases.csv_rows(scaling_cases.surface(noise=2e-3))
+    scaling_cases.write_fit(tmp_path / "fit", rows, SETTINGS)
+    words = ["scaling", "predict", str(tmp_path / "fit")]
+    assert cli.main([*words, "--params", "1e9", "--tokens", "1e12"]) == 0
+    said = capsys.readouterr().out
+    assert "tokens per parameter" in said
+    assert cli.main([*words, "--params", "1e9", "--tokens", "1e12", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert found["loss"]["value"] == pytest.approx(float(LAW.loss(1e9, 1e12)), rel=0.02)
+    for wrong in ([], ["--params", "1e9"], ["--flops", "1e20", "--params", "1e9", "--tokens", "1"]):
+        assert cli.main([*words, *wrong]) == 2
+        assert "give --flops C, or --params N and --tokens D" in capsys.readouterr().err

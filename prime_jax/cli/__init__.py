@@ -48,6 +48,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "scaling predict": ("design:predict", "N*, D* and the loss at a budget, with intervals"),
     "scaling validate": ("compare:validate", "predict the larger budgets from the smaller ones"),
+    "scaling frontier": ("compare:frontier", "the lowest loss as a law of compute alone"),
+    "scaling rates": ("compare:rates", "the best learning rate as a law, also a rule for sweeps"),
+    "scaling downstream": ("compare:downstream", "accuracy of tasks against compute"),
     "scaling design": ("design:design", "which runs to train next, as rows for `sweep plan`"),
     "eval": (
         "evaluate:evaluate",
@@ -73,7 +76,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 GROUPS = {
     "data": "prepare and inspect datasets",
     "sweep": "plan and run many trainings, collect their results",
-    "scaling": "compare families, validate, predict, design the next runs",
+    "scaling": "compare families, validate, predict, fit other laws, design the next runs",
     "analyse": "look inside finished runs",
     "kernels": "time the kernels here, or compile those for TPUs without a TPU",
 }

@@ -1,9 +1,11 @@
-"""`prime-jax scaling compare` and `prime-jax scaling validate`."""
+"""`prime-jax scaling compare`, `validate`, `frontier`, `rates` and `downstream`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.fit import OfRuns, complain, show_head, show_warnings, spare
+from prime_jax.errors import UserError
 from prime_jax.runtime import outputs
 from prime_jax.settings import REQUIRED, setting
 
@@ -80,3 +82,145 @@ def validate(args: Validate) -> int:
     show_warnings(result)
     say(f"wrote  {path}")
     return 0 if any(family["steps"] for family in result["families"].values()) else 3
+
+
+@dataclass(frozen=True)
+class Frontier(OfRuns):
+    """Fit the lowest loss of each budget as a law of compute, L(C) = L_inf + A / C^a: free, and with
+    L_inf pinned at --floor (default: E of approach 3). Each beginning of the budgets predicts the
+    later ones. The points are the minima of approach 2. A CSV may also have flops and loss alone:
+    then they are its lowest losses.
+
+    Exit code: 0 fitted, 3 something was refused (frontier.json says what and why), 2 bad input."""
+
+    EXAMPLES = (
+        "prime-jax scaling frontier quickstart --at 1e15",
+        "prime-jax scaling frontier best.csv --family arm --floor 1.6 --at 1e21 1e22",
+    )
+
+    at: tuple[float, ...] = setting(
+        (), "budgets at which the loss is asked for, FLOPs", above=0, metavar="C"
+    )
+
+
+def frontier(args: Frontier) -> int:
+    from prime_jax import scaling
+    from prime_jax.runtime.records import write_json_atomic
+    from prime_jax.scaling import tables
+
+    files = spare(args, ("frontier.json",), ())
+    with Progress(transient=True) as progress:
+        found = scaling.frontier(args.source, args.at, progress=progress.doing, **args.options())
+    result, path = found.to_dict(), args.directory / "frontier.json"
+    with outputs.folder(args.directory, files, force=args.force):
+        write_json_atomic(path, result)
+    show_head(result)
+    for table in (tables.frontiers(result["families"]), tables.frontier_losses(result["families"])):
+        if table:
+            show(table)
+    for line in tables.frontier_notes(result["families"]):
+        say(line, style="red" if line.startswith("refused") else "yellow")
+    say(f"wrote  {path}")
+    return 3 if found.refused else 0
+
+
+@dataclass(frozen=True)
+class Rates(OfRuns):
+    """Fit the best learning rate as a law, lr* = k N^n D^d B^b, from cells (one N, D and batch size)
+    that were run at three rates or more: a parabola in log lr for each cell, then the law through
+    the best rates. A cell whose best rate is at the edge of those sampled is left out. B enters where
+    it varies. rates.json can be a rule of a sweep: lr = "fitted:FILE".
+
+    Exit code: 0 fitted, 3 something was refused (rates.json says what and why), 2 bad input."""
+
+    EXAMPLES = ("prime-jax scaling rates tuning --out rates",)
+
+
+def rates(args: Rates) -> int:
+    from prime_jax import scaling
+    from prime_jax.runtime.records import write_json_atomic
+    from prime_jax.scaling import tables
+
+    files = spare(args, ("rates.json",), ())
+    with Progress(transient=True) as progress:
+        found = scaling.rates(args.source, progress=progress.doing, **args.options())
+    result, path = found.to_dict(), args.directory / "rates.json"
+    with outputs.folder(args.directory, files, force=args.force):
+        write_json_atomic(path, result)
+    show_head(result)
+    for table in (tables.rates(result), tables.rate_cells(result)):
+        if table:
+            show(table)
+    show_warnings(result)
+    say(f"wrote  {path}")
+    return 3 if found.refused else 0
+
+
+@dataclass(frozen=True)
+class Downstream(OfRuns):
+    """Fit the accuracy of tasks against compute. In two steps: the loss in (N, D), then a sigmoid from
+    loss to accuracy. Directly: -log of the accuracy above chance as a power law of C. The later
+    budgets are predicted from the earlier ones by both. The tasks are those of `prime-jax eval
+    --tasks` on the runs of a sweep, or columns acc_TASK, acc_se_TASK and task_loss_TASK of a CSV. A
+    task at chance is refused.
+
+    Exit code: 0 fitted, 3 something was refused (downstream.json says what and why), 2 bad input."""
+
+    EXAMPLES = (
+        "prime-jax scaling downstream quickstart --task sciq boolq --at 1e15",
+        "prime-jax scaling downstream runs.csv --chance mine=0.2 --ceiling mine=0.9",
+    )
+
+    task: tuple[str, ...] = setting((), "tasks to fit (default: all)", metavar="TASK")
+    at: tuple[float, ...] = setting(
+        (), "budgets at which the accuracy is asked for, FLOPs", above=0, metavar="C"
+    )
+    chance: tuple[str, ...] = setting(
+        (), "accuracy of guessing, for tasks other than the usual ones", metavar="TASK=P"
+    )
+    ceiling: tuple[str, ...] = setting(
+        (), "largest accuracy that there can be (default: 1)", metavar="TASK=P"
+    )
+
+
+def downstream(args: Downstream) -> int:
+    from prime_jax import scaling
+    from prime_jax.runtime.records import write_json_atomic
+    from prime_jax.scaling import tables
+
+    files = spare(args, ("downstream.json",), ())
+    with Progress(transient=True) as progress:
+        found = scaling.downstream(
+            args.source,
+            args.task,
+            args.at,
+            chance=_by_task("--chance", args.chance),
+            ceiling=_by_task("--ceiling", args.ceiling),
+            progress=progress.doing,
+            **args.options(),
+        )
+    result, path = found.to_dict(), args.directory / "downstream.json"
+    with outputs.folder(args.directory, files, force=args.force):
+        write_json_atomic(path, result)
+    show_head(result)
+    for table in (tables.tasks(result), tables.task_predictions(result)):
+        if table:
+            show(table)
+    for line in tables.task_notes(result):
+        say(line, style="red" if line.startswith("refused") else "yellow")
+    say(f"wrote  {path}")
+    return 3 if found.refused else 0
+
+
+def _by_task(flag: str, pairs: Sequence[str]) -> dict[str, float]:
+    """Raises UserError for what is not TASK=NUMBER."""
+    out = {}
+    for pair in pairs:
+        name, _, value = pair.rpartition("=")
+        try:
+            out[name] = float(value)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UserError(f"{flag} {pair}: must be like hellaswag=0.25")
+    return out

@@ -69,14 +69,22 @@ class Predict(OfFit):
     """Read DIR of `prime-jax fit` and predict for a compute budget C: the best size N*, its tokens D*
     and the loss there, each with its interval (approach 3 from the bootstrap, approach 2 from the
     power law through its optima), whether C lies within the data, and the nearest run that can be
-    launched. The interval of the loss is also widened by the rollout error: how wrong predictions of
-    larger budgets from smaller ones were.
+    launched. With --params and --tokens in place of --flops: the loss of a run of N parameters on D
+    tokens, wherever it lies (over-trained models, too). The interval of the loss is also widened by
+    the rollout error: how wrong predictions of larger budgets from smaller ones were.
 
     Exit code: 0 predicted, 3 no family has an answer (the output says why), 2 bad input."""
 
-    EXAMPLES = ("prime-jax scaling predict quickstart/fit --flops 1e21 --family arm prime",)
+    EXAMPLES = (
+        "prime-jax scaling predict quickstart/fit --flops 1e21 --family arm prime",
+        "prime-jax scaling predict quickstart/fit --params 1e9 --tokens 1e12",
+    )
 
-    flops: float = setting(REQUIRED, f"compute budget: {BUDGET}", above=0, metavar="C")
+    flops: float | None = setting(None, f"compute budget: {BUDGET}", above=0, metavar="C")
+    params: float | None = setting(
+        None, "parameters N of a run, as the fit counts them", above=0, metavar="N"
+    )
+    tokens: float | None = setting(None, "tokens D of a run", above=0, metavar="D")
     family: tuple[str, ...] = setting((), "families to predict (default: all)", metavar="F")
     data_limit: float | None = setting(
         None,
@@ -85,33 +93,44 @@ class Predict(OfFit):
         metavar="TOKENS",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        run = (self.params is None, self.tokens is None)
+        if run[0] != run[1] or (self.flops is None) == run[0]:
+            raise UserError("give --flops C, or --params N and --tokens D")
+
 
 def predict(args: Predict) -> int:
     from prime_jax import scaling
     from prime_jax.scaling import labels, record, tables
-    from prime_jax.scaling.prediction import predict_family
+    from prime_jax.scaling.prediction import predict_family, predict_run
     from prime_jax.scaling.schema import as_dict
 
     fitted = scaling.load(args.fit, args.family or None)
     unique, rows = record.unique_tokens(fitted.table), []
     for name, family in fitted.families.items():
-        template = args.template(fitted, name)
         limit = args.data_limit or unique.get(name)
-        rows.append(as_dict(predict_family(family, fitted.settings, args.flops, template, limit)))
+        if args.flops is None:
+            found = predict_run(family, fitted.settings, args.params, args.tokens, limit)
+        else:
+            template = args.template(fitted, name)
+            found = predict_family(family, fitted.settings, args.flops, template, limit)
+        rows.append(as_dict(found))
     head = {"schema": SCHEMA, "level": fitted.settings.level, **_origin(fitted)}
-    code = 0 if any(row["approach3"] or row["approach2"] for row in rows) else 3
+    answers = ("approach3", "approach2") if args.flops else ("loss",)
+    code = 0 if any(row[key] for row in rows for key in answers) else 3
     if args.json:
-        found = [row | {"loss_unit": tables.UNIT if row["kind"] else None} for row in rows]
-        write(json.dumps(head | {"predictions": found}, indent=2))
+        units = [row | {"loss_unit": tables.UNIT if row["kind"] else None} for row in rows]
+        write(json.dumps(head | {"predictions": units}, indent=2))
         return code
+    at = f" at C = {labels.flops(args.flops)} FLOPs" if args.flops else ": one run; FLOPs"
     say(
-        f"{fitted.source.name} at C = {labels.flops(args.flops)} FLOPs "
-        f"({labels.convention(fitted.conventions.flops)}); "
+        f"{fitted.source.name}{at} ({labels.convention(fitted.conventions.flops)}); "
         f"N {labels.convention(fitted.conventions.params)}; {head['level']:.0%} intervals"
     )
-    show(tables.predictions(rows))
+    show(tables.predictions(rows) if args.flops else tables.run_predictions(rows))
     for row in rows:
-        for note in (row["launch"] or {"notes": []})["notes"]:
+        for note in (row.get("launch") or {"notes": []})["notes"]:
             say(f"note {row['family']}: {note}", style="dim")
     show_warnings({"families": {row["family"]: {"warnings": row["findings"]} for row in rows}})
     return code

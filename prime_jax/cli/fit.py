@@ -138,6 +138,8 @@ def _fit(args: OfRuns, curves: Path | None = None, note: str = "") -> int:
         result = record.write(fitted, out)
         show_head(result)
         show(tables.summary(result))
+        if pairs := tables.repetition(result):
+            show(pairs)
         show_warnings(result)
         if result["excluded"]:
             say(f"left out: {len(result['excluded'])}; the report says why")

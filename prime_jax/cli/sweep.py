@@ -4,7 +4,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +75,10 @@ class Plan(Arguments):
         "runs that differ only in their length and end train their common steps once: needs the "
         "schedule wsd, and rules for batch, rate and warm-up that ignore budget and steps",
     )
+    drift_check: bool = setting(
+        False,
+        "also run the corner cells of each family's grid at half and at twice the learning rate; fit warns if the best rate moves by more than the rule says",
+    )
     dry_run: DryRun = setting(DryRun(), "predictions")
 
 
@@ -83,6 +87,8 @@ def plan(args: Plan) -> None:
     from prime_jax.sweep import plan as planning
 
     experiment = grid.load_experiment(args.experiment)
+    if args.drift_check:
+        experiment = replace(experiment, rows=tuple(grid.drift_check(experiment.rows)))
     datasets = planning.load_datasets(experiment, required=args.root is not None)
     listed = planning.candidates(experiment, datasets)
     slice_, prices = args.dry_run.understood(check=bool(args.check))

@@ -73,11 +73,13 @@ def train_batches(
     start: int,
     stop: int,
     rows: np.ndarray | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """This host's part of the global batches of steps start .. stop-1.
 
     Args:
         rows: those of each global batch to read here (sharding.local_rows); all by default.
+        first: use only the first so many blocks of the split; 0 for all of them.
     Yields:
         tokens_bxL int32, and example_b int64: step * batch_size + row, the position in the stream.
     Raises:
@@ -89,8 +91,9 @@ def train_batches(
     if not len(source):
         raise UserError(f"{manifest.directory}: the train split has no block")
     row_b = np.arange(batch_size, dtype=np.int64) if rows is None else rows.astype(np.int64)
-    epochs = -(-stop * batch_size // len(source))
-    order = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat(max(epochs, 1))
+    count = first or len(source)
+    epochs = -(-stop * batch_size // count)
+    order = grain.MapDataset.range(count).seed(seed % 2**32).shuffle().repeat(max(epochs, 1))
 
     def read(step: int) -> np.ndarray:
         return source.read(np.array([order[int(i)] for i in step * batch_size + row_b]))[0]

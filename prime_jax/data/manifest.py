@@ -252,7 +252,8 @@ def check(manifest: Manifest, config: configs.RunConfig) -> None:
     """Check that the dataset is the one that the config describes.
 
     Raises:
-        UserError: vocabulary, length or fingerprint differ; with both values.
+        UserError: vocabulary, length or fingerprint differ, with both values; or the run wants more
+            tokens than there are.
     """
     pairs = {
         "model.vocab_size": (config.model.vocab_size, manifest.vocab_size),
@@ -262,6 +263,11 @@ def check(manifest: Manifest, config: configs.RunConfig) -> None:
     for name, (given, right) in pairs.items():
         if given != right:
             raise UserError(_differs(name, given, manifest))
+    if config.data.unique_tokens > manifest.train.tokens:
+        raise UserError(
+            f"data.unique_tokens = {config.data.unique_tokens}, but {manifest.directory} has "
+            f"{manifest.train.tokens} tokens to train on"
+        )
 
 
 def _differs(name: str, given: object, manifest: Manifest) -> str:

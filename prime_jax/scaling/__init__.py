@@ -12,9 +12,28 @@ with the first of them: `scaling.settings` alone is light, for the command line.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prime_jax.scaling.library import compare, design, fit, load, predict, validate
+    from prime_jax.scaling.library import (
+        compare,
+        design,
+        fit,
+        frontier,
+        load,
+        predict,
+        rates,
+        validate,
+    )
 
-__all__ = ["compare", "design", "fit", "load", "predict", "validate"]
+__all__ = [
+    "compare",
+    "design",
+    "downstream",
+    "fit",
+    "frontier",
+    "load",
+    "predict",
+    "rates",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ how well it converged.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +17,9 @@ from scipy.special import ndtr
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import newton
-from prime_jax.scaling.laws import POWERS, Form, Law, form_of
-from prime_jax.scaling.settings import DELTA, Objective
+from prime_jax.scaling.laws import Form, Law, PowerForm, PowerLaw
+from prime_jax.scaling.repeated import RepeatedForm, RepeatedLaw
+from prime_jax.scaling.settings import DELTA, POWERS, REPEATED, Objective
 
 Array = NDArray[np.float64]
 
@@ -26,6 +28,19 @@ MIN_AGREEING = 0.9  # of the starts should
 STATIONARY = 1e-6  # largest scaled gradient of a converged fit
 FLAT = 1e-12  # fraction of the largest curvature that rounding cannot tell from none
 SILENT, EXACT = 1e-12, 1e-30  # residual, and objective of a run, that are rounding
+
+# By name: what makes the form of a law on params, tokens and unique tokens; its class.
+LAWS: dict[str, tuple[Callable[[Array, Array, ArrayLike], Form], type[Law]]] = {
+    POWERS: (PowerForm.on, PowerLaw),
+    REPEATED: (RepeatedForm.on, RepeatedLaw),
+}
+
+
+def law_of(name: str) -> tuple[Callable[[Array, Array, ArrayLike], Form], type[Law]]:
+    """Raises UserError for a law that is not there."""
+    if name not in LAWS:
+        raise UserError(f"no law {name!r}; there are {', '.join(LAWS)}")
+    return LAWS[name]
 
 
 @dataclass(frozen=True)
@@ -125,8 +140,10 @@ def problem(
     objective: Objective = "huber",
     weight: Array | None = None,
     law: str = POWERS,
+    unique: ArrayLike = np.inf,
 ) -> Problem:
-    """The objective of a law, a name of `LAWS`, on runs of N = `params`, D = `tokens`.
+    """The objective of a law, a name of `LAWS`, on runs of N = `params`, D = `tokens`, of which
+    `unique` are unique.
 
     `delta` is that of Huber's function; least squares has none.
 
@@ -136,7 +153,7 @@ def problem(
     if not 0 < delta < math.inf:
         raise UserError(f"delta is {delta}; it must be a number above 0, such as {DELTA}")
     return Problem(
-        form=form_of(law, params, tokens),
+        form=law_of(law)[0](params, tokens, unique),
         log_loss_n=np.log(loss),
         weight_n=np.ones(len(params)) if weight is None else weight,
         objective=objective,

@@ -260,8 +260,12 @@ def _words(name: str) -> list[str]:
     return words[1:] if words[:1] and words[0] in PREFIXES and len(words) > 1 else words
 
 
-def choose_columns(table: Table, choice: Choice) -> Columns:
-    """Raises UserError for a column that is not there, with what there is."""
+def choose_columns(table: Table, choice: Choice, counts: int = 2) -> Columns:
+    """Which column is which; of flops, params and tokens `counts` are needed, flops if it is one.
+
+    Raises:
+        UserError: a column is not there; with what there is.
+    """
     if any(name.endswith(("__MIN", "__MAX")) for name in table.columns):
         raise UserError(
             f"{table.source}: training curves as W&B exports them; give a CSV with a row for each run (run, family, params, tokens), and this one with --curves"
@@ -273,7 +277,8 @@ def choose_columns(table: Table, choice: Choice) -> Columns:
     params, params_convention = _convention(table, "params", choice.params, DEFAULT_PARAMS)
     found = {name: name if name in table.columns else "" for name in (flops, params, "tokens")}
     absent = [name for name, column in found.items() if not column]
-    missing += absent if len(absent) > 1 else []
+    missing += absent if len(absent) > 3 - counts else []
+    missing += [flops] if counts == 1 and flops in absent else []
     if missing:
         raise UserError(f"{table.source}: {_lacks(table, missing, absent)}")
     if flops in absent:

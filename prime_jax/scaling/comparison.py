@@ -22,7 +22,7 @@ from prime_jax.scaling.intervals import (
     resample,
     wild_resample,
 )
-from prime_jax.scaling.laws import POWERS, Compute, PowerLaw, exponent, fit_compute
+from prime_jax.scaling.laws import Compute, PowerLaw, exponent, fit_compute
 from prime_jax.scaling.multiplier import (
     Multiplier,
     Side,
@@ -34,7 +34,7 @@ from prime_jax.scaling.multiplier import (
 from prime_jax.scaling.points import Points, Runs, assign_budgets, strata
 from prime_jax.scaling.results import Origin, origin
 from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
-from prime_jax.scaling.settings import Settings
+from prime_jax.scaling.settings import POWERS, Settings
 from prime_jax.settings import nearest
 
 Array = NDArray[np.float64]
@@ -256,7 +256,10 @@ def compare(
         UserError: a family is not there, or there is nothing to compare.
     """
     if settings.law != POWERS:
-        raise UserError(f"families are compared by the law {POWERS!r}, not by {settings.law!r}")
+        raise UserError(
+            f"families are compared by the law {POWERS!r}, not by {settings.law!r}; "
+            "R_D of families stands in the output of fit"
+        )
     names = list(dict.fromkeys(against)) or [name for name in runs.families if name != baseline]
     for name in (baseline, *names):
         if name not in runs.families:

@@ -108,7 +108,7 @@ def noise_sd(family: FamilyFit) -> float:
     Of a run of weight one; those of the error budget differ between runs.
     """
     points, part = family.points, family.approach3
-    residual = np.log(points.loss) - np.log(part.law.loss(points.params, points.tokens))
+    residual = np.log(points.loss) - np.log(points.expected(part.law))
     squares = float(part.problem.weight_n @ residual**2)
     return math.sqrt(squares / max(1, len(residual) - len(PowerForm.names)))
 

@@ -287,7 +287,7 @@ def residuals(fit: ScalingFit) -> Figure:
     for (by_loss, by_flops), name in zip(rows, names, strict=True):
         family = fit.families[name]
         points, part = family.points, family.approach3
-        predicted = part.law.loss(points.params, points.tokens)
+        predicted = points.expected(part.law)
         above = points.loss / predicted - 1
         floor = ndtri(0.975) * family.error_budget.seed.relative_sd
         for panel, x in ((by_loss, predicted), (by_flops, points.flops)):

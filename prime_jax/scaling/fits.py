@@ -8,15 +8,17 @@ also from a profile, which shows what the runs do not identify.
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
-from prime_jax.scaling import approach1, approach2, approach3, labels, noise
+from prime_jax.scaling import approach1, approach2, approach3, frontiers, labels, noise, rate_laws
 from prime_jax.scaling.approach1 import Approach1, Curves
 from prime_jax.scaling.approach2 import Approach2
+from prime_jax.scaling.approach3 import law_of
+from prime_jax.scaling.frontiers import FrontierFits
 from prime_jax.scaling.intervals import (
     Ends,
     at_bound,
@@ -29,10 +31,17 @@ from prime_jax.scaling.intervals import (
 from prime_jax.scaling.laws import Compute, Law, PowerLaw, exponent, fit_compute, optimum
 from prime_jax.scaling.noise import ErrorBudget, Held
 from prime_jax.scaling.points import Points, Runs, budget_levels, strata
-from prime_jax.scaling.results import Approach3, FamilyFit, ScalingFit, curve_budgets, origin
+from prime_jax.scaling.results import (
+    Approach3,
+    FamilyFit,
+    Repetition,
+    ScalingFit,
+    curve_budgets,
+    origin,
+)
 from prime_jax.scaling.rollout import Rollout, model_error, rollout
 from prime_jax.scaling.schema import Diagnostic, refuse, warn
-from prime_jax.scaling.settings import DEFAULTS, Settings
+from prime_jax.scaling.settings import DEFAULTS, POWERS, Settings
 from prime_jax.scaling.table import Table
 
 Estimate = tuple[float, list[float] | None]  # a, and its interval if it has one
@@ -40,6 +49,7 @@ Estimate = tuple[float, list[float] | None]  # a, and its interval if it has one
 Array = NDArray[np.float64]
 
 MIN_RUNS, FEW_RUNS = 6, 15  # five unknowns; three runs for each of them
+MIN_REPEATED = 3  # runs that saw their data more than once, for a law of repetition
 MIN_LEVELS = 3  # different N, D and C without which the two terms cannot be told apart
 POWER_LAW_ERROR = 0.05
 APART = 0.05  # in a, between approaches that both have no interval
@@ -115,20 +125,27 @@ def fit_law(points: Points, compute: Compute, settings: Settings) -> Approach3:
     )
 
 
-def too_few(points: Points) -> Diagnostic | None:
+def too_few(points: Points, law: str = POWERS) -> Diagnostic | None:
     """Why approach 3 is refused, if it is."""
     levels = {
         "size": len(np.unique(points.params)),
         "number of tokens": len(np.unique(points.tokens)),
         "budget": budget_levels(points.budget, points.flops),
     }
-    runs = len(points.loss)
-    if runs < MIN_RUNS:
-        return refuse("too_few_points", f"{_count(runs, 'run')}; approach 3 needs {MIN_RUNS}")
+    runs, known = len(points.loss), law_of(law)[1]
+    least = max(MIN_RUNS, len(fields(known)) + 1)
+    if runs < least:
+        return refuse("too_few_points", f"{_count(runs, 'run')}; approach 3 needs {least}")
     for name, found in levels.items():
         if found < MIN_LEVELS:
             code = "too_few_budgets" if name == "budget" else "too_few_points"
             return refuse(code, f"{_count(found, name)}; approach 3 needs {MIN_LEVELS}")
+    again = int(np.sum(points.repeats))
+    if known.knows_repetition and again < MIN_REPEATED:
+        return refuse(
+            "no_repeated_runs",
+            f"{_count(again, 'run') if again else 'no run'} saw its data more than once; R_D needs {MIN_REPEATED}",
+        )
     return None
 
 
@@ -148,6 +165,7 @@ def weighted_fit(
         settings.delta,
         settings.objective,
         law=settings.law,
+        unique=points.available,
     )
     fitted, errors = approach3.fit(problem), noise.of(points)
     weight = errors.run_weights(noise.scatter(problem.residual(fitted.theta_K), problem.unknowns))
@@ -339,6 +357,7 @@ def whole(
         **origin(runs, settings),
         comparable=groups,
         families=families,
+        repetition=_repetitions(families, settings.level),
         excluded=runs.excluded,
         warnings=_findings(runs, groups),
         data=runs,
@@ -351,6 +370,8 @@ def fit_family(
     points: Points, settings: Settings = DEFAULTS, curves: Curves | None = None
 ) -> FamilyFit:
     compute = fit_compute(points.flops, points.params, points.tokens)
+    drift = tuple(rate_laws.drift_findings(rate_laws.cells_of(points)))
+    points = replace(points, diagnostics=(*points.diagnostics, *drift))
     if any(warning.refusal for warning in points.diagnostics):
         return _family(
             points,
@@ -359,13 +380,18 @@ def fit_family(
             Approach2(settings.approach2),
             Approach1(),
         )
-    two = approach2.fit(points, compute, settings.approach2)
+    if law_of(settings.law)[1].knows_repetition:
+        points, once = _of_repetition(points)
+    else:
+        once = points
+    two = approach2.fit(once, compute, settings.approach2)
     draws = approach2.redraw(two, settings.replicates, settings.seed)
     two = approach2.with_errors(two, draws, settings.level)
     one = approach1.fit(curves, settings.replicates, settings.seed, settings.level)
-    refusal = too_few(points)
+    refusal = too_few(points, settings.law)
     if refusal:
-        return _family(points, compute, Approach3(None, warnings=(refusal,)), two, one)
+        part = _family(points, compute, Approach3(None, warnings=(refusal,)), two, one)
+        return replace(part, frontier=frontiers.of_minima(two, None, settings))
     three = fit_law(points, compute, settings)
     held_out = rollout(points, settings, three.law, one.optima)
     three = replace(three, error=model_error(held_out))
@@ -376,7 +402,24 @@ def fit_family(
     )
     if isinstance(three.law, PowerLaw) and not three.certificate.bounds:  # it knows the curves
         two = _with_debiased(two, three, settings)
-    return _family(points=points, compute=compute, three=three, two=two, one=one, rollout=held_out)
+    part = _family(points=points, compute=compute, three=three, two=two, one=one, rollout=held_out)
+    return replace(part, frontier=frontiers.of_minima(two, three.law.lowest, settings))
+
+
+def _of_repetition(points: Points) -> tuple[Points, Points]:
+    """The runs for a law that knows of repetition, and those for parabolas, which do not: IsoFLOP
+    curves are of fresh data."""
+    known = tuple(one for one in points.diagnostics if one.code != "data_repeated")
+    points = replace(points, diagnostics=known)
+    return points, points.only(~points.repeats)
+
+
+def frontier_of(points: Points, settings: Settings) -> FrontierFits:
+    """The law of the lowest losses alone, without the intervals of the approaches."""
+    compute = fit_compute(points.flops, points.params, points.tokens)
+    two = approach2.fit(points, compute, settings.approach2)
+    lowest = None if too_few(points, settings.law) else weighted_fit(points, settings)[1].law.lowest
+    return frontiers.of_minima(two, lowest, settings)
 
 
 def _family(
@@ -446,6 +489,29 @@ def _with_debiased(two: Approach2, three: Approach3, settings: Settings) -> Appr
     if wrong:
         return replace(two, warnings=(*two.warnings, wrong))
     return replace(two, debiased=debiased)
+
+
+def _repetitions(families: dict[str, FamilyFit], level: float) -> tuple[Repetition, ...]:
+    """R_D of every two families."""
+    known = [
+        name for name, f in families.items() if f.approach3 and f.approach3.law.knows_repetition
+    ]
+    out = []
+    for other, family in itertools.combinations(known, 2):
+        mine, theirs = (families[name].approach3 for name in (family, other))
+        draws = mine.replicates.R_D / theirs.replicates.R_D
+        low, high = percentiles(draws, level)
+        out.append(
+            Repetition(
+                family=family,
+                other=other,
+                ratio=mine.law.R_D / theirs.law.R_D,
+                interval=[low, high],
+                higher=float(np.mean(draws > 1)),
+                significant=not low <= 1 <= high,
+            )
+        )
+    return tuple(out)
 
 
 def _groups(runs: Runs) -> tuple[tuple[str, ...], ...]:

@@ -1,12 +1,14 @@
-"""Laws of the loss, L(N, D), and what everything else needs to know of one.
+"""Laws of the loss, L(N, D, U), and what everything else needs to know of one.
 
 A law is two classes in one file. A `Law` holds its parameters, as floats or with one entry for each
 bootstrap replicate (everything broadcasts), and gives losses, the optimum under a compute budget,
 and the exponent of N*. A `Form` is the law on the N and D of some runs, in unknowns of order one:
 start points, bounds, predictions and their derivatives, and the quantities that have profiles. The
 solver, its certificate, the intervals, the rollout and the report use nothing else; the shift of
-parabolas (approach 2), designs and comparisons are those of `PowerLaw` alone. `LAWS` has them by
-the name that `Settings.law` gives.
+parabolas (approach 2), designs and comparisons are those of `PowerLaw` alone. `approach3.LAWS` has
+them by the name that `Settings.law` gives. U are the unique tokens of a run; a law that
+`knows_repetition` counts the rest of D less. Laws of something else than N and D (`frontiers`,
+`rate_laws`, `tasks`) have a form, too, but no exponent, optimum or best size.
 
 `PowerLaw` is L = E + A / N**alpha + B / D**beta: Hoffmann et al., "Training compute-optimal large
 language models" (2022), section 3.3.
@@ -20,9 +22,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from prime_jax.errors import UserError
-from prime_jax.scaling.settings import POWERS
 
 Array = NDArray[np.float64]
 
@@ -70,17 +69,18 @@ class Law(Protocol):
     """A dataclass whose fields are the parameters; N and D in units of one, losses as the data."""
 
     formula: str  # for people
+    knows_repetition: bool
 
     @property
     def lowest(self) -> Array | float:
         """The loss that no compute removes."""
 
-    def loss(self, params: ArrayLike, tokens: ArrayLike) -> Array: ...
+    def loss(self, params: ArrayLike, tokens: ArrayLike, unique: ArrayLike = np.inf) -> Array: ...
 
     def exponent(self, compute: Compute) -> Array:
         """a in N*(C) ~ C**a."""
 
-    def optimum(self, compute: Compute, flops: ArrayLike) -> Optimum:
+    def optimum(self, compute: Compute, flops: ArrayLike, unique: ArrayLike = np.inf) -> Optimum:
         """The stationary point of L along C = k N**q D."""
 
 
@@ -182,15 +182,15 @@ def exponent(law: Law, compute: Compute) -> Array:
     return law.exponent(compute)
 
 
-def optimum(law: Law, compute: Compute, flops: ArrayLike) -> Optimum:
+def optimum(law: Law, compute: Compute, flops: ArrayLike, unique: ArrayLike = np.inf) -> Optimum:
     """N*(C), D*(C) and L*(C) by a law."""
-    return law.optimum(compute, flops)
+    return law.optimum(compute, flops, unique)
 
 
-def optima(law: Law, compute: Compute, flops: Array) -> Optimum:
+def optima(law: Law, compute: Compute, flops: Array, unique: ArrayLike = np.inf) -> Optimum:
     """Optima_[R, K] of the R laws of a bootstrap at K budgets."""
     columns = {name: np.asarray(value)[:, None] for name, value in vars(law).items()}
-    return replace(law, **columns).optimum(compute, flops)
+    return replace(law, **columns).optimum(compute, flops, unique)
 
 
 # --- the law of Hoffmann et al.
@@ -205,12 +205,13 @@ class PowerLaw:
     beta: Array | float
 
     formula = "L(N, D) = E + A / N^α + B / D^β. E is the loss that no amount of compute removes."
+    knows_repetition = False
 
     @property
     def lowest(self) -> Array | float:
         return self.E
 
-    def loss(self, params: ArrayLike, tokens: ArrayLike) -> Array:
+    def loss(self, params: ArrayLike, tokens: ArrayLike, unique: ArrayLike = np.inf) -> Array:
         return (
             self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -self.beta)
         )
@@ -219,7 +220,7 @@ class PowerLaw:
         """beta / (alpha + q beta), the usual beta / (alpha + beta) for q = 1."""
         return np.asarray(self.beta / (self.alpha + compute.q * self.beta))
 
-    def optimum(self, compute: Compute, flops: ArrayLike) -> Optimum:
+    def optimum(self, compute: Compute, flops: ArrayLike, unique: ArrayLike = np.inf) -> Optimum:
         """In closed form: d L / d log N = 0 where alpha A N**-alpha = q beta B D**-beta.
 
         It is taken in logs, as A and B of bootstrap replicates may span hundreds of decades.
@@ -248,7 +249,7 @@ class PowerForm:
     logs = (0, 1, 3)
 
     @classmethod
-    def on(cls, params: Array, tokens: Array) -> "PowerForm":
+    def on(cls, params: Array, tokens: Array, unique: ArrayLike = np.inf) -> "PowerForm":
         """Needs two different N and two D."""
         log_n, log_d = np.log(params), np.log(tokens)
         centre, scale = (log_n.mean(), log_d.mean()), (log_n.std(), log_d.std())
@@ -356,14 +357,3 @@ class PowerForm:
         pairs = ((one_x, one_x), (one_y, one_y), (one_x, one_y))
         products = ((a[:, :, None] * b[:, None, :]).reshape(len(ones), 4) for a, b in pairs)
         return one_x, one_y, *products
-
-
-# By name: what makes the form of a law on params, tokens, and the class of its parameters.
-LAWS: dict[str, tuple[Callable[[Array, Array], Form], type]] = {POWERS: (PowerForm.on, PowerLaw)}
-
-
-def form_of(name: str, params: Array, tokens: Array) -> Form:
-    """Raises UserError for a law that is not there."""
-    if name not in LAWS:
-        raise UserError(f"no law {name!r}; there are {', '.join(LAWS)}")
-    return LAWS[name][0](params, tokens)

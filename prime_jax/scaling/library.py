@@ -3,6 +3,7 @@
 Every function raises UserError with one line for bad input. docs/scaling-python.md has an example.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,21 +12,31 @@ from typing import TYPE_CHECKING, Any
 from prime_jax.errors import UserError
 from prime_jax.runtime import outputs, storage
 from prime_jax.runtime.records import write_json_atomic
-from prime_jax.scaling import launchable, record, tables
+from prime_jax.scaling import conventions, frontiers, launchable, record, tables
+from prime_jax.scaling import tasks as task_laws
 from prime_jax.scaling.approach1 import join_curves
 from prime_jax.scaling.comparison import Comparison
 from prime_jax.scaling.comparison import compare as compare_runs
 from prime_jax.scaling.designs import Design, choose
-from prime_jax.scaling.fits import fit_runs
+from prime_jax.scaling.fits import fit_runs, frontier_of
+from prime_jax.scaling.frontiers import FrontierFits
 from prime_jax.scaling.logs import Logs
 from prime_jax.scaling.points import Runs, select
-from prime_jax.scaling.prediction import Prediction, predict_family
+from prime_jax.scaling.prediction import (
+    Prediction,
+    RunPrediction,
+    predict_family,
+    predict_run,
+)
+from prime_jax.scaling.rate_laws import RateFit
+from prime_jax.scaling.rate_laws import fit as fit_rates
 from prime_jax.scaling.readers import Progress, is_sweep, quiet, read_with_curves
 from prime_jax.scaling.results import Origin, ScalingFit, origin
 from prime_jax.scaling.rollout import Validation, validate_family
 from prime_jax.scaling.schema import as_dict, hidden, key
 from prime_jax.scaling.settings import DEFAULT_METRIC, Choice, Settings
 from prime_jax.scaling.table import Table, of_columns
+from prime_jax.scaling.tasks import FamilyTasks
 from prime_jax.settings import from_dict
 
 if TYPE_CHECKING:
@@ -145,12 +156,82 @@ class Validations(Origin):
         return "\n\n".join([*parts, "\n".join(tables.warnings_of(found))])
 
 
+@dataclass(frozen=True)
+class Frontiers(Origin):
+    """frontier.json: the lowest loss of each budget as a law of compute alone."""
+
+    families: dict[str, FrontierFits] = key("of each family")
+
+    @property
+    def refused(self) -> bool:
+        fits = [fit for family in self.families.values() for fit in family.fits]
+        return any(warning.refusal for fit in fits for warning in fit.warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of frontier.json."""
+        return as_dict(self)
+
+    def summary(self) -> str:
+        found = self.to_dict()["families"]
+        parts = [tables.frontiers(found), tables.frontier_losses(found)]
+        return "\n\n".join([*map(str, filter(None, parts)), *tables.frontier_notes(found)])
+
+
+@dataclass(frozen=True)
+class Rates(Origin):
+    """rates.json: the best learning rate as a law of N, D and batch size."""
+
+    families: dict[str, RateFit] = key("of each family")
+
+    @property
+    def refused(self) -> bool:
+        return any(w.refusal for family in self.families.values() for w in family.warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of rates.json."""
+        return as_dict(self)
+
+    def summary(self) -> str:
+        found = self.to_dict()
+        parts = filter(None, (tables.rates(found), tables.rate_cells(found)))
+        return "\n\n".join([*map(str, parts), "\n".join(tables.warnings_of(found))])
+
+
+@dataclass(frozen=True)
+class Downstream(Origin):
+    """downstream.json: accuracies of tasks against compute, directly and through the loss."""
+
+    families: dict[str, FamilyTasks] = key("of each family")
+
+    @property
+    def refused(self) -> bool:
+        fits = [fit for family in self.families.values() for fit in family.tasks.values()]
+        return any(warning.refusal for fit in fits for warning in fit.warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of downstream.json."""
+        return as_dict(self)
+
+    def summary(self) -> str:
+        found = self.to_dict()
+        parts = filter(None, (tables.tasks(found), tables.task_predictions(found)))
+        return "\n\n".join([*map(str, parts), "\n".join(tables.task_notes(found))])
+
+
 class Predictions(dict[str, Prediction]):
-    """A prediction for each family."""
+    """A prediction of a budget for each family."""
 
     def summary(self) -> str:
         rows = [as_dict(one) for one in self.values()]
         return "\n".join([str(tables.predictions(rows)), *tables.prediction_notes(rows)])
+
+
+class RunPredictions(dict[str, RunPrediction]):
+    """A prediction of a run for each family."""
+
+    def summary(self) -> str:
+        rows = [as_dict(one) for one in self.values()]
+        return "\n".join([str(tables.run_predictions(rows)), *tables.prediction_notes(rows)])
 
 
 def fit(
@@ -200,8 +281,9 @@ def fit(
     lines = join_curves(logs, table, runs, asked=curves is not None) if logs else None
     fitted = fit_runs(runs, found, lambda name: progress(f"fitting {name}"), lines)
     templates = _templates(source)
+    counted = conventions.every(table, choice, found, progress)
     families = {
-        name: replace(family, template=templates.get(name))
+        name: replace(family, template=templates.get(name), counted=counted.get(name, ()))
         for name, family in fitted.families.items()
     }
     return _as(Fit, replace(fitted, families=families, table=table))
@@ -248,26 +330,144 @@ def validate(
     return Validations(**origin(runs, settings), families=families, data=runs)
 
 
+def frontier(
+    source: ScalingFit | Source,
+    at: Sequence[float] = (),
+    *,
+    progress: Progress = quiet,
+    **options: Any,
+) -> Frontiers:
+    """Fit the lowest loss of each budget as L(C) = L_inf + A / C**a, free and with L_inf pinned.
+
+    Args:
+        source: a fit, or what `fit` takes; a table may also have flops and loss but no N or D.
+        at: budgets at which the loss is asked for.
+        options: as those of `fit`; `floor` is where L_inf is pinned, by default E of approach 3.
+    """
+    if isinstance(source, ScalingFit):
+        runs, settings = _runs(source, options, progress)
+        found = {name: family.frontier for name, family in source.families.items()}
+    else:
+        table, choice, settings = _asked(source, options, progress)
+        if frontiers.is_bare(table):
+            runs, found = frontiers.read(table, choice, settings)
+        else:
+            runs = select(table, choice)
+            found = {n: frontier_of(points, settings) for n, points in runs.families.items()}
+    asked = {name: part.asked([float(c) for c in at]) for name, part in found.items() if part}
+    return Frontiers(**origin(runs, settings), families=asked)
+
+
+def rates(source: ScalingFit | Source, *, progress: Progress = quiet, **options: Any) -> Rates:
+    """Fit the best learning rate as lr* = k N**n D**d B**b; cells need three rates or more.
+
+    Args:
+        source, options: as those of `fit`.
+    """
+    runs, settings = _runs(source, options, progress)
+    found = {name: fit_rates(points, settings.level) for name, points in runs.families.items()}
+    return Rates(**origin(runs, settings), families=found)
+
+
+def downstream(
+    source: Source,
+    tasks: Sequence[str] = (),
+    at: Sequence[float] = (),
+    *,
+    chance: Mapping[str, float] | None = None,
+    ceiling: Mapping[str, float] | None = None,
+    progress: Progress = quiet,
+    **options: Any,
+) -> Downstream:
+    """Accuracy of tasks against compute: through a law of the loss, and directly.
+
+    Args:
+        source: a sweep whose runs were evaluated on tasks, or what `fit` takes with columns
+            acc_TASK, acc_se_TASK and perhaps task_loss_TASK.
+        tasks: only these; all by default.
+        at: budgets at which the accuracy is asked for.
+        chance: accuracy of guessing by task, for tasks that `tasks.CHANCE` does not know.
+        ceiling: largest accuracy that there can be, by task; 1 by default.
+        options: as those of `fit`.
+    """
+    table, choice, settings = _asked(source, options, progress)
+    path = _readable(source)
+    if is_sweep(path):
+        from prime_jax.sweep import collect
+
+        rows = collect.with_tasks(path, table.rows)
+        table = replace(table, rows=rows, columns=list(dict.fromkeys(k for r in rows for k in r)))
+    known = task_laws.names(table)
+    if missing := [task for task in tasks if task not in known]:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UserError(f"{table.source}: no accuracy of {', '.join(missing)}; {has}")
+    wanted = list(tasks) or known
+    if not wanted:
+        raise UserError(
+            f"{table.source}: no accuracy of a task; evaluate runs with prime-jax eval --tasks, or "
+            "give columns acc_TASK and acc_se_TASK"
+        )
+    guess = task_laws.chances(wanted, chance or {})
+    top = {task: (ceiling or {}).get(task, 1.0) for task in wanted}
+    if wrong := [task for task in wanted if not guess[task] < top[task] <= 1]:
+        raise UserError(
+            f"ceiling of {wrong[0]} is {top[wrong[0]]:g}; it lies above chance, up to 1"
+        )
+    runs, out = select(table, choice), {}
+    for name, points in runs.families.items():
+        found = {}
+        for task in wanted:
+            progress(f"fitting {name}, {task}")
+            found[task] = task_laws.fit(
+                points,
+                table=table,
+                task=task,
+                chance=guess[task],
+                ceiling=top[task],
+                settings=settings,
+                flops=[float(c) for c in at],
+            )
+        out[name] = FamilyTasks(found)
+    return Downstream(**origin(runs, settings), families=out)
+
+
 def predict(
     fit: ScalingFit,
-    flops: float,
+    flops: float | None = None,
     family: str | None = None,
     unique_tokens: float | None = None,
-) -> Predictions:
-    """The best size, tokens and loss at a budget, with intervals.
+    *,
+    params: float | None = None,
+    tokens: float | None = None,
+) -> Predictions | RunPredictions:
+    """The best size, tokens and loss at a budget, or the loss of a run, with intervals.
 
     Args:
         flops: C, in the FLOPs of the fit.
         family: only this one.
         unique_tokens: of the training data; by default what the runs say.
+        params, tokens: N and D of a run, in place of flops.
+
+    Raises:
+        UserError: neither flops nor both of params and tokens are given, or a number is not above 0.
     """
+    given = [value for value in (flops, params, tokens) if value is not None]
+    if (flops is None) == (params is None) or (params is None) != (tokens is None):
+        raise UserError("predict: give flops, or params and tokens")
+    if not all(0 < value < math.inf for value in given):
+        raise UserError("predict: flops, params and tokens are numbers above 0, like 1e21")
     known = record.unique_tokens(fit.table) if fit.table else {}
+    names = fit.families if family is None else [family]
+    limits = {name: unique_tokens or known.get(name) for name in names}
+    if flops is None:
+        return RunPredictions(
+            {n: predict_run(fit.family(n), fit.settings, params, tokens, limits[n]) for n in names}
+        )
     out = Predictions()
-    for name in fit.families if family is None else [family]:
+    for name in names:
         found = fit.family(name)
         template = launchable.template(name, vars(fit.conventions), found.template)
-        limit = unique_tokens or known.get(name)
-        out[name] = predict_family(found, fit.settings, float(flops), template, limit)
+        out[name] = predict_family(found, fit.settings, float(flops), template, limits[name])
     return out
 
 
@@ -298,11 +498,18 @@ def _runs(
             raise UserError(f"{', '.join(options)}: those of the fit are used; leave them out")
         choice = replace(source.data.choice, allow_mixed_kinds=mixed)
         return replace(source.data, choice=choice), source.settings
+    table, choice, settings = _asked(source, options, progress)
+    return select(table, choice), settings
+
+
+def _asked(
+    source: Source, options: dict[str, Any], progress: Progress
+) -> tuple[Table, Choice, Settings]:
+    """What is read, and what of it and how, from the options of `fit`."""
     names = [field.name for field in fields(Choice)]
     choice = Choice(**{name: options.pop(name) for name in names if name in options})
     settings = from_dict(Settings, options)
-    table, _ = _read(source, None, choice, progress)
-    return select(table, choice), settings
+    return _read(source, None, choice, progress)[0], choice, settings
 
 
 def _templates(source: Source) -> dict[str, Any]:

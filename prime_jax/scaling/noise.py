@@ -93,7 +93,7 @@ def scatter(residual_n: Array, unknowns: int) -> float:
 
 def _seed(points: Points, evaluation_n: Array) -> Source:
     """Scatter within repeats less what the evaluation explains of it."""
-    repeats = repeated(points.params, points.tokens, points.lr, points.batch)
+    repeats = repeated(points.params, points.tokens, points.lr, points.batch, _fresh(points))
     if not repeats:
         return Source(SEED, "assumed", 0)
     log_loss, squares, freedom = np.log(points.loss), 0.0, 0
@@ -103,6 +103,11 @@ def _seed(points: Points, evaluation_n: Array) -> Source:
         freedom += len(members) - 1
     variance = max(float(squares) / freedom, 0.0)
     return Source(float(np.sqrt(variance)), "repeated runs", sum(map(len, repeats)))
+
+
+def _fresh(points: Points) -> Array:
+    """Tokens that a run saw once or more: runs that repeat data to different degrees differ."""
+    return np.minimum(points.available, points.tokens)
 
 
 def _evaluation(points: Points) -> tuple[Source | None, Array]:
@@ -122,7 +127,7 @@ def _tuning(points: Points) -> tuple[Source | None, Array]:
         return None, none
     x = np.log(points.lr)
     known = np.isfinite(x)
-    cell = np.where(known, cells(points.params, points.tokens, points.batch), -1)
+    cell = np.where(known, cells(points.params, points.tokens, points.batch, _fresh(points)), -1)
     compared = [members for members in groups(cell) if np.ptp(x[members]) > 0]
     if not compared:
         return None, none

@@ -5,8 +5,10 @@ more where embeddings or attention are in C and not in N. No one way of counting
 it at one N, or moves it up and down from each size to the next (`mixed_conventions`).
 """
 
+import math
+import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from prime_jax.errors import UserError
 from prime_jax.scaling import labels
 from prime_jax.scaling.columns import Columns, choose_columns
+from prime_jax.scaling.laws import Law
 from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.settings import Choice
 from prime_jax.scaling.table import (
@@ -163,7 +166,33 @@ class Points:
     run: NDArray[np.intp] | None = None  # of each point, where some are of one run or trajectory
     lr: Array | None = None  # peak learning rate, NaN where not known
     batch: Array | None = None  # batch size, alike
+    rule_lr: Array | None = None  # what the plan's rule for lr gives, NaN where not known
     stated: bool = False  # the budgets are those that the table states
+    row: NDArray[np.intp] | None = None  # of each run in its table
+    unique: Array | None = None  # tokens that a run had to train on, inf where not known
+
+    @property
+    def available(self) -> Array:
+        """Unique tokens, inf where not known."""
+        return np.full(len(self.loss), np.inf) if self.unique is None else self.unique
+
+    @property
+    def repeats(self) -> NDArray[np.bool_]:
+        """Which runs saw their data more than once."""
+        return self.tokens > SAME * self.available
+
+    def expected(self, law: Law) -> Array:
+        """What a law says of these runs."""
+        return law.loss(self.params, self.tokens, self.available)
+
+    def only(self, mine: NDArray[np.bool_]) -> "Points":
+        """Some of the runs."""
+        arrays = {
+            field.name: value[mine]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), np.ndarray)
+        }
+        return replace(self, **arrays)
 
     @property
     def budgets(self) -> Array:
@@ -239,6 +268,7 @@ def select(table: Table, choice: Choice | None = None) -> Runs:
         )
     _refuse_duplicates(used, columns)
     arrays = _arrays(used, columns)
+    arrays["row"] = np.flatnonzero([reason is None for reason in reasons])
     labels = [text(row, "family") for row in used.rows]
     require(used, "family", [bool(label) for label in labels], "family is empty")
     families = {}
@@ -297,12 +327,20 @@ def _arrays(table: Table, columns: Columns) -> dict[str, Array]:
         out[name] = _unsigned(table, column)
     for name in ("lr", "batch_size"):
         out[name] = np.array([number(row, name) for row in table.rows])
+    factors = [_factor(text(row, "rules")) for row in table.rows]
+    out["rule_lr"] = out["lr"] / np.array(factors)
     if "unique_tokens" in table.columns:
         unique = _positive(table, "unique_tokens", 0, "unique_tokens must be a number above 0")
         out["epochs"] = out["tokens"] / unique
     if "budget" in table.columns:
         out["budget"] = _positive(table, "budget", 0, "budget must be a number above 0")
     return out
+
+
+def _factor(rules: str) -> float:
+    """A run's learning rate over that of its rule: 0.5 of "shape=given;lr=step-law*0.5"."""
+    found = re.search(r"(?:^|;)lr=([^;*]*)(?:\*([0-9.e+-]+))?(?:;|$)", rules)
+    return float(found[2] or 1) if found else math.nan
 
 
 def _positive(table: Table, column: str, least: float, rule: str) -> Array:
@@ -361,8 +399,19 @@ def _family(
         run=run_n,
         lr=_known(arrays["lr"]),
         batch=_known(arrays["batch_size"]),
+        rule_lr=_known(arrays["rule_lr"]),
         stated="budget" in arrays,
+        row=arrays["row"],
+        unique=_unique(arrays),
     )
+
+
+def _unique(arrays: dict[str, Array]) -> Array | None:
+    """Unique tokens, inf where not known; None if no run repeats any."""
+    epochs = np.nan_to_num(arrays["epochs"], nan=0.0)
+    known = epochs > 0
+    unique = np.where(known, arrays["tokens"] / np.where(known, epochs, 1.0), np.inf)
+    return unique if (epochs > 1).any() else None
 
 
 def _known(values: Array) -> Array | None:
@@ -446,7 +495,8 @@ def _data_findings(arrays: dict[str, Array], lost: list[Excluded]) -> list[Diagn
                 f"{again} runs saw their data more than once (up to {most:.3g} times)",
             )
         )
-    if not repeated(*(arrays[name] for name in ("params", "tokens", "lr", "batch_size"))):
+    chosen = (arrays[name] for name in ("params", "tokens", "lr", "batch_size"))
+    if not repeated(*chosen, np.maximum(np.nan_to_num(arrays["epochs"]), 1.0)):
         diagnostics.append(
             warn(
                 "no_seed_repeats",

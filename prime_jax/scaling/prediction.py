@@ -1,8 +1,9 @@
-"""What a fitted law says about a budget: N*, D* and the loss there, with their errors."""
+"""What a fitted law says, with its errors: of a budget N*, D* and the loss there; of a run its loss."""
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2, labels, launchable
@@ -15,6 +16,8 @@ from prime_jax.scaling.results import FamilyFit
 from prime_jax.scaling.rollout import ModelError, distance, model_error
 from prime_jax.scaling.schema import Diagnostic, refuse, warn
 from prime_jax.scaling.settings import Settings
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,110 @@ class Prediction:
     findings: tuple[Diagnostic, ...]
 
 
+@dataclass(frozen=True)
+class RunPrediction:
+    """The loss of a run of one family, wherever its N and D lie.
+
+    Attributes:
+        flops: C = k N^q D of the runs of the fit.
+        unique_tokens: of the training data, None if unknown.
+        epochs: D over `unique_tokens`.
+        decades: how far C, N or D lies beyond the data, whichever is furthest; 0 within.
+        loss, loss_with_model_error: as those of `Best`; None where approach 3 is refused.
+    """
+
+    family: str
+    kind: str
+    params: float
+    tokens: float
+    flops: float
+    unique_tokens: float | None
+    epochs: float | None
+    decades: float
+    loss: Estimate | None
+    loss_with_model_error: Estimate | None
+    rollout: ModelError | None
+    findings: tuple[Diagnostic, ...]
+
+
+def predict_run(
+    family: FamilyFit,
+    settings: Settings,
+    params: float,
+    tokens: float,
+    unique_tokens: float | None = None,
+) -> RunPrediction:
+    """Predict the loss of a run of N = `params` on D = `tokens` by approach 3.
+
+    The error of the rollout grows with the decades beyond the data of C, N or D, whichever are most:
+    an over-trained model lies outside the data although its C may not.
+    """
+    points, error = family.points, model_error(family.rollout)
+    flops = float(family.compute.k * params**family.compute.q * tokens)
+    beyond = {
+        "C": (flops, float(distance(points, flops))),
+        "N": (params, _decades(points.params, params)),
+        "D": (tokens, _decades(points.tokens, tokens)),
+    }
+    decades = max(far for _, far in beyond.values())
+    epochs = tokens / unique_tokens if unique_tokens else None
+    loss = widened = None
+    if family.approach3:
+        law, replicates = family.approach3.law, family.approach3.replicates
+        unique = unique_tokens or np.inf
+        draws = percentiles(replicates.loss(params, tokens, unique), settings.level)
+        loss = Estimate(float(law.loss(params, tokens, unique)), draws)
+        if error is not None:
+            ends = error.widen(loss.value, *loss.interval, decades, settings.level)
+            widened = Estimate(loss.value, [float(end) for end in ends])
+    return RunPrediction(
+        family=points.family,
+        kind=points.measure.kind,
+        params=params,
+        tokens=tokens,
+        flops=flops,
+        unique_tokens=unique_tokens,
+        epochs=epochs,
+        decades=decades,
+        loss=loss,
+        loss_with_model_error=widened,
+        rollout=error,
+        findings=(*_run_findings(family, beyond, error, epochs), *family.warnings),
+    )
+
+
+def _decades(known: Array, value: float) -> float:
+    """log10 beyond the smallest or the largest of the data; 0 within."""
+    low, high = np.log10([known.min(), known.max()])
+    return float(max(0.0, np.log10(value) - high, low - np.log10(value)))
+
+
+def _run_findings(
+    family: FamilyFit,
+    beyond: dict[str, tuple[float, float]],
+    error: ModelError | None,
+    epochs: float | None,
+) -> list[Diagnostic]:
+    if not family.approach3:
+        return [
+            refuse("loss_not_predicted", "approach 3 was refused, and no other has a law of it")
+        ]
+    diagnostics = [
+        warn(
+            "extrapolation",
+            f"{name} = {labels.value(value, 3)} lies {far:.2g} decades outside the data",
+        )
+        for name, (value, far) in beyond.items()
+        if far > 0
+    ]
+    if error is None:
+        diagnostics.append(_model_error_unknown())
+    if epochs is not None and epochs > 1 and not family.approach3.law.knows_repetition:
+        seen = f"the run sees its data {epochs:.3g} times, which this law counts as new tokens"
+        diagnostics.append(warn("data_repeated", seen))
+    return diagnostics
+
+
 def predict_family(
     family: FamilyFit,
     settings: Settings,
@@ -110,7 +217,7 @@ def predict_family(
     points, largest = family.points, family.points.levels[-1]
     error = model_error(family.rollout)
     by_approach = {
-        "approach 3": _approach3(family, settings, flops, error),
+        "approach 3": _approach3(family, settings, flops, error, unique_tokens),
         "approach 2": _approach2(family, settings, flops, None),
         "de-biased": family.approach2.debiased
         and _approach2(family, settings, flops, family.approach2.debiased),
@@ -123,16 +230,17 @@ def predict_family(
     )
     best, launch = three or debiased or two, None
     epochs = best.tokens.value / unique_tokens if best and unique_tokens else None
+    limited = bool(epochs and epochs > 1 and three and family.approach3.law.knows_repetition)
     decades = float(distance(points, flops))
     among = bool(best) and _among(points, flops, best)
     diagnostics = list(dict.fromkeys(why for why in refused if why))
     if best:
-        launch, more = _launch(family, template, flops, best.params.value)
+        launch, more = _launch(family, template, flops, best.params.value, unique_tokens)
         diagnostics += _range_findings(family, flops, decades, error)
         diagnostics += [] if among or decades else [_outside(points, flops, best)]
         diagnostics += [
-            *_disagreement(three, debiased or two),
-            *_data_findings(best, epochs),
+            *([] if limited else _disagreement(three, debiased or two)),
+            *([] if limited else _data_findings(best, epochs)),
             *more,
         ]
     known = {(one.code, one.message) for one in diagnostics}
@@ -192,12 +300,18 @@ def _outside(points: Points, flops: float, best: Best) -> Diagnostic:
 
 
 def _approach3(
-    family: FamilyFit, settings: Settings, flops: float, error: ModelError | None
+    family: FamilyFit,
+    settings: Settings,
+    flops: float,
+    error: ModelError | None,
+    unique_tokens: float | None,
 ) -> Best | None:
+    """The optimum with so many unique tokens, for a law that knows of repetition."""
     if not family.approach3:
         return None
-    best = optimum(family.approach3.law, family.compute, flops)
-    draws = optima(family.approach3.replicates, family.compute, np.array([flops]))
+    three, unique = family.approach3, unique_tokens or np.inf
+    best = optimum(three.law, family.compute, flops, unique)
+    draws = optima(three.replicates, family.compute, np.array([flops]), unique)
     params, tokens, loss = (
         Estimate(
             float(getattr(best, name)),
@@ -247,7 +361,11 @@ def _approach2(
 
 
 def _launch(
-    family: FamilyFit, template: Template, flops: float, params: float
+    family: FamilyFit,
+    template: Template,
+    flops: float,
+    params: float,
+    unique_tokens: float | None,
 ) -> tuple[Launch | None, list[Diagnostic]]:
     try:
         shape = launchable.shape_near(template, params)
@@ -258,7 +376,7 @@ def _launch(
     tokens = row.steps * row.batch_size * template.config.data.seq_len
     loss = None
     if family.approach3:
-        loss = float(family.approach3.law.loss(size, tokens))
+        loss = float(family.approach3.law.loss(size, tokens, unique_tokens or np.inf))
     launch = Launch(
         *shape,
         params=size,
@@ -295,13 +413,15 @@ def _range_findings(
             )
         )
     elif error is None:
-        diagnostics.append(
-            warn(
-                "model_error_unknown",
-                "too few budgets for a rollout: intervals of the loss leave out the error of the law itself",
-            )
-        )
+        diagnostics.append(_model_error_unknown())
     return diagnostics
+
+
+def _model_error_unknown() -> Diagnostic:
+    return warn(
+        "model_error_unknown",
+        "too few budgets for a rollout: intervals of the loss leave out the error of the law itself",
+    )
 
 
 def _disagreement(three: Best | None, two: Best | None) -> list[Diagnostic]:

@@ -10,7 +10,7 @@ import io
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.scaling.fits import fit_family, whole
 from prime_jax.scaling.points import Points, Runs, select
 from prime_jax.scaling.readers import read_csv
-from prime_jax.scaling.results import SCHEMA, ScalingFit
+from prime_jax.scaling.results import SCHEMA, Counted, ScalingFit
 from prime_jax.scaling.schema import as_dict
 from prime_jax.scaling.settings import Choice, Settings
 from prime_jax.scaling.table import Table, number, status, text
@@ -28,7 +28,18 @@ from prime_jax.settings import from_dict
 FIT, POINTS = "fit.json", "points.csv"
 MEASURE = ("given", "tokenizer", "eval_set")
 NUMBERS = ("flops", "params", "tokens", "budget", "loss", "loss_se")
-KEPT = ("run", "seed", "trajectory", "step", "lr", "batch_size", "epochs", "unique_tokens", "data")
+KEPT = (
+    "run",
+    "seed",
+    "trajectory",
+    "step",
+    "lr",
+    "batch_size",
+    "epochs",
+    "unique_tokens",
+    "data",
+    "rules",
+)
 
 
 def write(fit: ScalingFit, path: Path) -> dict[str, Any]:
@@ -92,7 +103,12 @@ def load(path: Path, families: Sequence[str] | None = None) -> ScalingFit:
     fitted = {}
     for name in families or runs.families:
         family = fit_family(runs.points(name), settings)
-        fitted[name] = replace(family, template=result["families"][name].get("template"))
+        known = result["families"][name]
+        counted = tuple(
+            Counted(**{field.name: row.get(field.name) for field in fields(Counted)})
+            for row in known.get("counted", ())
+        )
+        fitted[name] = replace(family, template=known.get("template"), counted=counted)
     found = whole(runs, settings, fitted, table)
     return replace(found, source=replace(found.source, points=hashed))
 

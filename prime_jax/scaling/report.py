@@ -11,7 +11,7 @@ from typing import Any
 
 from prime_jax.runtime.records import read_json
 from prime_jax.scaling import tables
-from prime_jax.scaling.laws import LAWS
+from prime_jax.scaling.approach3 import law_of
 from prime_jax.scaling.results import SCHEMA
 from prime_jax.table import Cell, Table
 
@@ -168,13 +168,21 @@ def _sure(families: dict[str, Any], refused: int) -> str:
 
 def _laws(record: dict[str, Any], figures: Pictures) -> Iterable[str]:
     families = record["families"]
-    formula = LAWS[record["method"]["settings"]["law"]][1].formula
+    formula = law_of(record["method"]["settings"]["law"])[1].formula
     yield "<h2>The fitted laws</h2>"
     yield (
         f"<p>{html.escape(formula)} Small print: the bootstrap interval, and below it the profile "
         "interval, the range that the data themselves allow; “open” means that they set no end.</p>"
     )
     yield _table(tables.laws(families))
+    pairs = tables.repetition(record)
+    if pairs:
+        yield "<h3>Which family profits longest from repeated data?</h3>"
+        yield (
+            "<p>R_D is about the number of epochs from which on repetition is of little use. Small "
+            "print: the bootstrap interval of the ratio.</p>"
+        )
+        yield _table(pairs)
     yield from _figures(figures, "isoflop", "isoloss")
     yield "<h3>The exponent a by each approach</h3>"
     yield (
@@ -183,6 +191,14 @@ def _laws(record: dict[str, Any], figures: Pictures) -> Iterable[str]:
         "approach 2 has that shift removed.</p>"
     )
     yield _table(tables.exponents(families))
+    counted = tables.conventions(families)
+    if counted:
+        yield "<h3>The same runs, counted in every way</h3>"
+        yield (
+            "<p>What N and C count moves a and the number of tokens per parameter, D*/N*, at the "
+            "optimum. Small print: the profile interval.</p>"
+        )
+        yield _table(counted)
     for name, family in families.items():
         differ = [w for w in family["warnings"] if w["code"] == "approaches_disagree"]
         yield from _notes(differ, name)
@@ -198,6 +214,13 @@ def _optima(families: dict[str, Any], figures: Pictures) -> Iterable[str]:
         "approach 2: by how much the parabola alone misses.</p>"
     )
     yield _table(tables.optima(families))
+    yield "<h3>The lowest loss as a law of compute</h3>"
+    yield (
+        "<p>L(C) = L∞ + A / C^a through the minima of approach 2: free, and with L∞ held at E of "
+        "approach 3 or at --floor. Small print: the profile interval. Held-out budgets are predicted "
+        "from the smaller ones, predicted over measured, less one.</p>"
+    )
+    yield _table(tables.frontiers({n: family.get("frontier") for n, family in families.items()}))
     envelopes = tables.envelopes(families)
     if envelopes:
         yield "<h3>Approach 1: sizes that win along training</h3>"

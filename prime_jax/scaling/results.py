@@ -18,6 +18,7 @@ from prime_jax.errors import UserError
 from prime_jax.scaling.approach1 import Approach1
 from prime_jax.scaling.approach2 import Approach2
 from prime_jax.scaling.approach3 import Certificate, Fit, Problem
+from prime_jax.scaling.frontiers import FrontierFits
 from prime_jax.scaling.intervals import Ends, percentiles
 from prime_jax.scaling.laws import Compute, Law, Optimum, optima, optimum
 from prime_jax.scaling.noise import ErrorBudget
@@ -158,6 +159,19 @@ class Approach3:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """A family as one convention counts it (`conventions.py`); None where approach 3 is refused."""
+
+    flops: str
+    params: str
+    a: float | None
+    profile: Ends | None  # interval of a
+    approach2: float | None  # its a
+    ratio: tuple[float, float] | None  # D*/N* at the smallest and at the largest budget
+    growth: float | None  # D*/N* goes with C to this power
+
+
+@dataclass(frozen=True)
 class FamilyFit:
     """What was found for a family; a part that was refused says why in its warnings."""
 
@@ -173,12 +187,19 @@ class FamilyFit:
     approach1: Approach1
     error_budget: ErrorBudget | None
     rollout: Rollout | None
+    frontier: FrontierFits | None = key(
+        "the lowest loss as a law of C, free and pinned", default=None
+    )
     warnings: tuple[Diagnostic, ...] = key(
         "all warnings of the family: `{code, message, hint, refusal}`", default=()
     )
     template: dict[str, Any] | None = key(
         "settings that the runs of a sweep share, for `predict` and `design`; null for a table",
         default=None,
+    )
+    counted: tuple[Counted, ...] = key(
+        "under every count of C and N that the runs record: `flops, params`, the exponent `a` with its `profile`, that of `approach2`, `ratio` D\\*/N\\* at the smallest and the largest budget, and its `growth` as a power of C",
+        default=(),
     )
     points: Points = hidden(default=None)
 
@@ -190,6 +211,22 @@ class FamilyFit:
     def reason(self) -> str:
         """Why it is not fitted."""
         return next(warning.message for warning in self.warnings if warning.refusal)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """R_D of a family over that of another: how much longer it profits from the same data.
+
+    Attributes:
+        higher: fraction of the replicates in which it is the larger one.
+    """
+
+    family: str
+    other: str
+    ratio: float
+    interval: list[float]
+    higher: float
+    significant: bool
 
 
 @dataclass(frozen=True)
@@ -241,6 +278,9 @@ class ScalingFit(Origin):
         "groups of families whose losses may share an axis"
     )
     families: dict[str, FamilyFit]
+    repetition: tuple[Repetition, ...] = key(
+        "of a law with R_D, for each pair of families: `family, other, ratio` of R_D, `interval`, the fraction `higher` of replicates, and whether the difference is `significant`"
+    )
     excluded: tuple[Excluded, ...] = key(
         "runs that were left out of the fit: `run, family, status, reason`"
     )

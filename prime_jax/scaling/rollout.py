@@ -186,8 +186,9 @@ def rollout(
         everything = np.ones(len(points.loss), dtype=bool)
         law = approach3.fit(_problem(points, everything, settings)).law
     weight_n = _weights(points, law)
-    residuals = law.loss(points.params, points.tokens) / points.loss - 1
-    isoflop = approach2.fit(points, compute, settings.approach2)
+    residuals = points.expected(law) / points.loss - 1
+    fresh = points.only(~points.repeats) if law.knows_repetition else points
+    isoflop = approach2.fit(fresh, compute, settings.approach2)
     steps = []
     for k in cuts:
         fitted = points.budget <= points.budgets[k - 1]
@@ -229,22 +230,34 @@ def _rollout(
         )
     errors = np.concatenate([p.errors_n for p in predictions])
     decades = np.concatenate([np.full(len(p.errors_n), p.decades) for p in predictions])
-    inside = np.mean(residuals_n**2)
-    growth = max(0.0, np.mean(errors**2) - inside) / np.mean(decades**2)
-    bias, rms = float(errors.mean()), float(np.sqrt(np.mean(errors**2)))
+    error = error_of(errors, decades, residuals_n)
     bins = []
     for low, high in itertools.pairwise(BINS):
         mine = [p.errors_n for p in predictions if low < p.decades <= high]
         if mine:
             bins.append(Distance(low, high, **_summary(np.concatenate(mine))))
     return Rollout(
-        bias=bias,
-        rms=rms,
-        inside=float(np.sqrt(inside)),
-        per_decade=float(np.sqrt(growth)),
+        **vars(error),
         by_distance=tuple(bins),
         steps=tuple(steps),
-        warnings=_findings(bias),
+        warnings=_findings(error.bias),
+    )
+
+
+def error_of(errors_m: Array, decades_m: Array, residuals_n: Array) -> ModelError | None:
+    """Of held-out errors at distances beyond what was fitted, and of the residuals of the fit.
+
+    None without an error.
+    """
+    if not len(errors_m):
+        return None
+    inside = np.mean(residuals_n**2)
+    growth = max(0.0, np.mean(errors_m**2) - inside) / np.mean(decades_m**2)
+    return ModelError(
+        bias=float(errors_m.mean()),
+        rms=float(np.sqrt(np.mean(errors_m**2))),
+        inside=float(np.sqrt(inside)),
+        per_decade=float(np.sqrt(growth)),
     )
 
 
@@ -318,12 +331,13 @@ def _problem(points: Points, fitted: NDArray[np.bool_], settings: Settings) -> a
         delta=settings.delta,
         objective=settings.objective,
         law=settings.law,
+        unique=points.available[fitted],
     )
 
 
 def _weights(points: Points, law: Law) -> Array:
     """Of all runs, as in their fit; most of all they tell repeats and tuned runs from others."""
-    residual = np.log(law.loss(points.params, points.tokens) / points.loss)
+    residual = np.log(points.expected(law) / points.loss)
     scatter = noise.scatter(residual, len(vars(law)))
     return noise.of(points).run_weights(scatter)
 
@@ -351,8 +365,8 @@ def _step(
     predictions = []
     for flops in held_out.tolist():
         mine = points.budget == flops
-        params, tokens, loss = points.params[mine], points.tokens[mine], points.loss[mine]
-        errors = law.loss(params, tokens) / loss - 1
+        params = points.params[mine]
+        errors = points.only(mine).expected(law) / points.loss[mine] - 1
         measured, power = minima.get(flops), _power(known, compute, flops)
         predictions.append(
             Prediction(

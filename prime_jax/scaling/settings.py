@@ -8,7 +8,7 @@ from prime_jax.settings import Checked, setting
 
 Objective = Literal["huber", "ls"]
 Method = Literal["parabola", "akima"]  # of approach 2
-POWERS = "powers"  # the law L = E + A / N**alpha + B / D**beta
+POWERS, REPEATED = "powers", "repeated"  # laws: Hoffmann et al.; with repeated data
 DELTA = 1e-3
 DEFAULT_METRIC, DEFAULT_FLOPS, DEFAULT_PARAMS = "best-valid", "matmul", "nonembedding_plus_head"
 
@@ -81,7 +81,17 @@ class Settings(Checked):
     approach2: Method = setting(
         "parabola", "curve through the losses of one budget, for approach 2"
     )
-    law: str = setting(POWERS, "name in `laws.LAWS`", flag=False)
+    floor: float | None = setting(
+        None,
+        "L_inf at which the law of the frontier, L(C) = L_inf + A / C^a, is pinned (default: E of approach 3)",
+        above=0,
+        metavar="LOSS",
+    )
+    law: str = setting(
+        POWERS,
+        "law of approach 3: powers (L = E + A/N^alpha + B/D^beta), or repeated (tokens seen again, and parameters in excess, count less)",
+        metavar="NAME",
+    )
 
 
 DEFAULTS = Settings()

@@ -3,6 +3,7 @@
 A `Table` is plain: the command line draws it with rich, the report as HTML, `summary()` as text.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +251,197 @@ def envelopes(families: Record) -> Table:
     return Table(head, rows)
 
 
+def repetition(record: Record) -> Table:
+    """R_D of every two families."""
+    count = record["method"]["bootstrap"]
+    rows = [
+        (
+            f"{row['family']} / {row['other']}",
+            within(row["ratio"], row["interval"], labels.value),
+            labels.fraction(row["higher"], count),
+            VERDICTS[row["significant"]],
+        )
+        for row in record.get("repetition", ())
+    ]
+    return Table(("R_D of", "ratio", "P above 1", ""), rows)
+
+
+def conventions(families: Record) -> Table:
+    """Exponents and D*/N* under every count of N and C, and where D*/N* varies least."""
+    rows, notes = [], []
+    for name, family in families.items():
+        counted = family.get("counted", ())
+        known = [row for row in counted if row["growth"] is not None]
+        least = min(known, key=lambda row: abs(row["growth"]), default=None)
+        for row in counted:
+            head = name, labels.convention(row["params"]), labels.convention(row["flops"])
+            two = "refused" if row["approach2"] is None else labels.value(row["approach2"], 3)
+            if row["growth"] is None:
+                rows.append((*head, "refused", two, *["–"] * 3))
+                continue
+            low, high = (labels.value(ratio, 3) for ratio in row["ratio"])
+            a, growth = within(row["a"], row["profile"], labels.value), f"{row['growth']:+.3f}"
+            last = Cell(growth, ("varies least",), style="notable") if row is least else growth
+            rows.append((*head, a, two, low, high, last))
+        if least:
+            factor = labels.value(max(least["ratio"]) / min(least["ratio"]), 3)
+            notes.append(
+                f"D*/N* of {name} varies least with N {labels.convention(least['params'])} and "
+                f"FLOPs {labels.convention(least['flops'])}: by a factor of {factor} over its budgets."
+            )
+    head = ("family", "N", "FLOPs", "a, approach 3", "a, approach 2", "D*/N*, smallest C")
+    return Table((*head, "largest C", "D*/N* ∝ C to the"), rows, tuple(notes))
+
+
+def frontiers(found: dict[str, Record | None]) -> Table:
+    """L(C) = L_inf + A / C**a of each family, free and pinned."""
+    rows = []
+    for name, frontier in found.items():
+        for which, part in _frontier_fits(frontier):
+            if part["params"] is None:
+                code = part["warnings"][0]["code"]
+                rows.append((name, which, Cell("refused", (code,)), *["–"] * 5))
+                continue
+            cells = [
+                within(value, part["profile"][p], labels.value)
+                if p in part["profile"]
+                else Cell(labels.value(value), ("pinned",))
+                for p, value in part["params"].items()
+            ]
+            error, certificate = part["error"], part["certificate"]
+            held_out = f"{error['bias']:+.2%}, {error['rms']:.2%} rms" if error else "not known"
+            converged = "yes" if certificate["converged"] else Cell("no", style="notable")
+            agree = f"{certificate['agreeing']:.0%} of {certificate['starts']}"
+            rows.append((name, which, *cells, held_out, converged, agree))
+    head = ("family", "L∞", "value of L∞", "A", "a", "held-out budgets", "converged")
+    return Table((*head, "starts that agree"), rows)
+
+
+def frontier_losses(found: dict[str, Record | None]) -> Table:
+    """What the frontiers say of budgets that were asked for."""
+    rows = []
+    for name, frontier in found.items():
+        for which, part in _frontier_fits(frontier):
+            for row in part["predictions"]:
+                wider = row["with_model_error"]
+                shown = between(row["loss"], wider, labels.value) if wider else "not known"
+                where = f"{row['decades']:.2g} decades beyond" if row["decades"] else "within"
+                loss = within(row["loss"], row["interval"], labels.value)
+                rows.append((name, which, labels.flops(row["flops"]), where, loss, shown))
+    return Table(("family", "L∞", "C", "of the data", "loss", "with model error"), rows)
+
+
+def frontier_notes(found: dict[str, Record | None]) -> list[str]:
+    """A line for each warning."""
+    families = {
+        f"{name}, {which}": {"warnings": part["warnings"]}
+        for name, frontier in found.items()
+        for which, part in _frontier_fits(frontier)
+    }
+    return warnings_of({"families": families})
+
+
+def _frontier_fits(frontier: Record | None) -> list[tuple[str, Record]]:
+    parts = {which: (frontier or {}).get(which) for which in ("free", "pinned")}
+    return [(which, part) for which, part in parts.items() if part]
+
+
+def rates(record: Record) -> Table:
+    """lr* = k N^n D^d B^b of each family."""
+    rows = []
+    for name, family in record["families"].items():
+        inside = sum(cell["censored"] is None for cell in family["cells"])
+        shown = f"{inside} of {len(family['cells'])}"
+        if family["params"] is None:
+            rows.append((name, "refused", *["–"] * 3, shown, "–", "–"))
+            continue
+        cells = [
+            within(value, family["profile"][p], labels.value) if p in family["profile"] else "–"
+            for p, value in family["params"].items()
+        ]
+        error, good = family["error"], family["certificate"]["converged"]
+        factor = "not known" if error is None else f"a factor of {math.exp(error):.2f}, rms"
+        converged = "yes" if good else Cell("no", style="notable")
+        rows.append((name, *cells, shown, factor, converged))
+    head = ("family", "k", "n (of N)", "d (of D)", "b (of B)", "cells", "held-out cells")
+    return Table((*head, "converged"), rows)
+
+
+def rate_cells(record: Record) -> Table:
+    """The best rate of each cell, beside those of the law and of the plan's rule."""
+    rows = []
+    for name, family in record["families"].items():
+        for cell in family["cells"]:
+            side = {"above": "above ", "below": "below ", None: ""}[cell["censored"]]
+            error = "" if cell["sd"] is None else f"± {cell['sd']:.0%}"
+            rows.append(
+                (
+                    name,
+                    labels.flops(cell["flops"]),
+                    labels.count(cell["params"]),
+                    labels.count(cell["tokens"]),
+                    "–" if cell["batch"] is None else f"{cell['batch']:g}",
+                    "{:.2g}–{:.2g}".format(*cell["rates"]),
+                    Cell(f"{side}{cell['best']:.3g}", (error,) if error else ()),
+                    "–" if cell["law"] is None else f"{cell['law']:.3g}",
+                    "–" if cell["rule"] is None else f"{cell['rule']:.3g}",
+                    f"{cell['curvature']:.3g}",
+                )
+            )
+    head = ("family", "C", "N", "D", "B", "rates", "best rate", "law", "rule")
+    return Table((*head, f"{UNIT} per (d log lr)²"), rows)
+
+
+def tasks(record: Record) -> Table:
+    """Both laws of each task: parameters, and the errors of held-out runs."""
+    rows = []
+    for name, family in record["families"].items():
+        for task, part in family["tasks"].items():
+            head = name, task, f"{part['chance']:.3g}–{part['ceiling']:.3g}", part["above_chance"]
+            if part["direct"] is None:
+                rows.append((*head, Cell("refused", (part["warnings"][0]["code"],)), *["–"] * 5))
+                continue
+            direct = _link(part["direct"], "alpha")
+            sigmoid = part["sigmoid"]
+            two = (_link(sigmoid, "k"), _link(sigmoid, "L0")) if sigmoid else ("refused", "–")
+            errors = [
+                "not known" if part[key] is None else f"{100 * part[key]:.2g} points rms"
+                for key in ("direct_rms", "two_steps_rms")
+            ]
+            rows.append((*head, direct, *two, part["loss"], *errors))
+    head = ("family", "task", "chance–ceiling", "budgets above", "α, directly", "k, two steps")
+    return Table((*head, "L0", "loss", "held out, directly", "in two steps"), rows)
+
+
+def _link(step: Record, name: str) -> Cell:
+    return within(step["params"][name], step["profile"][name], labels.value)
+
+
+def task_predictions(record: Record) -> Table:
+    """Accuracies at the budgets that were asked for."""
+    rows = []
+    for name, family in record["families"].items():
+        for task, part in family["tasks"].items():
+            for row in part["predictions"]:
+                where = f"{row['decades']:.2g} decades beyond" if row["decades"] else "within"
+                two = "refused"
+                if row["two_steps"] is not None:
+                    two = within(row["two_steps"], row["two_steps_interval"], labels.value)
+                direct = within(row["direct"], row["direct_interval"], labels.value)
+                rows.append((name, task, labels.flops(row["flops"]), where, direct, two))
+    return Table(("family", "task", "C", "of the data", "directly", "in two steps"), rows)
+
+
+def task_notes(record: Record) -> list[str]:
+    """A line for each warning."""
+    families = {
+        f"{name}, {task}": part
+        for name, family in record["families"].items()
+        for task, part in family["tasks"].items()
+    }
+    return warnings_of({"families": families})
+
+
 def rollouts(rollouts: dict[str, Record | None]) -> Table:
     """Errors of held-out budgets: predicted over measured, less 1."""
     rows = []
@@ -463,7 +655,6 @@ def _prediction(one: Record, unit: str) -> dict[str, str]:
     where = f"{one['decades']:.2g} decades beyond" if one["decades"] else inside
     if any(found["code"] == "below_the_data" for found in one["findings"]):
         where = "below the data"
-    error, unique = one["rollout"], one["unique_tokens"]
     return {
         "kind of loss": labels.kind(one["kind"]),
         "C lies": where,
@@ -475,15 +666,42 @@ def _prediction(one: Record, unit: str) -> dict[str, str]:
         "  de-biased D*": _estimate(debiased, "tokens", labels.count) if debiased else "not known",
         f"loss{unit}": _estimate(three, "loss", labels.value),
         "  with model error": _estimate(three, "loss_with_model_error", labels.value),
-        "  error of the rollout": (
-            f"{error['bias']:+.2%} on average, {error['rms']:.2%} rms" if error else "not known"
-        ),
-        "D* / unique tokens": (
-            "not known"
-            if one["epochs"] is None
-            else f"{one['epochs']:.3g} ({labels.count(unique)})"
-        ),
+        "  error of the rollout": _rollout_error(one["rollout"]),
+        "D* / unique tokens": _epochs(one),
     } | _launch(one["launch"])
+
+
+def run_predictions(found: list[Record]) -> Table:
+    """The loss of a run: a column for each family."""
+    unit = f" ({UNIT})" if all(one["kind"] for one in found) else ""
+    columns = [
+        {
+            "kind of loss": labels.kind(one["kind"]),
+            "N, D": f"{labels.count(one['params'])}, {labels.count(one['tokens'])}",
+            "C": labels.flops(one["flops"]),
+            "tokens per parameter": labels.value(one["tokens"] / one["params"], 3),
+            "the run lies": f"{one['decades']:.2g} decades beyond the data"
+            if one["decades"]
+            else "within the data",
+            f"loss{unit}": _estimate(one, "loss", labels.value),
+            "  with model error": _estimate(one, "loss_with_model_error", labels.value),
+            "  error of the rollout": _rollout_error(one["rollout"]),
+            "D / unique tokens": _epochs(one),
+        }
+        for one in found
+    ]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    return Table(("", *(one["family"] for one in found)), rows)
+
+
+def _rollout_error(error: Record | None) -> str:
+    return f"{error['bias']:+.2%} on average, {error['rms']:.2%} rms" if error else "not known"
+
+
+def _epochs(one: Record) -> str:
+    if one["epochs"] is None:
+        return "not known"
+    return f"{one['epochs']:.3g} ({labels.count(one['unique_tokens'])})"
 
 
 def _launch(launch: Record | None) -> dict[str, str]:
@@ -520,7 +738,7 @@ def prediction_notes(found: list[Record]) -> list[str]:
     notes = [
         f"note {one['family']}: {note}"
         for one in found
-        for note in (one["launch"] or {"notes": []})["notes"]
+        for note in (one.get("launch") or {"notes": []})["notes"]
     ]
     families = {one["family"]: {"warnings": one["findings"]} for one in found}
     return notes + warnings_of({"families": families})

@@ -4,8 +4,8 @@ import csv
 import io
 from typing import Any
 
-from prime_jax.runtime import outputs
-from prime_jax.runtime.records import best_valid
+from prime_jax.runtime import outputs, storage
+from prime_jax.runtime.records import best_valid, read_json
 from prime_jax.runtime.storage import Path
 from prime_jax.sweep import state
 from prime_jax.sweep.state import Run
@@ -86,6 +86,30 @@ def write(root: Path, out: Path) -> int:
     writer.writerows(found)
     outputs.write(out, text.getvalue())
     return sum(row["status"] in ("done", "diverged") for row in found)
+
+
+def with_tasks(root: Path, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with acc_TASK and acc_se_TASK of each task in the newest eval.json of a run; the
+    last evaluation of a task counts."""
+    found = {}
+    for row in listed:
+        attempts = root / "runs" / str(row["run"])
+        newest = sorted((name for name in storage.names(attempts) if name.isdigit()), key=int)
+        files = [attempts / name / "eval.json" for name in reversed(newest)]
+        file = next((file for file in files if storage.exists(file)), None)
+        entries = read_json(file).get("tasks", []) if file else []
+        results = {name: r for entry in entries for name, r in entry["results"].items()}
+        cells = {
+            f"{what}{name}": "" if value is None else value
+            for name, measures in results.items()
+            if "acc" in measures
+            for what, value in zip(("acc_", "acc_se_"), measures["acc"], strict=True)
+        }
+        found[row["run"]] = cells
+    columns = dict.fromkeys(column for cells in found.values() for column in cells)
+    return [
+        row | {column: found[row["run"]].get(column, "") for column in columns} for row in listed
+    ]
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from prime_jax.sweep.rules import Shape
 Size = Shape | float  # an explicit shape, or a target N (without embeddings and head)
 Sizes = Sequence[Size] | Mapping[float, Sequence[Size]] | Callable[..., Sequence[Size]]
 Rule = str | Callable[..., Any]
+DRIFT_FACTORS = (0.5, 2.0)  # of the rule's learning rate, besides itself
 RULE = "the name of a rule, fixed:VALUE or a function"
 
 
@@ -90,6 +91,18 @@ class Sweep(Checked, path="sweep"):
         "step-law", "peak learning rate; with optim.transfer of the base shape", takes=RULE
     )
     warmup: Rule = setting("capped", "steps of warm-up", takes=RULE)
+    lr_factors: Sequence[float] = setting(
+        (),
+        "every cell once for each: the rule's learning rate times this",
+        above=0,
+        takes="factors above 0, e.g. (0.5, 1, 2)",
+    )
+    epochs: Sequence[float] = setting(
+        (),
+        "every cell once for each: passes over a part of the data, its data.unique_tokens = D / passes",
+        at_least=1,
+        takes="numbers of passes, 1 or more, e.g. (1, 4, 16)",
+    )
     epochs_limit: float = setting(
         4.0, "runs that repeat the data more often are flagged", above=0, infinite=True
     )
@@ -178,7 +191,9 @@ def rows(sweep: Sweep) -> list[Row]:
                     label, base=base, budget=budget, size=size, named=named, convention=sweep.flops
                 )
                 cell = replace(cell, rules={"sizes": sizes_rule, **cell.rules})
-                out += [replace(cell, seed=seed) for seed in seeds]
+                cells = [_repeating(cell, base, passes) for passes in sweep.epochs] or [cell]
+                cells = [_at_rate(one, f) for one in cells for f in sweep.lr_factors or (1.0,)]
+                out += [replace(one, seed=seed) for one in cells for seed in seeds]
     return sorted(out, key=lambda row: row.budget)
 
 
@@ -284,7 +299,9 @@ def _row(
             flops=convention,
             problem=str(error),
         )
-    cell = replace(cell, steps=round(cell.tokens / (batch * cell.seq_len)))
+    cell = replace(
+        cell, steps=round(cell.tokens / (batch * cell.seq_len)), batch_size=batch, label=label
+    )
     config = set_path(config, "optim.warmup_steps", named["warmup"][1](cell))
     peak_lr = float(named["lr"][1](_whose_rate(cell, config)))
     overrides = {k: v for k, v in _changes(config).items() if k not in OWN and k != "family"}
@@ -304,12 +321,49 @@ def _row(
     )
 
 
+def _repeating(row: Row, base: RunConfig, passes: float) -> Row:
+    """The row on as many unique tokens, in whole blocks, as give that many passes over them."""
+    if row.problem:
+        return row
+    blocks = max(1, round(row.steps * row.batch_size / passes))
+    overrides = row.overrides | {"data.unique_tokens": blocks * base.data.seq_len}
+    return replace(row, overrides=overrides, rules=row.rules | {"epochs": f"{passes:g}"})
+
+
+def _at_rate(row: Row, factor: float) -> Row:
+    """The row at another learning rate; the rule keeps the factor in its name."""
+    if factor == 1 or row.problem:
+        return row
+    named = f"{row.rules.get('lr', 'given')}*{factor:g}"
+    return replace(row, peak_lr=row.peak_lr * factor, rules=row.rules | {"lr": named})
+
+
+def drift_check(rows: Sequence[Row]) -> list[Row]:
+    """The rows, and those at the corners of each family's grid at half and at twice their rate.
+
+    Corners are the smallest and the largest N of the smallest and the largest budget. Where the
+    best of three rates differs between them by more than the rule says, the rule drifts.
+    """
+    out = []
+    for family in dict.fromkeys(row.family for row in rows):
+        mine = [row for row in rows if row.family == family and not row.problem]
+        for budget in sorted({row.budget for row in mine})[
+            :: max(1, len({r.budget for r in mine}) - 1)
+        ]:
+            cells = [row for row in mine if row.budget == budget]
+            sizes = [row.layers * row.width**2 for row in cells]
+            corners = {sizes.index(min(sizes)), sizes.index(max(sizes))}
+            out += [_at_rate(cells[k], f) for k in sorted(corners) for f in DRIFT_FACTORS]
+    return sorted([*rows, *out], key=lambda row: row.budget)
+
+
 def _cell(config: RunConfig, budget: float, convention: Convention) -> rules.Cell:
     return rules.Cell(
         family=config.family,
         budget=budget,
         shape=(config.model.layers, config.model.width, config.model.heads),
         params=flops.param_counts(config)["nonembedding"],
+        counts=flops.param_counts(config),
         tokens=budget / flops.flops_per_token(config, convention),
         seq_len=config.data.seq_len,
         warmup_steps=config.optim.warmup_steps,
@@ -322,8 +376,8 @@ def _whose_rate(cell: rules.Cell, config: RunConfig) -> rules.Cell:
         return cell
     base = config.optim.base
     shape = (base.layers, base.width, base.heads)
-    params = flops.param_counts(rules.with_shape(config, shape))["nonembedding"]
-    return replace(cell, shape=shape, params=params)
+    counts = flops.param_counts(rules.with_shape(config, shape))
+    return replace(cell, shape=shape, params=counts["nonembedding"], counts=counts)
 
 
 def _changes(config: RunConfig) -> dict[str, Any]:

@@ -183,9 +183,12 @@ def _check(row: Row, datasets: Mapping[str, Any], epochs_limit: float) -> Candid
             likelihood.estimators_of(config)
     except UserError as error:
         return Candidate(row, None, str(error))
-    epochs = config.tokens / prepared.train.tokens if prepared is not None else None
+    epochs, planned = None, config.data.unique_tokens > 0
+    if prepared is not None:
+        unique = config.data.unique_blocks * config.data.seq_len or prepared.train.tokens
+        epochs = config.tokens / unique
     notes = []
-    if epochs is not None and epochs > epochs_limit:
+    if epochs is not None and epochs > epochs_limit and not planned:
         notes.append(f"(repeats the data: {epochs:.1f} epochs, above {epochs_limit:g})")
     spent = flops.train_flops(config, row.flops)
     if not row.budget / FAR < spent < row.budget * FAR:

@@ -5,13 +5,15 @@ Each rule is one small function with its source. A sweep names one per kind, or 
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from prime_jax import flops
 from prime_jax.config import RunConfig
 from prime_jax.errors import UserError
+from prime_jax.runtime.records import read_json
 from prime_jax.settings import nearest
 
 Shape = tuple[int, int, int]  # layers, width, heads
@@ -55,7 +57,9 @@ class Cell:
         tokens: D = C / FLOPs per token, before rounding to whole steps.
         seq_len: tokens per sequence.
         warmup_steps: of the base configuration.
-        steps: 0 until the batch size is known; available to the warm-up and learning-rate rules.
+        steps, batch_size: 0 until the batch size is known; available to the warm-up and
+            learning-rate rules, and so is `label`, what the sweep calls the family.
+        counts: N by every convention.
     """
 
     family: str
@@ -66,6 +70,9 @@ class Cell:
     seq_len: int
     warmup_steps: int
     steps: int = 0
+    batch_size: int = 0
+    label: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def with_shape(config: RunConfig, shape: Shape) -> RunConfig:
@@ -170,6 +177,45 @@ def lr_deepseek(cell: Cell) -> float:
     return min(0.01, 0.3118 * cell.budget**-0.125)
 
 
+def lr_fitted(path: str) -> Callable[[Cell], float]:
+    """k N^n D^d B^b as `prime-jax scaling rates` wrote it, in its count of N; B are sequences.
+
+    Raises:
+        UserError: no such file, or no law in it; when asked, a family that it does not have.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"lr rule fitted:{path}: no such file; prime-jax scaling rates writes one")
+    found = read_json(file)
+    try:
+        laws = {name: one["params"] for name, one in found["families"].items() if one["params"]}
+        count = found["conventions"]["params"]
+        known = [set(law) == {"k", "n", "d", "b"} for law in laws.values()]
+    except (KeyError, TypeError, AttributeError):
+        known = []
+    if not known or not all(known):
+        raise UserError(
+            f"lr rule fitted:{path}: no law of rates in it; prime-jax scaling rates writes one"
+        )
+
+    def rate(cell: Cell) -> float:
+        name = next((name for name in (cell.label, cell.family) if name in laws), None)
+        if name is None:
+            raise UserError(
+                f"lr rule fitted:{path}: no family {cell.label!r}; it has {', '.join(laws)}"
+            )
+        if count not in cell.counts:
+            raise UserError(
+                f"lr rule fitted:{path}: its N is counted {count}, not as one of "
+                f"{', '.join(cell.counts)}; fit the rates of a sweep"
+            )
+        k, n, d, b = (laws[name][key] for key in "kndb")
+        return k * cell.counts[count] ** n * cell.tokens**d * max(cell.batch_size, 1) ** b
+
+    rate.__name__ = f"fitted:{path}"
+    return rate
+
+
 # Warm-up: cell -> steps
 
 
@@ -225,6 +271,8 @@ def resolve(kind: str, rule: str | Callable[..., Any]) -> tuple[str, Callable[..
     if rule in named:
         return rule, named[rule]
     head, _, text = rule.partition(":")
+    if kind == "lr" and head == "fitted":
+        return rule, lr_fitted(text)
     if head != "fixed" or kind not in fixed:
         raise UserError(f"{kind} rule {rule!r}: no such rule{nearest(rule, named)}, or fixed:VALUE")
     try:
