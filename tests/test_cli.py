@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prime_jax import cli, settings
-from prime_jax.cli import parse, reference
+from prime_jax.cli import launch, parse, reference
 from prime_jax.cli.parse import override
 from prime_jax.config import (
     DataConfig,
@@ -24,6 +24,7 @@ from prime_jax.errors import UserError
 from prime_jax.settings import to_dict
 
 ROOT = Path(__file__).parents[1]
+ENGINES = ", ".join(launch.ENGINES)
 HEAVY = ("jax", "etils", "orbax", "flax", "matplotlib", "grain", "lm_eval")
 
 
@@ -109,10 +110,10 @@ def test_groups_list_their_commands(group, capsys):
             "--prompt needs a value: text; one that begins with a",
         ),
         (["train", "x.py", "--check=yes"], "--check takes no value"),
-        (["sweep", "up", "r", "--on"], "--on needs a value: one of slurm, tpu, k8s, sky"),
+        (["sweep", "up", "r", "--on"], f"--on needs a value: one of {ENGINES}"),
         (
             ["sweep", "up", "r", "--on", "local"],
-            "--on local: must be one of slurm, tpu, k8s, sky; here: ",
+            f"--on local: must be one of {ENGINES}; here: ",
         ),
     ],
 )

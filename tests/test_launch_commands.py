@@ -84,11 +84,13 @@ def test_render_prints_or_writes(root, capsys, tmp_path):
 
 
 def test_options_mean_the_same_wherever_they_appear():
-    """One flag, one type: --help describes it once."""
+    """One flag has one type; --help has the words of every engine that means something else."""
     seen: dict[str, object] = {}
+    told = {one.name: one.metadata["help"] for one in fields(commands.EngineOptions)}
     for module in commands.ENGINES.values():
         for one in fields(module.Options):
             assert seen.setdefault(one.name, one.type) == one.type
+            assert one.metadata["help"] in told[one.name]
 
 
 def test_names_tell_sweeps_apart_and_stay_the_same(tmp_path, monkeypatch):

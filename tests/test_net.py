@@ -84,6 +84,7 @@ def check_text(path: Path, found: str) -> None:
     if WRITE:
         path.parent.mkdir(exist_ok=True)
         path.write_text(found)
+    assert path.exists(), "nothing is stored: PRIME_NET_WRITE=1 with this test alone stores it"
     assert found == path.read_text()
 
 

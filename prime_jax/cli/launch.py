@@ -24,19 +24,20 @@ ROOT = "the directory that holds the whole sweep: a folder, gs://BUCKET/... or s
 
 def _of_engines() -> type:
     """Every option of every engine, once, with the engines that take it; None where not given."""
-    takers: dict[str, list[str]] = {}
-    for name, engine in ENGINES.items():
-        for field in fields(engine.Options):
-            takers.setdefault(field.name, []).append(name)
+    takers: dict[str, dict[str, list[str]]] = {}  # option -> what it means -> engines
+    first: dict[str, tuple[type, dataclasses.Field]] = {}
+    for engine, module in ENGINES.items():
+        for field in fields(module.Options):
+            default = settings.default(field)
+            means = field.metadata["help"] + (f" (default: {default})" if default else "")
+            takers.setdefault(field.name, {}).setdefault(means, []).append(engine)
+            first.setdefault(field.name, (module.Options, field))
     made = []
-    for name, engines in takers.items():
-        options = ENGINES[engines[0]].Options
-        field = next(f for f in fields(options) if f.name == name)
+    for name, meanings in takers.items():
+        options, field = first[name]
         hint, default = settings.hints(options)[name], settings.default(field)
-        shown = f" (default: {default})" if default else ""
-        more = dict(field.metadata) | {
-            "help": f"[{', '.join(engines)}] {field.metadata['help']}{shown}"
-        }
+        told = "; ".join(f"[{', '.join(who)}] {means}" for means, who in meanings.items())
+        more = dict(field.metadata) | {"help": told}
         limits = more.pop("limits")
         empty = default if isinstance(default, (bool, tuple)) else None
         kind = hint if empty is not None else hint | None
