@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from prime_jax import config as configs  # noqa: E402
 from prime_jax.flops import CONVENTIONS, flops_per_token, param_counts  # noqa: E402
 
-VOCAB = 50257  # GPT-2's
+VOCAB = 50257  # GPT-2's, but of `tiny`, which is for tests of this script
 # layers, width, heads, feed-forward multiple; named by their non-embedding parameters, about
 SIZES = {
     "tiny": (2, 128, 2, 4),
@@ -45,13 +45,14 @@ class DoesNotRun(Exception):
 
 def run_config(family: str, size: str, length: int, tokens: int, accumulate: int):
     layers, width, heads, ffn = SIZES[size]
-    slots = (VOCAB - 1).bit_length() if family == "prime" else 1
+    vocab = 300 if size == "tiny" else VOCAB
+    slots = (vocab - 1).bit_length() if family == "prime" else 1
     return configs.validate(
         configs.RunConfig(
             family=family,
             batch_size=max(tokens // length, 1),
             model=configs.ModelConfig(
-                vocab_size=VOCAB,
+                vocab_size=vocab,
                 layers=layers,
                 width=width,
                 heads=heads,
@@ -60,6 +61,7 @@ def run_config(family: str, size: str, length: int, tokens: int, accumulate: int
             ),
             subtokens=configs.SubtokenConfig(length=slots),
             data=configs.DataConfig(seq_len=length),
+            optim=configs.OptimConfig(warmup_steps=1),
             mesh=configs.MeshConfig(accumulate=accumulate),
         )
     )
@@ -79,7 +81,7 @@ def measure(config) -> dict:
     program, clock = step.program(config, eos_id=0), Clock()
     state = program.init(clock, config.seed)
     shape = (config.batch_size, config.data.seq_len)
-    tokens = np.random.default_rng(0).integers(0, VOCAB, shape, np.int32)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     rows = np.arange(config.batch_size, dtype=np.int32)
     batch = sharding.shard(program.mesh, (tokens, rows))
     horizon, seed = optim.horizon(config), np.uint32(0)

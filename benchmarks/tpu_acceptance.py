@@ -82,10 +82,10 @@ SCALES = {
     "rehearsal": Scale(
         mfu=("--sizes", "tiny", "--families", "mdm", "--rounds", "1", "--length", "64"),
         tokens=64,
-        shape=(1, 32, 2),
-        steps=400,
-        every=20,
-        batch=16,
+        shape=(1, 16, 1),
+        steps=120,
+        every=10,
+        batch=8,
         rounds=1,
     ),
 }

@@ -52,7 +52,8 @@ def estimate(
         show(end, digits + (_magnitude(end) > _magnitude(number))) if end in known else "open"
         for end in ends
     )
-    return show(number, digits), f"{low}–{high}"
+    between = " to " if min([number, *known]) < 0 else "–"  # a dash is no minus
+    return show(number, digits), f"{low}{between}{high}"
 
 
 def _magnitude(number: float) -> int:
