@@ -1,5 +1,9 @@
 """Exceptions for wrong input or environment, as opposed to errors of the program."""
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: a disk or a quota is full
+
 
 class UserError(Exception):
     """Bad input or environment. The message is one line: what is wrong, where, what is expected.

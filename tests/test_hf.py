@@ -412,6 +412,10 @@ def test_nelbo_is_the_expectation_over_all_masks(name, theirs):
     error = float(draws.std()) / draws.numel() ** 0.5
     assert abs(float(draws.mean()) - exact) < 4 * error
     assert error < 0.03 * exact
+    with pytest.raises(ValueError, match="is the mask; give the whole text"):
+        model.nelbo(tensor([[5, V]]))
+    with pytest.raises(NotImplementedError, match="use `nelbo`"):
+        model(ids, labels=ids)
 
 
 @with_torch

@@ -1,6 +1,7 @@
 """`sweep up|down|render` as a user types them: what is refused, in one line, and what is written."""
 
 import io
+import os
 from dataclasses import fields
 
 import fake_trainer
@@ -54,6 +55,17 @@ def test_what_is_only_rendered(root, capsys):
     assert "sweep render ROOT --on k8s" in refused(capsys, "up", root, "--on", "k8s")
     assert "sky jobs launch" in refused(capsys, "up", root, "--on", "sky")
     assert "only rendered" in refused(capsys, "down", root, "--on", "k8s")
+
+
+def test_an_sbatch_that_names_no_job(root, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("submitit")
+    for name, words in (("sbatch", "queued: 4711"), ("squeue", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {words}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    line = refused(capsys, "up", root, "--on", "slurm", "--yes")
+    assert "queued: 4711" in line
+    assert "squeue says whether" in line
 
 
 def test_no_slurm_here(root, capsys, monkeypatch, tmp_path):

@@ -172,6 +172,20 @@ def test_a_folder_keeps_what_is_not_ours(tmp_path):
     outputs.check_folder(place, ["a"])
 
 
+def test_a_full_disk_is_named():
+    for write in (
+        lambda place: outputs.write(place, "x"),
+        lambda place: _write_much(place),
+    ):
+        with pytest.raises(OSError, match="/dev/full"):
+            write(storage.path("/dev/full"))
+
+
+def _write_much(place):
+    with outputs.stream(place) as file:
+        file.write("x" * 100_000)  # more than the buffer: fails before it is closed
+
+
 def test_a_named_file_is_followed_and_written_into(tmp_path, capsys):
     (tmp_path / "real.csv").write_text("old")
     (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
@@ -186,6 +200,12 @@ def test_a_named_file_is_followed_and_written_into(tmp_path, capsys):
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     outputs.write(storage.path("/dev/null"), "x")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    read, write = os.pipe()  # as behind /dev/stdout in a pipeline: its link names no path
+    outputs.write(storage.path(f"/dev/fd/{write}"), "one ")
+    with outputs.stream(storage.path(f"/dev/fd/{write}")) as file:
+        file.write("two")
+    assert os.read(read, 99) == b"one two"
+    os.close(read), os.close(write)
     outputs.write(storage.path("-"), "to stdout")
     assert capsys.readouterr().out == "to stdout"
 

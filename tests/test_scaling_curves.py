@@ -178,6 +178,8 @@ def test_runs_without_curves_are_counted_and_those_left_out_are_not(tmp_path):
     rows = run_rows(status="done")
     rows.append(rows[0] | {"run": "d", "status": "diverged", "loss": ""})
     rows.append(rows[0] | {"run": "e"})
+    # as `sweep collect` writes of a run whose spec cannot be read
+    rows.append(dict.fromkeys(rows[0], "") | {"run": "f", "status": "damaged"})
     part, found = joined(tmp_path, [*long_rows(), {"run": "d", "step": 5, "loss": 9.0}], rows)
     assert set(found) == set(SIZES)
     assert (part.missing, part.total) == (1, 4)

@@ -5,7 +5,6 @@ answer was refused; 85 interrupted and saved; 130 interrupted.
 """
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -17,10 +16,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from prime_jax.errors import UserError
+from prime_jax.errors import FULL, UserError
 
 INTERRUPTED, SAVED = 130, 85
-FULL = (errno.ENOSPC, errno.EDQUOT)
 SWALLOWED_SECONDS = 1.5  # after which a Ctrl-C that had no effect is given again
 STUCK_SECONDS = 1.5  # a compilation is left that long after Ctrl-C
 COMPILERS = ("jax/_src/compiler.py", "jax/_src/compilation_cache.py")  # their last frame is in C++

@@ -251,7 +251,8 @@ class PrimeJaxForMaskedLM(PrimeJaxModel):
         return self.digits_of(torch.arange(len(self.codes), device=self.codes.device))
 
     def log_marginals(self, sub_tokens, attention_mask=None):
-        """Log-probability [B, L, S, b] of every digit of every sub-token; -inf for what none has."""
+        """Log-probability [B, L, S, b] of every digit of every sub-token; below -1e30 where no token
+        that agrees with what is visible has it."""
         log_p_BxLxV = self.logits(sub_tokens, attention_mask).float().log_softmax(-1)
         if self.config.length == 1:
             return log_p_BxLxV[:, :, None]
@@ -283,6 +284,8 @@ class PrimeJaxForMaskedLM(PrimeJaxModel):
         A draw masks exactly k of the n = L S sub-tokens, k uniform on 1 to n, and weighs their cost
         by n / k. Report the mean, and its standard error over the draws.
         """
+        if (input_ids >= len(self.codes)).any():
+            raise ValueError(f"nelbo: id {len(self.codes)} is the mask; give the whole text")
         truth = self.digits_of(input_ids)
         batch, n = len(truth), truth[0].numel()
         drawn = {"device": truth.device, "generator": generator}

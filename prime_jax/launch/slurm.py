@@ -91,7 +91,10 @@ def up(sweep: Sweep, options: Options, dialogue: Dialogue) -> int:
                 job = executor._submit_command(shlex.join(_command(pool, options)))
         except OSError as error:
             raise UserError(f"cannot write {executor.folder}: {error.strerror}") from error
-        except (FailedJobError, FailedSubmissionError) as error:
+        except FailedSubmissionError as error:  # its last two lines are for programmers
+            words = " ".join(str(error).split("\n")[:-2])
+            raise UserError(f"Slurm: {words}; squeue says whether the job was submitted") from error
+        except FailedJobError as error:
             words = [line for line in str(error).splitlines() if line.strip()]
             raise UserError(f"Slurm: {words[-1] if words else error}") from error
         dialogue.log(f"{pool.name}: job {job.job_id}; logs in {executor.folder}")

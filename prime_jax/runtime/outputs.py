@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path as LocalPath
 from typing import IO, Any
 
-from prime_jax.errors import UserError
+from prime_jax.errors import FULL, UserError
 from prime_jax.runtime import storage
 from prime_jax.runtime.records import read_json, write_json_atomic
 from prime_jax.runtime.storage import Path
@@ -59,9 +59,11 @@ def check_file(out: Path) -> None:
     """Raises: UserError: `out` cannot be written: no such folder, a folder itself, or read-only."""
     if is_stdout(out) or storage.is_remote(out):
         return
-    target = LocalPath(out).resolve()
-    if target.is_dir():
+    if LocalPath(out).is_dir():
         raise UserError(f"cannot write {out}: it is a folder")
+    if _is_special(out):  # its link may name no path: /dev/stdout -> pipe:[123]
+        return _check_writable(out, LocalPath(out))
+    target = LocalPath(out).resolve()
     if not target.parent.is_dir():
         raise UserError(f"cannot write {out}: no folder {target.parent}")
     _check_writable(out, target if target.exists() else target.parent)
@@ -77,6 +79,12 @@ def is_stdout(out: Path) -> bool:
     return os.fspath(out) == STDOUT
 
 
+def _is_special(out: Path) -> bool:
+    """A pipe, a device or the like, perhaps behind a link."""
+    place = LocalPath(out)
+    return place.exists() and not place.is_file() and not place.is_dir()
+
+
 def write(out: Path, text: str) -> None:
     """Write a whole file, atomically where it is one; see `check_file`.
 
@@ -84,13 +92,10 @@ def write(out: Path, text: str) -> None:
         UserError: it cannot be written.
     """
     check_file(out)
-    place = out if storage.is_remote(out) else LocalPath(out).resolve()
-    special = is_stdout(out) or (
-        not storage.is_remote(out) and place.exists() and not place.is_file()
-    )
-    if not special:
-        storage.write(place, text.encode())
-        return
+    if storage.is_remote(out):
+        return storage.write(out, text.encode())
+    if not is_stdout(out) and not _is_special(out):
+        return storage.write(LocalPath(out).resolve(), text.encode())
     with stream(out) as file:
         file.write(text)
 
@@ -106,10 +111,21 @@ def stream(out: Path) -> Iterator[IO[str]]:
     if is_stdout(out):
         yield sys.stdout
         return
-    with contextlib.ExitStack() as stack:
+    with _named(out), contextlib.ExitStack() as stack:
         with storage.one_line("write", out):
             opened = LocalPath(out).open("w", encoding="utf-8", newline="")  # noqa: SIM115
         yield stack.enter_context(opened)
+
+
+@contextlib.contextmanager
+def _named(out: Path) -> Iterator[None]:
+    """The error of a full disk says where: that of a write names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and not error.filename:
+            error.filename = os.fspath(out)
+        raise
 
 
 def check_folder(folder: Path, names: Iterable[str], *, force: bool = False) -> None:

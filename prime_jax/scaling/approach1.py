@@ -81,7 +81,7 @@ def join_curves(logs: Logs, data: Table, runs: Runs, asked: bool = True) -> dict
     excluded = {(run.family, run.run) for run in runs.excluded}
     used: dict[str, dict[str, dict[str, Any]]] = {family: {} for family in runs.families}
     for row in data.rows:
-        family, name = text(row, "family"), text(row, "run")
+        family, name = text(row, "family", "?"), text(row, "run")  # as in `excluded`
         if name and (family, name) not in excluded:
             of = used[family]
             of[name] = max(of.get(name, row), row, key=lambda r: number(r, runs.columns.tokens))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from prime_jax.errors import UserError
 KINDS = ("nll", "nelbo", "train_loss")  # of losses
 DONE = ("done", "finished", "completed", "complete", "succeeded", "success", "ok")
 WANDB = ("finished", "running", "crashed", "failed", "killed", "preempting", "preempted", "pending")
+WITH_COMMA = re.compile(r"^\d+(,\d+)+(\.\d*)?$")  # 1,000,000 or 3,75
 
 
 Row = dict[str, Any]
@@ -103,6 +105,8 @@ def require(table: Table, column: str, good: Sequence[bool], problem: str) -> No
     """
     bad = [k for k, ok in enumerate(good) if not ok]
     if bad:
+        if any(WITH_COMMA.search(text(table.rows[k], column)) for k in bad):
+            problem = f"{column} has commas inside numbers; write 1000000 and 3.75"
         cells = (
             f"{table.names[k]} has {text(table.rows[k], column)!r}".replace("''", "nothing")
             for k in bad[:4]

@@ -86,7 +86,7 @@ def line(run: Run, heartbeat: dict[str, Any] | None = None) -> str:
     if run.k > 1:
         words.append(f"attempt {run.k}")
     if run.interruptions:
-        words.append(f"({run.interruptions} preempted)")
+        words.append(f"({run.interruptions} interrupted)")
     return " ".join(words)
 
 
