@@ -168,6 +168,7 @@ def test_experiment_files(tmp_path):
         ("def sweep():\n    return 3\n", "returned int"),
         ("a = 1\nimport nowhere_to_be_found\n", "line 2: ModuleNotFoundError"),
         ("def sweep():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        (SWEEP_FILE.replace("[1e9]", "[]"), "no runs: families, budgets"),
     ],
 )
 def test_bad_experiment_files_are_told_in_one_line(tmp_path, text, says):

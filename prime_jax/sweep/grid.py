@@ -154,9 +154,16 @@ def load_experiment(path: str | Path) -> Experiment:
     """Read an EXPERIMENT, Python or JSON.
 
     Raises:
-        UserError: as `experiment.call` and `from_json`.
+        UserError: as `experiment.call` and `from_json`; no runs.
     """
     path = experiment.located(path)
+    made = _read(path)
+    if not made.rows:
+        raise UserError(f"{path}: no runs: families, budgets, seeds or the list of rows is empty")
+    return made
+
+
+def _read(path: Path) -> Experiment:
     if path.suffix.lower() not in (".py", ".json"):
         raise UserError(f"{path}: an experiment is a Python file (.py) or a list of rows (.json)")
     if path.suffix.lower() == ".json":
