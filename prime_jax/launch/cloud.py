@@ -190,7 +190,7 @@ def startup(
         "PRIME_SLICE": pool.slice_.name,
         "PRIME_SLICES": str(pool.slice_.slices),
         "PRIME_HOSTS": str(pool.hosts // pool.slice_.slices),
-        "PRIME_DATA": "\n".join(f"{a} {b}" for a, b in pool.mounts(options.data)),
+        "PRIME_DATA": "\n".join("\t".join(pair) for pair in pool.mounts(options.data)),
         "PRIME_MOUNT": "yes" if options.mount else "",
         "PRIME_SETUP": "\n".join(options.setup),
         "JAX_COORDINATOR_PORT": str(PORT),

@@ -4,7 +4,8 @@ Several hosts are one slice by a workload policy with its topology, and are crea
 (bulk mode). Flex-start waits for capacity: one host by a resize request, several by bulk mode,
 which does not take resize requests. A group, its template and its policy have one name, and one
 mark in their description, with the zone: templates belong to all zones of a project. Groups repair
-nothing (`up` does, so that all hosts of a slice are replaced together). docs/gce.md names the pages of Google Cloud behind each choice.
+nothing (`up` does, so that all hosts of a slice are replaced together). docs/gce.md names the pages
+of Google Cloud behind each choice.
 """
 
 import contextlib
