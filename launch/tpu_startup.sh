@@ -2,7 +2,7 @@
 # Start-up script of a TPU VM: runs as root at every boot, on every host of the slice.
 # `prime-jax sweep up --on gce` or `tpu` puts exports above it: PRIME_ROOT, PRIME_SLICE, PRIME_SLICES
 # (their number), PRIME_HOSTS (of each), PRIME_CODE, PRIME_NAME, PRIME_GIVE_BACK (a command),
-# PRIME_DATA (lines FROM TO), PRIME_MOUNT, PRIME_SETUP (shell lines) and JAX_COORDINATOR_PORT.
+# PRIME_DATA (lines FROM, tab, TO), PRIME_MOUNT, PRIME_SETUP (shell lines) and JAX_COORDINATOR_PORT.
 # `prime-jax sweep render` prints the whole.
 set -euo pipefail
 
@@ -101,7 +101,7 @@ stage='the setup of the user'
 eval "$PRIME_SETUP"
 
 stage='fetching data'
-while read -r from to; do
+while IFS=$'\t' read -r from to; do
   [[ -n $from ]] || continue
   mkdir -p "$to"
   if [[ -z ${PRIME_MOUNT:-} ]]; then
@@ -115,7 +115,7 @@ while read -r from to; do
 done <<<"$PRIME_DATA"
 
 stage='the worker'
-crashes=0
+crashes=0 met=''
 while [[ -z $stopping ]]; do
   rm -f "$lock" # of a process that was killed
   say "host $process of $count: working on $PRIME_ROOT"
@@ -139,8 +139,17 @@ while [[ -z $stopping ]]; do
       fi
       exit 0
       ;;
-    85) sleep "${PRIME_PAUSE_SECONDS:-10}" ;; # another host was told to stop: meet again
-    2) exit 2 ;;                              # bad input stays bad
+    85) # another host was told to stop: meet again
+      met=yes
+      sleep "${PRIME_PAUSE_SECONDS:-10}"
+      ;;
+    2) # bad input stays bad; but the hosts of a slice that was once at work did not meet again
+      if [[ -n $met && $count -gt 1 ]]; then
+        finished=yes
+        give_back
+      fi
+      exit 2
+      ;;
     *)
       crashes=$((crashes + 1))
       [[ $crashes -lt 5 ]] || exit "$code"

@@ -239,6 +239,13 @@ def test_a_name_that_is_taken_is_drawn_again(service, sweep, monkeypatch):
     assert [name[-4:] for name in service.groups] == ["aaaa", "bbbb"]
 
 
+def test_names_that_are_always_taken_end(service, sweep, monkeypatch):
+    monkeypatch.setattr(cloud.secrets, "token_hex", lambda n: "aaaa")
+    with pytest.raises(UserError, match="already exists"):
+        up(sweep)
+    assert len(service.groups) == 1
+
+
 @pytest.mark.parametrize("kind", ["instanceTemplates", "instanceGroupManagers", "resizeRequests"])
 def test_a_crash_between_two_creations_and_a_second_up(service, sweep, kind):
     one = replace(sweep, workers=1, only=ONE_HOST if kind == "resizeRequests" else V6E)
@@ -309,6 +316,20 @@ def test_down_removes_this_sweeps_resources_and_no_others(service, sweep):
     assert "nothing of this sweep" in down(sweep)
 
 
+def test_a_sweep_in_two_zones(service, sweep):
+    """Templates belong to the project and policies to the region: those of the other zone stay."""
+    there = replace(OPTIONS, zone="us-central1-b")
+    service.machines.add((there.zone, "ct6e-standard-4t"))
+    up(sweep)
+    first = service.everything()
+    assert "delete" not in up(sweep, there)
+    assert set(first) < set(service.everything())
+    here, lines = launching.dialogue()
+    assert gce.down(sweep, there, here) == 0
+    assert lines[-1] == "nothing is left"
+    assert service.everything() == first
+
+
 def test_nothing_is_made_without_consent(service, sweep):
     here, lines = launching.dialogue(yes=False)
     gce.up(sweep, OPTIONS, here)
@@ -326,7 +347,7 @@ def test_watch_replaces_what_is_taken_away_until_all_is_done(service, sweep, mon
             service.preempt(service.groups[0])
         if index == 1:
             assert list(service.states().values()) == ["ACTIVE", "ACTIVE"]
-            service.fail["POST", "instanceTemplates"] = (503, "backendError", "a hiccup")
+            service.fail["POST", "instanceTemplates"] = (429, "rateLimitExceeded", "a hiccup")
             service.preempt(service.groups[0])
         if index == 3:
             assert list(service.states().values()) == ["ACTIVE", "ACTIVE"]
@@ -355,8 +376,9 @@ def test_watch_replaces_what_is_taken_away_until_all_is_done(service, sweep, mon
     ],
 )
 def test_bad_options(service, sweep, changed, message):
-    with pytest.raises(UserError, match=message):
-        up(sweep, replace(OPTIONS, **changed))
+    for what in (up, gce.render):
+        with pytest.raises(UserError, match=message):
+            what(sweep, replace(OPTIONS, **changed))
     assert service.log == []
 
 

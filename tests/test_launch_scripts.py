@@ -101,6 +101,13 @@ def test_a_worker_that_cannot_work_is_reported_and_not_paid_for(vm, codes, times
     assert len(vm.deletions()) == 1
 
 
+def test_a_slice_whose_hosts_do_not_meet_again_is_given_back_and_no_failure(vm):
+    vm.install_on("v6e-16")
+    assert vm.run("85 2", hosts=4) == 2
+    assert vm.marks() == {}, "the next `up` makes a slice without --again"
+    assert len(vm.deletions()) == 1
+
+
 def test_a_failed_installation_is_reported(vm):
     assert vm.run("0", INSTALL_FAILS="1") == 1
     assert "installing failed" in vm.marks()["prime-x-abcd.failed"]

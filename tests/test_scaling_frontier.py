@@ -95,6 +95,15 @@ def test_a_profile_ends_where_the_objective_has_risen_enough():
         assert rise == pytest.approx(limit, rel=1e-4)
 
 
+def test_a_budget_below_the_data_has_an_interval_and_is_called_so():
+    found = frontiers.fit(FLOPS, LOSS)
+    low, high = found.at(1e17).interval
+    assert low < found.at(1e17).loss < high < 4.2
+    assert [found.at(c).decades for c in (1e17, 3e19, 1e22)] == pytest.approx([-1, 0, 1])
+    wide = found.at(1e17).with_model_error
+    assert wide[0] < low < high < wide[1]
+
+
 def covered(pinned, repeats):
     """How often the profile intervals of a, and of the loss at 1e22, hold the truth."""
     counts = np.zeros(2)
@@ -152,5 +161,7 @@ def test_a_table_of_budgets_and_losses(tmp_path, capsys):
     found = scaling.frontier(path, [1e21], family="arm", floor=1.6)
     assert round(found.families["arm"].pinned.predictions[0].loss, 3) == 2.606
     assert "2.606" in found.summary()
+    low = scaling.frontier(path, [1e17], family="arm").summary()
+    assert "1 decades below" in low
     assert main(["scaling", "frontier", str(path)]) == 2
     assert "no column 'family'" in capsys.readouterr().err

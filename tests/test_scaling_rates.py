@@ -13,7 +13,7 @@ from prime_jax.cli import main
 from prime_jax.errors import UserError
 from prime_jax.scaling import fits, rate_laws
 from prime_jax.scaling.laws import Compute
-from prime_jax.scaling.rate_laws import RateForm, RateLaw
+from prime_jax.scaling.rate_laws import RateCell, RateForm, RateLaw
 from prime_jax.scaling.settings import Settings
 from prime_jax.sweep import grid, rules
 
@@ -143,6 +143,39 @@ def test_a_rule_that_drifts_is_said():
     assert "rate_drifts" in {one.code for one in drifts.warnings}
 
 
+def corner(best, censored=None, sd=0.05, params=1e8):
+    return RateCell(
+        flops=1e18, params=params, tokens=1e9, batch=None, rates=[0.5, 2.0], runs=3, best=best,
+        curvature=0.03, censored=censored, sd=None if censored else sd, rule=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cells", "drifts"),
+    [
+        ((corner(1.0), corner(1.6)), True),
+        ((corner(1.0, sd=0.2), corner(1.6, sd=0.2)), False),  # 1.7 standard errors
+        ((corner(1.0), corner(2.0, "above")), True),
+        ((corner(1.0, "above"), corner(2.0)), False),  # the first may be 2 as well
+        ((corner(0.5, "below"), corner(1.0, "below")), False),
+        ((corner(0.5, "below"), corner(2.0, "above")), True),
+        ((corner(1.0, sd=0.2), corner(2.0, "above")), False),
+    ],
+)
+def test_a_drift_is_more_than_errors_and_bounds_allow(cells, drifts):
+    assert bool(rate_laws.drift_findings(cells)) == drifts
+    assert not rate_laws.drift_findings([replace(cell, rule=None) for cell in cells])
+
+
+def test_an_assumed_noise_is_said():
+    rows = csv_rows(surface(batches=(256,), factors=(0.5, 1, 2)))
+    for row, lr in zip(rows, surface(batches=(256,), factors=(0.5, 1, 2)).lr.tolist(), strict=True):
+        row["lr"] = lr
+    found = scaling.rates({name: [row[name] for row in rows] for name in rows[0]})
+    codes = {one.code for one in found.families["known"].warnings}
+    assert "no_seed_repeats" in codes
+
+
 def test_the_rule_is_read_from_the_names_of_rules():
     rows = csv_rows(surface(batches=(256,)))
     part = surface(batches=(256,))
@@ -171,6 +204,7 @@ def test_a_drift_check_adds_the_corners_at_other_rates():
         assert row.peak_lr == pytest.approx(like.peak_lr * factor)
     factors = grid.rows(fake_trainer.sweep(lr_factors=(0.5, 1, 2)))
     assert len(factors) == 3 * len(grid.rows(fake_trainer.sweep()))
+    assert grid.drift_check(factors) == factors  # which has those rates already
 
 
 def test_a_fitted_law_is_a_rule(tmp_path, capsys):

@@ -195,6 +195,11 @@ def test_a_fit_by_it_has_all_that_a_fit_has(tmp_path, capsys):
     (pair,) = found.repetition
     assert (pair.family, pair.other, pair.significant) == ("mdm", "arm", True)
     assert pair.interval[0] < 4 < pair.interval[1]
+    alone = scaling.frontier(data, law=REPEATED).families["arm"].free.params
+    assert alone == found.families["arm"].frontier.free.params
+    run = scaling.predict(found, params=1e9, tokens=2e10, unique_tokens=2e7, family="arm")["arm"]
+    assert run.decades == pytest.approx(np.log10(1000 / 64))
+    assert any("D / unique tokens = 1000" in one.message for one in run.findings)
     found.save(tmp_path / "fit")
     assert "profits longest" in (tmp_path / "fit" / "report.html").read_text()
 
@@ -211,6 +216,27 @@ def test_a_fit_by_it_has_all_that_a_fit_has(tmp_path, capsys):
         scaling.compare(found, "arm")
     with pytest.raises(UserError, match="knows only the law"):
         scaling.design(found, "arm", target=1e21, budget=1e20)
+
+
+def test_an_end_that_the_search_sets_is_open():
+    """A family that loses nothing by repetition: its R_D ends at the bound of the search."""
+    endless = surface(replace(TRUTH, R_D=1e7), noise=2e-3, seed=1, epochs=(1, 4, 16))
+    families = {
+        name: fits.fit_family(part, SETTINGS)
+        for name, part in (("arm", surface(noise=2e-3)), ("mdm", endless))
+    }
+    (pair,) = fits._repetitions(families, 0.95)
+    assert (pair.family, pair.interval[1], pair.significant) == ("mdm", None, True)
+    assert pair.interval[0] > 1
+    (back,) = fits._repetitions(dict(reversed(families.items())), 0.95)
+    assert (back.family, back.interval[0], back.significant) == ("arm", None, True)
+
+
+def test_runs_that_all_repeat_their_data_leave_approach_2_out():
+    found = fits.fit_family(surface(noise=2e-3, epochs=(4, 16)), SETTINGS)
+    assert found.approach2.a is None
+    assert found.approach3.law.R_D > 0
+    assert found.frontier.free.params is None
 
 
 def test_without_repeated_runs_it_is_refused(tmp_path, capsys):

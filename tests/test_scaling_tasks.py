@@ -138,6 +138,36 @@ def test_a_task_at_chance_says_nothing():
     )
 
 
+def test_an_unknown_standard_error_is_not_zero():
+    """Noise about chance lies above it in most budgets, and still says nothing."""
+    data = columns()
+    noise = 0.01 * np.random.default_rng(0).standard_normal(len(data["loss"]))
+    data["acc_quiz"] = (CHANCE + 0.005 + noise).tolist()
+    del data["acc_se_quiz"]
+    assert fitted(data).warnings[0].code == "at_chance"
+    data["acc_quiz"] = columns(noise=0.01)["acc_quiz"]
+    found = fitted(data)
+    assert found.above_chance == len(MANY)
+    assert "task_error_unknown" in {one.code for one in found.warnings}
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"), [("acc_quiz", 45.0), ("acc_se_quiz", -0.01), ("task_loss_quiz", 0.0)]
+)
+def test_impossible_cells_are_refused(column, cell):
+    data = columns()
+    data.setdefault(column, [1.0] * len(data["loss"]))[3] = cell
+    with pytest.raises(UserError, match=f"{column} must be from"):
+        fitted(data)
+
+
+def test_why_there_are_no_two_steps_is_said():
+    found = fitted(columns(), law="repeated")
+    assert found.sigmoid is None
+    said = next(one.message for one in found.warnings if one.code == "loss_not_predicted")
+    assert "no run saw its data more than once" in said
+
+
 def test_wrong_chances_and_tasks_are_named():
     data = columns()
     for options, said in (
@@ -145,6 +175,7 @@ def test_wrong_chances_and_tasks_are_named():
         ({"chance": {"quizz": 0.2}}, "no such task; did you mean quiz"),
         ({"chance": {"quiz": 1.2}}, "must be 0 or more, and below 1"),
         ({"ceiling": {"quiz": 0.2}}, "it lies above chance"),
+        ({"ceiling": {"quizz": 0.9}}, "ceiling of 'quizz': no such task; did you mean quiz"),
         ({"tasks": ["sciq"]}, "no accuracy of sciq; it has quiz"),
     ):
         with pytest.raises(UserError, match=said):
@@ -195,3 +226,21 @@ def test_scores_keep_to_their_rows():
     data["acc_quiz"][3] = ""
     found = fitted(data)
     assert found.runs == len(data["loss"]) - 1
+
+
+def test_tasks_and_rates_stand_in_the_report_of_the_same_data(tmp_path, capsys):
+    data = columns(noise=0.01)
+    rows = [dict(zip(data, cells, strict=True)) for cells in zip(*data.values(), strict=True)]
+    path = write_csv(tmp_path / "runs.csv", rows)
+    assert main(["fit", str(path), "--bootstrap", "100"]) == 0
+    given = ["--chance", "quiz=0.25", "--bootstrap", "100"]
+    assert main(["scaling", "downstream", str(path), *given]) == 0
+    assert main(["scaling", "rates", str(path)]) == 3  # of one rate for each run
+    page = (tmp_path / "runs-fit" / "report.html").read_text()
+    assert "From loss to accuracy" in page
+    assert "too_few_rates" in page
+    other = write_csv(tmp_path / "other.csv", rows[:-1])
+    words = ["scaling", "downstream", str(other), *given, "--out", str(tmp_path / "runs-fit")]
+    assert main(words) == 0
+    assert "From loss to accuracy" not in (tmp_path / "runs-fit" / "report.html").read_text()
+    capsys.readouterr()

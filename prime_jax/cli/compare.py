@@ -139,14 +139,15 @@ class Rates(OfRuns):
 def rates(args: Rates) -> int:
     from prime_jax import scaling
     from prime_jax.runtime.records import write_json_atomic
-    from prime_jax.scaling import tables
+    from prime_jax.scaling import report, tables
 
-    files = spare(args, ("rates.json",), ())
+    files = spare(args, ("rates.json", "report.html"), ())
     with Progress(transient=True) as progress:
         found = scaling.rates(args.source, progress=progress.doing, **args.options())
     result, path = found.to_dict(), args.directory / "rates.json"
     with outputs.folder(args.directory, files, force=args.force):
         write_json_atomic(path, result)
+        report.refresh(args.directory)
     show_head(result)
     for table in (tables.rates(result), tables.rate_cells(result)):
         if table:
@@ -186,9 +187,9 @@ class Downstream(OfRuns):
 def downstream(args: Downstream) -> int:
     from prime_jax import scaling
     from prime_jax.runtime.records import write_json_atomic
-    from prime_jax.scaling import tables
+    from prime_jax.scaling import report, tables
 
-    files = spare(args, ("downstream.json",), ())
+    files = spare(args, ("downstream.json", "report.html"), ())
     with Progress(transient=True) as progress:
         found = scaling.downstream(
             args.source,
@@ -202,6 +203,7 @@ def downstream(args: Downstream) -> int:
     result, path = found.to_dict(), args.directory / "downstream.json"
     with outputs.folder(args.directory, files, force=args.force):
         write_json_atomic(path, result)
+        report.refresh(args.directory)
     show_head(result)
     for table in (tables.tasks(result), tables.task_predictions(result)):
         if table:

@@ -23,6 +23,7 @@ from prime_jax.settings import Flags, setting
 PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's firewall rule
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 POLL, WAIT = 60.0, 600.0  # seconds between passes; for one operation of the cloud
+NAMES = 5  # that are tried for a machine
 # The hosts are gone, or will never come; what is left may still hold quota.
 DEAD = ("SUSPENDED", "FAILED", "PREEMPTED", "ENDED", "INCOMPLETE")
 USELESS = ("IDLE", "BROKEN")
@@ -189,7 +190,7 @@ def startup(
         "PRIME_SLICE": pool.slice_.name,
         "PRIME_SLICES": str(pool.slice_.slices),
         "PRIME_HOSTS": str(pool.hosts // pool.slice_.slices),
-        "PRIME_DATA": "\n".join(f"{a} {b}" for a, b in pool.mounts(options.data)),
+        "PRIME_DATA": "\n".join("\t".join(pair) for pair in pool.mounts(options.data)),
         "PRIME_MOUNT": "yes" if options.mount else "",
         "PRIME_SETUP": "\n".join(options.setup),
         "JAX_COORDINATOR_PORT": str(PORT),
@@ -321,11 +322,15 @@ def _words(error: Any) -> str:
 def _create(cloud: Cloud, pool: Pool, code: str) -> str:
     from google.api_core.exceptions import Conflict
 
-    while True:
+    for left in reversed(range(NAMES)):
         name = f"{pool.name}-{secrets.token_hex(4)}"
-        with contextlib.suppress(Conflict):  # another `up` chose the same name
+        try:
             cloud.create(pool, name, code)
-            return name
+            break
+        except Conflict:  # another `up` chose the same name; always: the cloud means something else
+            if not left:
+                raise
+    return name
 
 
 def _delete(cloud: Cloud, names: Sequence[str], dialogue: Dialogue) -> None:
@@ -341,6 +346,6 @@ def is_transient(error: UserError) -> bool:
     from google.api_core import exceptions
     from requests.exceptions import RequestException
 
-    kinds = exceptions.ServiceUnavailable, exceptions.DeadlineExceeded, exceptions.RetryError
+    kinds = exceptions.ServerError, exceptions.TooManyRequests, exceptions.RetryError
     of_cloud = isinstance(error.__cause__, (*kinds, RequestException, TimeoutError))
     return of_cloud or isinstance(error, storage.Unreachable)

@@ -3,13 +3,15 @@
 Several hosts are one slice by a workload policy with its topology, and are created all at once
 (bulk mode). Flex-start waits for capacity: one host by a resize request, several by bulk mode,
 which does not take resize requests. A group, its template and its policy have one name, and one
-mark in their description; groups repair nothing (`up` does, so that all hosts of a slice are
-replaced together). docs/gce.md names the pages of Google Cloud behind each choice.
+mark in their description, with the zone: templates belong to all zones of a project. Groups repair
+nothing (`up` does, so that all hosts of a slice are replaced together). docs/gce.md names the pages
+of Google Cloud behind each choice.
 """
 
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -63,15 +65,17 @@ def resources(pool: Pool, options: Options, name: str, code: str) -> dict[str, d
     """The REST bodies for one worker, by kind: policy (several hosts), template, group, request.
 
     Raises:
-        UserError: options that exclude each other, or a slice that Compute Engine does not offer.
+        UserError: no project or zone, options that exclude each other, or a slice that Compute
+            Engine does not offer.
     """
+    _place(options)
     cloud.one_model(options, "spot", "reservation", "flex_start")
     duration = _duration(options)
     slice_ = _offered(pool)
     hosts, parent = slice_.hosts, f"projects/{options.project}"
     group: dict[str, Any] = {
         "name": name,
-        "description": mark(pool.sweep),
+        "description": mark(pool.sweep, options),
         "baseInstanceName": name,
         "instanceTemplate": f"{parent}/global/instanceTemplates/{name}",
         "targetSize": 0 if duration and hosts == 1 else hosts,
@@ -81,7 +85,7 @@ def resources(pool: Pool, options: Options, name: str, code: str) -> dict[str, d
     if hosts > 1:
         made["policy"] = {
             "name": name,
-            "description": mark(pool.sweep),
+            "description": mark(pool.sweep, options),
             "workloadPolicy": {"type": "HIGH_THROUGHPUT", "acceleratorTopology": slice_.sides},
         }
         policy = f"{parent}/regions/{region(options)}/resourcePolicies/{name}"
@@ -93,13 +97,20 @@ def resources(pool: Pool, options: Options, name: str, code: str) -> dict[str, d
     return {kind: made[kind] for kind in KINDS if kind in made}
 
 
-def mark(sweep: Sweep) -> str:
-    """The description by which a sweep's resources are known: only instances have labels."""
-    return f"prime-sweep {sweep.name}"
+def mark(sweep: Sweep, options: Options) -> str:
+    """The description by which a sweep's resources of a zone are known: only instances have labels."""
+    return f"prime-sweep {sweep.name} {options.zone}"
 
 
 def region(options: Options) -> str:
     return options.zone.rpartition("-")[0]
+
+
+def _place(options: Options) -> None:
+    """Raises: UserError: no project, no zone, or one that is none."""
+    cloud.required(options, "gce")
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+){2,}", options.zone):
+        raise UserError(f"--zone {options.zone}: write a zone, e.g. us-central1-c")
 
 
 def _offered(pool: Pool) -> Any:
@@ -171,7 +182,7 @@ def _template(pool: Pool, options: Options, name: str, code: str, duration: int)
         }
     elif duration:
         properties["reservationAffinity"] = {"consumeReservationType": "NO_RESERVATION"}
-    return {"name": name, "description": mark(pool.sweep), "properties": properties}
+    return {"name": name, "description": mark(pool.sweep, options), "properties": properties}
 
 
 def _model(options: Options, duration: int) -> dict[str, Any]:
@@ -228,9 +239,7 @@ class InstanceGroups(cloud.Cloud):
     title = "Compute Engine"
 
     def __init__(self, options: Options):
-        cloud.required(options, "gce")
-        if options.zone.count("-") < 2:
-            raise UserError(f"--zone {options.zone}: write a zone, e.g. us-central1-c")
+        _place(options)
         self.options = options
         self.zone = {"project": options.project, "zone": options.zone}
         self.where = {
@@ -290,8 +299,9 @@ class InstanceGroups(cloud.Cloud):
 
     def _named(self, kind: str, sweep: Sweep) -> Iterable[str]:
         """This sweep's resources of a kind; a name alone could be somebody else's."""
+        ours = mark(sweep, self.options)
         for one in getattr(self.api, kind).list(**self.where[kind]):
-            if one.name.startswith(f"{sweep.name}-") and one.description == mark(sweep):
+            if one.name.startswith(f"{sweep.name}-") and one.description == ours:
                 yield one.name
 
     def _offers(self, pool: Pool) -> None:
@@ -314,8 +324,8 @@ class InstanceGroups(cloud.Cloud):
         one = {**self.zone, "instance_group_manager": name}
         try:
             group = self.api.group.get(**one)
+            requests = list(self.api.request.list(**one))  # before the hosts that one brings
             hosts = list(self.api.group.list_managed_instances(**one))
-            requests = list(self.api.request.list(**one))
         except NotFound:
             return "DELETING", ""
         return state(group, hosts, requests)

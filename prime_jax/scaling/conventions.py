@@ -14,6 +14,7 @@ import numpy as np
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach2
+from prime_jax.scaling.approach3 import law_of
 from prime_jax.scaling.fits import too_few, weighted_fit
 from prime_jax.scaling.intervals import Ends, profiles
 from prime_jax.scaling.laws import exponent, fit_compute, optimum
@@ -59,7 +60,8 @@ def _recorded(table: Table, quantity: str) -> list[str]:
 
 def _counted(flops: str, params: str, points: Points, settings: Settings) -> Counted:
     compute = fit_compute(points.flops, points.params, points.tokens)
-    two = approach2.fit(points, compute, settings.approach2)
+    law = law_of(settings.law)[1]
+    two = approach2.fit(points.of_isoflop(law), compute, settings.approach2)
     refused = any(warning.refusal for warning in points.diagnostics) or too_few(
         points, settings.law
     )

@@ -380,11 +380,11 @@ def fit_family(
             Approach2(settings.approach2),
             Approach1(),
         )
-    if law_of(settings.law)[1].knows_repetition:
-        points, once = _of_repetition(points)
-    else:
-        once = points
-    two = approach2.fit(once, compute, settings.approach2)
+    law = law_of(settings.law)[1]
+    if law.knows_repetition:
+        known = tuple(one for one in points.diagnostics if one.code != "data_repeated")
+        points = replace(points, diagnostics=known)
+    two = approach2.fit(points.of_isoflop(law), compute, settings.approach2)
     draws = approach2.redraw(two, settings.replicates, settings.seed)
     two = approach2.with_errors(two, draws, settings.level)
     one = approach1.fit(curves, settings.replicates, settings.seed, settings.level)
@@ -406,18 +406,11 @@ def fit_family(
     return replace(part, frontier=frontiers.of_minima(two, three.law.lowest, settings))
 
 
-def _of_repetition(points: Points) -> tuple[Points, Points]:
-    """The runs for a law that knows of repetition, and those for parabolas, which do not: IsoFLOP
-    curves are of fresh data."""
-    known = tuple(one for one in points.diagnostics if one.code != "data_repeated")
-    points = replace(points, diagnostics=known)
-    return points, points.only(~points.repeats)
-
-
 def frontier_of(points: Points, settings: Settings) -> FrontierFits:
     """The law of the lowest losses alone, without the intervals of the approaches."""
     compute = fit_compute(points.flops, points.params, points.tokens)
-    two = approach2.fit(points, compute, settings.approach2)
+    law = law_of(settings.law)[1]
+    two = approach2.fit(points.of_isoflop(law), compute, settings.approach2)
     lowest = None if too_few(points, settings.law) else weighted_fit(points, settings)[1].law.lowest
     return frontiers.of_minima(two, lowest, settings)
 
@@ -500,18 +493,32 @@ def _repetitions(families: dict[str, FamilyFit], level: float) -> tuple[Repetiti
     for other, family in itertools.combinations(known, 2):
         mine, theirs = (families[name].approach3 for name in (family, other))
         draws = mine.replicates.R_D / theirs.replicates.R_D
-        low, high = percentiles(draws, level)
+        (mine_low, mine_high), (low, high) = (_open_ends(part, level) for part in (mine, theirs))
+        ends = percentiles(draws, level)
+        ends = [None if mine_low or high else ends[0], None if mine_high or low else ends[1]]
         out.append(
             Repetition(
                 family=family,
                 other=other,
                 ratio=mine.law.R_D / theirs.law.R_D,
-                interval=[low, high],
+                interval=ends,
                 higher=float(np.mean(draws > 1)),
-                significant=not low <= 1 <= high,
+                significant=(ends[0] or 0.0) > 1 or (ends[1] or math.inf) < 1,
             )
         )
     return tuple(out)
+
+
+def _open_ends(part: Approach3, level: float) -> tuple[bool, bool]:
+    """Whether the search, not the runs, ends the interval of R_D below and above."""
+    lower, upper = part.problem.box()
+    k, tail = part.problem.form.names.index("R_D"), (1 - level) / 2
+    theta = part.problem.form.theta(part.replicates)[:, k]
+    slack = 1e-9 * (upper - lower)[k]
+    return tuple(
+        bool(np.mean(held) > tail)
+        for held in (theta <= lower[k] + slack, theta >= upper[k] - slack)
+    )
 
 
 def _groups(runs: Runs) -> tuple[tuple[str, ...], ...]:

@@ -61,7 +61,7 @@ class FrontierForm:
     centre: float
     scale: float
     pinned: float | None = None
-    at: float = np.inf  # no C of the data is larger
+    at: float = np.inf
 
     @classmethod
     def on(cls, flops: Array, pinned: float | None = None) -> "FrontierForm":
@@ -117,10 +117,10 @@ class FrontierForm:
         return np.array(rows)[:, -len(self.names) :]
 
     def box(self, log_loss_n: Array) -> tuple[Array, Array]:
-        """Terms of a millionth of the loss, a from .001 to 5."""
+        """Terms of a millionth of the loss, a from .001 to 5; L before the data is above theirs."""
         low, high = log_loss_n.min(), log_loss_n.max()
         lower = [low - 14, low - 14, 0.001 * self.scale]
-        upper = [high, high + 5, 5 * self.scale]
+        upper = [high if np.isinf(self.at) else high + 5, high + 5, 5 * self.scale]
         mine = slice(-len(self.names), None)
         return np.array(lower)[mine], np.array(upper)[mine]
 
@@ -184,7 +184,7 @@ class LossAt:
     """What the law says of a budget.
 
     Attributes:
-        decades: of C beyond the data.
+        decades: of C above the largest of the data; negative: below the smallest; 0 within.
         interval: by profile; an end that is None is open.
         with_model_error: the same, widened by the error of held-out budgets; None without one.
     """
@@ -220,7 +220,7 @@ class FrontierFit:
     )
     warnings: tuple[Diagnostic, ...] = key("warnings of this law", default=())
     problem: Problem | None = hidden(default=None)
-    largest: float = hidden(default=0.0)  # C of the data
+    data_range: tuple[float, float] = hidden(default=(0.0, 0.0))  # C of the data
     level: float = hidden(default=0.95)
 
     def at(self, flops: float) -> LossAt:
@@ -237,11 +237,11 @@ class FrontierFit:
         form, quantity_ = self.problem.form.loss_at(flops)
         fitted = Fit(self.params, form.theta(self.params), self.objective, self.certificate)
         ends = profiles(replace(self.problem, form=form), fitted, [quantity_], self.level)[0]
-        decades = max(0.0, float(np.log10(flops / self.largest)))
+        decades = float(np.log10(flops / np.clip(flops, *self.data_range)))
         wider = None
         if self.error is not None:
             known = (value if end is None else end for end in ends)
-            moved = self.error.widen(value, *known, decades, self.level)
+            moved = self.error.widen(value, *known, abs(decades), self.level)
             wider = tuple(
                 None if end is None else float(new) for end, new in zip(ends, moved, strict=True)
             )
@@ -314,7 +314,7 @@ def fit(flops: Array, loss: Array, pinned: float | None = None, level: float = 0
         held_out=held_out,
         warnings=tuple(_findings(found, ends, error, level)),
         problem=p,
-        largest=float(flops[-1]),
+        data_range=(float(flops[0]), float(flops[-1])),
         level=level,
     )
 

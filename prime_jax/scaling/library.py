@@ -407,23 +407,18 @@ def downstream(
             f"{table.source}: no accuracy of a task; evaluate runs with prime-jax eval --tasks, or "
             "give columns acc_TASK and acc_se_TASK"
         )
-    guess = task_laws.chances(wanted, chance or {})
-    top = {task: (ceiling or {}).get(task, 1.0) for task in wanted}
-    if wrong := [task for task in wanted if not guess[task] < top[task] <= 1]:
-        raise UserError(
-            f"ceiling of {wrong[0]} is {top[wrong[0]]:g}; it lies above chance, up to 1"
-        )
+    limits = task_laws.limits(wanted, chance or {}, ceiling or {})
     runs, out = select(table, choice), {}
     for name, points in runs.families.items():
         found = {}
-        for task in wanted:
+        for task, (low, high) in limits.items():
             progress(f"fitting {name}, {task}")
             found[task] = task_laws.fit(
                 points,
                 table=table,
                 task=task,
-                chance=guess[task],
-                ceiling=top[task],
+                chance=low,
+                ceiling=high,
                 settings=settings,
                 flops=[float(c) for c in at],
             )

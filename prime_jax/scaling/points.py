@@ -181,6 +181,11 @@ class Points:
         """Which runs saw their data more than once."""
         return self.tokens > SAME * self.available
 
+    def of_isoflop(self, law: Law | type[Law]) -> "Points":
+        """The runs of IsoFLOP curves, beside a law: where it tells repeated data from fresh, those of
+        fresh data; else all."""
+        return self.only(~self.repeats) if law.knows_repetition else self
+
     def expected(self, law: Law) -> Array:
         """What a law says of these runs."""
         return law.loss(self.params, self.tokens, self.available)

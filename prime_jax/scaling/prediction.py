@@ -103,7 +103,8 @@ class RunPrediction:
         flops: C = k N^q D of the runs of the fit.
         unique_tokens: of the training data, None if unknown.
         epochs: D over `unique_tokens`.
-        decades: how far C, N or D lies beyond the data, whichever is furthest; 0 within.
+        decades: how far C, N, D or, by a law of repetition, the epochs lie beyond the data, whichever
+            are furthest; 0 within.
         loss, loss_with_model_error: as those of `Best`; None where approach 3 is refused.
     """
 
@@ -130,8 +131,8 @@ def predict_run(
 ) -> RunPrediction:
     """Predict the loss of a run of N = `params` on D = `tokens` by approach 3.
 
-    The error of the rollout grows with the decades beyond the data of C, N or D, whichever are most:
-    an over-trained model lies outside the data although its C may not.
+    The error of the rollout grows with these decades: an over-trained model lies outside the data
+    although its C may not.
     """
     points, error = family.points, model_error(family.rollout)
     flops = float(family.compute.k * params**family.compute.q * tokens)
@@ -140,8 +141,11 @@ def predict_run(
         "N": (params, _decades(points.params, params)),
         "D": (tokens, _decades(points.tokens, tokens)),
     }
-    decades = max(far for _, far in beyond.values())
     epochs = tokens / unique_tokens if unique_tokens else None
+    if epochs and family.approach3 and family.approach3.law.knows_repetition:
+        seen = points.tokens / np.minimum(points.available, points.tokens)
+        beyond["D / unique tokens"] = (epochs, _decades(seen, max(epochs, 1.0)))
+    decades = max(far for _, far in beyond.values())
     loss = widened = None
     if family.approach3:
         law, replicates = family.approach3.law, family.approach3.replicates

@@ -28,7 +28,11 @@ MIN_RATES = 3  # of a cell: a parabola has three unknowns
 SPARE = 2  # cells beyond the unknowns of the law
 DRIFT = 2**0.5  # half a step between rates a factor of two apart; with .03 nats per (d log lr)**2
 # it costs .004 nats, as much as another seed
+CERTAIN = 3.0  # standard errors of the difference: the largest of several has to pass
 TOGETHER = 1e-3  # of the spread of log N, log D and log B: less of its own is none
+
+
+BOUND = {"above": "at least ", "below": "at most ", None: ""}  # a best rate beyond those sampled
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,8 @@ def fit(points: Points, level: float = 0.95) -> RateFit:
         return RateFit(None, warnings=(refuse("too_few_rates", none),))
     inside = [cell for cell in found if cell.censored is None]
     warnings = [*_edges(found), *drift_findings(found)]
+    if all(cell.runs == MIN_RATES for cell in found):  # no parabola has a misfit
+        warnings += [one for one in points.diagnostics if one.code == "no_seed_repeats"]
     if refusal := _refusal(inside):
         return RateFit(None, cells=found, warnings=(refusal, *warnings))
     p = problem(inside)
@@ -226,7 +232,7 @@ def fit(points: Points, level: float = 0.95) -> RateFit:
 def problem(inside: Sequence[RateCell]) -> Problem:
     """Weighted least squares of the log rates, by their errors and the scatter beyond these."""
     rates = np.log([cell.best for cell in inside])
-    variance = np.array([(cell.sd or 0.0) ** 2 for cell in inside])
+    variance = np.array([cell.sd**2 for cell in inside])
     even = Problem(
         form=RateForm.on(*_counts(inside)),
         log_loss_n=rates,
@@ -259,7 +265,8 @@ def cells_of(points: Points) -> tuple[RateCell, ...]:
 
 
 def _noise(points: Points, several: Sequence[NDArray[np.intp]]) -> float:
-    """Relative standard deviation of a loss: the misfit of the parabolas; else of the seeds."""
+    """Relative standard deviation of a loss: the misfit of the parabolas; else of the seeds, which is
+    assumed where no run is repeated."""
     squares = freedom = 0.0
     for members in several:
         x, y = np.log(points.lr[members]), np.log(points.loss[members])
@@ -349,19 +356,29 @@ def _edges(found: Sequence[RateCell]) -> list[Diagnostic]:
 
 
 def drift_findings(found: Sequence[RateCell]) -> list[Diagnostic]:
-    """A warning where the best rates leave the rule's by factors that differ between cells."""
-    ratios = [(cell.best / cell.rule, cell) for cell in found if cell.rule]
-    if len(ratios) < 2:
+    """A warning where the best rates leave the rule's by factors that differ between cells, by more
+    than their errors; the largest error stands for those of cells whose best rate is a bound."""
+    known = [cell for cell in found if cell.rule]
+    lowest = [cell for cell in known if cell.censored != "above"]  # at most this factor
+    highest = [cell for cell in known if cell.censored != "below"]  # at least this one
+    if not lowest or not highest:
         return []
-    (low, one), (high, other) = (f(ratios, key=lambda pair: pair[0]) for f in (min, max))
-    if high / low <= DRIFT:
+    low, high = min(lowest, key=_factor), max(highest, key=_factor)
+    most = max((cell.sd or 0.0 for cell in known), default=0.0)
+    error = np.hypot(*(most if cell.sd is None else cell.sd for cell in (low, high)))
+    if np.log(_factor(high) / _factor(low)) <= max(np.log(DRIFT), CERTAIN * error):
         return []
     shown = " and ".join(
-        f"{'at least ' if cell.censored == 'above' else 'at most ' if cell.censored else ''}{ratio:.2g} times"
+        f"{BOUND[cell.censored]}{_factor(cell):.2g} times"
         f" the rule's at {labels.flops(cell.flops)} FLOPs, N = {labels.count(cell.params)}"
-        for ratio, cell in ((low, one), (high, other))
+        for cell in (low, high)
     )
     return [warn("rate_drifts", f"the best learning rate is {shown}")]
+
+
+def _factor(cell: RateCell) -> float:
+    """The best rate over the rule's."""
+    return cell.best / cell.rule
 
 
 def _held_out(inside: Sequence[RateCell]) -> tuple[ForetoldRate, ...]:

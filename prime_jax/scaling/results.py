@@ -218,13 +218,14 @@ class Repetition:
     """R_D of a family over that of another: how much longer it profits from the same data.
 
     Attributes:
+        interval: by bootstrap; an end is None where the search, not the runs, sets it.
         higher: fraction of the replicates in which it is the larger one.
     """
 
     family: str
     other: str
     ratio: float
-    interval: list[float]
+    interval: list[float | None]
     higher: float
     significant: bool
 
@@ -279,7 +280,7 @@ class ScalingFit(Origin):
     )
     families: dict[str, FamilyFit]
     repetition: tuple[Repetition, ...] = key(
-        "of a law with R_D, for each pair of families: `family, other, ratio` of R_D, `interval`, the fraction `higher` of replicates, and whether the difference is `significant`"
+        "of a law with R_D, for each pair of families: `family, other, ratio` of R_D, `interval` (null: open), the fraction `higher` of replicates, and whether the difference is `significant`"
     )
     excluded: tuple[Excluded, ...] = key(
         "runs that were left out of the fit: `run, family, status, reason`"

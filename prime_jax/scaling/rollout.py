@@ -187,8 +187,7 @@ def rollout(
         law = approach3.fit(_problem(points, everything, settings)).law
     weight_n = _weights(points, law)
     residuals = points.expected(law) / points.loss - 1
-    fresh = points.only(~points.repeats) if law.knows_repetition else points
-    isoflop = approach2.fit(fresh, compute, settings.approach2)
+    isoflop = approach2.fit(points.of_isoflop(law), compute, settings.approach2)
     steps = []
     for k in cuts:
         fitted = points.budget <= points.budgets[k - 1]

@@ -325,10 +325,15 @@ def frontier_losses(found: dict[str, Record | None]) -> Table:
             for row in part["predictions"]:
                 wider = row["with_model_error"]
                 shown = between(row["loss"], wider, labels.value) if wider else "not known"
-                where = f"{row['decades']:.2g} decades beyond" if row["decades"] else "within"
                 loss = within(row["loss"], row["interval"], labels.value)
-                rows.append((name, which, labels.flops(row["flops"]), where, loss, shown))
+                rows.append((name, which, labels.flops(row["flops"]), _where(row), loss, shown))
     return Table(("family", "L∞", "C", "of the data", "loss", "with model error"), rows)
+
+
+def _where(row: Record) -> str:
+    """Where a budget lies."""
+    side = "beyond" if row["decades"] > 0 else "below"
+    return f"{abs(row['decades']):.2g} decades {side}" if row["decades"] else "within"
 
 
 def frontier_notes(found: dict[str, Record | None]) -> list[str]:
@@ -423,12 +428,11 @@ def task_predictions(record: Record) -> Table:
     for name, family in record["families"].items():
         for task, part in family["tasks"].items():
             for row in part["predictions"]:
-                where = f"{row['decades']:.2g} decades beyond" if row["decades"] else "within"
                 two = "refused"
                 if row["two_steps"] is not None:
                     two = within(row["two_steps"], row["two_steps_interval"], labels.value)
                 direct = within(row["direct"], row["direct_interval"], labels.value)
-                rows.append((name, task, labels.flops(row["flops"]), where, direct, two))
+                rows.append((name, task, labels.flops(row["flops"]), _where(row), direct, two))
     return Table(("family", "task", "C", "of the data", "directly", "in two steps"), rows)
 
 

@@ -18,29 +18,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
+from scipy.special import expit, ndtr, stdtrit
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach3, labels
 from prime_jax.scaling.approach3 import Certificate, Problem
 from prime_jax.scaling.fits import too_few, weighted_fit
-from prime_jax.scaling.intervals import (
-    Ends,
-    bootstrap_weights,
-    percentiles,
-    profiles,
-    resample,
-)
+from prime_jax.scaling.intervals import Ends, percentiles, profiles, wild_resample
 from prime_jax.scaling.laws import Compute, Law, Quantity, fit_compute, quantity
-from prime_jax.scaling.points import Points, strata
+from prime_jax.scaling.points import Points
 from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.settings import Settings
-from prime_jax.scaling.table import Table, number
+from prime_jax.scaling.table import Table, number, require
 from prime_jax.settings import nearest
 
 Array = NDArray[np.float64]
 
 ACC, SE, LOSS = "acc_", "acc_se_", "task_loss_"  # columns of a task, before its name
+RANGES = {ACC: (0.0, 1.0), SE: (0.0, 1.0), LOSS: (1e-9, 1e9)}  # of their cells
 MIN_BUDGETS = 4  # above chance
 ABOVE = 2.0  # standard errors
 CHANCE = {  # of tasks by the number of their answers
@@ -194,7 +189,10 @@ class ForetoldTask:
 
 @dataclass(frozen=True)
 class TaskAt:
-    """The accuracy at a budget: directly (interval by profile), and in two steps (by bootstrap)."""
+    """The accuracy at a budget: directly (interval by profile), and in two steps (by bootstrap).
+
+    `decades` are those above the largest C of the data; negative: below the smallest; 0 within.
+    """
 
     flops: float
     decades: float
@@ -211,7 +209,9 @@ class TaskFit:
     chance: float = key("accuracy of guessing")
     ceiling: float = key("largest accuracy that there can be")
     runs: int = key("runs with an accuracy")
-    above_chance: int = key("budgets whose best run is above chance by two standard errors or more")
+    above_chance: int = key(
+        "budgets whose best run is above chance by two standard errors or more (where one is unknown: by twice the scatter about the direct law)"
+    )
     loss: str = key(
         "the loss of the two steps: `task_loss_TASK`, or `loss` of the runs", default=""
     )
@@ -265,23 +265,30 @@ def names(table: Table) -> list[str]:
     ]
 
 
-def chances(tasks: Sequence[str], given: Mapping[str, float]) -> dict[str, float]:
-    """Accuracy of guessing for each task.
+def limits(
+    tasks: Sequence[str], chance: Mapping[str, float], ceiling: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """Chance and ceiling of each task, of those given.
 
     Raises:
-        UserError: one is not known, or is given for a task that is not there.
+        UserError: a chance is not known, one is impossible, or is given for a task that is not there.
     """
-    for name, value in given.items():
-        if name not in tasks:
-            raise UserError(f"chance of {name!r}: no such task{nearest(name, tasks)}")
-        if not 0 <= value < 1:
-            raise UserError(f"chance of {name} is {value:g}; it must be 0 or more, and below 1")
-    known = {**CHANCE, **given}
+    for what, given in (("chance", chance), ("ceiling", ceiling)):
+        for name in given:
+            if name not in tasks:
+                raise UserError(f"{what} of {name!r}: no such task{nearest(name, tasks)}")
+    known = {**CHANCE, **chance}
     if missing := [name for name in tasks if name not in known]:
         raise UserError(
             f"chance of {', '.join(missing)} is not known; say --chance {missing[0]}=0.25 or the like"
         )
-    return {name: known[name] for name in tasks}
+    out = {name: (known[name], ceiling.get(name, 1.0)) for name in tasks}
+    for name, (low, high) in out.items():
+        if not 0 <= low < 1:
+            raise UserError(f"chance of {name} is {low:g}; it must be 0 or more, and below 1")
+        if not low < high <= 1:
+            raise UserError(f"ceiling of {name} is {high:g}; it lies above chance, up to 1")
+    return out
 
 
 def fit(
@@ -295,7 +302,7 @@ def fit(
 ) -> TaskFit:
     """Both laws of a task, or why there is none; `points` are of the table."""
     scores, loss = _scores(points, table, task, chance, ceiling)
-    above = scores.fraction[scores.best] > ABOVE * np.nan_to_num(scores.se[scores.best])
+    above = _above(scores)
     found = TaskFit(chance, ceiling, len(scores.fraction), int(above.sum()), loss)
     if refusal := _refusal(scores, above, task):
         return replace(found, warnings=(refusal,))
@@ -315,7 +322,7 @@ def fit(
         told.append(
             TaskAt(
                 flops=c,
-                decades=max(0.0, float(np.log10(c / scores.points.levels[-1]))),
+                decades=float(np.log10(c / np.clip(c, *scores.points.levels[[0, -1]]))),
                 direct=chance + span * float(direct.params.fraction(c)),
                 direct_interval=tuple(None if end is None else chance + span * end for end in ends),
                 two_steps=more and chance + span * more[0],
@@ -331,18 +338,19 @@ def fit(
         direct_rms=rms[0],
         two_steps_rms=rms[1],
         predictions=tuple(told),
-        warnings=tuple(_findings(scores, direct, two, held_out)),
+        warnings=tuple(_findings(scores, direct, two, held_out, settings.law)),
     )
 
 
 def _scores(
     points: Points, table: Table, task: str, chance: float, ceiling: float
 ) -> tuple[Scores, str]:
-    """The runs that have an accuracy, and the name of the loss that goes with it."""
-    rows = [table.rows[k] for k in points.row]
-    accuracy, se, loss = (
-        np.array([number(row, f"{prefix}{task}") for row in rows]) for prefix in (ACC, SE, LOSS)
-    )
+    """The runs that have an accuracy, and the name of the loss that goes with it.
+
+    Raises:
+        UserError: a cell is out of range, such as an accuracy in percent.
+    """
+    accuracy, se, loss = (_column(table, prefix, task)[points.row] for prefix in RANGES)
     known = np.isfinite(accuracy)
     if own := bool(np.isfinite(loss[known]).all() and known.any()):
         points = replace(
@@ -356,6 +364,15 @@ def _scores(
     ), f"{LOSS}{task}" if own else "loss"
 
 
+def _column(table: Table, prefix: str, task: str) -> Array:
+    """Of all rows; NaN where there is no number."""
+    column, (low, high) = f"{prefix}{task}", RANGES[prefix]
+    values = np.array([number(row, column) for row in table.rows])
+    good = ~((values < low) | (values > high))
+    require(table, column, good.tolist(), f"{column} must be from {low:g} to {high:g}, or empty")
+    return values
+
+
 def _best(points: Points) -> NDArray[np.intp]:
     """The run with the lowest loss of each budget."""
     return np.array(
@@ -365,6 +382,23 @@ def _best(points: Points) -> NDArray[np.intp]:
         ],
         dtype=np.intp,
     )
+
+
+def _above(scores: Scores) -> NDArray[np.bool_]:
+    """Whether the best run of each budget is above chance.
+
+    An unknown standard error is not 0: the scatter about the direct law stands for it.
+    """
+    fraction, se = scores.fraction[scores.best], scores.se[scores.best]
+    unknown = ~(se > 0)
+    if unknown.any():
+        scatter = np.inf
+        if len(fraction) >= MIN_BUDGETS:
+            p = _direct_problem(scores)
+            residual = p.residual(approach3.fit(p).theta_K)
+            scatter = np.sqrt(residual @ residual / (len(residual) - p.unknowns))
+        se = np.where(unknown, scatter, se)
+    return fraction > ABOVE * se
 
 
 def _refusal(scores: Scores, above: NDArray[np.bool_], task: str) -> Diagnostic | None:
@@ -400,9 +434,13 @@ def _step(p: Problem, level: float) -> Step:
     return Step(found.law, found.objective, found.certificate, ends, p, found)
 
 
-def _direct(scores: Scores, settings: Settings) -> Step:
+def _direct_problem(scores: Scores) -> Problem:
     log_flops = np.log(scores.points.flops[scores.best])
-    return _step(_problem(log_flops, scores, scores.best, gumbel), settings.level)
+    return _problem(log_flops, scores, scores.best, gumbel)
+
+
+def _direct(scores: Scores, settings: Settings) -> Step:
+    return _step(_direct_problem(scores), settings.level)
 
 
 @dataclass(frozen=True)
@@ -411,26 +449,36 @@ class TwoSteps:
     sigmoid: Step
     laws: Law  # replicates
     sigmoids: Sigmoid
+    freedom: int  # runs less the unknowns of both steps
 
     def at(self, compute: Compute, flops: float, settings: Settings) -> tuple[float, list[float]]:
         """Q of the best model of a budget, and its interval."""
         drawn = self.laws.optimum(compute, flops).loss
         best = float(self.law.optimum(compute, flops).loss)
-        ends = percentiles(self.sigmoids.fraction(drawn), settings.level)
+        wider = stdtrit(max(self.freedom, 1), (1 + settings.level) / 2)  # than of normal numbers
+        ends = percentiles(self.sigmoids.fraction(drawn), 2 * float(ndtr(wider)) - 1)
         return float(self.sigmoid.params.fraction(best)), ends
 
 
 def _two_steps(scores: Scores, settings: Settings) -> TwoSteps | None:
-    """None where approach 3 is refused; runs are drawn together for both steps."""
+    """None where approach 3 is refused.
+
+    Both steps are drawn by the wild bootstrap with the same factors: few runs hug two curves, which
+    it allows for, and redrawn runs do not.
+    """
     points = scores.points
     if too_few(points, settings.law):
         return None
     first, fitted, _ = weighted_fit(points, settings)
     second = _problem(points.loss, scores, slice(None), logistic)
     sigmoid = _step(second, settings.level)
-    weight = bootstrap_weights(strata(points.budget), settings.replicates, settings.seed)
-    laws, sigmoids = resample(first, fitted, weight), resample(second, sigmoid.fit, weight)
-    return TwoSteps(fitted.law, sigmoid, laws, sigmoids)
+    units = np.arange(len(points.loss)) if points.run is None else points.run
+    drawn = [
+        wild_resample(p, one, units, settings.replicates, settings.seed)
+        for p, one in ((first, fitted), (second, sigmoid.fit))
+    ]
+    freedom = len(np.unique(units)) - first.unknowns - second.unknowns
+    return TwoSteps(fitted.law, sigmoid, *drawn, freedom)
 
 
 def _held_out(
@@ -441,8 +489,7 @@ def _held_out(
     budgets = points.budgets
     for last in budgets[MIN_BUDGETS - 1 : -1]:
         known = scores.only(points.budget <= last)
-        log_flops = np.log(known.points.flops[known.best])
-        direct = approach3.fit(_problem(log_flops, known, known.best, gumbel)).law
+        direct = approach3.fit(_direct_problem(known)).law
         law = sigmoid = None
         if not too_few(known.points, settings.law):
             law = weighted_fit(known.points, settings)[1].law
@@ -475,7 +522,11 @@ def _rms(errors: Sequence[float | None]) -> float | None:
 
 
 def _findings(
-    scores: Scores, direct: Step, two: TwoSteps | None, held_out: Sequence[ForetoldTask]
+    scores: Scores,
+    direct: Step,
+    two: TwoSteps | None,
+    held_out: Sequence[ForetoldTask],
+    law: str,
 ) -> list[Diagnostic]:
     out = []
     for name, step in (("direct law", direct), ("sigmoid", two and two.sigmoid)):
@@ -491,8 +542,10 @@ def _findings(
                 "runs without a standard error of the accuracy: all weigh the same",
             )
         )
-    if two is None:
-        out.append(warn("loss_not_predicted", "too few runs for a law of the loss: no two steps"))
+    if why := too_few(scores.points, law):
+        out.append(
+            warn("loss_not_predicted", f"no two steps, since approach 3 is refused: {why.message}")
+        )
     if not held_out:
         out.append(warn("too_few_budgets", "no later budget to predict: the error is not known"))
     return out

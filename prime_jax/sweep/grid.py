@@ -354,14 +354,14 @@ def drift_check(rows: Sequence[Row]) -> list[Row]:
     out = []
     for family in dict.fromkeys(row.family for row in rows):
         mine = [row for row in rows if row.family == family and not row.problem]
-        for budget in sorted({row.budget for row in mine})[
-            :: max(1, len({r.budget for r in mine}) - 1)
-        ]:
+        mine = [row for row in mine if "*" not in row.rules.get("lr", "")]  # at the rule's own rate
+        budgets = sorted({row.budget for row in mine})
+        for budget in dict.fromkeys(budgets[:1] + budgets[-1:]):
             cells = [row for row in mine if row.budget == budget]
             sizes = [row.layers * row.width**2 for row in cells]
             corners = {sizes.index(min(sizes)), sizes.index(max(sizes))}
             out += [_at_rate(cells[k], f) for k in sorted(corners) for f in DRIFT_FACTORS]
-    return sorted([*rows, *out], key=lambda row: row.budget)
+    return sorted([*rows, *(row for row in out if row not in rows)], key=lambda row: row.budget)
 
 
 def _cell(config: RunConfig, budget: float, convention: Convention) -> rules.Cell:
