@@ -15,6 +15,7 @@ import fake_store
 import pytest
 from tpu_hosts import Vm
 
+from prime_jax.errors import UserError
 from prime_jax.hardware import slices
 from prime_jax.launch import engine, gce
 from prime_jax.sweep import state
@@ -217,12 +218,57 @@ def test_nothing_is_spent_without_approval(acceptance, words, monkeypatch, capsy
         (["--data", "nowhere"], "nowhere: no data"),
         (["--on", "tpu", "--flex-start", "6h"], "an option of --on gce"),
         (["--prices", "nowhere"], "cannot read nowhere"),
+        (["-o", "nowhere/found.json"], "nowhere/found.json: there is no such folder"),
+        (["--hours", "nan"], "--hours: above 0, at most 168"),
+        (["--poll", "-1"], "--poll: above 0"),
+        (["--slice", "v5p-8"], "v5p-8: must be TPUs on at least two hosts"),
+        (["--slice", "2xh100-8"], "2xh100-8: must be TPUs"),
+        (["--zone", ""], "--on gce needs --zone"),
+        (["--slice", "v5e-16"], "v5e-16: Compute Engine offers v5p, v6e and tpu7x"),
+        (["--spot", "--flex-start", "6h"], "--spot and --flex-start exclude each other"),
     ],
 )
 def test_bad_input_is_one_line(acceptance, words, more, message, capsys):
     assert acceptance.main([*words, "--root", "gs://bucket/new", *more]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+class Refuses:
+    """An engine whose first calls of `down` fail; `left` is what is there at last."""
+
+    __name__ = "prime_jax.launch.gce"
+
+    def __init__(self, *first: object, left: int = 0):
+        self.answers, self.left = list(first), left
+
+    def down(self, *_) -> int:
+        answer = self.answers.pop(0) if self.answers else self.left
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def test_deletion_is_tried_until_nothing_is_left(acceptance, monkeypatch, capsys):
+    monkeypatch.setattr(acceptance, "PAUSE", 0)
+    sweep, options = engine.Sweep("gs://b/new", None), gce.Options(project="p", zone="a-b-c")
+    slow = Refuses(UserError("Compute Engine: the resource is not ready"), 1)
+    assert acceptance._end(slow, sweep, options, None) == ""
+    assert capsys.readouterr().out == "nothing is left\n"
+    assert acceptance._end(Refuses(left=1), sweep, options, None) == "some resources"
+    with pytest.raises(KeyboardInterrupt):
+        acceptance._end(Refuses(KeyboardInterrupt()), sweep, options, None)
+    for line in capsys.readouterr().out.splitlines():
+        assert line.startswith("NOT ALL IS DELETED (")
+        assert line.endswith("prime-jax sweep down gs://b/new --on gce --project p --zone a-b-c")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_terminal_ends_like_ctrl_c(acceptance, number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), acceptance._signals_are_ctrl_c():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
 def test_an_old_file_is_not_replaced(acceptance, words, tmp_path, capsys):
