@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,8 +43,11 @@ from prime_jax.sweep import accelerators, grid, plan, state  # noqa: E402
 SCHEMA = 1
 APPROVAL = "PRIME_TPU_APPROVE"
 ENGINES = {"gce": gce, "tpu": tpu}
+CLOUDS = {"gce": gce.InstanceGroups, "tpu": tpu.QueuedResources}
 SAME = ("loss", "lr", "grad_norm")  # columns of metrics.jsonl that must agree to the bit
 LOOKS = 6  # at the runs, for each one at the machines
+ENDS, PAUSE = 20, 15.0  # attempts to delete what was made; seconds between them
+LONGEST = 168.0  # hours
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
 
 
@@ -83,7 +87,7 @@ SCALES = {
         mfu=("--sizes", "tiny", "--families", "mdm", "--rounds", "1", "--length", "64"),
         tokens=64,
         shape=(1, 16, 1),
-        steps=120,
+        steps=60,
         every=10,
         batch=8,
         rounds=1,
@@ -129,6 +133,12 @@ def _drive(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out} exists; -o names another file")
     if not (args.data / "manifest.json").exists():
         raise UserError(f"{args.data}: no data; make it with `make quickstart`, or give --data DIR")
+    if not args.out.absolute().parent.is_dir():
+        raise UserError(f"{args.out}: there is no such folder")
+    if not 0 < args.hours <= LONGEST or not 0 < args.poll < math.inf:
+        raise UserError(f"--hours: above 0, at most {LONGEST:g}; --poll: above 0")
+    if where.chip.platform != "tpu" or where.hosts < 2:
+        raise UserError(f"--slice {where.name}: must be TPUs on at least two hosts, e.g. v6e-16")
     options = _options(args, where)
     print(_announced(args, where, prices))
     if os.environ.get(APPROVAL) != where.name:
@@ -141,12 +151,13 @@ def _drive(args: argparse.Namespace) -> int:
     _upload(args.data, storage.path(f"{args.root}-data") / args.data.name)
     began = time.monotonic()
     taken, problem, left = "", "", ""
-    try:
-        taken = _watch(module, sweep, options, pair, args)
-    except UserError as error:
-        problem = str(error)
-    finally:
-        left = _end(module, sweep, options, _dialogue(prices, lambda line: None))
+    with _signals_are_ctrl_c():
+        try:
+            taken = _watch(module, sweep, options, pair, args)
+        except UserError as error:
+            problem = str(error)
+        finally:
+            left = _end(module, sweep, options, _dialogue(prices, lambda line: None))
     hours = (time.monotonic() - began) / 3600
     made = manifest(root, where, pair, taken)
     made["checks"] += [
@@ -186,7 +197,11 @@ def _announced(args: argparse.Namespace, where: slices.Slice, prices: Prices) ->
 
 
 def _options(args: argparse.Namespace, where: slices.Slice) -> Any:
-    """The engine's options, with what the hosts do before their first run."""
+    """The engine's options, with what the hosts do before their first run.
+
+    Raises:
+        UserError: options or a slice that the engine does not take.
+    """
     kind = ENGINES[args.on].Options
     known = {field.name for field in fields(kind)}
     if args.flex_start and "flex_start" not in known:
@@ -197,18 +212,52 @@ def _options(args: argparse.Namespace, where: slices.Slice) -> Any:
         "export PRIME_WAIT_SECONDS=7200",
         f'"$home/venv/bin/python" "$home/code/benchmarks/{HERE.name}" {shlex.join(command)}',
     )
-    return kind(**given | {"setup": setup, "data": f"{args.root}-data"})
+    options = kind(**given | {"setup": setup, "data": f"{args.root}-data"})
+    pool = engine.Pool(engine.Sweep(args.root, None), where, 1)
+    CLOUDS[args.on](options).check(pool, "")
+    return options
+
+
+@contextlib.contextmanager
+def _signals_are_ctrl_c() -> Iterator[None]:
+    """A closed terminal or a kill must not leave machines behind."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(module: Any, sweep: Any, options: Any, dialogue: engine.Dialogue) -> str:
-    """Delete all that was made; what is wrong if that fails."""
+    """Delete all that was made, however often that fails at first; what is wrong in the end.
+
+    The cloud may refuse what a machine has just begun to delete by itself.
+    """
+    left = ""
     try:
-        left = module.down(sweep, options, dialogue) and "some resources"
-    except UserError as error:
-        left = str(error)
-    text = f"NOT ALL IS DELETED ({left}): prime-jax sweep down {sweep.root}" if left else ""
-    print(text or "nothing is left", flush=True)
-    return left or ""
+        for attempt in range(ENDS):
+            if attempt:
+                time.sleep(PAUSE)
+            try:
+                left = "some resources" if module.down(sweep, options, dialogue) else ""
+            except UserError as error:
+                left = str(error)
+            if not left:
+                break
+    except BaseException:
+        left = "interrupted"
+        raise
+    finally:
+        where = f"--project {options.project} --zone {options.zone}"
+        name = module.__name__.rpartition(".")[2]
+        command = f"prime-jax sweep down {sweep.root} --on {name} {where}"
+        print(f"NOT ALL IS DELETED ({left}): {command}" if left else "nothing is left", flush=True)
+    return left
 
 
 def _dialogue(prices: Prices, log: Any) -> engine.Dialogue:
@@ -262,27 +311,32 @@ def _watch(module: Any, sweep: Any, options: Any, pair: tuple[str, str], args: A
     """
     deadline, taken, said = time.monotonic() + 3600 * args.hours, "", ""
     quiet, watch = _dialogue(load_prices(args.prices), lambda line: None), state.Watch()
-    while sweep.busy_pools():
+    while True:
+        if time.monotonic() > deadline:
+            raise UserError(f"not finished within {args.hours:g} hours")
         try:
+            if not sweep.busy_pools():
+                return taken
             module.up(sweep, options, quiet)
+            for _ in range(LOOKS):
+                runs = {run.id: run for run in state.list_runs(sweep.source, watch)}
+                line = f"{sum(run.state == 'done' for run in runs.values())} of {len(runs)} runs"
+                if line != said:
+                    print(f"{datetime.now(UTC):%H:%M:%S} {line}", flush=True)
+                    said = line
+                pair_of = [runs[name] for name in pair]
+                if not taken and (name := _in_the_middle(sweep.source, pair_of)):
+                    print(f"taking the hosts of run {name} away", flush=True)
+                    module.down(sweep, options, quiet)
+                    taken = name
+                    break
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(args.poll)
         except UserError as error:
             if not cloud.is_transient(error):
                 raise
-        for _ in range(LOOKS):
-            runs = {run.id: run for run in state.list_runs(sweep.source, watch)}
-            line = f"{sum(run.state == 'done' for run in runs.values())} of {len(runs)} runs"
-            if line != said:
-                print(f"{datetime.now(UTC):%H:%M:%S} {line}", flush=True)
-                said = line
-            if not taken and (name := _in_the_middle(sweep.source, [runs[name] for name in pair])):
-                print(f"taking the hosts of run {name} away", flush=True)
-                module.down(sweep, options, quiet)
-                taken = name
-                break
-            if time.monotonic() > deadline:
-                raise UserError(f"not finished within {args.hours:g} hours")
             time.sleep(args.poll)
-    return taken
 
 
 def _in_the_middle(root: Any, runs: list[state.Run]) -> str:

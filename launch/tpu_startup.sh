@@ -152,6 +152,7 @@ while [[ -z $stopping ]]; do
       ;;
     *)
       crashes=$((crashes + 1))
+      [[ $code -ne 75 ]] || met=yes # the watchdog: another host is lost
       [[ $crashes -lt 5 ]] || exit "$code"
       sleep "${PRIME_PAUSE_SECONDS:-10}"
       ;;

@@ -101,9 +101,9 @@ class FakeGce:
         for request in requests:
             request["state"] = "SUCCEEDED"
 
-    def preempt(self, name: str, index: int = 0) -> None:
+    def preempt(self, name: str, index: int = 0, status: str = "TERMINATED") -> None:
         """A spot host is stopped, and its chips are somebody else's."""
-        self.hosts[name][index]["instanceStatus"] = "TERMINATED"
+        self.hosts[name][index]["instanceStatus"] = status
 
     def end(self, name: str) -> None:
         """The run duration of flex-start is over: the group deletes its hosts."""

@@ -20,7 +20,7 @@ from process_groups import ended
 from prime_jax.config import CheckpointConfig, MeshConfig, RunConfig
 from prime_jax.errors import UserError
 from prime_jax.experiment import load_config
-from prime_jax.runtime import checkpoint, distributed
+from prime_jax.runtime import checkpoint, distributed, watchdog
 from prime_jax.settings import to_dict
 from prime_jax.train import train
 
@@ -373,7 +373,7 @@ def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path
     group[dies].send_signal(signal.SIGKILL)
     began = time.monotonic()
     text = group[1 - dies].communicate(timeout=120)[0]
-    assert group[1 - dies].returncode == 1, text
+    assert group[1 - dies].returncode == watchdog.LOST, text
     assert time.monotonic() - began < 30  # the heartbeat is 10 s
     (line,) = [
         line for line in text.splitlines() if line.startswith(f"process {1 - dies}: process")

@@ -210,6 +210,19 @@ def test_all_hosts_of_a_preempted_slice_are_replaced(service, sweep):
     assert list(service.states().values()) == ["ACTIVE", "ACTIVE"]
 
 
+def test_a_host_that_still_saves_is_left_alone(service, sweep):
+    up(sweep)
+    service.settle()
+    lost = service.groups[0]
+    service.preempt(lost, status="STOPPING")
+    text = up(sweep)
+    assert "delete" not in text
+    assert len(service.groups) == 3, "another one is asked for already"
+    service.preempt(lost)
+    assert f"delete {lost}: PREEMPTED" in up(sweep)
+    assert len(service.groups) == 2
+
+
 def test_an_idle_machine_is_deleted_and_a_working_one_is_not(service, sweep):
     up(sweep)
     service.settle()

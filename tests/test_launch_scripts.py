@@ -18,6 +18,7 @@ from tpu_hosts import REAL, Vm
 from prime_jax import shipped
 from prime_jax.hardware import slices
 from prime_jax.launch import archive, engine
+from prime_jax.runtime import watchdog
 from prime_jax.sweep import state
 
 LAUNCH = engine.REPO / "launch"
@@ -101,9 +102,10 @@ def test_a_worker_that_cannot_work_is_reported_and_not_paid_for(vm, codes, times
     assert len(vm.deletions()) == 1
 
 
-def test_a_slice_whose_hosts_do_not_meet_again_is_given_back_and_no_failure(vm):
+@pytest.mark.parametrize("code", [85, watchdog.LOST])
+def test_a_slice_whose_hosts_do_not_meet_again_is_given_back_and_no_failure(vm, code):
     vm.install_on("v6e-16")
-    assert vm.run("85 2", hosts=4) == 2
+    assert vm.run(f"{code} 2", index=1, hosts=4) == 2
     assert vm.marks() == {}, "the next `up` makes a slice without --again"
     assert len(vm.deletions()) == 1
 

@@ -208,7 +208,10 @@ def test_a_fit_by_it_has_all_that_a_fit_has(tmp_path, capsys):
     low, high = told.approach3.params.interval
     assert low < best.params < high
     assert told.epochs == pytest.approx(told.approach3.tokens.value / 1e9)
-    assert "data_repeated" not in {one.code for one in told.findings}
+    codes = {one.code for one in told.findings}
+    assert "data_repeated" not in codes
+    assert "of_fresh_data" in codes
+    assert told.approach2 is None
     words = ["scaling", "predict", str(tmp_path / "fit"), "--flops", "1e20", "--data-limit", "1e9"]
     assert main([*words, "--family", "arm"]) == 0
     assert "D* / unique tokens" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import fake_store
 import pytest
 from tpu_hosts import Vm
 
+from prime_jax.errors import UserError
 from prime_jax.hardware import slices
 from prime_jax.launch import engine, gce
 from prime_jax.sweep import state
@@ -25,26 +26,36 @@ import fake_gce
 FILE = engine.REPO / "benchmarks" / "tpu_acceptance.py"
 SLICE = slices.parse("v5p-16")  # two hosts with four chips, each one device
 # As `gcloud`, with the bucket and Compute Engine of this machine.
-GCLOUD = """#!{python}
-import os, sys, urllib.request
-import gcsfs
-words, bucket = sys.argv[1:], gcsfs.GCSFileSystem()
+GCLOUD = """#!{python} -SE
+import json, os, sys, urllib.parse, urllib.request
+words, root = sys.argv[1:], os.environ["STORAGE_EMULATOR_HOST"]
+def ask(address, data=None, method=None):
+    with urllib.request.urlopen(urllib.request.Request(address, data, method=method)) as answer:
+        return answer.read()
+def place(url):
+    bucket, _, name = url.removeprefix("gs://").partition("/")
+    return bucket, urllib.parse.quote(name, safe="")
+def read(bucket, name):
+    return ask(root + "/storage/v1/b/" + bucket + "/o/" + name + "?alt=media")
 if words[:2] == ["storage", "cp"]:
     source, target = words[2:4]
-    data = sys.stdin.buffer.read() if source == "-" else None
-    if data is None:
-        data = bucket.cat_file(source) if source.startswith("gs://") else open(source, "rb").read()
     if target.startswith("gs://"):
-        bucket.pipe_file(target, data)
+        data = sys.stdin.buffer.read() if source == "-" else open(source, "rb").read()
+        bucket, name = place(target)
+        ask(root + "/upload/storage/v1/b/" + bucket + "/o?uploadType=media&name=" + name, data)
     else:
-        open(target, "wb").write(data)
+        open(target, "wb").write(read(*place(source)))
 elif words[:2] == ["storage", "rsync"]:
-    bucket.get(words[3] + "/", words[4] + "/", recursive=True)
+    bucket, prefix = place(words[3] + "/")
+    listed = json.loads(ask(root + "/storage/v1/b/" + bucket + "/o?prefix=" + prefix))
+    for item in listed["items"]:
+        file = os.path.join(words[4], item["name"].removeprefix(urllib.parse.unquote(prefix)))
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        open(file, "wb").write(read(bucket, urllib.parse.quote(item["name"], safe="")))
 else:
     assert words[:4] == ["compute", "instance-groups", "managed", "delete"], words
     path = "/compute/v1/projects/p/zones/" + words[8] + "/instanceGroupManagers/" + words[4]
-    request = urllib.request.Request(os.environ["FAKE_GCE"] + path, method="DELETE")
-    urllib.request.urlopen(request).read()
+    ask(os.environ["FAKE_GCE"] + path, method="DELETE")
 """
 PROGRAM = """#!/usr/bin/env bash
 cd "$HERE/home/code"
@@ -118,13 +129,15 @@ class Hosts:
         return [one for group in self.booted.values() for one in group]
 
     def _follow(self) -> None:
+        stopped: set[str] = set()
         while not self.over.wait(0.1):
             self.service.tick()
             there = dict(self.service.hosts)
             for name, hosts in there.items():
                 if name not in self.booted and all(h.get("instanceStatus") for h in hosts):
                     self.booted[name] = self._boot(name, len(hosts))
-            for name in self.booted.keys() - there.keys():
+            for name in self.booted.keys() - there.keys() - stopped:
+                stopped.add(name)
                 for _, process in self.booted[name]:
                     process.send_signal(signal.SIGTERM)  # a machine is shut down
 
@@ -189,7 +202,7 @@ def test_the_whole_run_against_a_loopback_cloud(acceptance, words, monkeypatch, 
     (row,) = found["mfu"]
     assert (row["device"], row["mfu"]["matmul"]) == ("8 x cpu", None)
     resume = found["resume"]
-    assert 0 < resume["at_step"] < resume["steps"] == resume["compared"] == 120
+    assert 0 < resume["at_step"] < resume["steps"] == resume["compared"] == 60
     assert resume["attempts"] == 2
     assert resume["different"] == []
     assert "jax" in found["versions"]
@@ -217,12 +230,57 @@ def test_nothing_is_spent_without_approval(acceptance, words, monkeypatch, capsy
         (["--data", "nowhere"], "nowhere: no data"),
         (["--on", "tpu", "--flex-start", "6h"], "an option of --on gce"),
         (["--prices", "nowhere"], "cannot read nowhere"),
+        (["-o", "nowhere/found.json"], "nowhere/found.json: there is no such folder"),
+        (["--hours", "nan"], "--hours: above 0, at most 168"),
+        (["--poll", "-1"], "--poll: above 0"),
+        (["--slice", "v5p-8"], "v5p-8: must be TPUs on at least two hosts"),
+        (["--slice", "2xh100-8"], "2xh100-8: must be TPUs"),
+        (["--zone", ""], "--on gce needs --zone"),
+        (["--slice", "v5e-16"], "v5e-16: Compute Engine offers v5p, v6e and tpu7x"),
+        (["--spot", "--flex-start", "6h"], "--spot and --flex-start exclude each other"),
     ],
 )
 def test_bad_input_is_one_line(acceptance, words, more, message, capsys):
     assert acceptance.main([*words, "--root", "gs://bucket/new", *more]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+class Refuses:
+    """An engine whose first calls of `down` fail; `left` is what is there at last."""
+
+    __name__ = "prime_jax.launch.gce"
+
+    def __init__(self, *first: object, left: int = 0):
+        self.answers, self.left = list(first), left
+
+    def down(self, *_) -> int:
+        answer = self.answers.pop(0) if self.answers else self.left
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def test_deletion_is_tried_until_nothing_is_left(acceptance, monkeypatch, capsys):
+    monkeypatch.setattr(acceptance, "PAUSE", 0)
+    sweep, options = engine.Sweep("gs://b/new", None), gce.Options(project="p", zone="a-b-c")
+    slow = Refuses(UserError("Compute Engine: the resource is not ready"), 1)
+    assert acceptance._end(slow, sweep, options, None) == ""
+    assert capsys.readouterr().out == "nothing is left\n"
+    assert acceptance._end(Refuses(left=1), sweep, options, None) == "some resources"
+    with pytest.raises(KeyboardInterrupt):
+        acceptance._end(Refuses(KeyboardInterrupt()), sweep, options, None)
+    for line in capsys.readouterr().out.splitlines():
+        assert line.startswith("NOT ALL IS DELETED (")
+        assert line.endswith("prime-jax sweep down gs://b/new --on gce --project p --zone a-b-c")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_terminal_ends_like_ctrl_c(acceptance, number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), acceptance._signals_are_ctrl_c():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
 def test_an_old_file_is_not_replaced(acceptance, words, tmp_path, capsys):

@@ -27,6 +27,7 @@ IMAGES = "projects/ubuntu-os-accelerator-images/global/images/family"
 DISK_GB = 100
 SHORTEST, LONGEST = 600, 7 * 86400  # seconds of flex-start
 ALIVE = ("RUNNING", "PROVISIONING", "STAGING", "REPAIRING")  # REPAIRING: Google restarts the host
+LEAVING = ("STOPPING", "SUSPENDING")
 KINDS = ("policy", "template", "group", "request")  # in the order of their creation
 
 
@@ -336,6 +337,8 @@ def state(group: Any, hosts: Sequence[Any], requests: Sequence[Any]) -> tuple[st
     if hosts and all(host.current_action == "DELETING" for host in hosts):
         return "DELETING", ""
     settled = [host for host in hosts if host.current_action == "NONE"]
+    if any(host.instance_status in LEAVING for host in settled):
+        return "SUSPENDING", ""  # its worker saves; to delete it now would be too early
     lost = [host for host in settled if host.instance_status not in ALIVE]
     if lost or 0 < len(settled) == len(hosts) < group.target_size:
         names = (f"{h.instance.rpartition('/')[2]} {h.instance_status}".rstrip() for h in lost)

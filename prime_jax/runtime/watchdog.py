@@ -20,6 +20,7 @@ from typing import Any
 
 HEARTBEATS = "prime_jax/beat/"  # + process number; the value is `host count`, or LEFT
 LEFT = "left"
+LOST = 75  # exit code, "try again" in sysexits.h: a worker's 1 means that its runs have ended
 ADVICE = (
     "a run needs all its processes, so this one stops too; run the same command on every host "
     "to continue from the last saved step"
@@ -93,7 +94,7 @@ class Watch:
         with self._ending:  # never released: a second thread waits here until the exit
             self.log(f"process {self.process}: {what}; {ADVICE}")
             sys.stdout.flush()
-            os._exit(1)  # not sys.exit: other threads may be blocked for ever
+            os._exit(LOST)  # not sys.exit: other threads may be blocked for ever
 
 
 def _describe(process: int, value: str, seconds: float) -> str:

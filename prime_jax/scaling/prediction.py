@@ -235,6 +235,9 @@ def predict_family(
     best, launch = three or debiased or two, None
     epochs = best.tokens.value / unique_tokens if best and unique_tokens else None
     limited = bool(epochs and epochs > 1 and three and family.approach3.law.knows_repetition)
+    if limited:  # approach 2 answers another question
+        two = debiased = None
+        refused.append(refuse("of_fresh_data", "approach 2 does not know of the limit of the data"))
     decades = float(distance(points, flops))
     among = bool(best) and _among(points, flops, best)
     diagnostics = list(dict.fromkeys(why for why in refused if why))
@@ -243,7 +246,7 @@ def predict_family(
         diagnostics += _range_findings(family, flops, decades, error)
         diagnostics += [] if among or decades else [_outside(points, flops, best)]
         diagnostics += [
-            *([] if limited else _disagreement(three, debiased or two)),
+            *_disagreement(three, debiased or two),
             *([] if limited else _data_findings(best, epochs)),
             *more,
         ]

@@ -68,6 +68,7 @@ HINTS = {
     "data_repeated": "use more unique data, or the law that counts repetition: --law repeated",
     "not_identified": "do not use these values; add larger budgets, and sizes further from the optimum",
     "no_repeated_runs": "train runs on part of the data (data.unique_tokens, or epochs of a sweep), or fit --law powers",
+    "of_fresh_data": "use approach 3 alone, or predict without --data-limit",
     "at_chance": "evaluate larger models, or an easier task",
     "task_error_unknown": "give the standard errors of accuracies, acc_se_TASK",
     "too_few_rates": "run cells at three learning rates or more (lr_factors of a sweep), at budgets and sizes far apart",
