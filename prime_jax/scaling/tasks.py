@@ -30,6 +30,7 @@ from prime_jax.scaling.intervals import (
     percentiles,
     profiles,
     resample,
+    wild_resample,
 )
 from prime_jax.scaling.laws import Compute, Law, Quantity, fit_compute, quantity
 from prime_jax.scaling.points import Points, strata
@@ -177,10 +178,11 @@ class Step:
     profile: dict[str, Ends]
     problem: Problem = hidden()
     fit: approach3.Fit = hidden()
+    runs: NDArray[np.intp] | None = hidden()
 
 
 @dataclass(frozen=True)
-class ForetoldTask:
+class HeldOutTask:
     """The best run of a later budget, by the laws of the earlier ones; errors are predicted less
     measured."""
 
@@ -226,7 +228,7 @@ class TaskFit:
     )
     law: Law | None = key("first of the two steps: the loss in N and D", default=None)
     sigmoid: Step | None = key("second step, Q = 1 / (1 + exp(k (loss - L0))): alike", default=None)
-    held_out: tuple[ForetoldTask, ...] = key(
+    held_out: tuple[HeldOutTask, ...] = key(
         "the best run of each later budget: `fitted, flops, measured, direct, two_steps` and their errors",
         default=(),
     )
@@ -323,7 +325,7 @@ def fit(
     told = []
     for c in flops:
         best = direct.problem.form.fraction_at(float(np.log(c)))
-        ends = profiles(direct.problem, direct.fit, [best], settings.level)[0]
+        ends = profiles(direct.problem, direct.fit, [best], settings.level, direct.runs)[0]
         more = two and two.at(compute, c, settings)
         told.append(
             TaskAt(
@@ -433,11 +435,12 @@ def _problem(x: Array, scores: Scores, mine: NDArray[np.intp] | slice, link: Lin
     )
 
 
-def _step(p: Problem, level: float) -> Step:
+def _step(p: Problem, level: float, runs: NDArray[np.intp] | None) -> Step:
+    """`runs` are those of the points, where several are of one."""
     found = approach3.fit(p)
     named = p.form.quantities()
-    ends = dict(zip(named, profiles(p, found, list(named.values()), level), strict=True))
-    return Step(found.law, found.objective, found.certificate, ends, p, found)
+    ends = dict(zip(named, profiles(p, found, list(named.values()), level, runs), strict=True))
+    return Step(found.law, found.objective, found.certificate, ends, p, found, runs)
 
 
 def _direct_problem(scores: Scores) -> Problem:
@@ -446,7 +449,10 @@ def _direct_problem(scores: Scores) -> Problem:
 
 
 def _direct(scores: Scores, settings: Settings) -> Step:
-    return _step(_direct_problem(scores), settings.level)
+    runs = scores.points.run
+    return _step(
+        _direct_problem(scores), settings.level, None if runs is None else runs[scores.best]
+    )
 
 
 @dataclass(frozen=True)
@@ -466,20 +472,24 @@ class TwoSteps:
 
 def _two_steps(scores: Scores, settings: Settings) -> TwoSteps | None:
     """None where approach 3 is refused; runs are drawn together for both steps."""
-    points = scores.points
+    points, replicates, seed = scores.points, settings.replicates, settings.seed
     if too_few(points, settings.law):
         return None
     first, fitted, _ = weighted_fit(points, settings)
     second = _problem(points.loss, scores, slice(None), logistic)
-    sigmoid = _step(second, settings.level)
-    weight = bootstrap_weights(strata(points.budget), settings.replicates, settings.seed)
-    laws, sigmoids = resample(first, fitted, weight), resample(second, sigmoid.fit, weight)
+    sigmoid = _step(second, settings.level, points.run)
+    steps = (first, fitted), (second, sigmoid.fit)
+    if points.run is None:
+        weight = bootstrap_weights(strata(points.budget), replicates, seed)
+        laws, sigmoids = (resample(*step, weight) for step in steps)
+    else:  # the same random factors, since the seed is the same
+        laws, sigmoids = (wild_resample(*step, points.run, replicates, seed) for step in steps)
     return TwoSteps(fitted.law, sigmoid, laws, sigmoids)
 
 
 def _held_out(
     scores: Scores, settings: Settings, chance: float, ceiling: float
-) -> tuple[ForetoldTask, ...]:
+) -> tuple[HeldOutTask, ...]:
     """The best runs after each beginning of four budgets or more."""
     points, span, out = scores.points, ceiling - chance, []
     budgets = points.budgets
@@ -499,7 +509,7 @@ def _held_out(
                 loss = law.loss(points.params[k], points.tokens[k], points.available[k])
                 two = chance + span * float(sigmoid.fraction(loss))
             out.append(
-                ForetoldTask(
+                HeldOutTask(
                     fitted=float(last),
                     flops=float(points.budget[k]),
                     measured=measured,
@@ -521,7 +531,7 @@ def _findings(
     scores: Scores,
     direct: Step,
     two: TwoSteps | None,
-    held_out: Sequence[ForetoldTask],
+    held_out: Sequence[HeldOutTask],
     law: str,
 ) -> list[Diagnostic]:
     out = []
