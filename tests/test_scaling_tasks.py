@@ -194,6 +194,8 @@ def test_wrong_chances_and_tasks_are_named():
         ({"ceiling": {"quiz": 0.2}}, "it lies above chance"),
         ({"ceiling": {"quizz": 0.9}}, "ceiling of 'quizz': no such task; did you mean quiz"),
         ({"tasks": ["sciq"]}, "no accuracy of sciq; it has quiz"),
+        ({"tasks": "sciq"}, "no accuracy of sciq; it has quiz"),
+        ({"at": [0.0]}, "at are budgets in FLOPs, numbers above 0"),
     ):
         with pytest.raises(UserError, match=said):
             fitted(data, **options)

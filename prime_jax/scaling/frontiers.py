@@ -379,7 +379,7 @@ def _findings(
 
 def is_bare(table: Table) -> bool:
     """Whether a table has neither N nor D."""
-    return not {"params", "tokens"} & {name.partition("_")[0] for name in table.columns}
+    return not any(c == "tokens" or c.partition("_")[0] == "params" for c in table.columns)
 
 
 def read(table: Table, choice: Choice, settings: Settings) -> tuple[Runs, dict[str, FrontierFits]]:
