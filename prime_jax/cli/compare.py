@@ -135,7 +135,7 @@ def rates(args: Rates) -> int:
     from prime_jax import scaling
     from prime_jax.scaling import tables
 
-    files = spare(args, ("rates.json",), ())
+    files = spare(args, ("rates.json", "report.html"), ())
     with Progress(transient=True) as progress:
         found = scaling.rates(args.source, progress=progress.doing, **args.options())
     result = found.to_dict()
@@ -175,7 +175,7 @@ def downstream(args: Downstream) -> int:
     from prime_jax import scaling
     from prime_jax.scaling import tables
 
-    files = spare(args, ("downstream.json",), ())
+    files = spare(args, ("downstream.json", "report.html"), ())
     with Progress(transient=True) as progress:
         found = scaling.downstream(
             args.source,
@@ -199,12 +199,15 @@ def _finish(
     shown: Sequence[Table],
     notes: Sequence[str],
 ) -> None:
-    """Write the record, the only one of the files, and show its tables and notes."""
+    """Write the record, the first of the files, renew the report if it is one of them, and show tables and notes."""
     from prime_jax.runtime.records import write_json_atomic
+    from prime_jax.scaling import report
 
     path = args.directory / files[0]
     with outputs.folder(args.directory, files, force=args.force):
         write_json_atomic(path, result)
+        if "report.html" in files:
+            report.refresh(args.directory)
     show_head(result)
     for table in filter(None, shown):
         show(table)

@@ -70,17 +70,23 @@ INTRODUCTION = (
 
 
 def write(directory: Path) -> None:
-    """Write report.html from what `fit` and `compare` left in the directory."""
+    """Write report.html from what `fit`, `compare`, `rates` and `downstream` left in the directory."""
     pictures = {
         name: _inline(directory / f"{name}.svg")
         for name in CAPTIONS
         if (directory / f"{name}.svg").is_file()
     }
-    comparison = directory / "compare.json"
+    others = {
+        name: read_json(directory / f"{name}.json")
+        for name in ("compare", "rates", "downstream")
+        if (directory / f"{name}.json").is_file()
+    }
     text = render(
         read_json(directory / "fit.json"),
         pictures,
-        read_json(comparison) if comparison.is_file() else None,
+        others.get("compare"),
+        rates=others.get("rates"),
+        downstream=others.get("downstream"),
     )
     (directory / "report.html").write_text(text, encoding="utf-8")
 
@@ -100,14 +106,19 @@ def refresh(directory: Path) -> bool:
 
 
 def render(
-    record: dict[str, Any], figures: Pictures, comparison: dict[str, Any] | None = None
+    record: dict[str, Any],
+    figures: Pictures,
+    comparison: dict[str, Any] | None = None,
+    rates: dict[str, Any] | None = None,
+    downstream: dict[str, Any] | None = None,
 ) -> str:
     """The page of a fit.
 
     Args:
         record: the contents of fit.json.
         figures: SVG elements by file name, as in CAPTIONS.
-        comparison: the contents of compare.json; left out where it is of other data.
+        comparison, rates, downstream: the contents of compare.json, rates.json and downstream.json;
+            left out where they are of other data.
     """
     families = record["families"]
     source = html.escape(record["source"]["name"])
@@ -119,6 +130,8 @@ def render(
         *_optima(families, figures),
         *_held_out(families, figures),
         *_compared(record, comparison, figures),
+        *_rates(record, rates),
+        *_tasks(record, downstream),
         "<h2>Warnings</h2>",
         *_warnings(families),
         *_trust(families, figures),
@@ -257,6 +270,36 @@ def _compared(
         )
         return
     yield from _comparison(comparison, figures.get("multiplier"))
+
+
+def _rates(record: dict[str, Any], found: dict[str, Any] | None) -> Iterable[str]:
+    if found is None or found["source"]["sha256"] != record["source"]["sha256"]:
+        return
+    yield "<h2>The best learning rate</h2>"
+    yield (
+        "<p>lr* = k N^n D^d B^b through the best rates of cells (one N, D and batch size) that were "
+        "run at several rates. Small print: the profile interval.</p>"
+    )
+    yield _table(tables.rates(found))
+    yield _table(tables.rate_cells(found))
+    for name, family in found["families"].items():
+        yield from _notes(family["warnings"], name)
+
+
+def _tasks(record: dict[str, Any], found: dict[str, Any] | None) -> Iterable[str]:
+    if found is None or found["source"]["sha256"] != record["source"]["sha256"]:
+        return
+    yield "<h2>From loss to accuracy</h2>"
+    yield (
+        "<p>Accuracy of tasks against compute: directly, and through the loss. Small print: the "
+        "profile interval. Errors of held-out runs are in points of accuracy.</p>"
+    )
+    yield _table(tables.tasks(found))
+    if told := tables.task_predictions(found):
+        yield _table(told)
+    for name, family in found["families"].items():
+        for task, part in family["tasks"].items():
+            yield from _notes(part["warnings"], f"{name}, {task}")
 
 
 def _warnings(families: dict[str, Any]) -> Iterable[str]:

@@ -18,22 +18,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
+from scipy.special import expit, ndtr, stdtrit
 
 from prime_jax.errors import UserError
 from prime_jax.scaling import approach3, labels
 from prime_jax.scaling.approach3 import Certificate, Problem
 from prime_jax.scaling.fits import too_few, weighted_fit
-from prime_jax.scaling.intervals import (
-    Ends,
-    bootstrap_weights,
-    percentiles,
-    profiles,
-    resample,
-    wild_resample,
-)
+from prime_jax.scaling.intervals import Ends, percentiles, profiles, wild_resample
 from prime_jax.scaling.laws import Compute, Law, Quantity, fit_compute, quantity
-from prime_jax.scaling.points import Points, strata
+from prime_jax.scaling.points import Points
 from prime_jax.scaling.schema import Diagnostic, hidden, key, refuse, warn
 from prime_jax.scaling.settings import Settings
 from prime_jax.scaling.table import Table, number, require
@@ -461,30 +454,36 @@ class TwoSteps:
     sigmoid: Step
     laws: Law  # replicates
     sigmoids: Sigmoid
+    freedom: int  # runs less the unknowns of both steps
 
     def at(self, compute: Compute, flops: float, settings: Settings) -> tuple[float, list[float]]:
         """Q of the best model of a budget, and its interval."""
         drawn = self.laws.optimum(compute, flops).loss
         best = float(self.law.optimum(compute, flops).loss)
-        ends = percentiles(self.sigmoids.fraction(drawn), settings.level)
+        wider = stdtrit(max(self.freedom, 1), (1 + settings.level) / 2)  # than of normal numbers
+        ends = percentiles(self.sigmoids.fraction(drawn), 2 * float(ndtr(wider)) - 1)
         return float(self.sigmoid.params.fraction(best)), ends
 
 
 def _two_steps(scores: Scores, settings: Settings) -> TwoSteps | None:
-    """None where approach 3 is refused; runs are drawn together for both steps."""
-    points, replicates, seed = scores.points, settings.replicates, settings.seed
+    """None where approach 3 is refused.
+
+    Both steps are drawn by the wild bootstrap with the same factors: few runs hug two curves, which
+    it allows for, and redrawn runs do not.
+    """
+    points = scores.points
     if too_few(points, settings.law):
         return None
     first, fitted, _ = weighted_fit(points, settings)
     second = _problem(points.loss, scores, slice(None), logistic)
     sigmoid = _step(second, settings.level, points.run)
-    steps = (first, fitted), (second, sigmoid.fit)
-    if points.run is None:
-        weight = bootstrap_weights(strata(points.budget), replicates, seed)
-        laws, sigmoids = (resample(*step, weight) for step in steps)
-    else:  # the same random factors, since the seed is the same
-        laws, sigmoids = (wild_resample(*step, points.run, replicates, seed) for step in steps)
-    return TwoSteps(fitted.law, sigmoid, laws, sigmoids)
+    units = np.arange(len(points.loss)) if points.run is None else points.run
+    drawn = [
+        wild_resample(p, one, units, settings.replicates, settings.seed)
+        for p, one in ((first, fitted), (second, sigmoid.fit))
+    ]
+    freedom = len(np.unique(units)) - first.unknowns - second.unknowns
+    return TwoSteps(fitted.law, sigmoid, *drawn, freedom)
 
 
 def _held_out(
