@@ -217,3 +217,11 @@ def test_extending_by_json_rows(tmp_path):
     more = grid.load_experiment(path)
     assert plan.write(root, more, plan.candidates(more, {})) == 2
     assert len(state.list_runs(root)) == len(ids) + 2
+
+
+def test_a_part_of_the_data_is_checked_and_counted():
+    listed = plan.candidates(experiment(epochs=(4,)), {DATA: dataset()})
+    assert [round(c.epochs, 1) for c in listed] == [4.0] * len(listed)
+    assert not any(c.note for c in listed)
+    listed = plan.candidates(experiment(epochs=(1,)), {DATA: dataset(tokens=64)})
+    assert all("but data has 64 tokens to train on" in c.drop for c in listed)

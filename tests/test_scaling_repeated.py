@@ -179,10 +179,8 @@ def columns(**families):
 
 
 def test_a_fit_by_it_has_all_that_a_fit_has(tmp_path, capsys):
-    longer = replace(TRUTH, R_D=60.0)
-    data = columns(
-        arm=surface(noise=2e-3), mdm=surface(longer, noise=2e-3, seed=1, epochs=(1, 4, 16, 64))
-    )
+    longer, few = replace(TRUTH, R_D=60.0), {"noise": 2e-3, "ratios": (0.25, 1, 4)}
+    data = columns(arm=surface(**few), mdm=surface(longer, seed=1, **few))
     found = scaling.fit(data, law=REPEATED, replicates=100)
     three = found.families["arm"].approach3
     assert three.certificate.converged

@@ -1,6 +1,7 @@
 """From loss to accuracy: through the loss, and directly."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,22 @@ def test_intervals_cover_as_often_as_they_say(direct):
     assert least <= np.mean([covers(seed, direct) for seed in range(repeats)]) <= 0.97
 
 
+def test_checkpoints_of_one_run_tell_no_more_than_one():
+    one, settings = scores(columns(noise=0.01, seed=3)), Settings(replicates=300)
+    twice = one.only(np.arange(len(one.se)).repeat(2))
+    runs = np.arange(len(one.se)).repeat(2)
+    same = replace(twice, points=replace(twice.points, run=runs))
+    widths = []
+    for part in (one, twice, same):
+        two = tasks._two_steps(part, settings)
+        ends = two.sigmoid.profile["k"], two.at(Compute(), 1e22, settings)[1]
+        widths.append([high - low for low, high in ends])
+    alone, doubled, known = np.array(widths)
+    np.testing.assert_allclose(doubled / alone, 0.5**0.5, rtol=0.2)
+    assert known[0] == pytest.approx(alone[0], rel=0.02)
+    assert known[1] > 1.1 * doubled[1]
+
+
 def test_a_task_at_chance_says_nothing():
     data = columns(budgets=BUDGETS)
     data["acc_quiz"] = [CHANCE + 0.001] * len(data["loss"])
@@ -177,6 +194,8 @@ def test_wrong_chances_and_tasks_are_named():
         ({"ceiling": {"quiz": 0.2}}, "it lies above chance"),
         ({"ceiling": {"quizz": 0.9}}, "ceiling of 'quizz': no such task; did you mean quiz"),
         ({"tasks": ["sciq"]}, "no accuracy of sciq; it has quiz"),
+        ({"tasks": "sciq"}, "no accuracy of sciq; it has quiz"),
+        ({"at": [0.0]}, "at are budgets in FLOPs, numbers above 0"),
     ):
         with pytest.raises(UserError, match=said):
             fitted(data, **options)

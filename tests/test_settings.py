@@ -68,6 +68,7 @@ OUT_OF_RANGE = {
     "objective.block_length": [-4],
     "objective.time_steps": [-1],
     "data.seq_len": [0],
+    "data.unique_tokens": [-1],
     "optim.peak_lr": [0, "nan", "inf"],
     "optim.final_lr_fraction": [-1, 1.5],
     "optim.warmup_steps": [-3],

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prime_jax.cli.console import Progress, say, show
 from prime_jax.cli.fit import OfRuns, complain, show_head, show_warnings, spare
 from prime_jax.errors import UserError
 from prime_jax.runtime import outputs
 from prime_jax.settings import REQUIRED, setting
+from prime_jax.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,22 +107,15 @@ class Frontier(OfRuns):
 
 def frontier(args: Frontier) -> int:
     from prime_jax import scaling
-    from prime_jax.runtime.records import write_json_atomic
     from prime_jax.scaling import tables
 
     files = spare(args, ("frontier.json",), ())
     with Progress(transient=True) as progress:
         found = scaling.frontier(args.source, args.at, progress=progress.doing, **args.options())
-    result, path = found.to_dict(), args.directory / "frontier.json"
-    with outputs.folder(args.directory, files, force=args.force):
-        write_json_atomic(path, result)
-    show_head(result)
-    for table in (tables.frontiers(result["families"]), tables.frontier_losses(result["families"])):
-        if table:
-            show(table)
-    for line in tables.frontier_notes(result["families"]):
-        say(line, style="red" if line.startswith("refused") else "yellow")
-    say(f"wrote  {path}")
+    result = found.to_dict()
+    families = result["families"]
+    shown = (tables.frontiers(families), tables.frontier_losses(families))
+    _finish(args, files, result, shown, tables.frontier_notes(families))
     return 3 if found.refused else 0
 
 
@@ -138,22 +133,14 @@ class Rates(OfRuns):
 
 def rates(args: Rates) -> int:
     from prime_jax import scaling
-    from prime_jax.runtime.records import write_json_atomic
-    from prime_jax.scaling import report, tables
+    from prime_jax.scaling import tables
 
     files = spare(args, ("rates.json", "report.html"), ())
     with Progress(transient=True) as progress:
         found = scaling.rates(args.source, progress=progress.doing, **args.options())
-    result, path = found.to_dict(), args.directory / "rates.json"
-    with outputs.folder(args.directory, files, force=args.force):
-        write_json_atomic(path, result)
-        report.refresh(args.directory)
-    show_head(result)
-    for table in (tables.rates(result), tables.rate_cells(result)):
-        if table:
-            show(table)
-    show_warnings(result)
-    say(f"wrote  {path}")
+    result = found.to_dict()
+    shown = (tables.rates(result), tables.rate_cells(result))
+    _finish(args, files, result, shown, tables.warnings_of(result))
     return 3 if found.refused else 0
 
 
@@ -186,8 +173,7 @@ class Downstream(OfRuns):
 
 def downstream(args: Downstream) -> int:
     from prime_jax import scaling
-    from prime_jax.runtime.records import write_json_atomic
-    from prime_jax.scaling import report, tables
+    from prime_jax.scaling import tables
 
     files = spare(args, ("downstream.json", "report.html"), ())
     with Progress(transient=True) as progress:
@@ -200,18 +186,34 @@ def downstream(args: Downstream) -> int:
             progress=progress.doing,
             **args.options(),
         )
-    result, path = found.to_dict(), args.directory / "downstream.json"
+    result = found.to_dict()
+    shown = (tables.tasks(result), tables.task_predictions(result))
+    _finish(args, files, result, shown, tables.task_notes(result))
+    return 3 if found.refused else 0
+
+
+def _finish(
+    args: OfRuns,
+    files: Sequence[str],
+    result: dict[str, Any],
+    shown: Sequence[Table],
+    notes: Sequence[str],
+) -> None:
+    """Write the record, the first of the files, renew the report if it is one of them, and show tables and notes."""
+    from prime_jax.runtime.records import write_json_atomic
+    from prime_jax.scaling import report
+
+    path = args.directory / files[0]
     with outputs.folder(args.directory, files, force=args.force):
         write_json_atomic(path, result)
-        report.refresh(args.directory)
+        if "report.html" in files:
+            report.refresh(args.directory)
     show_head(result)
-    for table in (tables.tasks(result), tables.task_predictions(result)):
-        if table:
-            show(table)
-    for line in tables.task_notes(result):
+    for table in filter(None, shown):
+        show(table)
+    for line in notes:
         say(line, style="red" if line.startswith("refused") else "yellow")
     say(f"wrote  {path}")
-    return 3 if found.refused else 0
 
 
 def _by_task(flag: str, pairs: Sequence[str]) -> dict[str, float]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prime_jax.scaling.library import (
         compare,
         design,
+        downstream,
         fit,
         frontier,
         load,

@@ -169,7 +169,7 @@ class FrontierForm:
 
 
 @dataclass(frozen=True)
-class Foretold:
+class HeldOutBudget:
     """A later budget by the law of earlier ones; `error` is predicted over measured, less 1."""
 
     fitted: float  # the largest C of the fit
@@ -210,12 +210,12 @@ class FrontierFit:
     error: ModelError | None = key(
         "of budgets predicted from smaller ones: `bias, rms, inside, per_decade`", default=None
     )
-    held_out: tuple[Foretold, ...] = key(
+    held_out: tuple[HeldOutBudget, ...] = key(
         "each later budget from each beginning: `fitted, flops, measured, predicted, error`",
         default=(),
     )
     predictions: tuple[LossAt, ...] = key(
-        "at budgets that were asked for: `flops, decades, loss, interval, with_model_error`",
+        "at budgets that were asked for, `decades` from the data (below: negative): `flops, decades, loss, interval, with_model_error`",
         default=(),
     )
     warnings: tuple[Diagnostic, ...] = key("warnings of this law", default=())
@@ -344,14 +344,14 @@ def _refusal(flops: Array, loss: Array, pinned: float | None) -> Diagnostic | No
     return None
 
 
-def _held_out(flops: Array, loss: Array, pinned: float | None) -> tuple[Foretold, ...]:
+def _held_out(flops: Array, loss: Array, pinned: float | None) -> tuple[HeldOutBudget, ...]:
     """The budgets after each beginning that leaves the fit one point to spare."""
     out = []
     for k in range(3 if pinned is not None else 4, len(flops)):
         law = approach3.fit(problem(flops[:k], loss[:k], pinned)).law
         for c, measured in zip(flops[k:].tolist(), loss[k:].tolist(), strict=True):
             told = float(law.loss(c))
-            out.append(Foretold(float(flops[k - 1]), c, measured, told, told / measured - 1))
+            out.append(HeldOutBudget(float(flops[k - 1]), c, measured, told, told / measured - 1))
     return tuple(out)
 
 
@@ -379,7 +379,7 @@ def _findings(
 
 def is_bare(table: Table) -> bool:
     """Whether a table has neither N nor D."""
-    return not {"params", "tokens"} & {name.partition("_")[0] for name in table.columns}
+    return not any(c == "tokens" or c.partition("_")[0] == "params" for c in table.columns)
 
 
 def read(table: Table, choice: Choice, settings: Settings) -> tuple[Runs, dict[str, FrontierFits]]:

@@ -371,7 +371,7 @@ def rates(source: ScalingFit | Source, *, progress: Progress = quiet, **options:
 
 def downstream(
     source: Source,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     at: Sequence[float] = (),
     *,
     chance: Mapping[str, float] | None = None,
@@ -384,7 +384,7 @@ def downstream(
     Args:
         source: a sweep whose runs were evaluated on tasks, or what `fit` takes with columns
             acc_TASK, acc_se_TASK and perhaps task_loss_TASK.
-        tasks: only these; all by default.
+        tasks: only these, or this one; all by default.
         at: budgets at which the accuracy is asked for.
         chance: accuracy of guessing by task, for tasks that `tasks.CHANCE` does not know.
         ceiling: largest accuracy that there can be, by task; 1 by default.
@@ -397,7 +397,9 @@ def downstream(
 
         rows = collect.with_tasks(path, table.rows)
         table = replace(table, rows=rows, columns=list(dict.fromkeys(k for r in rows for k in r)))
-    known = task_laws.names(table)
+    if not all(0 < c < math.inf for c in at):
+        raise UserError("downstream: at are budgets in FLOPs, numbers above 0, like 1e21")
+    tasks, known = [tasks] if isinstance(tasks, str) else tasks, task_laws.names(table)
     if missing := [task for task in tasks if task not in known]:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise UserError(f"{table.source}: no accuracy of {', '.join(missing)}; {has}")

@@ -152,7 +152,7 @@ class RateCell:
 
 
 @dataclass(frozen=True)
-class ForetoldRate:
+class HeldOutRate:
     """A cell of a later budget, by the law of the earlier ones; error is predicted over best."""
 
     fitted: float
@@ -177,7 +177,7 @@ class RateFit:
         "`flops, params, tokens, batch, rates, runs, best, curvature, censored, sd, rule, law`",
         default=(),
     )
-    held_out: tuple[ForetoldRate, ...] = key(
+    held_out: tuple[HeldOutRate, ...] = key(
         "cells of larger budgets predicted from smaller ones: `fitted, flops, params, best, predicted, error`",
         default=(),
     )
@@ -381,7 +381,7 @@ def _factor(cell: RateCell) -> float:
     return cell.best / cell.rule
 
 
-def _held_out(inside: Sequence[RateCell]) -> tuple[ForetoldRate, ...]:
+def _held_out(inside: Sequence[RateCell]) -> tuple[HeldOutRate, ...]:
     """The cells beyond each beginning of the budgets that determines a law."""
     budgets = sorted({cell.flops for cell in inside})
     out = []
@@ -394,7 +394,7 @@ def _held_out(inside: Sequence[RateCell]) -> tuple[ForetoldRate, ...]:
             if cell.flops > last:
                 told = _rate(law, cell)
                 error = told / cell.best - 1
-                out.append(ForetoldRate(last, cell.flops, cell.params, cell.best, told, error))
+                out.append(HeldOutRate(last, cell.flops, cell.params, cell.best, told, error))
     return tuple(out)
 
 

@@ -684,7 +684,7 @@ def run_predictions(found: list[Record]) -> Table:
             "N, D": f"{labels.count(one['params'])}, {labels.count(one['tokens'])}",
             "C": labels.flops(one["flops"]),
             "tokens per parameter": labels.value(one["tokens"] / one["params"], 3),
-            "the run lies": f"{one['decades']:.2g} decades beyond the data"
+            "the run lies": f"{one['decades']:.2g} decades outside the data"
             if one["decades"]
             else "within the data",
             f"loss{unit}": _estimate(one, "loss", labels.value),

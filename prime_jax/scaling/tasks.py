@@ -171,10 +171,11 @@ class Step:
     profile: dict[str, Ends]
     problem: Problem = hidden()
     fit: approach3.Fit = hidden()
+    runs: NDArray[np.intp] | None = hidden()
 
 
 @dataclass(frozen=True)
-class ForetoldTask:
+class HeldOutTask:
     """The best run of a later budget, by the laws of the earlier ones; errors are predicted less
     measured."""
 
@@ -220,7 +221,7 @@ class TaskFit:
     )
     law: Law | None = key("first of the two steps: the loss in N and D", default=None)
     sigmoid: Step | None = key("second step, Q = 1 / (1 + exp(k (loss - L0))): alike", default=None)
-    held_out: tuple[ForetoldTask, ...] = key(
+    held_out: tuple[HeldOutTask, ...] = key(
         "the best run of each later budget: `fitted, flops, measured, direct, two_steps` and their errors",
         default=(),
     )
@@ -317,7 +318,7 @@ def fit(
     told = []
     for c in flops:
         best = direct.problem.form.fraction_at(float(np.log(c)))
-        ends = profiles(direct.problem, direct.fit, [best], settings.level)[0]
+        ends = profiles(direct.problem, direct.fit, [best], settings.level, direct.runs)[0]
         more = two and two.at(compute, c, settings)
         told.append(
             TaskAt(
@@ -427,11 +428,12 @@ def _problem(x: Array, scores: Scores, mine: NDArray[np.intp] | slice, link: Lin
     )
 
 
-def _step(p: Problem, level: float) -> Step:
+def _step(p: Problem, level: float, runs: NDArray[np.intp] | None) -> Step:
+    """`runs` are those of the points, where several are of one."""
     found = approach3.fit(p)
     named = p.form.quantities()
-    ends = dict(zip(named, profiles(p, found, list(named.values()), level), strict=True))
-    return Step(found.law, found.objective, found.certificate, ends, p, found)
+    ends = dict(zip(named, profiles(p, found, list(named.values()), level, runs), strict=True))
+    return Step(found.law, found.objective, found.certificate, ends, p, found, runs)
 
 
 def _direct_problem(scores: Scores) -> Problem:
@@ -440,7 +442,10 @@ def _direct_problem(scores: Scores) -> Problem:
 
 
 def _direct(scores: Scores, settings: Settings) -> Step:
-    return _step(_direct_problem(scores), settings.level)
+    runs = scores.points.run
+    return _step(
+        _direct_problem(scores), settings.level, None if runs is None else runs[scores.best]
+    )
 
 
 @dataclass(frozen=True)
@@ -471,7 +476,7 @@ def _two_steps(scores: Scores, settings: Settings) -> TwoSteps | None:
         return None
     first, fitted, _ = weighted_fit(points, settings)
     second = _problem(points.loss, scores, slice(None), logistic)
-    sigmoid = _step(second, settings.level)
+    sigmoid = _step(second, settings.level, points.run)
     units = np.arange(len(points.loss)) if points.run is None else points.run
     drawn = [
         wild_resample(p, one, units, settings.replicates, settings.seed)
@@ -483,7 +488,7 @@ def _two_steps(scores: Scores, settings: Settings) -> TwoSteps | None:
 
 def _held_out(
     scores: Scores, settings: Settings, chance: float, ceiling: float
-) -> tuple[ForetoldTask, ...]:
+) -> tuple[HeldOutTask, ...]:
     """The best runs after each beginning of four budgets or more."""
     points, span, out = scores.points, ceiling - chance, []
     budgets = points.budgets
@@ -503,7 +508,7 @@ def _held_out(
                 loss = law.loss(points.params[k], points.tokens[k], points.available[k])
                 two = chance + span * float(sigmoid.fraction(loss))
             out.append(
-                ForetoldTask(
+                HeldOutTask(
                     fitted=float(last),
                     flops=float(points.budget[k]),
                     measured=measured,
@@ -525,7 +530,7 @@ def _findings(
     scores: Scores,
     direct: Step,
     two: TwoSteps | None,
-    held_out: Sequence[ForetoldTask],
+    held_out: Sequence[HeldOutTask],
     law: str,
 ) -> list[Diagnostic]:
     out = []
