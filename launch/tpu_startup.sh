@@ -60,7 +60,8 @@ members() {
   if [[ $PRIME_SLICES -gt 1 ]]; then
     slice=$(megascale SLICE_ID) first=$(megascale COORDINATOR_ADDRESS)
     [[ $slice =~ ^[0-9]+$ && -n $first ]] || return 1
-    first=${first%:*}
+    [[ $first != *:*:* || $first == \[* ]] || first="[$first]" # a bare IPv6 address
+    [[ $first == *']' ]] || first=${first%:*}
   fi
   process=$((number + PRIME_HOSTS * slice))
 }

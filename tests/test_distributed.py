@@ -382,3 +382,11 @@ def test_a_lost_process_ends_the_other_with_a_line_that_says_so(config, tmp_path
     assert "run the same command on every host" in line
     assert dies == 0 or "stack trace" not in text  # JAX itself sees the end of its coordinator
     group[dies].communicate()
+
+
+@pytest.mark.parametrize(
+    ("host", "whole"),
+    [("a", "a:1"), ("fd00::1", "[fd00::1]:1"), ("[fd00::1]", "[fd00::1]:1")],
+)
+def test_addresses(host, whole):
+    assert distributed.address(host, 1) == whole

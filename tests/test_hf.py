@@ -247,6 +247,22 @@ def test_a_tokenizer_that_cannot_be_written_is_said(tiny_run, tmp_path, monkeypa
     assert not (out / "tokenizer.json").exists()
 
 
+def test_no_path_of_this_machine_is_in_the_folder(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    own = library.Tokenizer(library.models.WordLevel({"a": 0, "b": 1, "</s>": 2}, "a"))
+    own.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    (tmp_path / "secret").mkdir()
+    own.save(str(tmp_path / "secret/mine.json"))
+    tokenizer = tokenizers.make(f"hf:{tmp_path / 'secret/mine.json'}", lambda _: ())
+    hf.write(weights_of("mdm", vocab=3, eos_id=2), tmp_path / "out", tokenizer)
+    for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        for word in (b"secret", b"/home/me"):
+            assert word not in file.read_bytes(), file
+    again = tokenizers.load(tmp_path / "out/prime_jax")
+    assert (again.hash, again.spec) == (tokenizer.hash, "hf:mine.json")
+    assert tokenizer.spec.endswith("secret/mine.json")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

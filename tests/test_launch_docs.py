@@ -50,8 +50,8 @@ def rendered(folder: Path) -> dict[str, str]:
     script, request = tpu.render(sweep, tpu.Options(**machines)).values()
     _, resources = gce.render(newer, gce.Options(**machines | {"zone": "us-central1-c"})).values()
     (batch,) = slurm.render(shared, slurm.Options(partition="gpu", time=480)).values()
-    _, sets = k8s.render(replace(sweep, workers=1), pods).values()
-    nodes, _ = k8s.render(newer, pods).values()
+    *_, sets = k8s.render(replace(sweep, workers=1), pods).values()
+    nodes, *_ = k8s.render(newer, pods).values()
     (task,) = sky.render(sweep, sky.Options(spot=True, data=source)).values()
     texts = {"request": request, "slurm": batch, "k8s": sets, "sky": task}
     texts |= {"resources": resources, "nodes": nodes}

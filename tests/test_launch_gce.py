@@ -343,6 +343,24 @@ def test_a_sweep_in_two_zones(service, sweep):
     assert service.everything() == first
 
 
+@pytest.mark.parametrize(
+    ("refusal", "transient"),
+    [
+        ((400, "resourceNotReady", "The resource is not ready"), True),
+        ((502, "backendError", "Bad gateway"), True),
+        ((400, "invalid", "Invalid value"), False),
+        ((403, "quotaExceeded", "Quota exceeded"), False),
+    ],
+)
+def test_what_is_worth_another_attempt(service, sweep, refusal, transient):
+    up(sweep)
+    service.fail["DELETE", "instanceGroupManagers"] = refusal
+    with pytest.raises(UserError, match=refusal[2]) as caught:
+        down(sweep)
+    assert cloud.is_transient(caught.value) == transient
+    assert "nothing is left" in down(sweep)
+
+
 def test_nothing_is_made_without_consent(service, sweep):
     here, lines = launching.dialogue(yes=False)
     gce.up(sweep, OPTIONS, here)

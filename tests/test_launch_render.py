@@ -84,6 +84,9 @@ def test_the_commands_for_nodes(sweep, name, pools, words):
     created = re.findall("node-pools create (\\S+)", text)
     assert len(set(created)) == pools
     assert all(len(one) <= 40 for one in created)
+    delete = files[f"{sweep.name}-{name}-nodes-delete.sh"]
+    assert re.findall("node-pools delete (\\S+)", delete) == created
+    assert re.findall("policies delete (\\S+)", delete) == [f"{sweep.name}-{name}"] * len(policy)
     if name != "tpu7x-128":
         assert policy == []
         return
@@ -198,7 +201,7 @@ def test_a_sky_task(sweep, name, accelerators, nodes):
     assert task["num_nodes"] == nodes
     assert ("accelerator_args" in task["resources"]) == accelerators.startswith("tpu")
     assert task["resources"]["use_spot"] is True
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [85]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 85]
     assert task["file_mounts"] == {"/data/c4": "gs://bucket/data/c4"}
 
 

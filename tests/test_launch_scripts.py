@@ -154,12 +154,22 @@ def test_hosts_on_ipv6_find_each_other(vm):
     assert any("at [2001:db8::0]:8476 1/4" in call for call in vm.calls)
 
 
-def test_hosts_of_several_slices_find_each_other(vm):
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("10.9.9.9:8080", "10.9.9.9"),
+        ("[fd00::9]:8080", "[fd00::9]"),
+        ("[fd00::9]", "[fd00::9]"),
+        ("fd00::9", "[fd00::9]"),
+        ("head", "head"),
+    ],
+)
+def test_hosts_of_several_slices_find_each_other(vm, address, host):
     vm.install_on("2xv5e-16")
-    megascale = {"NUM_SLICES": "2", "SLICE_ID": "1", "COORDINATOR_ADDRESS": "10.9.9.9:8080"}
+    megascale = {"NUM_SLICES": "2", "SLICE_ID": "1", "COORDINATOR_ADDRESS": address}
     env = "".join(f"MEGASCALE_{key}: '{value}'\n" for key, value in megascale.items())
     assert vm.run("0", index=2, hosts=4, tpu_env=env, late={"tpu-env": 2}) == 0
-    assert any("at 10.9.9.9:8476 6/8" in call for call in vm.calls)
+    assert any(f"at {host}:8476 6/8" in call for call in vm.calls)
 
 
 def test_a_single_host_asks_for_no_metadata(vm):

@@ -1,5 +1,6 @@
 """The acceptance run: whole on a loopback cloud with CPUs for chips, and what it refuses."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -12,6 +13,8 @@ import threading
 from pathlib import Path
 
 import fake_store
+import fake_trainer
+import launching
 import pytest
 from tpu_hosts import Vm
 
@@ -22,6 +25,7 @@ from prime_jax.sweep import state
 
 pytest.importorskip("google.cloud.compute_v1", reason="pip install 'prime_jax[gcp]'")
 import fake_gce
+from google.api_core import exceptions
 
 FILE = engine.REPO / "benchmarks" / "tpu_acceptance.py"
 SLICE = slices.parse("v5p-16")  # two hosts with four chips, each one device
@@ -273,6 +277,36 @@ def test_deletion_is_tried_until_nothing_is_left(acceptance, monkeypatch, capsys
     for line in capsys.readouterr().out.splitlines():
         assert line.startswith("NOT ALL IS DELETED (")
         assert line.endswith("prime-jax sweep down gs://b/new --on gce --project p --zone a-b-c")
+
+
+class Hiccups:
+    """An engine that fails once; then all runs end by themselves, or none does."""
+
+    def __init__(self, sweep: engine.Sweep, ends: bool):
+        self.sweep, self.ends, self.calls = sweep, ends, 0
+
+    def up(self, *_) -> None:
+        self.calls += 1
+        if self.calls == 1:
+            raise UserError("Compute Engine: try later") from exceptions.ServiceUnavailable("")
+        if self.ends:
+            launching.finish(self.sweep, 0)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_hiccup_is_waited_for_until_the_time_is_over(acceptance, tmp_path, ends):
+    fake_trainer.planned(tmp_path / "sweep")
+    sweep = engine.Sweep("gs://b/new", tmp_path / "sweep", 1, SLICE)
+    pair = tuple(run.id for run in state.list_runs(sweep.source)[:2])
+    how = {"hours": 1 if ends else 1 / 3600, "poll": 0.01}
+    args = argparse.Namespace(prices=engine.REPO / "docs/prices.toml", **how)
+    module = Hiccups(sweep, ends)
+    if ends:
+        assert acceptance._watch(module, sweep, None, pair, args) == ""
+        assert module.calls == 2
+    else:
+        with pytest.raises(UserError, match="not finished within"):
+            acceptance._watch(module, sweep, None, pair, args)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

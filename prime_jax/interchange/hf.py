@@ -5,6 +5,7 @@
 `prime_jax/`. No path of this machine goes along, since such folders are published.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def write(
     (out / CARD).write_text(card(weights, tokenizer, record or {}, license))
     if tokenizer is not None and not missing:
         (out / tokenizers.OWN).mkdir()
-        tokenizer.save(out / tokenizers.OWN)
+        _nameless(tokenizer).save(out / tokenizers.OWN)
         write_json_atomic(out / tokenizers.FILE, made)
         write_json_atomic(out / "tokenizer_config.json", tokenizer_config(weights, made))
     if weights.config.family == "arm":  # as it is without settings: samples of the model itself
@@ -82,6 +83,14 @@ def without_paths(c: RunConfig) -> RunConfig:
         subtokens=replace(c.subtokens, codes_file=""),
         log=replace(c.log, wandb=""),
     )
+
+
+def _nameless(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer; of the file that it was made from, the name alone."""
+    out = copy.copy(tokenizer)
+    kind, _, rest = tokenizer.spec.partition(":")
+    out.spec = f"{kind}:{rest.rpartition('/')[2]}" if rest else kind
+    return out
 
 
 def config(weights: Weights, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -282,7 +282,8 @@ class PrimeJaxForMaskedLM(PrimeJaxModel):
         """Unbiased draws [draws, B] of an upper bound on -log p(x), in nats per row of `input_ids`.
 
         A draw masks exactly k of the n = L S sub-tokens, k uniform on 1 to n, and weighs their cost
-        by n / k. Report the mean, and its standard error over the draws.
+        by n / k. Report the mean, and its standard error over the draws. Every id counts: give rows of
+        equal length without padding.
         """
         if (input_ids >= len(self.codes)).any():
             raise ValueError(f"nelbo: id {len(self.codes)} is the mask; give the whole text")

@@ -24,6 +24,7 @@ PORT = 8476  # of the coordinator; JAX's newer default is closed by Cloud TPU's 
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 POLL, WAIT = 60.0, 600.0  # seconds between passes; for one operation of the cloud
 NAMES = 5  # that are tried for a machine
+BUSY = "resourceNotReady"  # Compute Engine's reason, with code 400
 # The hosts are gone, or will never come; what is left may still hold quota.
 DEAD = ("SUSPENDED", "FAILED", "PREEMPTED", "ENDED", "INCOMPLETE")
 USELESS = ("IDLE", "BROKEN")
@@ -347,5 +348,10 @@ def is_transient(error: UserError) -> bool:
     from requests.exceptions import RequestException
 
     kinds = exceptions.ServerError, exceptions.TooManyRequests, exceptions.RetryError
-    of_cloud = isinstance(error.__cause__, (*kinds, RequestException, TimeoutError))
-    return of_cloud or isinstance(error, storage.Unreachable)
+    cause = error.__cause__
+    of_cloud = isinstance(cause, (*kinds, RequestException, TimeoutError))
+    # Something is just being done to it: a machine may be deleting itself.
+    busy = any(
+        isinstance(e, dict) and e.get("reason") == BUSY for e in getattr(cause, "errors", ())
+    )
+    return of_cloud or busy or isinstance(error, storage.Unreachable)

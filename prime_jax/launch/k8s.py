@@ -35,7 +35,7 @@ class Options(Flags):
 
 
 def render(sweep: Sweep, options: Options) -> dict[str, str]:
-    """Two files per pool: the commands for its nodes (TPUs), and a JobSet per worker.
+    """Per pool a JobSet per worker; for TPUs also the commands that make and delete its nodes.
 
     Raises:
         UserError: no image, a ROOT that is not in a bucket, or runs without a slice.
@@ -49,32 +49,44 @@ def render(sweep: Sweep, options: Options) -> dict[str, str]:
         if pool.slice_ is None:
             raise UserError("runs without a slice: give --slice v5e-16 here or in `sweep plan`")
         if pool.slice_.chip.platform == "tpu":
-            files[f"{pool.name}-nodes.sh"] = _nodes(pool, options)
+            create, delete = _nodes(pool, options)
+            files[f"{pool.name}-nodes.sh"] = create
+            files[f"{pool.name}-nodes-delete.sh"] = delete
         files[f"{pool.name}.yaml"] = "---\n".join(_jobsets(pool, options))
     return files
 
 
-def _nodes(pool: Pool, options: Options) -> str:
-    """Commands that create the node pools of all workers: one pool a slice of several hosts."""
+def _nodes(pool: Pool, options: Options) -> tuple[str, str]:
+    """Commands that create and delete the node pools of all workers: one a slice of several hosts.
+
+    Nothing else deletes them, and nodes are paid for while no pod is on them, too.
+    """
     slice_, machine = pool.slice_, pool.slice_.chip.machine
-    hosts, policy = slice_.hosts // slice_.slices, []
+    hosts = slice_.hosts // slice_.slices
+    made, deleted = [], []
     create = (
         "gcloud container node-pools create {} --cluster=$CLUSTER --location=$REGION "
         f"--node-locations=$ZONE --machine-type={slice_.machine_type} --num-nodes={{}}"
     )
     create += " --spot" * options.spot
     if hosts == 1:
-        return create.format(pool.name, pool.want * slice_.slices) + "\n"
-    if machine.policy:
-        policy = [
-            f"gcloud compute resource-policies create workload-policy {pool.name} "
-            f"--type=HIGH_THROUGHPUT --accelerator-topology={slice_.sides} --region=$REGION"
-        ]
-        create += f" --placement-policy={pool.name}"
+        nodes = {pool.name: pool.want * slice_.slices}
     else:
+        nodes = {f"{pool.name}-{index}": hosts for index in range(pool.want * slice_.slices)}
+    if hosts > 1 and machine.policy:
+        policies = "gcloud compute resource-policies"
+        made.append(
+            f"{policies} create workload-policy {pool.name} --type=HIGH_THROUGHPUT "
+            f"--accelerator-topology={slice_.sides} --region=$REGION"
+        )
+        deleted.append(f"{policies} delete {pool.name} --region=$REGION --quiet")
+        create += f" --placement-policy={pool.name}"
+    elif hosts > 1:
         create += f" --tpu-topology={slice_.sides}"
-    names = [f"{pool.name}-{index}" for index in range(pool.want * slice_.slices)]
-    return "\n".join([*policy, *(create.format(name, hosts) for name in names)]) + "\n"
+    made += [create.format(name, count) for name, count in nodes.items()]
+    delete = "gcloud container node-pools delete {} --cluster=$CLUSTER --location=$REGION --quiet"
+    deleted = [*map(delete.format, nodes), *deleted]  # a policy is in use until then
+    return "\n".join([*made, ""]), "\n".join([*deleted, ""])
 
 
 def _jobsets(pool: Pool, options: Options) -> Iterator[str]:

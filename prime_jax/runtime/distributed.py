@@ -124,7 +124,8 @@ def _process_group(
 
 def address(host: str, port: object) -> str:
     """`host:port`, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    bare = ":" in host and not host.startswith("[")
+    return f"[{host}]:{port}" if bare else f"{host}:{port}"
 
 
 def first_host(nodes: str) -> str:
