@@ -213,6 +213,7 @@ def test_verdicts_are_remembered_by_the_program_that_is_compiled(tmp_path, judge
     assert judged[3] == judged[0]
 
 
+@pytest.mark.slow
 def test_a_verdict_does_not_outlive_the_rule_that_made_its_program(tmp_path, judged, monkeypatch):
     """No list of source files could say so: it is the program that counts."""
     ask = lambda: aot_worker.check(TINY, V5E, tmp_path)["program"]  # noqa: E731

@@ -92,6 +92,7 @@ def test_a_run_moves_between_a_bucket_and_a_folder(config, whole, tmp_path, monk
     assert result["losses"] == whole
 
 
+@pytest.mark.slow
 def test_a_store_that_is_gone_for_a_while_costs_no_step(config, whole, bucket, monkeypatch):
     """It goes before a save, which waits for it."""
     every_step(monkeypatch)

@@ -144,6 +144,7 @@ def test_a_request_is_the_chain_rule_of_its_continuation(run, scorer):
     assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_request_does_not_depend_on_the_others(scorer):
     model = PrimeJax(scorer=scorer, mc_num=4)
     some = [("Ice", " is cold"), ("", "Fire"), ("x" * 90, " y"), ("a ", "b"), ("c", "d" * 100)]

@@ -109,6 +109,7 @@ def test_packed_documents_train_alike(brief, tmp_path):
     np.testing.assert_allclose(got, plain, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_compile_leaves_the_run_to_plain_xla(
     brief, plain, tmp_path, monkeypatch
 ):

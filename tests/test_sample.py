@@ -75,6 +75,7 @@ PROMPTS = [[], [1, 2, 3], [30], [5] * 12, [7, 8], [9], [10] * 3, [36, 0]]
 EIGHT = len(PROMPTS)  # with up to 32 tokens: one shape, so that most tests compile nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["prime", pytest.param("arm", marks=pytest.mark.slow)])
 def test_samples_do_not_depend_on_the_batch_or_the_devices(family, request):
     """Equal up to rounding of the network, which here changes no draw."""

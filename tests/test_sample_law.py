@@ -156,6 +156,7 @@ def test_one_reveal_per_call_is_exact_at_the_bayes_tables(order, length):
     assert p_value(observed, few) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     ["confidence", *(pytest.param(o, marks=pytest.mark.slow) for o in ("margin", "entropy"))],

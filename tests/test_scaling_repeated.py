@@ -178,6 +178,7 @@ def columns(**families):
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+@pytest.mark.slow
 def test_a_fit_by_it_has_all_that_a_fit_has(tmp_path, capsys):
     longer, few = replace(TRUTH, R_D=60.0), {"noise": 2e-3, "ratios": (0.25, 1, 4)}
     data = columns(arm=surface(**few), mdm=surface(longer, seed=1, **few))

@@ -304,6 +304,7 @@ def far_apart(tmp_path):
     return write_csv(tmp_path / "runs.csv", rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["arm", "mdm"])
 def test_families_without_a_common_loss_are_compared(base, tmp_path, capsys):
     assert compare(far_apart(tmp_path), "--baseline", base) == 0

@@ -184,6 +184,7 @@ def test_a_signal_while_a_program_is_traced_ends_at_once(quick, tmp_path, monkey
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_step")
 def test_an_interrupted_evaluation_is_made_again_and_the_trace_ends(quick, tmp_path, monkeypatch):
     """On the way, at step 4 of 12; the trace would go on to step 53."""

@@ -89,6 +89,7 @@ def forced(config: RunConfig, implementation: str) -> Choices:
     return Choices(jax.devices()[0].device_kind, "", (row,))
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_kernels_that_it_began_with(quick, tmp_path):
     """Told to stop and continued under another table, by the same attempt and by another."""
     silent = {"log": lambda _: None}
