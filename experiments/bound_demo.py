@@ -9,8 +9,8 @@ entropy; therefore its kind is `train_loss`.
 
 Arithmetic: 6 runs x 1,200 steps x 64 x 32 tokens = 1.5e7 tokens, in blocks half as many that are
 read twice; a network of 2 x 64 costs about 0.8 MFLOP a token with its head and attention: 1.2e13
-FLOPs. An exact number is 2**8 - 1 network calls of 256 sequences, 1.5e12 FLOPs. Four to nine minutes
-on two CPU cores, by their kind.
+FLOPs. An exact number is 2**8 - 1 network calls of 256 sequences, 1.5e12 FLOPs. Under seven minutes
+on two CPU cores.
 Expected (seed 0): docs/theory.md; the numbers are also in OUT/numbers.json.
 
     python experiments/bound_demo.py [--steps 1200] [--out runs/bound_demo]
