@@ -221,6 +221,7 @@ def test_blocks_of_other_documents_are_never_read():
         np.testing.assert_array_equal(a[:, :32], b[:, :32])
 
 
+@pytest.mark.slow
 def test_no_races_and_no_uninitialised_memory():
     q, k, v, dout = arrays(32, 64, batch=1)
     ids = jnp.asarray([[0] * 20 + [-1] * 12])

@@ -15,7 +15,7 @@ from prime_jax.runtime import storage
 from prime_jax.sweep import state, worker
 
 
-@pytest.fixture(params=["gs", "s3"])
+@pytest.fixture(params=["gs", pytest.param("s3", marks=pytest.mark.slow)])
 def bucket(request):
     with fake_store.bucket(request.param) as made:
         yield made

@@ -176,6 +176,7 @@ def test_finite_steps_approach_the_marginal_bound():
     assert abs(a - b) < 4 * np.hypot(ea, eb) + 0.01
 
 
+@pytest.mark.slow
 def test_one_digit_per_token_makes_both_bounds_one():
     book = codebook(1)
     task = estimators.make_task(run_config(1), book, eos_id=-1)

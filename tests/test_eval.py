@@ -83,10 +83,8 @@ def test_the_training_set_gives_the_numbers_of_training(run, scorer, tiny_run):
 OTHERS = ["chain:l2r", "chain:confidence", "chain:margin", "chain:entropy"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["subtoken", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["subtoken", *OTHERS])
 def test_numbers_do_not_depend_on_batch_devices_or_padding(run, numbers, name, monkeypatch):
     """While nothing is visible all positions tie, and adaptive orders must not toss for them."""
     (found,) = texts.load(numbers, run, texts.Cutting(stride=6, context=4))
@@ -101,6 +99,7 @@ def test_numbers_do_not_depend_on_batch_devices_or_padding(run, numbers, name, m
             assert x.value == pytest.approx(y.value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_left_to_right_is_the_chain_rule_of_the_network(run, scorer):
     """One text by hand: hide everything from i on, read off token i."""
     tokens = np.random.default_rng(1).integers(0, 16, 10)
@@ -117,6 +116,7 @@ def test_left_to_right_is_the_chain_rule_of_the_network(run, scorer):
     assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_sharpens_towards_the_context(run):
     """Scale 0 is the model itself; without context there is nothing to guide by."""
     tokens = [np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32)]

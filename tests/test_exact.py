@@ -147,6 +147,7 @@ def test_what_is_no_target_is_seen_and_changes_no_weight():
     np.testing.assert_allclose(nelbo_B, -log_p.mean(0), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_double_precision")
 @pytest.mark.parametrize("level", ["subtoken", "token"])
 def test_the_sampled_bound_agrees_with_that_of_the_table(level):

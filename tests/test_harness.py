@@ -348,6 +348,7 @@ def own_task(records, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_include_path_adds_tasks(scorer, records, own_task, tmp_path):
     call = tasks.Call("own,boolq", records, tmp_path, limit=1)
     assert tasks.output_types(call) == {"loglikelihood", "multiple_choice"}
@@ -377,6 +378,7 @@ def unregistered(monkeypatch):
     return model_registry
 
 
+@pytest.mark.slow
 def test_their_command_gives_our_number(
     run, scorer, own_task, unregistered, tmp_path, monkeypatch, capsys
 ):

@@ -64,11 +64,11 @@ def plain(brief, tmp_path_factory):
     "kernels",
     [
         ALL,
-        pytest.param(KernelConfig(attention="xla"), marks=pytest.mark.slow),
-        pytest.param(KernelConfig(head="pallas"), marks=pytest.mark.slow),
-        pytest.param(KernelConfig(attention="pallas"), marks=pytest.mark.slow),
-        pytest.param(KernelConfig(attention="splash"), marks=pytest.mark.slow),
-        pytest.param(KernelConfig(embedding="pallas"), marks=pytest.mark.slow),
+        KernelConfig(attention="xla"),
+        KernelConfig(head="pallas"),
+        KernelConfig(attention="pallas"),
+        KernelConfig(attention="splash"),
+        KernelConfig(embedding="pallas"),
     ],
     ids=str,
 )

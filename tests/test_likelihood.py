@@ -119,7 +119,8 @@ def from_windows(family: str, window_XxL: np.ndarray, p_X: np.ndarray):
     return network
 
 
-@pytest.mark.parametrize("family", [pytest.param("arm", marks=pytest.mark.slow), "mdm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["arm", "mdm"])
 def test_the_law_of_the_stream_costs_its_entropy_and_another_law_more(family):
     """i.i.d. tokens in documents of random length: all windows of three, each with its chance."""
     source = markov.parse("V=3,order=0,seed=0,doc_mean=2.5")

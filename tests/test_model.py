@@ -85,7 +85,8 @@ def test_counts_are_exact(family, length, changes):
     assert counts["reference"] == 12 * 24**2 * 2
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_nothing(remat):
     digits = random_digits(Codebook.create(37, TINY.subtokens), (2, 8))
 
@@ -98,6 +99,7 @@ def test_rematerialisation_changes_nothing(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), plain, again)
 
 
+@pytest.mark.slow
 def test_dropout_is_keyed_per_sequence():
     apply, params, book = network(with_model(TINY, dropout=0.5))
     digits = random_digits(book, (4, 8))

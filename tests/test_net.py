@@ -147,6 +147,7 @@ def test_losses_of_training_also_when_it_goes_on_from_the_middle(name, trained, 
     assert reading.training(tmp_path / "run") == found
 
 
+@pytest.mark.slow
 def test_one_number_of_each_estimator(trained, tmp_path):
     _, run_dir = trained("prime")
     options = ("--replicates", 4, "--examples", 8, "--devices", 1, "--out", tmp_path / "e.json")
@@ -251,6 +252,7 @@ def test_an_older_sweep_is_read(sweep, data):
     prime_jax("sweep", "status", sweep)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_an_older_sweep_is_fitted(sweep):
     """One family has a law, barely; the others are refused."""

@@ -76,7 +76,7 @@ EIGHT = len(PROMPTS)  # with up to 32 tokens: one shape, so that most tests comp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["prime", pytest.param("arm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["prime", "arm"])
 def test_samples_do_not_depend_on_the_batch_or_the_devices(family, request):
     """Equal up to rounding of the network, which here changes no draw."""
     run = request.getfixturevalue(family)
@@ -303,10 +303,11 @@ def bayes_rates(length: int) -> Rates:
     return measure(table.model, {}, config, tokens, batch=len(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "finite"),
     [
-        pytest.param(1, {2: 4.5706, 8: 4.4602}, marks=pytest.mark.slow),
+        (1, {2: 4.5706, 8: 4.4602}),
         (4, {2: 4.5909, 8: 4.4669}),
     ],
 )

@@ -220,6 +220,7 @@ def test_a_fit_by_it_has_all_that_a_fit_has(tmp_path, capsys):
         scaling.design(found, "arm", target=1e21, budget=1e20)
 
 
+@pytest.mark.slow
 def test_an_end_that_the_search_sets_is_open():
     """A family that loses nothing by repetition: its R_D ends at the bound of the search."""
     endless = surface(replace(TRUTH, R_D=1e7), noise=2e-3, seed=1, epochs=(1, 4, 16))

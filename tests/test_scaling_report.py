@@ -320,6 +320,7 @@ def test_families_without_a_common_loss_are_compared(base, tmp_path, capsys):
     assert "no loss that both reach" in figure
 
 
+@pytest.mark.slow
 def test_numbers_do_not_wait_for_a_figure_that_cannot_be_drawn(
     three, tmp_path, monkeypatch, capsys
 ):

@@ -247,6 +247,7 @@ def test_scores_keep_to_their_rows():
     assert found.runs == len(data["loss"]) - 1
 
 
+@pytest.mark.slow
 def test_tasks_and_rates_stand_in_the_report_of_the_same_data(tmp_path, capsys):
     data = columns(noise=0.01)
     rows = [dict(zip(data, cells, strict=True)) for cells in zip(*data.values(), strict=True)]

@@ -67,6 +67,7 @@ def agree(one: tuple[np.ndarray, Rows], many: tuple[np.ndarray, Rows]) -> None:
     assert len(one[1]) == TINY.steps * TINY.batch_size
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_losses(alone):
     replica, data, model = MESHES["fully sharded"]
     agree(alone("prime"), trained(of_family("prime", replica=replica, data=data, model=model)))

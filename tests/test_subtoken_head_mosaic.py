@@ -95,7 +95,8 @@ def gradient_arguments(head, p):
     return p.h, p.rows, p.true, head.seen(p.masked), lse, Coefficients(random(), digits, random())
 
 
-@pytest.mark.parametrize("tiles", [2, 3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", [1, 2, 3])
 def test_copies_do_not_race(tiles):
     p = problem(100, 7, 16 * tiles, 128)
     head = pallas(p, blocks=(16, 32, 16))

@@ -238,6 +238,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tiny, t
     assert values(result) == values(whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_step")
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_for_ever(quick, tmp_path):
     saving = dataclasses.replace(quick, checkpoint=CheckpointConfig(every=1, keep=2))

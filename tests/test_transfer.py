@@ -145,6 +145,7 @@ def test_a_program_begins_and_steps_by_the_table():
         assert moved == pytest.approx(1e-2 * rate * FORWARD.get(name, 1), rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_at_the_base_shape_everything_is_as_without_transfer():
     """The same initial values, and the same program of a step: nothing is left to rounding."""
 

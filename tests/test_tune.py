@@ -77,6 +77,7 @@ def test_only_a_clear_win_changes_the_default(times, best):
     assert tune.chosen("attention", {}, "scan", measured).implementation == best
 
 
+@pytest.mark.slow
 def test_sides_that_are_one_program_are_timed_once():
     problem = tune.head_problem(TINY, 32)
     measured = tune.measure(problem, [("xla", ()), ("xla", (64,)), ("xla", (8,))], "float32", 1)
