@@ -173,6 +173,7 @@ def test_the_report_is_one_whole_file(one, fitted):
     page = (fitted / "report.html").read_text()
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
     assert len(pictures) == len(figures.NAMES)
+    assert set(report.OF_A_FIT) == set(figures.NAMES)
     for picture in pictures:
         ElementTree.fromstring(picture)
     outside = outside_pictures(page)

@@ -126,10 +126,10 @@ def report(args: Report) -> int:
 
 def _fit(args: OfRuns, curves: Path | None = None, note: str = "") -> int:
     from prime_jax import scaling
-    from prime_jax.scaling import figures, record, tables
+    from prime_jax.scaling import record, report, tables
 
     out = args.directory
-    files = spare(args, (record.FIT, record.POINTS), figures.NAMES, curves)
+    files = spare(args, (record.FIT, record.POINTS), report.OF_A_FIT, curves)
     with Progress(transient=True) as progress:
         fitted = scaling.fit(
             args.source, curves=curves, note=note, progress=progress.doing, **args.options()

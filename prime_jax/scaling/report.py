@@ -59,6 +59,7 @@ CAPTIONS = {
     "multiplier": "The multiplier against the compute that one side spends. Solid: both frontiers within their "
     "data. Dashed: extrapolated. Points: between the optima of approach 2, without a law.",
 }
+OF_A_FIT = tuple(name for name in CAPTIONS if name != "multiplier")  # known without matplotlib
 Pictures = dict[str, str]
 
 
