@@ -47,16 +47,11 @@ def sweep(tmp_path):
 
 
 def up(sweep, options=OPTIONS) -> str:
-    """What it printed."""
-    here, lines = launching.dialogue()
-    assert gce.up(sweep, options, here) == 0
-    return "\n".join(lines)
+    return launching.printed(gce.up, sweep, options)
 
 
 def down(sweep) -> str:
-    here, lines = launching.dialogue()
-    assert gce.down(sweep, OPTIONS, here) == 0
-    return "\n".join(lines)
+    return launching.printed(gce.down, sweep, OPTIONS)
 
 
 def test_up_makes_a_policy_a_template_and_a_group_for_each_worker(service, sweep, packed):

@@ -45,16 +45,11 @@ def sweep(tmp_path):
 
 
 def up(sweep, options=OPTIONS) -> str:
-    """What it printed."""
-    here, lines = launching.dialogue()
-    assert tpu.up(sweep, options, here) == 0
-    return "\n".join(lines)
+    return launching.printed(tpu.up, sweep, options)
 
 
 def down(sweep) -> str:
-    here, lines = launching.dialogue()
-    assert tpu.down(sweep, OPTIONS, here) == 0
-    return "\n".join(lines)
+    return launching.printed(tpu.down, sweep, OPTIONS)
 
 
 def test_up_makes_what_is_missing_and_says_what_it_costs(service, sweep, packed):
